@@ -1,1 +1,28 @@
 __version__ = "0.0.1"
+
+# `import decomp_nb` must cost milliseconds, so a name brings in its module (and torch) only when it is first used (PEP 562).
+_homes = {
+    "core": "Factors Decomposer recombine interpolate load_decomposer",
+    "methods.lsd": "LSD StableLSD",
+    "training.trainer": "Trainer Run",
+    "training.config": "TrainConfig",
+    "data.catalog": "open_dataset",
+    "data.scenes": "Scenes",
+    "viz.pictures": "show grid overlay strip",
+    "viz.mixer": "mixer",
+    "convert": "load_official_lsd",
+}
+_home_of = {name: home for home, names in _homes.items() for name in names.split()}
+__all__ = sorted(_home_of)
+
+
+def __getattr__(name):
+    if name not in _home_of:
+        raise AttributeError(f"module 'decomp_nb' has no attribute {name!r}")
+    from importlib import import_module
+    value = globals()[name] = getattr(import_module(f"decomp_nb.{_home_of[name]}"), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
