@@ -1,0 +1,65 @@
+# Two commands on a fresh machine with Python 3.11:  make train · make test.
+# Every target sets up .venv by itself when it is missing, or when the files that it is made from have changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PY := $(BIN)/python
+MADE_FROM := constraints.txt settings.ini setup.py
+STAMP := .venv/.made-from
+
+# One thread a process: notebooks and tests run side by side, and threads that fight for cores are five times slower.
+TESTING := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::ResourceWarning
+
+.PHONY: help setup train test prepare notebooks docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train      train LSD on the embedded scenes (about 15 minutes on 2 cores); ARGS='-p max_steps 50' sets parameters"
+	@echo "make test       everything that must hold before a commit lands: notebooks, tests, lint, hygiene"
+	@echo "make prepare    after editing notebooks: export, clean, README, lint"
+	@echo "make notebooks  run notebooks in place and keep their outputs; NB='nbs/core.ipynb …' names them, default all"
+	@echo "make docs       build the site into _docs (needs Quarto)"
+
+# The stamp holds a checksum of the files' content, so a checkout that only touches them installs nothing and needs no network.
+setup:
+	@sum="$$(cat $(MADE_FROM) | cksum)"; \
+	if [ -x $(PY) ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$sum" ]; then exit 0; fi; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "decomp_nb needs Python 3.11 or newer; name one: make PYTHON=python3.11 …" >&2; exit 1; }; \
+	echo "setting up .venv (once, a few minutes)"; \
+	$(PYTHON) -m venv .venv && \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' && \
+	$(PY) -m ipykernel install --sys-prefix --name python3 --display-name python3 >/dev/null && \
+	echo "$$sum" > $(STAMP)
+
+train: setup
+	@$(BIN)/decomp_nb run nbs/train_lsd.ipynb $(ARGS)
+
+# Cheap checks first; pytest comes last, so that its summary closes the output.
+test: setup
+	$(PY) -m pip check
+	$(BIN)/ruff check nbs tests tools setup.py
+	$(BIN)/ruff check --config 'extend-exclude=[]' --select F821,F822,F823 decomp_nb
+	$(PY) tools/hygiene.py
+	$(TESTING) $(PY) -m pytest -q tests/test_package.py -k in_sync
+	$(TESTING) $(BIN)/nbdev_test --n_workers 2 --timing
+	$(TESTING) $(PY) -m pytest -q tests
+
+prepare: setup
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(PY) tools/readme.py
+	$(BIN)/ruff check nbs tests tools setup.py
+	$(PY) tools/hygiene.py
+
+notebooks: setup
+	$(BIN)/nbdev_export
+	$(TESTING) $(PY) tools/run_nbs.py $(NB)
+
+# nbdev would try to install Quarto with sudo when it is missing, so that is checked first. _proc is a cache that keeps deleted notebooks.
+docs: setup
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: https://quarto.org/docs/get-started" >&2; exit 1; }
+	rm -rf _proc
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+
+clean:
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache
