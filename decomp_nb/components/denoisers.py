@@ -14,8 +14,8 @@ from .slots import coordinate_grid, position_projection
 
 # %% auto #0
 __all__ = ['POSITIONS', 'sincos_table', 'PositionAttention', 'resize_table', 'attention_layers', 'feature_sizes', 'note_size',
-           'add_positions', 'denoiser_config', 'check_halvings', 'slot_denoiser', 'load_unet', 'drop_tokens',
-           'AttentionRecord', 'record_attention']
+           'add_positions', 'denoiser_config', 'check_halvings', 'check_options', 'slot_denoiser', 'load_unet',
+           'drop_tokens', 'AttentionRecord', 'record_attention']
 
 # %% ../../nbs/components/denoisers.ipynb #sincos-export
 POSITIONS = ("cartesian", "sincos", "learned", "none")
@@ -149,11 +149,18 @@ def check_halvings(size: int | tuple[int, int], levels: int, what: str = "resolu
                              f"nearest: {max(round(n / factor), 1) * factor}")
 
 
+def check_options(cls, options: dict, what: str) -> None:
+    "Raise where a config names an option that the diffusers class does not have"
+    unknown = sorted(set(options) - set(cls._get_init_keys(cls)))
+    if unknown: raise ValueError(f"{what}: {cls.__name__} has no option {', '.join(unknown)}")
+
+
 def slot_denoiser(config: dict):
     "`UNet2DConditionModel` with positions from a config of diffusers' own arguments plus `position` and `position_std`"
     from diffusers import UNet2DConditionModel
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     kind, std = config.pop("position", "cartesian"), config.pop("position_std", None)
+    check_options(UNet2DConditionModel, config, "denoiser config")
     check_halvings(config["sample_size"], len(config["block_out_channels"]), "sample_size")
     unet = UNet2DConditionModel(**config)
     return unet if kind == "none" else add_positions(unet, kind, std)

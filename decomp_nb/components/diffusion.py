@@ -33,10 +33,12 @@ def make_scheduler(
     if not name.endswith("Scheduler") or cls is None:
         raise ValueError(f"scheduler {kind!r}: choose one of {', '.join(map(repr, SCHEDULERS))} or the name of a diffusers scheduler class")
     if isinstance(config, (str, Path)): config = read_scheduler_config(config)
-    config = dict(LSD_SCHEDULE, _class_name="DDPMScheduler") if config is None else dict(getattr(config, "config", config))
-    known, own = set(cls._get_init_keys(cls)), config.get("_class_name", name) == name
-    unknown = (set(overrides) | {k for k in config if own and not k.startswith("_")}) - known  # another class may have other options
-    if unknown: raise ValueError(f"{name} has no option {', '.join(sorted(unknown))}")
+    source = dict(LSD_SCHEDULE, _class_name="DDPMScheduler") if config is None else config
+    came_from = source.get("_class_name", name) if isinstance(source, dict) else type(source).__name__
+    config = dict(source) if isinstance(source, dict) else dict(source.config)
+    known, unknown = set(cls._get_init_keys(cls)), set(overrides)
+    if came_from == name: unknown |= {k for k in config if not k.startswith("_")}  # another class may have options of its own
+    if unknown - known: raise ValueError(f"{name} has no option {', '.join(sorted(unknown - known))}")
     return cls.from_config({k: v for k, v in config.items() if k in known}, **overrides)
 
 
