@@ -143,12 +143,13 @@ def _draw(factors: Factors, rows: int = 4, height: int = 96) -> bytes:
     colours, k = palette(factors.n_factors), factors.n_factors
     heat = torch.full((*codes.shape, 3), 244.0)
     heat += (codes / spread)[..., None] * torch.where(codes[..., None] > 0, torch.tensor([-30.0, -110.0, -200.0]), torch.tensor([190.0, 110.0, 20.0]))
-    tag = colours[None, :, None].expand(len(codes), k, max(1, codes.shape[-1] // 16), 3)
-    strips = [torch.cat([tag, heat.to(torch.uint8)], 2)]
+    tag = colours[None, :, None].expand(len(codes), k, 1, 3)
+    strips = [tag, heat.to(torch.uint8)]
     if factors.masks is not None: strips.insert(0, colours[Factors(factors.codes, None, factors.masks).segmentation().flatten(0, -3)[:rows].cpu()])
     out = Image.new("RGB", (0, 0))
     for i in range(len(codes)):
-        row = [Image.fromarray(s[i].contiguous().numpy()).resize((height * (3 if s is strips[-1] else 1), height), Image.NEAREST) for s in strips]
+        widths = {id(tag): height // 8, id(strips[-1]): 3 * height}
+        row = [Image.fromarray(s[i].contiguous().numpy()).resize((widths.get(id(s), height), height), Image.NEAREST) for s in strips]
         canvas = Image.new("RGB", (sum(r.width for r in row) + 6 * (len(row) - 1), out.height + (6 if i else 0) + height), "white")
         canvas.paste(out, (0, 0))
         for j, r in enumerate(row): canvas.paste(r, (sum(q.width + 6 for q in row[:j]), canvas.height - height))
@@ -280,6 +281,13 @@ class Decomposer(ModelMixin, ConfigMixin):
         x = sample(self.guided(factors, guidance_scale), noise.to(first.device, first.dtype), scheduler or self.sampler or self.scheduler, steps,
                    generator=generator, callback=callback)
         return x if self.latents is None else self.latents.decode(x)
+
+    @torch.no_grad()
+    def decompose(self, factors: Factors, **options) -> Tensor:
+        "Every factor alone, `(b,k,3,h,w)`: what it stands for when nothing else is said; options as `decode`, whose `noise` `(b,c,h,w)` all k share"
+        if options.get("noise") is not None: options["noise"] = options["noise"].repeat_interleave(factors.n_factors, 0)
+        alone = Factors(*(v if v is None else v.flatten(0, 1).unsqueeze(1) for v in factors))
+        return self.decode(alone, **options).unflatten(0, factors.codes.shape[:2])
 
     def reconstruct(self, images: Tensor, **options) -> Tensor:
         "`decode(encode(images))`: what the factors remember of the picture"
