@@ -52,7 +52,8 @@ class PositionAttention(nn.Module):
             self.gamma = nn.Parameter(torch.ones(()))
             self.register_buffer("grid", sincos_table(*size, dim), persistent=False)
         else:
-            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, size[0] * size[1], dim), std=std or 0.02))
+            self.table = nn.Parameter(torch.empty(1, size[0] * size[1], dim))
+            nn.init.trunc_normal_(self.table, std=std or 0.02)
 
     def positions(self) -> Tensor:
         "What is added to the tokens of a feature map of `self.size`: `(n, dim)` or `(1, n, dim)`"

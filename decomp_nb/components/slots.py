@@ -107,8 +107,10 @@ class SlotAttention(nn.Module):
         self.norm_out = nn.LayerNorm(slot_dim) if out_dim else nn.Identity()
         self.to_out = nn.Linear(slot_dim, out_dim) if out_dim else nn.Identity()
         shape = (1, 1 if init == "gaussian" else n_slots, slot_dim)
-        self.slot_mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape)))
-        self.slot_log_sigma = None if init == "learned" else nn.Parameter(nn.init.xavier_uniform_(torch.empty(shape)))
+        self.slot_mean = nn.Parameter(torch.empty(shape))
+        self.slot_log_sigma = None if init == "learned" else nn.Parameter(torch.empty(shape))
+        for start in (self.slot_mean, self.slot_log_sigma):
+            if start is not None: nn.init.xavier_uniform_(start)  # in place: while diffusers loads weights, its init functions return None
 
     def start(self, batch: int, *, n_slots: int | None = None, noise: Tensor | float | None = None, generator=None) -> Tensor:
         "Slots before the first iteration `(b, s, d)`; `noise` `(b, s, d)` replaces the random draw, `noise=0` starts at the mean"
