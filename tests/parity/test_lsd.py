@@ -1,0 +1,380 @@
+"""LSD against arrays recorded from the official modules.
+
+Each check reads what it is `given` (pictures, noise, weights), computes everything else with our modules and compares it array by array with what was recorded.
+Shapes, settings and cases come from the files: widths from config.json, the optimiser from meta.json, step counts and iterations from the array names.
+"""
+import json
+import re
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from decomp_nb import convert
+from decomp_nb.components import denoisers, diffusion
+from decomp_nb.components.slots import SlotAttention, coordinate_grid
+from decomp_nb.core import sample
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
+
+SINGLE, CHAIN = 1e-5, 1e-4  # absolute tolerance of single forwards; of sampling trajectories, gradients and training steps
+ELSEWHERE = {"metrics", "probe"}  # files that test_lsd_metrics.py compares
+
+
+class Recorded:
+    "The arrays of one folder; remembers which were given to a computation. `altered` changes one array as it is read"
+    def __init__(self, folder: Path, altered: tuple[str, str] | None = None):
+        self.folder, self.altered, self.files, self.used = folder, altered, {}, set()
+
+    def names(self, file: str) -> list[str]:
+        if file not in self.files: self.files[file] = load_file(self.folder / f"{file}.safetensors")
+        return sorted(self.files[file])
+
+    def array(self, file: str, name: str) -> torch.Tensor:
+        self.names(file)
+        value = self.files[file][name]
+        return alter(value) if self.altered == (file, name) else value
+
+    def given(self, file: str, name: str) -> torch.Tensor:
+        self.used.add((file, name))
+        return self.array(file, name).clone()
+
+    def json(self, name: str) -> dict: return json.loads((self.folder / name).read_text())
+
+    def checkpoint(self) -> Path:
+        found = sorted(self.folder.glob("checkpoint-*"))
+        assert len(found) == 1, f"expected one checkpoint folder in {self.folder}, found {found}"
+        return found[0]
+
+    def model(self) -> convert.OfficialLSD: return convert.read_official_lsd(self.checkpoint())
+
+    def vae(self) -> AutoencoderKL: return AutoencoderKL.from_pretrained(self.folder / "vae", low_cpu_mem_usage=False).eval()
+
+    def scheduler(self, kind: str = "ddpm", **overrides):
+        base = diffusion.make_scheduler("ddpm", self.folder / "scheduler", **overrides)
+        # the arrays were made before diffusers changed the last step of DPM-Solver
+        return base if kind == "ddpm" else diffusion.make_scheduler(kind, base, final_sigmas_type="sigma_min")
+
+
+def alter(value: torch.Tensor) -> torch.Tensor:
+    "The array with one entry changed by a hundredth (integers: by one)"
+    value = value.clone()
+    value.view(-1)[value.numel() // 2] += 0.01 if value.is_floating_point() else 1
+    return value
+
+
+# --- the checks: generators of (file, array, our value, tolerance) ---------------------------------------------------------------------------------
+
+def check_schedule(r: Recorded):
+    for name in r.names("schedule"):
+        quantity, _, variant = re.fullmatch(r"(betas|alphas_cumprod)(_(\w+))?", name).groups()
+        ours = r.scheduler(**(dict(beta_schedule=variant) if variant else {}))
+        yield "schedule", name, getattr(ours, quantity), SINGLE
+
+
+def check_backbone(r: Recorded):
+    encoder, seen = r.model().encoder, {}
+    with watch({"downscale": encoder.downscale}, seen), torch.no_grad():
+        features = encoder(r.given("backbone", "pixel_values"))
+    yield "backbone", "downscale", seen["downscale.out"], SINGLE
+    yield "backbone", "features", features, SINGLE
+
+
+def check_pos_modules(r: Recorded):
+    given = lambda name: r.given("pos_modules", name)
+    for kind in sorted({name.split(".")[0] for name in r.names("pos_modules")}):
+        x = given(f"{kind}.in")
+        if x.ndim == 4: (h, w), dim, tokens = x.shape[-2:], x.shape[1], x.flatten(2).transpose(1, 2)
+        else: h, w, dim, tokens = *(round(x.shape[1] ** 0.5),) * 2, x.shape[2], x
+        module = denoisers.PositionAttention(dim, (h, w), kind)
+        state = {"cartesian": lambda: {"projection.weight": given("cartesian.projection.weight")[:, :, 0, 0], "projection.bias": given("cartesian.projection.bias")},
+                 "sincos": lambda: {"gamma": given("sincos.gamma")}, "learned": lambda: {"table": given("learned.pe")}}[kind]()
+        module.load_state_dict(state, strict=True)
+        with torch.no_grad(): out = tokens + module.positions()
+        if x.ndim == 4: out = out.transpose(1, 2).unflatten(-1, (h, w))
+        yield "pos_modules", f"{kind}.out", out, SINGLE
+        table = {"cartesian": ("pe", coordinate_grid(h, w)), "sincos": ("pos_embed", denoisers.sincos_table(h, w, dim))}.get(kind)
+        if table: yield "pos_modules", f"{kind}.{table[0]}", table[1].reshape(h, w, -1).permute(2, 0, 1)[None], SINGLE
+
+
+def check_slot_attn(r: Recorded):
+    slots = r.model().slots
+    noise = r.given("slot_attn", "slot_noise")
+    with torch.no_grad():
+        start = slots.start(len(noise), noise=noise)
+        result = slots(r.given("slot_attn", "features")[:, None], noise=noise, record=True)
+    yield "slot_attn", "slots_init", start, SINGLE
+    for i, (value, attention) in enumerate(result.history, 1):
+        yield "slot_attn", f"slots_iter{i}", value[:, None], SINGLE
+        yield "slot_attn", f"attn_iter{i}", attention[:, None], SINGLE
+    yield "slot_attn", "attn", result.attention, SINGLE
+    yield "slot_attn", "slots_out", result.out, SINGLE
+
+
+def check_slot_attn_variant(r: Recorded):
+    config, state = convert.read_official_part(r.folder / "variant_slot_attn")
+    slots = convert.load_strict(SlotAttention(**convert.lsd_slots_config(config)), convert.convert_lsd_slot_attention(state, config), "variant")
+    features = r.given("slot_attn_variant", "features").requires_grad_()
+    result = slots(features)
+    (result.out * r.given("slot_attn_variant", "loss_weight")).sum().backward()
+    grads = {"project_q": slots.to_q.weight.grad, "slot_mu": slots.slot_mean.grad, "features": features.grad}
+    yield "slot_attn_variant", "attn", result.attention.detach(), SINGLE
+    yield "slot_attn_variant", "slots_out", result.out.detach(), SINGLE
+    for name, value in grads.items(): yield "slot_attn_variant", f"grad_{name}", value, CHAIN
+
+
+def check_unet(r: Recorded):
+    given = lambda name: r.given("unet", name)
+    model, seen = r.model(), {}
+    x, t, slots = given("latents"), given("timesteps"), given("slots")
+    watched = {name[len("act."):].rpartition(".")[0] for name in r.names("unet") if name.startswith("act.")}
+    with torch.no_grad():
+        with watch({name: model.denoiser.get_submodule(name) for name in watched}, seen):
+            yield "unet", "noise_pred", model.denoiser(x, t, slots).sample, SINGLE
+        for name, value in seen.items(): yield "unet", f"act.{name}", value, SINGLE
+        time, n = re.search(r"`?noise_pred_subset`?[^\n]*?t=(\d+), only the first (\d+) slots of image 0", (r.folder / "README.md").read_text()).groups()
+        yield "unet", "noise_pred_subset", model.denoiser(x[:1], int(time), slots[:1, :int(n)]).sample, SINGLE
+        mask = (torch.arange(slots.shape[1]) < int(n)).long()[None]  # the same by masking tokens instead of leaving them out
+        yield "unet", "noise_pred_subset", model.denoiser(x[:1], int(time), slots[:1], encoder_attention_mask=mask).sample, SINGLE
+        config, state = convert.read_official_part(r.checkpoint() / "unet2dconditionmodelwithpos")
+        plain = {k: v for k, v in state.items() if ".pos_emb." not in k}
+        for name in r.names("unet"):
+            if name in ("noise_pred", "noise_pred_subset") or not name.startswith("noise_pred_"): continue
+            kind = name.removeprefix("noise_pred_")
+            file = f"unet_pos_{kind}"
+            positions = {k: r.given(file, k) for k in r.names(file)} if kind != "none" else {}
+            changed = config | dict(pos_type=kind)
+            convert.check_positions(changed, plain | positions)
+            unet = convert.load_strict(denoisers.slot_denoiser(convert.lsd_denoiser_config(changed)), convert.convert_lsd_unet(plain | positions, changed), kind)
+            yield "unet", name, unet(x, t, slots).sample, SINGLE
+    trained = r.model()
+    with torch.no_grad(): yield "unet", "slots", trained.slots(r.given("slot_attn", "features"), noise=r.given("slot_attn", "slot_noise")).out, SINGLE
+
+
+def check_train(r: Recorded):
+    given, names = lambda name: r.given("train", name), r.names("train")
+    model, vae, scheduler, meta = r.model(), r.vae(), r.scheduler(), r.json("meta.json")["train"]
+    parts = {"multiheadstevesa": (model.slots, convert.convert_lsd_slot_attention), "unetencoder": (model.encoder, convert.convert_lsd_encoder),
+             "unet2dconditionmodelwithpos": (model.denoiser, convert.convert_lsd_unet)}
+    alias = {short: (*parts[folder], r.json(f"{r.checkpoint().name}/{folder}/config.json")) for short, folder in meta["alias"].items()}
+    images, t, noise = given("pixel_values"), given("timesteps"), given("noise")
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+        latents = (posterior.mean + posterior.std * given("vae_eps")) * vae.config.scaling_factor
+    yield "train", "vae_mean", posterior.mean, SINGLE
+    yield "train", "vae_std", posterior.std, SINGLE
+    yield "train", "latents", latents, SINGLE
+    found = model.slots(model.encoder(images), noise=given("slot_noise"))
+    yield "train", "slots", found.out.detach(), SINGLE
+    yield "train", "attn", found.attention[:, None].detach(), SINGLE
+
+    variants = {"": scheduler, "v.": r.scheduler(prediction_type="v_prediction", beta_schedule="scaled_linear")}
+    for prefix, variant in variants.items():
+        if f"{prefix}loss" not in names: continue
+        x_t, target = diffusion.noise_at(variant, latents, noise, t), diffusion.diffusion_target(variant, latents, noise, t)
+        with torch.set_grad_enabled(prefix == ""): pred = model.denoiser(x_t, t, found.out).sample
+        value = diffusion.diffusion_loss(pred, target)
+        for name, ours in dict(noisy_latents=x_t, target=target, model_pred=pred.detach(), loss=value.detach()).items():
+            yield "train", prefix + name, ours, SINGLE
+        if prefix == "": loss, eps_pred, eps_target = value, pred, target
+        else: close(value, meta["loss_v_prediction"], SINGLE, "meta.json loss_v_prediction")
+    close(loss, meta["loss"], SINGLE, "meta.json loss")
+
+    yield "train", "snr", diffusion.snr(scheduler, t), SINGLE
+    gamma = next(int(m[1]) for m in (re.fullmatch(r"minsnr(\d+)_weight_eps", name) for name in names) if m)
+    weight = diffusion.min_snr_weight(scheduler, t, gamma)
+    weighted = diffusion.diffusion_loss(eps_pred.detach(), eps_target, weight)
+    yield "train", f"minsnr{gamma}_weight_eps", weight, SINGLE
+    yield "train", f"minsnr{gamma}_loss_eps", weighted, SINGLE
+    close(weighted, meta[f"loss_minsnr{gamma}"], SINGLE, "meta.json loss_minsnr")
+
+    loss.backward()
+    modules = {short: module for short, (module, *_) in alias.items()}
+    without = [f"{short}.{n}" for short, m in modules.items() for n, p in m.named_parameters() if p.grad is None]
+    assert without == meta["params_without_grad"], f"parameters without a gradient: {without}"
+
+    def official(kind, read):  # our tensors under the official names, in the official shapes
+        wanted = [name for name in names if name.startswith(kind + ".")]
+        ours = {short: back({n: read(p) for n, p in module.named_parameters()}, config, to_official=True) for short, (module, back, config) in alias.items()}
+        for name in wanted:
+            _, short, key = name.split(".", 2)
+            yield "train", name, ours[short][key].detach().clone(), CHAIN
+    yield from official("grad", lambda p: p.grad)
+
+    optimiser = meta["optimizer"]
+    everything = [p for m in modules.values() for p in m.parameters()]
+    norm = torch.nn.utils.clip_grad_norm_(everything, optimiser["max_grad_norm"])
+    yield "train", "grad_norm_total", norm, CHAIN
+    close(norm, meta["grad_norm_total"], CHAIN, "meta.json grad_norm_total")
+    for short, expected in meta["grad_norm_per_module_after_clip"].items():
+        close(torch.stack([p.grad.norm() for p in modules[short].parameters()]).norm(), expected, CHAIN, f"gradient norm of {short}")
+    scaled = {name: optimiser["encoder_lr_scale"] for name in ("multiheadstevesa", "unetencoder")}
+    groups = [dict(params=list(modules[short].parameters()), lr=optimiser["lr"] * scaled.get(folder, 1.0)) for short, folder in meta["alias"].items()]
+    torch.optim.AdamW(groups, lr=optimiser["lr"], betas=tuple(optimiser["betas"]), weight_decay=optimiser["weight_decay"], eps=optimiser["eps"]).step()
+    for file, name, ours, _ in official("after", lambda p: p):
+        before = convert.read_official_part(r.checkpoint() / meta["alias"][name.split(".")[1]])[1][name.split(".", 2)[2]]
+        assert not torch.equal(before, ours), f"{name} did not move"
+        yield file, name, ours, SINGLE  # one step moves a parameter by the learning rate, so a step in the wrong direction is seen
+
+
+def check_sampling(r: Recorded):
+    given, names = lambda name: r.given("sampling", name), r.names("sampling")
+    model, vae = r.model(), r.vae()
+    slots = given("slots")
+    with torch.no_grad():
+        z = r.given("train", "vae_mean") + r.given("train", "vae_std") * r.given("train", "vae_eps")
+        yield "sampling", "vae_recon", vae.decode(z).sample, SINGLE
+    for run in sorted({name.rpartition(".")[0] for name in names if "." in name}):
+        kind, steps, scale = re.fullmatch(r"(ddpm|dpm)(\d+)(?:_cfg([\d.]+))?", run).groups()
+        scheduler, steps = r.scheduler(kind), int(steps)
+        planned = diffusion.make_scheduler(kind, scheduler)
+        planned.set_timesteps(steps)
+        yield "sampling", f"{run}.timesteps", planned.timesteps, 0
+        if f"{run}.init_latents" not in names: continue
+        outputs, latents = [], []
+
+        def predict(x, t):
+            if scale is None: outputs.append(model.denoiser(x, t, slots).sample); return outputs[-1]
+            both = model.denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([given("negative"), slots])).sample
+            outputs.append(both)
+            negative, positive = both.chunk(2)
+            return negative + float(scale) * (positive - negative)
+
+        noise = iter(given(f"{run}.variance_noise")) if f"{run}.variance_noise" in names else iter(())
+        with injected_noise(noise), torch.no_grad():
+            last = sample(predict, given(f"{run}.init_latents"), scheduler, steps, callback=lambda state: latents.append(state["x"].clone()))
+            images = (vae.decode(last / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        yield "sampling", f"{run}.init_noise_sigma", torch.as_tensor(planned.init_noise_sigma, dtype=torch.float32), SINGLE
+        yield "sampling", f"{run}.unet_out", torch.stack(outputs), CHAIN
+        yield "sampling", f"{run}.latents", torch.stack(latents), CHAIN
+        yield "sampling", f"{run}.images", images, CHAIN
+
+
+CHECKS = dict(schedule=check_schedule, backbone=check_backbone, pos_modules=check_pos_modules, slot_attn=check_slot_attn,
+              slot_attn_variant=check_slot_attn_variant, unet=check_unet, train=check_train, sampling=check_sampling)
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------------------------------------
+
+def close(ours, recorded, tolerance: float, what: str) -> None:
+    "Same shape, same kind of number, within an absolute tolerance; NaN never passes"
+    ours, recorded = torch.as_tensor(ours), torch.as_tensor(recorded)
+    torch.testing.assert_close(ours, recorded, rtol=0, atol=tolerance, check_dtype=recorded.dtype == torch.int64, msg=lambda text: f"{what}: {text}")
+
+
+@contextmanager
+def watch(modules: dict, seen: dict):
+    "Write the first argument and the output of modules into `seen` as `name.in`, `name.out`"
+    def note(name):
+        def hook(module, args, output): seen[f"{name}.in"], seen[f"{name}.out"] = args[0].detach(), output.detach()
+        return hook
+    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    try: yield
+    finally:
+        for handle in handles: handle.remove()
+
+
+@contextmanager
+def injected_noise(noise):
+    "DDPM takes its variance noise from the recording instead of a generator"
+    from diffusers.schedulers import scheduling_ddpm
+    original, scheduling_ddpm.randn_tensor = scheduling_ddpm.randn_tensor, lambda *args, **kwargs: next(noise)
+    try: yield
+    finally: scheduling_ddpm.randn_tensor = original
+
+
+def run(check, r: Recorded) -> list:
+    "Compute and compare; returns the comparisons"
+    made = []
+    for file, name, ours, tolerance in check(r):
+        close(ours, r.array(file, name), tolerance, f"{file}/{name}")
+        made.append((file, name, ours, tolerance))
+    return made
+
+
+_FINISHED = {}
+
+
+def finished(group: str, folder: Path) -> tuple[list, set]:
+    "Comparisons of a group and the arrays it was given, computed once per session"
+    if (group, folder) not in _FINISHED:
+        recorded = Recorded(folder)
+        _FINISHED[group, folder] = run(CHECKS[group], recorded), recorded.used
+    return _FINISHED[group, folder]
+
+
+# --- the tests -------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("group", CHECKS)
+def test_matches_official(group, golden):
+    comparisons, _ = finished(group, golden("lsd"))
+    assert comparisons
+
+
+def test_every_array_is_compared(golden):
+    "No array of any file is left out: it is compared, or it is an input on which compared arrays depend"
+    folder = golden("lsd")
+    compared, given = set(), set()
+    for group in CHECKS:
+        made, used = finished(group, folder)
+        compared |= {(file, name) for file, name, *_ in made}
+        given |= used
+    files = {path.stem for path in folder.glob("*.safetensors")} - ELSEWHERE
+    everything = {(file, name) for file in files for name in Recorded(folder).names(file)}
+    assert everything == compared | given, f"untouched: {sorted(everything - compared - given)}"
+    listed = set(re.findall(r"^### (\w+)\.safetensors", (folder / "README.md").read_text(), flags=re.M)) - ELSEWHERE
+    assert files == listed, f"files and README differ: {files ^ listed}"
+    inputs = given - compared
+    assert len(inputs) < len(compared) and not any(name.startswith(("grad", "after", "act", "noise_pred", "slots_iter", "attn")) for _, name in inputs), inputs
+
+
+@pytest.mark.parametrize("group", CHECKS)
+def test_altered_expectation_fails(group, golden):
+    "Changing any one of the compared arrays makes its comparison fail"
+    folder = golden("lsd")
+    for file, name, ours, tolerance in finished(group, folder)[0]:
+        with pytest.raises(AssertionError, match=re.escape(f"{file}/{name}")):
+            close(ours, Recorded(folder, altered=(file, name)).array(file, name), tolerance, f"{file}/{name}")
+
+
+@pytest.mark.parametrize("group", CHECKS)
+def test_altered_file_fails(group, golden):
+    "The same through the whole check: the first array that is compared and no input too, altered as it is read from the file"
+    folder = golden("lsd")
+    made, used = finished(group, folder)
+    file, name = [(file, name) for file, name, *_ in made if (file, name) not in used][0]
+    with pytest.raises(AssertionError, match=re.escape(f"{file}/{name}")): run(CHECKS[group], Recorded(folder, altered=(file, name)))
+
+
+@pytest.mark.parametrize("group", ["backbone", "pos_modules", "slot_attn", "slot_attn_variant"])
+def test_altered_input_fails(group, golden):
+    "What the check is given matters: with an input altered, what we compute no longer matches"
+    folder = golden("lsd")
+    made, used = finished(group, folder)
+    for file, name in sorted(used - {(file, name) for file, name, *_ in made}):
+        with pytest.raises(AssertionError): run(CHECKS[group], Recorded(folder, altered=(file, name)))
+
+
+def test_parameter_counts(golden):
+    folder = golden("lsd")
+    model, vae = Recorded(folder).model(), Recorded(folder).vae()
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    ours = dict(backbone=count(model.encoder), slot_attn=count(model.slots), unet=count(model.denoiser), vae=count(vae))
+    assert ours == Recorded(folder).json("meta.json")["params"]
+
+
+@pytest.mark.parametrize("part", ["multiheadstevesa", "unetencoder", "unet2dconditionmodelwithpos"])
+def test_conversion_is_lossless(part, golden):
+    "official → ours → official gives every stored tensor back, bit for bit"
+    folder = Recorded(golden("lsd")).checkpoint()
+    config, state = convert.read_official_part(folder / part)
+    model = convert.read_official_lsd(folder)
+    module, back = {"multiheadstevesa": (model.slots, convert.convert_lsd_slot_attention), "unetencoder": (model.encoder, convert.convert_lsd_encoder),
+                    "unet2dconditionmodelwithpos": (model.denoiser, convert.convert_lsd_unet)}[part]
+    again = back(module.state_dict(), config, to_official=True)
+    assert set(again) == set(state)
+    assert [k for k in state if not torch.equal(again[k], state[k])] == []
