@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from ..components.denoisers import denoiser_config, load_unet, slot_denoiser
 from ..components.diffusion import (diffusion_loss, diffusion_target, make_scheduler, min_snr_weight, noise_at, offset_noise,
-                                            read_scheduler_config, sample_timesteps)
+                                            sample_timesteps)
 from ..components.encoders import build_encoder
 from ..components.latents import build_latents
 from ..components.slots import SlotAttention, empty_slot_rate, masks_from_attention, slot_cosine, slot_entropy
+from ..components.text import PromptEncoder
 from ..core import Decomposer, Factors
 
 # %% auto #0
-__all__ = ['token_mask', 'drop_slots', 'LSD', 'lsd_preset']
+__all__ = ['token_mask', 'drop_slots', 'LSD', 'lsd_preset', 'changed_region', 'repaint', 'background_slot', 'scheduler_of',
+           'StableLSD']
 
 # %% ../../nbs/methods/lsd.ipynb #weights-export
 def token_mask(weights: Tensor | None) -> Tensor | None:
@@ -93,13 +95,15 @@ class LSD(Decomposer):
     def latents(self) -> nn.Module:
         "The space of the denoiser, built at first use: pixels, patches, or a frozen autoencoder"
         if "latents" not in self.foundations():
-            space = build_latents(self.config.latents_path, patch=self.config.patch_size, base=self.config.get("_name_or_path"))
+            space = build_latents(**self._space(), base=self.config.get("_name_or_path"))
             shape, want = space.shape(self.config.image_size), (self.denoiser.config.in_channels, self.denoiser.config.sample_size)
             if shape[:2] != want:
                 raise ValueError(f"the latents of a {self.config.image_size}-pixel picture are {shape}, but the denoiser was built for {want[0]} channels of side {want[1]}: "
                                  "change denoiser_config (in_channels, sample_size), latents_path or patch_size")
             self.foundations()["latents"] = space.to(next(self.parameters()).device)
         return self.foundations()["latents"]
+
+    def _space(self) -> dict: return dict(path=self.config.latents_path, patch=self.config.patch_size)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -188,3 +192,97 @@ def lsd_preset(
     for key, value in changes.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
     return config
+
+# %% ../../nbs/methods/lsd.ipynb #edit-export
+def changed_region(before: Factors, after: Factors, size: int, grow: int = 2) -> Tensor:
+    "Where two sets differ: the pixels owned by a slot of one whose code is not in the other, `(b,1,s,s)` in {0,1}, grown by `grow` pixels"
+    def lonely(a: Factors, b: Factors) -> Tensor:
+        alone = torch.cdist(a.codes.float(), b.codes.float()).amin(-1) > 1e-4  # no twin in the other set
+        return alone.gather(1, a.segmentation(size).flatten(1)).unflatten(1, (size, size))
+    region = lonely(before, after)
+    if after.masks is not None: region = region | lonely(after, before)
+    return F.max_pool2d(region[:, None].float(), 2 * grow + 1, 1, grow)
+
+
+@torch.no_grad()
+def repaint(
+    model: Decomposer,
+    images: Tensor,  # `(b,3,h,w)`, the pictures to edit
+    factors: Factors,  # what they shall be made of now
+    region: Tensor,  # `(b,1,h,w)`, 1 where new paint may go; the rest stays as it is
+    **options,  # of `decode`
+) -> Tensor:
+    "Draw `factors`, but keep the picture outside `region`: at every step the rest is replaced by the picture at that noise level"
+    x0 = model.latents.encode(images)
+    keep = 1 - F.adaptive_max_pool2d(region.to(x0), x0.shape[-2:])
+    scheduler = copy.deepcopy(options.get("scheduler") or model.sampler or model.scheduler)
+    scheduler.set_timesteps(options.get("steps", 25), device=x0.device)
+    noise = options.pop("noise", None)
+    if noise is None: noise = torch.randn(x0.shape, generator=options.get("generator")).to(x0)
+
+    def hold(state: dict) -> Tensor:
+        rest = scheduler.timesteps[state["i"] + 1:]
+        known = noise_at(model.scheduler, x0, noise, rest[:1].long().expand(len(x0))) if len(rest) else x0
+        return keep * known + (1 - keep) * state["x"]
+    painted = model.decode(factors, noise=noise, callback=hold, **options)
+    inside = region.to(painted)
+    return inside * painted + (1 - inside) * images
+
+# %% ../../nbs/methods/lsd.ipynb #background-export
+def background_slot(factors: Factors) -> Tensor:
+    "The slot that owns most of the picture's border, `(b,)`: usually the background"
+    owner = F.one_hot(factors.segmentation(), factors.n_factors)
+    edge = torch.cat([owner[:, 0], owner[:, -1], owner[:, :, 0], owner[:, :, -1]], 1)
+    return edge.sum(1).argmax(-1)
+
+# %% ../../nbs/methods/lsd.ipynb #scheduler-of-export
+def scheduler_of(name_or_folder: str) -> dict:
+    "The noise schedule that a text-to-image model was trained with, from its `scheduler/`; hub name or local folder"
+    from diffusers import DDPMScheduler
+    try: return DDPMScheduler.load_config(name_or_folder, subfolder="scheduler")
+    except OSError as e: raise FileNotFoundError(f"no scheduler/ in '{name_or_folder}': give a hub name that is reachable or cached, or the local folder of a pipeline") from e
+
+# %% ../../nbs/methods/lsd.ipynb #stable-export
+class StableLSD(LSD):
+    "LSD on a frozen text-to-image model: DINO features → slots, which take the place of the text tokens; only the slots are trained"
+    @register_to_config
+    def __init__(
+        self,
+        foundation: str = "stabilityai/stable-diffusion-2-1",  # pipeline with `unet`, `vae`, `scheduler` inside: hub name or local folder
+        encoder_config: dict | None = None,  # of `build_encoder`; None = DINOv2 ViT-B/14 at 448 pixels
+        slots_config: dict | None = None,  # of `SlotAttention`; None = the published COCO setting (7 slots of 768)
+        image_size: int = 256,  # side of the pictures that the denoiser draws
+        timestep_sampling: str = "uniform",
+        timestep_strength: float = 1.0,
+        min_snr_gamma: float = 0.0,
+        offset_noise: float = 0.0,
+        slot_dropout: float = 0.0,
+        null_dropout: float = 0.0,  # chance that training shows the empty prompt instead of the slots
+    ):
+        Decomposer.__init__(self)
+        self._schedule(scheduler_of(foundation))
+        self.encoder = build_encoder(encoder_config or dict(kind="dino", name_or_folder="facebook/dinov2-base", image_size=image_size, resolution=448))
+        self.foundations()["denoiser"] = load_unet(foundation)
+        width = self.denoiser.config.cross_attention_dim
+        slots = {**dict(n_slots=7, slot_dim=768, hidden_dim=768, out_dim=width, n_iterations=5), **(slots_config or {})}
+        self.register_to_config(slots_config=slots)
+        self.slot_attention = SlotAttention(self.encoder.out_channels, **slots)
+        self._check_widths()
+        self.null_code = None
+
+    def _space(self) -> dict: return dict(path=self.config.foundation)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        "The frozen UNet"
+        return self.foundations()["denoiser"]
+
+    def null_factors(self, factors: Factors) -> Factors:
+        "The empty prompt, as many tokens of it as there are slots (Stable-LSD's unconditional branch)"
+        if "null" not in self.foundations(): self.foundations()["null"] = PromptEncoder(self.config.foundation).to(factors.codes.device)
+        return factors._replace(codes=self.foundations()["null"]([""], factors.n_factors).to(factors.codes).expand_as(factors.codes))
+
+    def enable_gradient_checkpointing(self) -> None:
+        "Recompute the frozen UNet's activations on the way back to the slots"
+        self.denoiser.train()  # diffusers checkpoints only in training mode; the UNet has neither dropout nor batch statistics
+        self.denoiser.enable_gradient_checkpointing()
