@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 from ..core import palette, to_uint8
 
 # %% auto #0
-__all__ = ['Picture', 'show', 'grid', 'paint', 'overlay', 'masked', 'slots', 'strip', 'matrix', 'Film', 'film', 'curve', 'heat',
-           'save_picture']
+__all__ = ['Picture', 'show', 'grid', 'paint', 'overlay', 'masked', 'slots', 'strip', 'matrix', 'Film', 'film', 'figure',
+           'plotted', 'curve', 'bars', 'heat', 'save_picture']
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-style-export
 _PAPER, _INK, _QUIET, _LINE, _EMPTY = (250, 250, 248), (58, 62, 70), (116, 122, 132), (221, 222, 220), (233, 233, 230)
@@ -78,9 +78,20 @@ class Picture:
 def _png(image: Image.Image, alt: str = "", **options) -> bytes:
     about = PngImagePlugin.PngInfo()
     if alt: about.add_itxt("Description", alt)
+    if not options: image = _few_colours(image)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True, pnginfo=about, **options)
     return buffer.getvalue()
+
+
+def _few_colours(image: Image.Image) -> Image.Image:
+    "The same pixels with a palette where 256 colours suffice: a third of the bytes"
+    if image.mode != "RGB" or image.getcolors(256) is None: return image
+    pixels = np.asarray(image).astype(np.uint32)
+    colours, index = np.unique(pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2], return_inverse=True)
+    small = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8), "L").copy()
+    small.putpalette(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1).astype(np.uint8).tobytes())
+    return small
 
 
 def _join(pictures: Sequence[Picture], horizontal: bool) -> Picture:
@@ -106,13 +117,21 @@ def _tiles(images, name: str = "images") -> list[np.ndarray | None]:
     if not isinstance(images, Tensor): raise ValueError(f"{name}: expected a tensor of images in [-1,1], got {type(images).__name__}")
     if images.dim() == 3: images = images[None]
     if images.dim() != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        hint = " (channels come first: permute(0,3,1,2))" if images.dim() == 4 and images.shape[-1] == 3 else " (a video? use film)" if images.dim() == 5 else ""
+        last = images.dim() == 4 and images.shape[-1] == 3
+        hint = " (channels come first: permute(0,3,1,2))" if last else " (a video? use film)" if images.dim() == 5 else ""
         raise ValueError(f"{name}: expected shape (b,3,h,w) or (3,h,w), got {tuple(images.shape)}{hint}")
     if not images.is_floating_point(): raise ValueError(f"{name}: expected floats in [-1,1], got {images.dtype}: use x/127.5 - 1")
     images = images.detach().float().cpu()
     if not images.isfinite().all(): raise ValueError(f"{name}: holds NaN or infinite values")
     if images.abs().max() > 12: raise ValueError(f"{name}: values reach {images.abs().max():.0f}, expected [-1,1]: use x/127.5 - 1 for 0..255")
     return list(to_uint8(images.expand(-1, 3, -1, -1)).numpy())
+
+
+def _stack(images, name: str = "images") -> Tensor:
+    "The same as one float tensor `(b,h,w,3)` in 0…255: for figures whose images must be of one size"
+    tiles = _tiles(images, name)
+    if any(t is None or t.shape != tiles[0].shape for t in tiles): raise ValueError(f"{name}: expected images of one size")
+    return torch.from_numpy(np.stack(tiles)).float()
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-scale-export
 def _enlarge(tile: np.ndarray, scale: int, resample: str = "nearest") -> Image.Image:
@@ -143,16 +162,57 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
         if word == "\n": lines.append(word)
         elif lines and lines[-1] != "\n" and font.getlength(f"{lines[-1]} {word}") <= width: lines[-1] += f" {word}"
         else: lines.append(word)
-    def cut(word): return word if font.getlength(word) <= width else next((s for i in range(len(word), 0, -1) if font.getlength(s := word[:i] + "…") <= width), "…")
+    def cut(word: str) -> str:
+        if font.getlength(word) <= width: return word
+        return next((word[:i] + "…" for i in range(len(word), 0, -1) if font.getlength(word[:i] + "…") <= width), "…")
     return [cut(line) for line in lines if line != "\n"]
 
 
 def _caption_size(captions: Sequence[str], widths: Sequence[int]) -> int:
     "The largest type size, of a few, at which every word fits its column"
     def fits(size): return all(_font(size).getlength(word) <= w for text, w in zip(captions, widths) for word in str(text).split())
-    return next((size for size in (_TEXT, _TEXT - 2, _TEXT - 4) if fits(size)), _TEXT - 4)
+    return next((size for size in (_TEXT, _TEXT - 2, _TEXT - 4) if fits(size)), _TEXT - 6)
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-sheet-export
+class _Plan(NamedTuple):
+    "Where everything on a sheet goes, in output pixels"
+    xs: list[int]
+    ys: list[int]
+    widths: list[int]
+    heights: list[int]
+    captions: dict[tuple[int, int], list[str]]  # wrapped lines
+    font: ImageFont.FreeTypeFont  # of the captions
+    names: list[list[str]]  # wrapped row titles
+    heading: list[str]
+    size: tuple[int, int]
+
+
+def _plan(cells, captions, row_titles, title: str, gap: int, lead: int) -> _Plan:
+    columns = max(len(row) for row in cells)
+    widths = [max([r[j].width for r in cells if j < len(r) and r[j] is not None], default=0) for j in range(columns)]
+    heights = [max([c.height for c in row if c is not None], default=0) for row in cells]
+    words = {(i, j): str(t) for i, row in enumerate(captions or []) for j, t in enumerate(row) if t}
+    room = {j: widths[j] + max(0, gap - 10) for j in range(columns)}
+    font = _font(_caption_size(list(words.values()), [room[j] for _, j in words]))
+    lines = {at: _wrap(t, font, room[at[1]]) for at, t in words.items()}
+    above = [max([len(v) for (r, _), v in lines.items() if r == i], default=0) * _leading(font) for i in range(len(cells))]
+    names = [_wrap(t, _font(_TEXT), 230) for t in row_titles or []]
+    named = max([_font(_TEXT).getlength(line) for n in names for line in n], default=0)
+    left = _MARGIN + (math.ceil(named) + 18 if named else 0)
+    xs = [left + sum(widths[:j]) + gap * j + (lead if j else 0) for j in range(columns)]
+    heading = _wrap(title, _font(_TEXT + 4), max(xs[-1] + widths[-1] - _MARGIN, 420)) if title else []
+    y, ys = _MARGIN + (len(heading) * _leading(_font(_TEXT + 4)) + 14 if heading else 0), []
+    for i, h in enumerate(heights):
+        if i: y += gap + (lead if i == 1 else 0) + (6 if above[i] else 0)
+        ys.append(y + (above[i] + 8 if above[i] else 0))
+        y = ys[-1] + h
+    right = max(xs[-1] + widths[-1], math.ceil(_MARGIN + max([_font(_TEXT + 4).getlength(line) for line in heading], default=0)))
+    return _Plan(xs, ys, widths, heights, lines, font, names, heading, (right + _MARGIN, y + _MARGIN))
+
+
+def _leading(font: ImageFont.FreeTypeFont) -> int: return round(font.size * 1.3)
+
+# %% ../../nbs/viz/pictures.ipynb #pictures-sheet-draw-export
 def _sheet(
     cells: Sequence[Sequence[Image.Image | None]],  # rows of tiles, already enlarged
     *,
@@ -166,48 +226,36 @@ def _sheet(
     alt: str = "",
 ) -> Picture:
     "Lay out cells, draw the words, return the figure"
-    columns = max(len(row) for row in cells)
-    widths = [max([r[j].width for r in cells if j < len(r) and r[j] is not None], default=0) for j in range(columns)]
-    heights = [max([c.height for c in row if c is not None], default=0) for row in cells]
-    captions = captions or [[""] * columns for _ in cells]
-    words = [(i, j, t) for i, row in enumerate(captions) for j, t in enumerate(row) if t]
-    font = _font(_caption_size([t for *_, t in words], [widths[j] + gap - 4 for _, j, _ in words]))
-    lines = {(i, j): _wrap(t, font, widths[j] + gap - 4) for i, j, t in words}
-    line_height = round(font.size * 1.3)
-    above = [max([len(lines[i, j]) for j in range(columns) if (i, j) in lines], default=0) * line_height for i in range(len(cells))]
-    above = [a + 8 if a else 0 for a in above]
-    names = [_wrap(t, _font(_TEXT), 230) for t in row_titles] if row_titles and any(row_titles) else None
-    left = _MARGIN + (math.ceil(max(_font(_TEXT).getlength(s) for n in names for s in n)) + 18 if names else 0)
-    heading = _wrap(title, _font(_TEXT + 4), max(sum(widths) + gap * (columns - 1) + left - _MARGIN, 420)) if title else []
-
-    xs = [left + sum(widths[:j]) + gap * j + (lead if j else 0) for j in range(columns)]
-    y, ys = _MARGIN + (len(heading) * round((_TEXT + 4) * 1.3) + 14 if heading else 0), []
-    for i, h in enumerate(heights):
-        if i: y += gap + (lead if i == 1 else 0) + (6 if above[i] else 0)
-        ys.append(y + above[i])
-        y = ys[-1] + h
-    right = max(xs[-1] + widths[-1], math.ceil(_MARGIN + max([_font(_TEXT + 4).getlength(s) for s in heading], default=0)))
-    canvas = Image.new("RGB", (right + _MARGIN, y + _MARGIN), _PAPER)
+    p = _plan(cells, captions, row_titles, title, gap, lead)
+    canvas = Image.new("RGB", p.size, _PAPER)
     draw = ImageDraw.Draw(canvas)
-    for n, line in enumerate(heading): draw.text((_MARGIN, _MARGIN - 4 + n * round((_TEXT + 4) * 1.3)), line, _INK, _font(_TEXT + 4))
-    for i, row in enumerate(cells):
-        for j, cell in enumerate(row):
-            if cell is not None: canvas.paste(cell, (xs[j] + (widths[j] - cell.width) // 2, ys[i] + (heights[i] - cell.height) // 2))
-        for n, line in enumerate(names[i] if names and i < len(names) else []):
-            draw.text((left - 18, ys[i] + heights[i] / 2 + (n - (len(names[i]) - 1) / 2) * round(_TEXT * 1.3)), line, _INK, _font(_TEXT), anchor="rm")
-    for (i, j), text in lines.items():
-        for n, line in enumerate(text):
-            x, base = xs[j] + widths[j] / 2, ys[i] - 8 - (len(text) - n - 0.5) * line_height
-            if chips and (i, j) in chips and n == 0:
-                r, x = font.size * 0.36, x + font.size * 0.55
-                dot = x - font.getlength(line) / 2 - font.size * 0.75
-                draw.ellipse((dot - r, base - r, dot + r, base + r), tuple(int(c) for c in chips[i, j]))
-            draw.text((x, base), line, _INK, font, anchor="mm")
-    for (i, j), colour in (frames or {}).items():
+    corner = {(i, j): (p.xs[j] + (p.widths[j] - c.width) // 2, p.ys[i] + (p.heights[i] - c.height) // 2)
+              for i, row in enumerate(cells) for j, c in enumerate(row) if c is not None}
+    for (i, j), (x, y) in corner.items():
         c = cells[i][j]
-        x, y = xs[j] + (widths[j] - c.width) // 2, ys[i] + (heights[i] - c.height) // 2
-        draw.rectangle((x - 5, y - 5, x + c.width + 4, y + c.height + 4), outline=tuple(int(v) for v in colour), width=5)
+        canvas.paste(c, (x, y))
+        if frames and (i, j) in frames: draw.rectangle((x - 5, y - 5, x + c.width + 4, y + c.height + 4), outline=_rgb(frames[i, j]), width=5)
+    for n, line in enumerate(p.heading): draw.text((_MARGIN, _MARGIN - 4 + n * _leading(_font(_TEXT + 4))), line, _INK, _font(_TEXT + 4))
+    for i, name in enumerate(p.names):
+        for n, line in enumerate(name):
+            y = p.ys[i] + p.heights[i] / 2 + (n - (len(name) - 1) / 2) * _leading(_font(_TEXT))
+            draw.text((p.xs[0] - 18, y), line, _INK, _font(_TEXT), anchor="rm")
+    for (i, j), text in p.captions.items(): _caption(draw, p.xs[j] + p.widths[j] / 2, p.ys[i] - 8, text, p.font, (chips or {}).get((i, j)))
     return Picture(canvas, alt or title, margin=_MARGIN)
+
+
+def _rgb(colour: Sequence[int]) -> tuple[int, ...]: return tuple(int(c) for c in colour)
+
+
+def _caption(draw: ImageDraw.ImageDraw, x: float, bottom: float, lines: Sequence[str], font, chip: Sequence[int] | None = None) -> None:
+    "Centred lines that end at `bottom`; a chip is a dot in the colour of the factor"
+    for n, line in enumerate(lines):
+        y, at = bottom - (len(lines) - n - 0.5) * _leading(font), x
+        if chip is not None and n == 0:
+            r, at = font.size * 0.36, x + font.size * 0.55
+            dot = at - font.getlength(line) / 2 - font.size * 0.75
+            draw.ellipse((dot - r, y - r, dot + r, y + r), _rgb(chip))
+        draw.text((at, y), line, _INK, font, anchor="mm")
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-show-export
 def show(
@@ -281,28 +329,41 @@ def paint(
     masks: Tensor,  # labels `(b,h,w)` or soft masks `(b,k,h,w)` of any resolution
     *,
     alpha: float = 0.65,  # 0 = image, 1 = flat colours
-    contours: bool = True,  # fine light lines between regions (from `scale` 3 on)
+    contours: bool = True,  # fine light lines between regions (from `scale` 2 on)
     background: int | None = None,  # this label is drawn grey
     scale: int = 1,  # output is this many times larger, so that contours can be finer than a pixel
 ) -> Tensor:
-    "Images `(b,3,h·scale,w·scale)` with every region in the colour of its factor, over a greyed image so that no two colours mix"
+    "Images `(b,3,h·scale,w·scale)` with every region in the colour of its factor, lighter and darker as the image is"
     if not 0 <= alpha <= 1: raise ValueError(f"alpha: expected 0…1, got {alpha}")
-    tiles = torch.from_numpy(np.stack(_tiles(images))).float()
+    tiles = _stack(images)
     labels = _labels(masks, tiles.shape[1:3], len(tiles))
-    colours = palette(int(labels.max()) + 1).float()
-    if background is not None and background < len(colours): colours[background] = torch.tensor([168.0, 170.0, 172.0])
-    grey = (tiles @ torch.tensor([0.299, 0.587, 0.114]))[..., None] * 0.9 + 20  # neither black nor white, so that colour shows everywhere
-    under = torch.lerp(tiles, grey, min(1.0, 1.6 * alpha))
-    out = torch.lerp(under, colours[labels], alpha).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    if contours and scale >= 3:
-        big = labels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        edge = torch.zeros_like(big, dtype=torch.bool)
-        down, across = big[:, 1:] != big[:, :-1], big[:, :, 1:] != big[:, :, :-1]
-        edge[:, 1:] |= down; edge[:, :-1] |= down; edge[:, :, 1:] |= across; edge[:, :, :-1] |= across
-        out[edge] = torch.tensor([255.0, 255.0, 255.0])
+    colours = _factor_colours(int(labels.max()) + 1, background).float()
+    light = (tiles @ torch.tensor([0.299, 0.587, 0.114]))[..., None] / 255
+    tint = (colours[labels] * (1 + 1.2 * (1 - alpha) * (light - 0.62))).clamp(0, 255)  # light and shade without greying the colour
+    out = torch.lerp(tiles, tint, min(1.0, alpha / 0.65)).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    if contours and scale > 1: out[_borders(labels.repeat_interleave(scale, 1).repeat_interleave(scale, 2), fine=scale == 2)] = 255
     return (out / 127.5 - 1).movedim(-1, 1)
 
 
+def _factor_colours(k: int, background: int | None = None) -> Tensor:
+    "`palette(k)`, the background factor in grey"
+    colours = palette(k)
+    if background is not None and background < k: colours[background] = torch.tensor([168, 170, 172])
+    return colours
+
+
+def _borders(labels: Tensor, fine: bool = False) -> Tensor:
+    "Both pixels (`fine`: one) of every pair of neighbours whose labels differ, bool `(b,h,w)`"
+    edge = torch.zeros_like(labels, dtype=torch.bool)
+    down, across = labels[:, 1:] != labels[:, :-1], labels[:, :, 1:] != labels[:, :, :-1]
+    edge[:, 1:] |= down
+    edge[:, :, 1:] |= across
+    if not fine:
+        edge[:, :-1] |= down
+        edge[:, :, :-1] |= across
+    return edge
+
+# %% ../../nbs/viz/pictures.ipynb #pictures-overlay-export
 def overlay(
     images: Tensor,  # `(b,3,h,w)` in [−1,1]
     masks: Tensor,  # labels `(b,h,w)` or soft masks `(b,k,h,w)`
@@ -319,14 +380,14 @@ def overlay(
     "Label maps or masks over images, as a figure; see `paint` for the options"
     tiles = _tiles(images)
     ncol = ncol or _balanced(len(tiles), 6)
-    scale = scale or _auto_scale(tiles[0].shape[1], ncol)
+    scale = scale or _auto_scale(tiles[0].shape[1], min(ncol, len(tiles)))
     painted = paint(images, masks, alpha=alpha, contours=contours, background=background, scale=scale)
     return show(painted, titles, title=title, ncol=ncol, scale=1, alt=alt or "segmentation over images")
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-masked-export
 def masked(images: Tensor, masks: Tensor, n_factors: int | None = None) -> Tensor:
     "Each factor's share of an image `(b,k,3,h,w)`: soft masks fade out to a light ground, labels cut sharply"
-    tiles = torch.from_numpy(np.stack(_tiles(images))).float().movedim(-1, 1)
+    tiles = _stack(images).movedim(-1, 1)
     size, soft = tiles.shape[-2:], torch.as_tensor(masks).detach().cpu()
     if soft.is_floating_point():
         soft = soft[None] if soft.dim() == 3 else soft
@@ -351,28 +412,25 @@ def slots(
     scale: int | None = None,
     alt: str = "",
 ) -> Picture:
-    "A row for each image: input, reconstruction, segmentation, then every factor alone"
-    tiles = _tiles(images)
-    parts = masked(images, masks) if parts is None else parts
-    (b, k), lead = parts.shape[:2], 2 if reconstruction is None else 3
-    width = tiles[0].shape[1]
-    line = min(k, max(1, (_WIDTH - 2 * _MARGIN + _GAP) // (max(112, width) + _GAP) - lead))  # factors in a line; more of them wrap
-    line = math.ceil(k / math.ceil(k / line))
-    scale = scale or _auto_scale(width, lead + line)
-    own = [tiles, *([] if reconstruction is None else [_tiles(reconstruction, "reconstruction")]), _tiles(paint(images, masks, background=background, scale=scale))]
+    "A row for each image: input, reconstruction, segmentation, then every factor alone; many factors take several lines"
+    tiles, parts = _tiles(images), masked(images, masks) if parts is None else parts
+    if parts.dim() != 5 or len(parts) != len(tiles): raise ValueError(f"parts: expected ({len(tiles)},k,3,h,w), got {tuple(parts.shape)}")
+    k, width = parts.shape[1], tiles[0].shape[1]
+    heads = {"input": tiles} | ({} if reconstruction is None else {"reconstruction": _tiles(reconstruction, "reconstruction")})
+    most = (_WIDTH - 2 * _MARGIN + _GAP) // (max(112, width) + _GAP) - len(heads) - 1
+    line = _balanced(k, max(1, most))
+    scale = scale or _auto_scale(width, len(heads) + 1 + line)
+    heads["segmentation"] = _tiles(paint(images, masks, background=background, scale=scale))
     cells, captions, chips = [], [], {}
-    for i in range(b):
+    for i in range(len(tiles)):
+        front = [_enlarge(t[i], max(1, width * scale // t[i].shape[1])) for t in heads.values()]
         shares = [_enlarge(t, scale) for t in _tiles(parts[i], "parts")]
         for start in range(0, k, line):
-            head = [None] * lead if start else _common([own[c][i] for c in range(lead)], lead, 1, "nearest")
-            if i == 0:
-                chips |= {(len(cells), lead + j): palette(k)[start + j].tolist() for j in range(min(line, k - start))}
-                names = ["input", "reconstruction", "segmentation"] if lead == 3 else ["input", "segmentation"]
-                captions.append([*([""] * lead if start else names), *(f"{name} {j}" if k <= 7 else f"{j}" for j in range(start, min(k, start + line)))])
-            else: captions.append([""] * (lead + line))
-            cells.append([*head, *shares[start:start + line]])
-    if background is not None: chips = {at: (168, 170, 172) if c == palette(k)[background].tolist() else c for at, c in chips.items()}
-    return _sheet(cells, captions=captions, chips=chips, title=title, alt=alt or f"input, segmentation and each of {k} factors, for {b} images")
+            cells.append([*([None] * len(front) if start else front), *shares[start:start + line]])
+            names = [f"{name} {j}" if line <= 7 and k <= 10 else f"{j}" for j in range(start, min(k, start + line))]
+            captions.append([] if i else [*([""] * len(heads) if start else heads), *names])
+            if i == 0: chips |= {(len(cells) - 1, len(heads) + j): c for j, c in enumerate(_factor_colours(k, background)[start:start + line].tolist())}
+    return _sheet(cells, captions=captions, chips=chips, title=title, alt=alt or f"input, segmentation and each of {k} factors, for {len(tiles)} images")
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-strip-export
 def strip(
@@ -392,8 +450,8 @@ def strip(
     for what, given, wanted in (("row_titles", row_titles, len(tiles)), ("col_titles", col_titles, n)):
         if given and len(given) != wanted: raise ValueError(f"{what}: {len(given)} for {wanted}")
     room = _WIDTH - 2 * _MARGIN - (min(230, max(round(_font(_TEXT).getlength(str(t))) for t in row_titles)) + 18 if row_titles else 0)
-    narrowest = min(t.shape[1] for r in tiles for t in r if t is not None)
-    block = _balanced(n, max(1, (room + _GAP) // (max(96, narrowest) + _GAP)))
+    widest = max((t.shape[1] for r in tiles for t in r if t is not None), default=1)
+    block = _balanced(n, max(1, (room + _GAP) // (max(96, widest * (scale or 1)) + _GAP)))
     flat = _common([t for r in tiles for t in r], block, scale, resample, room=room)
     cells, at = [], 0
     for r in tiles: cells.append(flat[at:at + len(r)]); at += len(r)
@@ -421,13 +479,13 @@ def matrix(
     top, side = _tiles(col_images, "col_images"), _tiles(row_images, "row_images")
     if images.dim() != 5 or images.shape[:2] != (len(side), len(top)):
         raise ValueError(f"images: expected ({len(side)},{len(top)},3,h,w) for {len(side)} row and {len(top)} column images, got {tuple(images.shape)}")
-    flat = _common([*top, *side, *_tiles(images.flatten(0, 1))], len(top) + 1, scale, resample)
+    flat = _common([*top, *side, *_tiles(images.flatten(0, 1))], len(top) + 1, scale, resample, gap=20)
     r, c = len(side), len(top)
     corner = _corner(flat[0].size, row_title, col_title) if row_title or col_title else None
     cells = [[corner, *flat[:c]], *[[flat[c + i], *flat[c + r + i * c:c + r + (i + 1) * c]] for i in range(r)]]
     colours = palette(2).tolist()
     frames = {(0, j + 1): colours[1] for j in range(c)} | {(i + 1, 0): colours[0] for i in range(r)}
-    return _sheet(cells, frames=frames, title=title, lead=16, alt=alt or title or f"recombination: {row_title} of {r} images with {col_title} of {c}")
+    return _sheet(cells, frames=frames, title=title, gap=20, lead=14, alt=alt or title or f"recombination: {row_title} of {r} images with {col_title} of {c}")
 
 
 def _corner(size: tuple[int, int], row_title: str, col_title: str) -> Image.Image:
@@ -435,39 +493,42 @@ def _corner(size: tuple[int, int], row_title: str, col_title: str) -> Image.Imag
     tile = Image.new("RGB", size, _PAPER)
     draw, font = ImageDraw.Draw(tile), _font(_caption_size([row_title, col_title], [size[0] - 34] * 2))
     rows, cols = _wrap(row_title, font, size[0] - 10), _wrap(col_title, font, size[0] - 34)
-    for text, x, y, anchor, colour in ((cols, size[0], 10, "ra", palette(2)[1]), (rows, 2, size[1] - 10 - round(1.3 * font.size) * len(rows), "la", palette(2)[0])):
+    sides = ((cols, size[0], 10, "ra", palette(2)[1]), (rows, 2, size[1] - 10 - _leading(font) * len(rows), "la", palette(2)[0]))
+    for text, x, y, anchor, colour in sides:
         shade = tuple(int(0.72 * v) for v in colour)
         for n, line in enumerate(text):
             arrow = (" →" if anchor == "ra" else " ↓") if n == len(text) - 1 else ""
-            draw.text((x, y + n * round(1.3 * font.size)), line + arrow, shade, font, anchor=anchor)
+            draw.text((x, y + n * _leading(font)), line + arrow, shade, font, anchor=anchor)
     return tile
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-film-export
 class Film(Picture):
     "A moving `Picture`: plays as animated PNG, saves as .gif, .png or .webp"
 
-    def __init__(self, frames: Sequence[Image.Image], fps: float, alt: str = "", stills: Sequence[Image.Image] | None = None):
-        super().__init__(frames[0], alt, margin=_MARGIN)
-        self.frames, self.fps, self.stills = list(frames), fps, list(stills or frames)
+    def __init__(self, pages: Sequence[Image.Image], fps: float, alt: str = "", stills: Tensor | None = None):
+        super().__init__(pages[0], alt, margin=_MARGIN)
+        self.pages, self.fps, self.stills = list(pages), fps, stills
 
-    def _repr_png_(self) -> bytes:
-        return _png(self.image, self.alt, save_all=True, append_images=self.frames[1:], duration=round(1000 / self.fps), loop=0)
+    def _animation(self, pages: Sequence[Image.Image]) -> dict:
+        return dict(save_all=True, append_images=pages[1:], duration=round(1000 / self.fps), loop=0)
+
+    def _repr_png_(self) -> bytes: return _png(self.image, self.alt, **self._animation(self.pages))
 
     @property
     def gif(self) -> bytes:
-        "GIF bytes; 256 colours shared by all frames"
+        "GIF bytes; all frames share 256 colours"
+        together = Image.fromarray(np.concatenate([np.asarray(p) for p in self.pages]))
+        key = together.quantize(256, dither=Image.Dither.NONE)
+        pages = [p.quantize(palette=key, dither=Image.Dither.NONE) for p in self.pages]
         buffer = io.BytesIO()
-        key = Image.new("RGB", (self.frames[0].width, self.frames[0].height * len(self.frames)))
-        for i, f in enumerate(self.frames): key.paste(f, (0, i * f.height))
-        key = key.quantize(256, dither=Image.Dither.NONE)
-        first, *rest = (f.quantize(palette=key, dither=Image.Dither.NONE) for f in self.frames)
-        first.save(buffer, "GIF", save_all=True, append_images=rest, duration=round(1000 / self.fps), loop=0)
+        pages[0].save(buffer, "GIF", **self._animation(pages))
         return buffer.getvalue()
 
-    def strip(self, n: int = 6) -> Picture:
-        "`n` frames spread over the film, first and last among them, as one still picture"
-        index = [round(i) for i in np.linspace(0, len(self.stills) - 1, min(n, len(self.stills)))]
-        return _sheet([[self.stills[i] for i in index]], captions=[[f"{i}" for i in index]], alt=self.alt)
+    def strip(self, n: int = 8) -> Picture:
+        "`n` frames spread over the film, first and last among them, as a still picture: a row for each film"
+        index = np.linspace(0, len(self.pages) - 1, min(n, len(self.pages))).round().astype(int).tolist()
+        if self.stills is None: return show([self.pages[i] for i in index], [f"frame {i}" for i in index], scale=1)
+        return strip(list(self.stills[:, index]), col_titles=[f"{i}" for i in index], alt=self.alt)
 
     def save(self, path: str | Path) -> Path:
         "Write .gif, .png (animated) or .webp; another ending saves the first frame"
@@ -475,10 +536,10 @@ class Film(Picture):
         if path.suffix.lower() not in (".gif", ".webp"): return super().save(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".gif": path.write_bytes(self.gif)
-        else: self.image.save(path, save_all=True, append_images=self.frames[1:], duration=round(1000 / self.fps), loop=0, lossless=True)
+        else: self.image.save(path, lossless=True, **self._animation(self.pages))
         return path
 
-
+# %% ../../nbs/viz/pictures.ipynb #pictures-film-make-export
 def film(
     frames: Tensor | Sequence[Tensor],  # `(t,3,h,w)` in [−1,1], or `(b,t,3,h,w)`: several films side by side
     fps: float = 8,
@@ -486,18 +547,61 @@ def film(
     *,
     ncol: int | None = None,
     scale: int | None = None,
+    resample: str = "nearest",
     alt: str = "",
 ) -> Film:
     "Frames that play in the notebook and on the page"
     if not fps > 0: raise ValueError(f"fps: expected a positive number of frames per second, got {fps}")
     if not isinstance(frames, Tensor): frames = torch.stack(list(frames))
+    if frames.dim() not in (4, 5): raise ValueError(f"frames: expected (t,3,h,w) or (b,t,3,h,w), got {tuple(frames.shape)}")
     frames = frames if frames.dim() == 5 else frames[None]
-    titles = [titles] if isinstance(titles, str) else titles
-    ncol = ncol or _balanced(len(frames), 6)
-    pages = [show(frames[:, t], titles, ncol=ncol, scale=scale).image for t in range(frames.shape[1])]
-    stills = [grid(frames[:, t], ncol=ncol, scale=scale or _auto_scale(frames.shape[-1], 6 * ncol)).image.crop for t in range(frames.shape[1])]
-    stills = [crop((_MARGIN, _MARGIN, size[0] - _MARGIN, size[1] - _MARGIN)) for crop in stills for size in [crop.__self__.size]]
-    return Film(pages, fps, alt or f"{frames.shape[1]} frames", stills)
+    pages = [show(frames[:, t], titles, ncol=ncol, scale=scale, resample=resample).image for t in range(frames.shape[1])]
+    return Film(pages, fps, alt or f"film of {frames.shape[1]} frames", frames.detach().cpu())
+
+# %% ../../nbs/viz/pictures.ipynb #pictures-figure-export
+_TYPE = {"font.family": "DejaVu Sans", "font.size": 7.9, "axes.formatter.useoffset": False, "text.hinting": "none", "text.hinting_factor": 1}
+
+
+def figure(width: int = 380, height: int = 250, title: str = ""):
+    "An empty plot in the style of the house: matplotlib's `(figure, axes)`, to fill and hand to `plotted`; sizes are nominal pixels"
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    ink, quiet, line, paper = (tuple(v / 255 for v in c) for c in (_INK, _QUIET, _LINE, _PAPER))
+    with rc_context(_TYPE):
+        fig = Figure((width / 100, height / 100), dpi=200, facecolor=paper)
+        FigureCanvasAgg(fig)
+        axes = fig.add_subplot(facecolor="none")
+        axes.grid(axis="y", color=line, lw=0.6)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items(): spine.set(visible=side == "bottom", color=quiet, lw=0.6)
+        axes.tick_params(length=0, colors=quiet, which="both")
+        axes.xaxis.label.set_color(ink)
+        axes.yaxis.label.set_color(ink)
+        if title: fig.text(0, 1, title, color=ink, va="top", fontsize=_TYPE["font.size"] + 0.7)
+    return fig, axes
+
+
+def plotted(fig, axes=None, *, right: int = 0, alt: str = "") -> Picture:
+    "A filled `figure` as a `Picture`; with `axes` they grow to the margins, leaving `right` output pixels free at their right"
+    from matplotlib import rc_context
+    with rc_context(_TYPE):
+        if axes is not None: _fill(fig, axes, right)
+        fig.canvas.draw()
+        image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB")
+    return Picture(image.quantize(96, dither=Image.Dither.NONE).convert("RGB"), alt, margin=_MARGIN)
+
+
+def _fill(fig, axes, right: int) -> None:
+    w, h = fig.get_size_inches() * fig.dpi
+    axes.set_position([0.2, 0.2, 0.6, 0.6])
+    fig.canvas.draw()
+    inner, outer = axes.get_window_extent(), axes.get_tightbbox(for_layout_only=True)
+    left, below = inner.x0 - outer.x0 + _MARGIN, inner.y0 - outer.y0 + _MARGIN
+    above = _MARGIN + (44 if fig.texts else 6)
+    axes.set_position([left / w, below / h, 1 - (left + right + _MARGIN) / w, 1 - (below + above) / h])
+    for t in fig.texts: t.set_position((_MARGIN / w, 1 - (_MARGIN - 6) / h))
+    fig.canvas.draw()
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-curve-export
 def curve(
@@ -514,49 +618,28 @@ def curve(
     alt: str = "",
 ) -> Picture:
     "Lines of numbers, in the colours of `palette`"
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     if not series: raise ValueError("series: nothing to draw")
     if set(log) - set("xy"): raise ValueError(f"log: expected '', 'x', 'y' or 'xy', got {log!r}")
-    ink, quiet, line = (tuple(v / 255 for v in c) for c in (_INK, _QUIET, _LINE))
-    with rc_context(_TYPE):
-        figure = Figure((width / 100, height / 100), dpi=200, facecolor=tuple(v / 255 for v in _PAPER))
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.add_subplot(facecolor="none")
-        ends = []
-        for (name, values), colour in zip(series.items(), (palette(len(series)) / 255).tolist()):
-            x, y, spread = _series(name, values)
-            if smooth: axes.plot(x, y, color=colour, lw=0.8, alpha=0.25)
-            y = _running_mean(y, smooth)
-            axes.plot(x, y, color=colour, lw=1.5, solid_capstyle="round", marker="o" if len(x) == 1 else None, ms=4)
-            if spread is not None: axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.16, lw=0)
-            ends.append((name, x[-1], y[-1], colour))
-        if "x" in log: axes.set_xscale("log")
-        if "y" in log: axes.set_yscale("log")
-        axes.set_ylim(*y_range)
-        axes.margins(x=0.02)
-        axes.grid(axis="y", color=line, lw=0.6)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items(): spine.set(visible=side == "bottom", color=quiet, lw=0.6)
-        axes.tick_params(length=0, colors=quiet, which="both")
-        axes.set_xlabel(x_label, color=ink)
-        if title or y_label: figure.text(0.0, 1.0, title or y_label, color=ink, va="top", fontsize=_TYPE["font.size"] + 0.7)
-        if title and y_label: axes.set_ylabel(y_label, color=ink)
-        _fit_axes(figure, axes, canvas, ends, top=bool(title or y_label))
-        canvas.draw()
-        image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    return Picture(image, alt or f"{title or y_label or 'curve'}: {', '.join(series)}", margin=_MARGIN)
+    lines = {name: _series(name, values) for name, values in series.items()}
+    fig, axes = figure(width, height, title or y_label)
+    for (x, y, spread), colour in zip(lines.values(), (palette(len(series)) / 255).tolist()):
+        if smooth: axes.plot(x, y, color=colour, lw=0.8, alpha=0.25)
+        y = _running_mean(y, smooth)
+        axes.plot(x, y, color=colour, lw=1.5, solid_capstyle="round", marker="o" if len(x) == 1 else None, ms=4)
+        if spread is not None: axes.fill_between(x, y - spread, y + spread, color=colour, alpha=0.16, lw=0)
+    for axis in log: _log_axis(axes, axis)
+    axes.set_ylim(*y_range)
+    axes.margins(x=0.02)
+    axes.set_xlabel(x_label)
+    if title: axes.set_ylabel(y_label)
+    right = _name_lines(fig, axes, {name: (x[-1], _running_mean(y, smooth)[-1]) for name, (x, y, _) in lines.items()})
+    return plotted(fig, None if right is None else axes, right=right or 0, alt=alt or f"{title or y_label or 'curve'}: {', '.join(map(str, series))}")
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-curve-machinery-export
-_TYPE = {"font.family": "DejaVu Sans", "font.size": 7.9, "axes.titlesize": 8.6, "axes.formatter.useoffset": False, "text.hinting": "none", "text.hinting_factor": 1}
-
-
 def _series(name: str, values) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     parts = values if isinstance(values, tuple) else (None, values)
-    arrays = [None if p is None else np.asarray(p.detach().cpu() if isinstance(p, Tensor) else p, dtype=float) for p in parts]
-    x, y, spread = [*arrays, None][:3] if len(arrays) in (2, 3) else (None, None, None)
-    if y is None: raise ValueError(f"series {name!r}: expected y, (x, y) or (x, y, std), got a tuple of {len(arrays)}")
+    if len(parts) not in (2, 3): raise ValueError(f"series {name!r}: expected y, (x, y) or (x, y, std), got a tuple of {len(parts)}")
+    x, y, spread = [*(None if p is None else np.asarray(p.detach().cpu() if isinstance(p, Tensor) else p, dtype=float) for p in parts), None][:3]
     x = np.arange(len(y), dtype=float) if x is None else x
     if y.ndim != 1 or x.shape != y.shape or len(y) == 0 or (spread is not None and spread.shape != y.shape):
         raise ValueError(f"series {name!r}: x and y must be lists of one length, got {x.shape} and {y.shape}")
@@ -573,69 +656,135 @@ def _running_mean(y: np.ndarray, weight: float) -> np.ndarray:
     return out
 
 
-def _fit_axes(figure, axes, canvas, ends, top: bool) -> None:
-    "Place the axes inside the margins and write the names at the line ends, pushed apart where they would overlap"
-    w, h = figure.get_size_inches() * figure.dpi
-    names = [axes.annotate(n, (x, y), (6, 0), textcoords="offset points", color=tuple(0.8 * v for v in c), va="center", annotation_clip=False)
-             for n, x, y, c in ends] if len(ends) > 1 or ends[0][0] else []
-    canvas.draw()
-    right = max([t.get_window_extent().width for t in names], default=0) + (22 if names else 0)
-    axes.set_position([0.16, 0.2, 0.6, 0.6])
-    inner, outer = axes.get_window_extent(), axes.get_tightbbox(for_layout_only=True)
-    left, below = inner.x0 - outer.x0 + _MARGIN, inner.y0 - outer.y0 + _MARGIN
-    above = _MARGIN + (44 if top else 6)
-    axes.set_position([left / w, below / h, 1 - (left + right + _MARGIN) / w, 1 - (below + above) / h])
-    for t in figure.texts: t.set_position((_MARGIN / w, 1 - (_MARGIN - 6) / h))
-    canvas.draw()
-    at = [axes.transData.transform((x, y))[1] for _, x, y, _ in ends]
-    box, step = axes.get_window_extent(), 27
-    order = sorted(range(len(names)), key=lambda i: at[i])
-    place = np.clip([at[i] for i in order], box.y0, box.y1) if names else np.array([])
-    for _ in range(200):  # relax: neighbours nearer than a line height move apart by halves
-        for a in range(len(place) - 1):
-            lap = step - (place[a + 1] - place[a])
-            if lap > 0: place[a] -= lap / 2; place[a + 1] += lap / 2
-        if len(place): place = place + max(0, box.y0 - place[0]) - max(0, place[-1] - box.y1)
-    for i, y in zip(order, place): names[i].set_position((6, (y - at[i]) * 72 / figure.dpi))
+def _log_axis(axes, name: str) -> None:
+    "Logarithmic, with 0.1, 1, 10 and not powers of ten as long as that is shorter"
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+    getattr(axes, f"set_{name}scale")("log")
+    axis = getattr(axes, f"{name}axis")
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    low, high = sorted(getattr(axes, f"get_{name}lim")())
+    if high / low > 12: axis.set_minor_formatter(NullFormatter())
+    else: axis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else ""))
 
-# %% ../../nbs/viz/pictures.ipynb #pictures-heat-export
-def heat(
-    maps: Tensor,  # `(b,h,w)`, or `(b,k,h,w)`: a row for each image, a column for each factor
-    images: Tensor | None = None,  # `(b,3,h,w)`: shown in front, and greyed under the maps
-    titles: Sequence[str] | None = None,  # one for each column of maps
+
+def _name_lines(fig, axes, ends: Mapping[str, tuple[float, float]]) -> int:
+    "Write each name at the end of its line, pushed apart where they would overlap; returns the room they take"
+    from matplotlib import rc_context
+    if list(ends) == [""]: return 0
+    with rc_context(_TYPE):
+        shades = [tuple(0.8 * v for v in c) for c in (palette(len(ends)) / 255).tolist()]
+        names = [axes.annotate(n, xy, (6, 0), textcoords="offset points", color=c, va="center", annotation_clip=False) for (n, xy), c in zip(ends.items(), shades)]
+        fig.canvas.draw()
+        right = math.ceil(max(t.get_window_extent().width for t in names)) + 20
+        for t in names: t.set_in_layout(False)
+        _fill(fig, axes, right)
+    at = np.array([axes.transData.transform(xy)[1] for xy in ends.values()])
+    place = _spread(at, 27, *axes.get_window_extent().intervaly)
+    for t, y, target in zip(names, at, place): t.set_position((6, (target - y) * 72 / fig.dpi))
+    return right
+
+
+def _spread(at: np.ndarray, step: float, low: float, high: float) -> np.ndarray:
+    "Positions near `at`, in the same order, at least `step` apart, in low…high as far as there is room"
+    order = np.argsort(at, kind="stable")
+    place = np.clip(at[order], low, high)
+    for _ in range(300):
+        lap = np.clip(step - np.diff(place), 0, None) / 2
+        place[:-1] -= lap
+        place[1:] += lap
+        place += max(0, low - place[0]) - max(0, place[-1] - high)
+    return place[np.argsort(order, kind="stable")]
+
+# %% ../../nbs/viz/pictures.ipynb #pictures-bars-export
+def bars(
+    values: Mapping[str, float | tuple[float, float]],  # name → value, or (value, standard deviation)
     *,
-    limits: tuple[float, float] | None = None,  # values at the two ends of the scale; by default those that occur
-    colours: str = "magma",  # a colour map of matplotlib
     title: str = "",
-    scale: int | None = None,
-    resample: str = "nearest",
+    unit: str = "",
+    best: str = "",  # "high" or "low": the best bar is drawn in full colour, the others pale
+    digits: int = 3,  # significant digits
+    width: int = 380,
     alt: str = "",
 ) -> Picture:
-    "Attention or any scalar field as colour, with its scale"
-    from matplotlib import colormaps
+    "One number for each name, written at the end of its bar"
+    if not values: raise ValueError("values: nothing to draw")
+    if best not in ("", "high", "low"): raise ValueError(f"best: expected '', 'high' or 'low', got {best!r}")
+    pairs = [v if isinstance(v, tuple) else (v, 0.0) for v in values.values()]
+    means, stds = np.array(pairs, dtype=float).T
+    fig, axes = figure(width, 46 + 24 * len(pairs) + (18 if title else 0), title)
+    winner = {"high": means.argmax(), "low": means.argmin()}.get(best)
+    colours = [_tone(0, 0.45 if winner is not None and i != winner else 1.0) for i in range(len(pairs))]
+    axes.barh(range(len(pairs)), means, 0.62, color=colours)
+    axes.hlines(range(len(pairs)), means - stds, means + stds, color=tuple(v / 255 for v in _INK), linewidth=[0.8 if d else 0 for d in stds])
+    notes = [f"{m:.{digits}g}" + (f" ± {s:.1g}" if s else "") + unit for m, s in pairs]
+    texts = [axes.annotate(n, (m + max(d, 0), i), (4, 0), textcoords="offset points", fontsize=_TYPE["font.size"], va="center", color=_tone(None))
+             for i, (n, m, d) in enumerate(zip(notes, means, stds))]
+    axes.set(yticks=range(len(pairs)), yticklabels=list(values), ylim=(len(pairs) - 0.5, -0.5), xticks=[])
+    axes.tick_params(axis="y", colors=_tone(None))
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    fig.canvas.draw()
+    right = math.ceil(max(t.get_window_extent().width for t in texts)) + 14
+    for t in texts: t.set_in_layout(False)
+    return plotted(fig, axes, right=right, alt=alt or f"{title}: " + ", ".join(f"{k} {n}" for k, n in zip(values, notes)))
+
+
+def _tone(factor: int | None, strength: float = 1.0) -> tuple[float, ...]:
+    "matplotlib colour of a factor (`None` = ink), mixed with paper"
+    colour = torch.tensor(_INK) if factor is None else palette(factor + 1)[factor]
+    return tuple((torch.lerp(torch.tensor(_PAPER, dtype=torch.float), colour.float(), strength) / 255).tolist())
+
+# %% ../../nbs/viz/pictures.ipynb #pictures-heat-export
+_EMBER = ((250, 250, 248), (254, 226, 176), (250, 167, 92), (226, 88, 74), (150, 40, 104), (54, 16, 74))
+
+
+def heat(
+    maps: Tensor,  # `(b,h,w)`, or `(b,k,h,w)`: a row for each image, a column for each factor
+    images: Tensor | None = None,  # `(b,3,h,w)`: shown in front, and faintly under the maps
+    titles: Sequence[str] | None = None,  # one for each column of maps
+    *,
+    limits: tuple[float, float] | None = None,  # values at the two ends of the scale; by default 0 or the lowest, and the highest
+    colours: str = "ember",  # or the name of a colour map of matplotlib
+    title: str = "",
+    scale: int | None = None,
+    alt: str = "",
+) -> Picture:
+    "Attention or any other number per pixel as colour, with its scale"
     maps = torch.as_tensor(maps).detach().float().cpu()
-    if maps.dim() not in (2, 3, 4) or not maps.isfinite().all(): raise ValueError(f"maps: expected finite numbers (b,h,w) or (b,k,h,w), got {tuple(maps.shape)}")
-    rows = maps[None, None] if maps.dim() == 2 else maps[None] if maps.dim() == 3 else maps
-    if images is not None and maps.dim() == 3: rows = maps[:, None]
-    low, high = limits or (min(0.0, rows.min().item()), rows.max().item())
-    table = torch.from_numpy(colormaps[colours](np.linspace(0, 1, 256))[:, :3]).float() * 2 - 1
-    hot = table[((rows - low) / max(high - low, 1e-12)).clamp(0, 1).mul(255).round().long()].movedim(-1, 2)  # (b,k,3,h,w)
-    lines = [[t for t in hot[i]] for i in range(len(hot))]
-    if images is not None:
-        tiles = torch.from_numpy(np.stack(_tiles(images))).float().movedim(-1, 1) / 127.5 - 1
-        if len(tiles) != len(hot): raise ValueError(f"maps: {len(hot)} rows for {len(tiles)} images")
-        grey = tiles.mean(1, keepdim=True).expand_as(tiles)
-        size = tiles.shape[-2:]
-        lines = [[tiles[i], *(torch.lerp(grey[i], F.interpolate(m[None], size, mode="nearest-exact")[0], 0.72) for m in hot[i])] for i in range(len(hot))]
-        titles = [*["input"] * bool(titles), *(titles or [])]
-    columns = len(lines[0])
-    wrap = columns if len(lines) > 1 or columns <= 8 else _balanced(columns, 8)
-    flat = _common([t for r in lines for t in _tiles(r, "maps")], wrap, scale, resample)
-    if titles and len(titles) != columns: raise ValueError(f"titles: expected one for each of {rows.shape[1]} columns of maps")
-    cells = [flat[i:i + wrap] for i in range(0, len(flat), wrap)]
-    captions = [list(titles[i:i + wrap]) for i in range(0, columns, wrap)] + [[""] * wrap for _ in cells[math.ceil(columns / wrap):]] if titles else None
-    sheet = _sheet(cells, captions=captions, title=title, alt=alt or title or "heat maps")
-    return _with_scale(sheet, table, low, high)
+    if maps.dim() not in (3, 4) or not maps.isfinite().all(): raise ValueError(f"maps: expected finite numbers (b,h,w) or (b,k,h,w), got {tuple(maps.shape)}")
+    low, high = limits or (min(0.0, maps.min().item()), maps.max().item())
+    table = _colour_table(colours)
+    rows = maps if maps.dim() == 4 else maps[None] if images is None else maps[:, None]
+    hot = table[((rows - low) / max(high - low, 1e-12)).clamp(0, 1).mul(255).round().long()].movedim(-1, 2)  # (b,k,3,h,w) in [−1,1]
+    titles = list(titles or [])
+    if titles and len(titles) != hot.shape[1]: raise ValueError(f"titles: {len(titles)} for {hot.shape[1]} columns of maps")
+    if images is None: lines = [list(row) for row in hot]
+    else: lines, titles = _over(hot, images), titles and ["input", *titles]
+    ncol = len(lines[0]) if len(lines) > 1 else _balanced(len(lines[0]), 8)
+    flat = _common(_tiles([t for row in lines for t in row], "maps"), ncol, scale, "nearest")
+    cells = [flat[i:i + ncol] for i in range(0, len(flat), ncol)]
+    captions = [titles[i:i + ncol] for i in range(0, len(titles), ncol)]
+    return _with_scale(_sheet(cells, captions=captions, title=title, alt=alt or title or "heat maps"), table, low, high)
+
+# %% ../../nbs/viz/pictures.ipynb #pictures-heat-machinery-export
+def _colour_table(name: str) -> Tensor:
+    "256 colours `(256,3)` in [−1,1]"
+    if name == "ember":
+        stops = torch.tensor(_EMBER, dtype=torch.float).T[None]
+        return F.interpolate(stops, 256, mode="linear", align_corners=True)[0].T / 127.5 - 1
+    from matplotlib import colormaps
+    if name not in colormaps: raise ValueError(f"colours: {name!r} is neither 'ember' nor a colour map of matplotlib")
+    return torch.from_numpy(colormaps[name](np.linspace(0, 1, 256))[:, :3]).float() * 2 - 1
+
+
+def _over(hot: Tensor, images: Tensor) -> list[list[Tensor]]:
+    "For each image: itself, then its maps, darkened where the image is dark"
+    tiles = _stack(images).movedim(-1, 1) / 255
+    if len(tiles) != len(hot): raise ValueError(f"maps: {len(hot)} rows for {len(tiles)} images")
+    size = [max(a, b) for a, b in zip(tiles.shape[-2:], hot.shape[-2:])]
+    big, light = F.interpolate(hot.flatten(0, 1), size, mode="nearest-exact").unflatten(0, hot.shape[:2]), F.interpolate(tiles.mean(1, keepdim=True), size)
+    blend = (big + 1) * (0.74 + 0.26 * light[:, None]) - 1
+    return [[tile * 2 - 1, *row] for tile, row in zip(tiles, blend)]
 
 
 def _with_scale(sheet: Picture, table: Tensor, low: float, high: float) -> Picture:
@@ -646,8 +795,9 @@ def _with_scale(sheet: Picture, table: Tensor, low: float, high: float) -> Pictu
     page.paste(sheet.image, (0, 0))
     draw, y = ImageDraw.Draw(page), sheet.size[1] - 2
     x = sheet.size[0] - _MARGIN - math.ceil(font.getlength(texts[1])) - 12 - bar
-    ramp = to_uint8(table.T[:, None].contiguous())[0].numpy()
-    page.paste(Image.fromarray(ramp).resize((bar, 14)), (x, y))
+    ramp = Image.fromarray(to_uint8(table.T[:, None].contiguous())[0].numpy()).resize((bar, 14))
+    page.paste(ramp, (x, y))
+    draw.rectangle((x - 1, y - 1, x + bar, y + 14), outline=_LINE)
     draw.text((x - 12, y + 7), texts[0], _QUIET, font, anchor="rm")
     draw.text((x + bar + 12, y + 7), texts[1], _QUIET, font, anchor="lm")
     return Picture(page, sheet.alt, sheet.density, sheet.margin)
