@@ -71,16 +71,20 @@ class Table:
             for line, v in zip(lines, values): line[column] = f"**{line[column]}**" if v == top else line[column]
         return [list(self.headers.values()), *lines]
 
+    def is_text(self) -> list[bool]:
+        "Which columns hold words (left-aligned) and not numbers"
+        return [all(isinstance(row.get(key), (str, type(None))) for row in self.rows) for key in self.headers]
+
     def _repr_markdown_(self) -> str:
         header, *lines = [[text.replace("|", "\\|") for text in line] for line in self.grid()]
-        rule = ["---" if i == 0 else "---:" for i in range(len(header))]  # first column: names, the others: numbers
+        rule = ["---" if text else "---:" for text in self.is_text()]
         table = "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
         return f"{self.caption}\n\n{table}" if self.caption else table
 
     def __repr__(self) -> str:
         grid = [[text.replace("**", "") for text in line] for line in self.grid()]
         widths = [max(len(line[i]) for line in grid) for i in range(len(self.headers))]
-        lines = ["  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip() for line in grid]
+        lines = ["  ".join(t.ljust(w) if words else t.rjust(w) for t, w, words in zip(line, widths, self.is_text())).rstrip() for line in grid]
         return "\n".join(([self.caption] if self.caption else []) + lines)
 
 
