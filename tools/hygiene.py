@@ -106,10 +106,10 @@ def texts(output: dict):
 
 
 def kernelspec_is_python3(nb: Notebook):
-    "Colab and papermill find the kernel by this name"
-    name = nb.content.get("metadata", {}).get("kernelspec", {}).get("name")
-    if name != "python3":
-        yield f"kernelspec is {name!r}, not 'python3'"
+    "Colab and papermill find the kernel by this name, and papermill wants the language beside it"
+    spec = nb.content.get("metadata", {}).get("kernelspec", {})
+    if (spec.get("name"), spec.get("language")) != ("python3", "python"):
+        yield f"kernelspec is {spec.get('name')!r} for {spec.get('language')!r}, not 'python3' for 'python'"
 
 
 def ids_speak(nb: Notebook):
@@ -368,7 +368,7 @@ def layers_hold(root: Path = ROOT):
 # --- the package ---------------------------------------------------------------------------------------------------------------------
 
 
-UNPICKLERS = {f"{module}.{name}" for module in ("pickle", "cPickle", "dill", "cloudpickle", "joblib") for name in ("load", "loads", "Unpickler")}
+UNPICKLERS = {f"{module}.{name}" for module in ("pickle", "dill", "cloudpickle", "joblib") for name in ("load", "loads", "Unpickler")}
 
 
 def unsafe_loads(text: str):
@@ -377,7 +377,8 @@ def unsafe_loads(text: str):
         if isinstance(node, ast.Attribute) and ast.unparse(node) in UNPICKLERS:
             yield node.lineno, ast.unparse(node)
         if isinstance(node, ast.ImportFrom):
-            yield from ((node.lineno, f"imports {a.name} from {node.module}") for a in node.names if f"{node.module}.{a.name}" in UNPICKLERS)
+            names = {f"{node.module}.{a.name}" for a in node.names} & UNPICKLERS
+            yield from ((node.lineno, f"imports {name}") for name in sorted(names))
         if isinstance(node, ast.Call):
             said = {k.arg: getattr(k.value, "value", k.value) for k in node.keywords}
             function = ast.unparse(node.func)

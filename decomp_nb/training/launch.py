@@ -23,13 +23,16 @@ import threading
 import time
 import tokenize
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from .config import TrainConfig, check_range, nearest, project_root
+
 # %% auto #0
 __all__ = ['KINDS', 'FORWARDED', 'RANK_CODE', 'SBATCH', 'Parameter', 'Parameters', 'parameters_source', 'parse_parameters',
-           'parameters', 'kinds', 'read_text', 'coerce', 'check_values', 'read_recipe', 'gather_values', 'project_root',
+           'parameters', 'kinds', 'read_text', 'coerce', 'check_values', 'read_recipe', 'gather_values',
            'default_output', 'shown', 'run_directory', 'Kernels', 'forward_signals', 'execute', 'verdict',
            'run_notebook', 'finish', 'free_port', 'rank_environment', 'count_gpus', 'start_rank', 'wait_for_ranks',
            'run_ranks', 'sbatch_script', 'make_parser', 'write_sbatch', 'check_paths', 'main']
@@ -140,16 +143,19 @@ def coerce(parameter: Parameter, value: object) -> object:
 
 # %% ../../nbs/training/launch.ipynb #launch-check-values
 def check_values(accepted: Parameters, values: dict, source: str) -> dict:
-    "Values in their declared types; unknown names are refused with the nearest known one"
+    "Values in their declared types; unknown names are refused, with the nearest known one"
     for name in values:
         if name not in accepted:
-            near = difflib.get_close_matches(str(name), accepted, 1, 0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown parameter {name!r} ({source}): {hint}Allowed: {', '.join(accepted)}")
+            raise ValueError(f"unknown parameter {name!r} ({source}){nearest(str(name), list(accepted))} Allowed: {', '.join(accepted)}")
     try:
-        return {name: coerce(accepted[name], value) for name, value in values.items()}
+        values = {name: coerce(accepted[name], value) for name, value in values.items()}
+        if accepted.keys() >= set(TrainConfig.names()):  # a train notebook: the limits of its options are known too
+            for field in fields(TrainConfig):
+                if field.name in values:
+                    check_range(field, values[field.name])
     except ValueError as error:
         raise ValueError(f"{error} ({source})") from None
+    return values
 
 # %% ../../nbs/training/launch.ipynb #launch-read-recipe
 def read_recipe(path: str | Path) -> dict:
@@ -175,12 +181,6 @@ def gather_values(accepted: Parameters, recipes: list, pairs: list) -> dict:
     return values | check_values(accepted, dict(pairs), "from -p")
 
 # %% ../../nbs/training/launch.ipynb #launch-default-output
-def project_root() -> Path:
-    "Nearest folder upwards that holds settings.ini, else the current folder"
-    here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "settings.ini").is_file()), here)
-
-
 def default_output(notebook: str | Path) -> Path:
     "`papermill_runs/out/<notebook>-<date-time>.ipynb` in the project"
     out = project_root() / "papermill_runs" / "out"
@@ -234,13 +234,13 @@ FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") 
 
 @contextmanager
 def forward_signals(send):
-    "Inside, Ctrl-C, SIGTERM and SIGUSR1 go to `send(number) → bool`; yields the list of those that came"
+    "Inside, SIGTERM and SIGUSR1 go to `send(number) → bool`, Ctrl-C as SIGTERM; yields the list of those that came"
     came = []
 
     def handle(number, frame):
-        impatient = number == signal.SIGINT and number in came
+        again = number == signal.SIGINT and number in came
         came.append(number)
-        if not send(signal.SIGKILL if impatient else number):
+        if not send(signal.SIGKILL if again else signal.SIGTERM if number == signal.SIGINT else number):
             raise KeyboardInterrupt  # nothing to forward to yet: stop here
     before = {number: signal.signal(number, handle) for number in FORWARDED}
     try:
@@ -474,7 +474,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     params = commands.add_parser("params", help="list what a notebook accepts")
     params.add_argument("notebook")
-    run = commands.add_parser("run", help="check the parameters, then execute a notebook", 
+    run = commands.add_parser("run", help="check the parameters, then execute a notebook",
                              description="Unknown names and values of a wrong type are refused before anything starts (exit code 2).")
     run.add_argument("notebook")
     run.add_argument("output", nargs="?", help="executed notebook (default: papermill_runs/out/<notebook>-<date-time>.ipynb)")
