@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .components.denoisers import slot_denoiser
+from .components.denoisers import PositionAttention, slot_denoiser
 from .components.encoders import UNetEncoder
 from .components.slots import SlotAttention, coordinate_grid
 
 # %% auto #0
-__all__ = ['SLOT_KEYS', 'POSITION_KEYS', 'COMPUTED', 'IGNORED', 'WEIGHTS', 'rename', 'check_grid', 'convert_lsd_slot_attention',
-           'lsd_slots_config', 'official_slots_config', 'convert_lsd_encoder', 'convert_lsd_unet', 'unet_level', 'pair',
-           'effective_config', 'lsd_encoder_config', 'lsd_denoiser_config', 'read_weights', 'read_official_part',
-           'load_strict', 'check_positions', 'OfficialLSD', 'read_official_lsd']
+__all__ = ['SLOT_KEYS', 'POSITION_KEYS', 'COMPUTED', 'IGNORED', 'LATER', 'WEIGHTS', 'rename', 'check_grid',
+           'convert_lsd_slot_attention', 'lsd_slots_config', 'official_slots_config', 'convert_lsd_encoder',
+           'convert_lsd_unet', 'unet_level', 'pair', 'effective_config', 'lsd_encoder_config', 'lsd_denoiser_config',
+           'read_weights', 'read_official_part', 'load_strict', 'check_positions', 'OfficialLSD', 'read_official_lsd',
+           'load_official_lsd', 'save_official_lsd', 'official_config', 'position_kind']
 
 # %% ../nbs/convert.ipynb #rename-export
 SLOT_KEYS = {"pos.projection.": "position.", "in_layer_norm.": "input_norm.", "in_mlp.": "input_mlp.", "project_q.": "to_q.", "project_k.": "to_k.",
@@ -56,8 +57,8 @@ def convert_lsd_slot_attention(
 
 # %% ../nbs/convert.ipynb #slots-config-export
 def lsd_slots_config(config: dict) -> dict:
-    "Arguments of `SlotAttention` for an official config.json"
-    return dict(in_dim=config["input_size"], n_slots=config["num_slots"], slot_dim=config["slot_size"], out_dim=config["out_size"],
+    "Arguments of `SlotAttention` behind `in_dim`, for an official config.json"
+    return dict(n_slots=config["num_slots"], slot_dim=config["slot_size"], out_dim=config["out_size"],
                 n_heads=config["num_heads"], n_iterations=config["num_iterations"], hidden_dim=config["mlp_hidden_size"], epsilon=config["epsilon"],
                 init="learned" if config.get("learnable_slot_init") else "gaussian", gradient="bi_level" if config.get("bi_level") else "full")
 
@@ -122,6 +123,7 @@ def pair(size) -> tuple[int, int]:
 # %% ../nbs/convert.ipynb #quirk-export
 IGNORED = ("act_fn", "dropout", "resnet_time_scale_shift", "mid_block_type", "use_linear_projection", "upcast_attention", "downsample_padding",
            "freq_shift", "add_attention")
+LATER = ("attn_norm_num_groups", "num_train_timesteps", "reverse_transformer_layers_per_block")  # settings that diffusers did not have yet
 
 
 def effective_config(config: dict, cls, drop: tuple[str, ...] = ()) -> dict:
@@ -218,7 +220,8 @@ def read_official_lsd(folder: str | Path) -> OfficialLSD:
     if "multiheadstevesa" not in found: raise FileNotFoundError(f"{folder} is no official LSD checkpoint: it has no sub-folder multiheadstevesa")
     config, state = read_official_part(parts["multiheadstevesa"])
     slots_config = lsd_slots_config(config)
-    out = dict(slots_config=slots_config, slots=load_strict(SlotAttention(**slots_config), convert_lsd_slot_attention(state, config), "multiheadstevesa"))
+    slots = load_strict(SlotAttention(config["input_size"], **slots_config), convert_lsd_slot_attention(state, config), "multiheadstevesa")
+    out = dict(slots=slots, slots_config=slots_config)
     if "unetencoder" in found:
         config, state = read_official_part(parts["unetencoder"])
         out["encoder_config"] = lsd_encoder_config(config)
@@ -230,3 +233,68 @@ def read_official_lsd(folder: str | Path) -> OfficialLSD:
         out["denoiser_config"] = lsd_denoiser_config(config)
         out["denoiser"] = load_strict(slot_denoiser(out["denoiser_config"]), convert_lsd_unet(state, config), "unet2dconditionmodelwithpos")
     return OfficialLSD(**out)
+
+# %% ../nbs/convert.ipynb #load-export
+def load_official_lsd(
+    folder: str | Path,  # `checkpoint-<step>/` of an official run
+    *,
+    vae: str | Path | None = None,  # folder or hub name of the AutoencoderKL of the run; LSD works in its latents
+    scheduler: dict | str | Path | None = None,  # config or folder of the noise schedule; None: the published one (the checkpoint does not hold it)
+    foundation: str | Path | None = None,  # Stable-LSD: folder or hub name of the text-to-image pipeline
+    encoder_config: dict | None = None,  # Stable-LSD: config of the DINO encoder
+    **options,  # further arguments of `LSD` or `StableLSD`
+):
+    "`LSD` with official weights; `StableLSD` where the folder holds only slots and `foundation` is given"
+    found = read_official_lsd(folder)
+    if found.denoiser is None or found.encoder is None:
+        if foundation is None:
+            raise ValueError(f"{folder} lacks {'a denoiser' if found.denoiser is None else 'an encoder'}, as runs on pretrained networks do: "
+                             "give foundation= (the text-to-image pipeline) and encoder_config= to load it as Stable-LSD")
+        from decomp_nb.methods.lsd import StableLSD
+        model = StableLSD(foundation=str(foundation), encoder_config=encoder_config, slots_config=found.slots_config, **options)
+    else:
+        from decomp_nb.components.diffusion import read_scheduler_config
+        from decomp_nb.methods.lsd import LSD
+        if isinstance(scheduler, (str, Path)): scheduler = read_scheduler_config(scheduler)
+        model = LSD(image_size=found.encoder.image_size, encoder_config=found.encoder_config, slots_config=found.slots_config,
+                    denoiser_config=found.denoiser_config, scheduler_config=scheduler, latents_path=None if vae is None else str(vae), **options)
+        model.encoder.load_state_dict(found.encoder.state_dict())
+        model.denoiser.load_state_dict(found.denoiser.state_dict())
+    load_strict(model.slot_attention, found.slots.state_dict(), "multiheadstevesa")
+    return model.eval()
+
+# %% ../nbs/convert.ipynb #save-export
+def save_official_lsd(model, folder: str | Path) -> Path:
+    "Write an `LSD` (or the slots of a `StableLSD`) as an official checkpoint folder; raises where the official classes cannot hold it"
+    from safetensors.torch import save_file
+    folder, slots = Path(folder), model.slot_attention
+    own = {name: module for name, module in model.named_children() if name in ("encoder", "denoiser") and any(True for _ in module.parameters())}
+    if getattr(model, "null_code", None) is not None: raise ValueError("the official format has no place for null_code (the learned empty set of null_dropout)")
+    config = official_slots_config(slots, model.encoder.feature_size)
+    parts = {"multiheadstevesa": (config, convert_lsd_slot_attention(slots.state_dict(), config, to_official=True))}
+    if "encoder" in own:
+        if type(own["encoder"]).__name__ != "UNetEncoder": raise ValueError(f"the official format knows only the UNet encoder, not {type(own['encoder']).__name__}")
+        config = official_config(own["encoder"].unet, "UNetEncoder", input_resolution=own["encoder"].image_size, input_channels=3)
+        parts["unetencoder"] = config, convert_lsd_encoder(own["encoder"].state_dict(), to_official=True)
+    if "denoiser" in own:
+        config = official_config(own["denoiser"], "UNet2DConditionModelWithPos", pos_type=position_kind(own["denoiser"]))
+        parts["unet2dconditionmodelwithpos"] = config, convert_lsd_unet(own["denoiser"].state_dict(), config, to_official=True)
+    for name, (config, state) in parts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / name / WEIGHTS[0], metadata={"format": "pt"})
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def official_config(unet, name: str, **more) -> dict:
+    "config.json for the official sub-class of a diffusers UNet; raises where a setting would be ignored by the official loader"
+    import inspect
+    default = {k: p.default for k, p in inspect.signature(type(unet).__init__).parameters.items()}
+    for k in (*IGNORED, *LATER):
+        if unet.config.get(k, default.get(k)) != default.get(k): raise ValueError(f"{name} would silently ignore {k}={unet.config[k]!r}: this network cannot be written in the official format")
+    return {k: v for k, v in unet.config.items() if not k.startswith("_")} | dict(_class_name=name, **more)
+
+
+def position_kind(unet) -> str:
+    "Kind of the positions of a denoiser, \"none\" for a plain UNet"
+    return next((module.kind for module in unet.modules() if isinstance(module, PositionAttention)), "none")

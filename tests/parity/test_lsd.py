@@ -3,16 +3,18 @@
 Each check reads what it is `given` (pictures, noise, weights), computes everything else with our modules and compares it array by array with what was recorded.
 Shapes, settings and cases come from the files: widths from config.json, the optimiser from meta.json, step counts and iterations from the array names.
 """
+import copy
 import json
 import re
-from collections import defaultdict
+import shutil
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from decomp_nb import convert
 from decomp_nb.components import denoisers, diffusion
@@ -50,14 +52,22 @@ class Recorded:
         assert len(found) == 1, f"expected one checkpoint folder in {self.folder}, found {found}"
         return found[0]
 
-    def model(self) -> convert.OfficialLSD: return convert.read_official_lsd(self.checkpoint())
+    def model(self) -> convert.OfficialLSD: return copy.deepcopy(read_model(self.checkpoint()))
 
-    def vae(self) -> AutoencoderKL: return AutoencoderKL.from_pretrained(self.folder / "vae", low_cpu_mem_usage=False).eval()
+    def vae(self) -> AutoencoderKL: return read_vae(self.folder / "vae")
 
     def scheduler(self, kind: str = "ddpm", **overrides):
         base = diffusion.make_scheduler("ddpm", self.folder / "scheduler", **overrides)
         # the arrays were made before diffusers changed the last step of DPM-Solver
         return base if kind == "ddpm" else diffusion.make_scheduler(kind, base, final_sigmas_type="sigma_min")
+
+
+@cache
+def read_model(folder: Path) -> convert.OfficialLSD: return convert.read_official_lsd(folder)
+
+
+@cache
+def read_vae(folder: Path) -> AutoencoderKL: return AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
 
 
 def alter(value: torch.Tensor) -> torch.Tensor:
@@ -117,7 +127,7 @@ def check_slot_attn(r: Recorded):
 
 def check_slot_attn_variant(r: Recorded):
     config, state = convert.read_official_part(r.folder / "variant_slot_attn")
-    slots = convert.load_strict(SlotAttention(**convert.lsd_slots_config(config)), convert.convert_lsd_slot_attention(state, config), "variant")
+    slots = convert.load_strict(SlotAttention(config["input_size"], **convert.lsd_slots_config(config)), convert.convert_lsd_slot_attention(state, config), "variant")
     features = r.given("slot_attn_variant", "features").requires_grad_()
     result = slots(features)
     (result.out * r.given("slot_attn_variant", "loss_weight")).sum().backward()
@@ -151,8 +161,7 @@ def check_unet(r: Recorded):
             convert.check_positions(changed, plain | positions)
             unet = convert.load_strict(denoisers.slot_denoiser(convert.lsd_denoiser_config(changed)), convert.convert_lsd_unet(plain | positions, changed), kind)
             yield "unet", name, unet(x, t, slots).sample, SINGLE
-    trained = r.model()
-    with torch.no_grad(): yield "unet", "slots", trained.slots(r.given("slot_attn", "features"), noise=r.given("slot_attn", "slot_noise")).out, SINGLE
+    with torch.no_grad(): yield "unet", "slots", model.slots(r.given("slot_attn", "features"), noise=r.given("slot_attn", "slot_noise")).out, SINGLE
 
 
 def check_train(r: Recorded):
@@ -370,11 +379,118 @@ def test_parameter_counts(golden):
 @pytest.mark.parametrize("part", ["multiheadstevesa", "unetencoder", "unet2dconditionmodelwithpos"])
 def test_conversion_is_lossless(part, golden):
     "official → ours → official gives every stored tensor back, bit for bit"
-    folder = Recorded(golden("lsd")).checkpoint()
-    config, state = convert.read_official_part(folder / part)
-    model = convert.read_official_lsd(folder)
+    recorded = Recorded(golden("lsd"))
+    config, state = convert.read_official_part(recorded.checkpoint() / part)
+    model = recorded.model()
     module, back = {"multiheadstevesa": (model.slots, convert.convert_lsd_slot_attention), "unetencoder": (model.encoder, convert.convert_lsd_encoder),
                     "unet2dconditionmodelwithpos": (model.denoiser, convert.convert_lsd_unet)}[part]
     again = back(module.state_dict(), config, to_official=True)
     assert set(again) == set(state)
     assert [k for k in state if not torch.equal(again[k], state[k])] == []
+
+
+# --- the same through the method, and back into a folder -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def lsd(golden):
+    folder = golden("lsd")
+    return convert.load_official_lsd(Recorded(folder).checkpoint(), vae=folder / "vae", scheduler=folder / "scheduler")
+
+
+def test_method_has_the_official_loss_and_gradient(golden, lsd):
+    r = Recorded(golden("lsd"))
+    names = dict(image="pixel_values", noise="noise", timesteps="timesteps", slot_noise="slot_noise", latent_noise="vae_eps")
+    lsd.train().zero_grad()
+    loss = lsd({ours: r.given("train", theirs) for ours, theirs in names.items()})["loss"]
+    close(loss.detach(), r.array("train", "loss"), SINGLE, "loss")
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in lsd.parameters()]).norm()
+    close(norm, r.array("train", "grad_norm_total"), CHAIN, "gradient norm")
+    lsd.eval().zero_grad()
+
+
+def test_saving_in_the_official_format_gives_the_same_folder(golden, lsd, tmp_path):
+    original, written = Recorded(golden("lsd")).checkpoint(), convert.save_official_lsd(lsd, tmp_path / "checkpoint-1")
+    parts = sorted(p.name for p in original.iterdir() if p.is_dir())
+    assert parts == sorted(p.name for p in written.iterdir())
+    for part in parts:
+        (config, state), (our_config, our_state) = convert.read_official_part(original / part), convert.read_official_part(written / part)
+        assert {k: v for k, v in config.items() if k != "_diffusers_version" and our_config.get(k, "absent") != v} == {}
+        assert set(state) == set(our_state) and [k for k in state if not torch.equal(state[k], our_state[k])] == []
+
+
+# --- folders that must be refused ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def checkpoint(golden, tmp_path):
+    "A copy of the official folder that a test may damage"
+    shutil.copytree(Recorded(golden("lsd")).checkpoint(), tmp_path / "checkpoint-1")
+    for path in (tmp_path / "checkpoint-1").rglob("*"): path.chmod(0o755 if path.is_dir() else 0o644)
+    (tmp_path / "checkpoint-1").chmod(0o755)
+    return tmp_path / "checkpoint-1"
+
+
+def rewrite(folder: Path, config=None, state=None) -> None:
+    old_config, old_state = convert.read_official_part(folder)
+    (folder / "config.json").write_text(json.dumps((config or dict)(old_config)))
+    save_file((state or dict)(old_state), folder / "diffusion_pytorch_model.safetensors")
+
+
+UNET, SLOTS = "unet2dconditionmodelwithpos", "multiheadstevesa"
+WITHOUT_POSITIONS = lambda state: {k: v for k, v in state.items() if ".pos_emb." not in k}
+DAMAGES = {
+    "position weights would be lost": (UNET, dict(config=lambda c: c | dict(pos_type="none")), "pos_type"),
+    "position type not stated": (UNET, dict(config=lambda c: {k: v for k, v in c.items() if k != "pos_type"}), "would be lost"),
+    "saved through the plain class": (UNET, dict(state=WITHOUT_POSITIONS), "hold no position entries"),
+    "positions of another kind": (UNET, dict(config=lambda c: c | dict(pos_type="sincos")), "gamma"),
+    "a position module is missing": (UNET, dict(state=lambda s: {k: v for k, v in s.items() if not k.startswith("mid_block.attentions.0.transformer_blocks.0.attn1.pos_emb")}),
+                                     "missing: mid_block.attentions.0.transformer_blocks.0.attn1.processor.projection"),
+    "another grid": (UNET, dict(state=lambda s: {k: v.flip(1) if k.endswith(".pe") else v for k, v in s.items()}), "other positions"),
+    "a weight is missing": (SLOTS, dict(state=lambda s: {k: v for k, v in s.items() if k != "gru.bias_hh"}), "missing: gru.bias_hh"),
+    "a weight is left over": (SLOTS, dict(state=lambda s: s | {"extra.weight": s["gru.bias_hh"].clone()}), "left over: extra.weight"),
+    "another width": (SLOTS, dict(config=lambda c: c | dict(slot_size=c["slot_size"] * 2)), "another shape"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_refuses(damage, checkpoint):
+    part, change, message = DAMAGES[damage]
+    rewrite(checkpoint / part, **change)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught: convert.read_official_lsd(checkpoint)
+    assert part in str(caught.value) or ".pe" in str(caught.value)
+
+
+def test_reads_bin_files_without_unpickling(checkpoint):
+    part = checkpoint / SLOTS
+    _, state = convert.read_official_part(part)
+    (part / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(state, part / "diffusion_pytorch_model.bin")
+    assert torch.equal(convert.read_official_lsd(checkpoint).slots.slot_mean, state["slot_mu"])
+    torch.save(dict(state, run=Path("x")), part / "diffusion_pytorch_model.bin")  # an object that is no tensor
+    with pytest.raises(ValueError, match="refused"): convert.read_official_lsd(checkpoint)
+
+
+def test_damaged_and_missing_files(checkpoint):
+    weights = checkpoint / SLOTS / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"): convert.read_official_lsd(checkpoint)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="holds none of"): convert.read_official_lsd(checkpoint)
+    (checkpoint / SLOTS / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json"): convert.read_official_lsd(checkpoint)
+    shutil.rmtree(checkpoint / SLOTS)
+    with pytest.raises(FileNotFoundError, match=SLOTS): convert.read_official_lsd(checkpoint)
+    with pytest.raises(FileNotFoundError): convert.read_official_lsd(checkpoint / "nowhere")
+
+
+def test_settings_that_never_took_effect(checkpoint):
+    "The official loader drops act_fn, so a config that says gelu was trained with silu, and must be loaded with silu"
+    rewrite(checkpoint / UNET, config=lambda c: c | dict(act_fn="gelu"))
+    with pytest.warns(UserWarning, match="act_fn='gelu'"): model = convert.read_official_lsd(checkpoint)
+    assert model.denoiser.config.act_fn == "silu"
+
+
+def test_slots_alone_need_a_foundation(checkpoint):
+    for part in ("unetencoder", UNET): shutil.rmtree(checkpoint / part)
+    assert convert.read_official_lsd(checkpoint).denoiser is None
+    with pytest.raises(ValueError, match="foundation="): convert.load_official_lsd(checkpoint)
