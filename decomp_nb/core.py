@@ -57,8 +57,11 @@ class Factors(NamedTuple):
         "Keep the factors named by `index`, in that order; a `(b,k')` tensor picks differently for every picture"
         return Factors(*(v if v is None else _take(v, index, axis) for v, axis in zip(self, _AXES)))
 
-    def drop(self, index: int | Sequence[int]) -> Factors:
-        "The set without the factors named by `index`: a dropped factor is gone, not zero"
+    def drop(self, index: int | Sequence[int] | Tensor) -> Factors:
+        "The set without the factors named by `index` (a `(b,m)` tensor names others in every picture): a dropped factor is gone, not zero"
+        if isinstance(index, Tensor) and index.dim() > 1:
+            kept = torch.ones(self.codes.shape[:-1], dtype=torch.bool, device=self.codes.device).scatter_(-1, index.to(self.codes.device), False)
+            return self.pick(kept.nonzero()[:, -1].view(*self.codes.shape[:-2], -1))
         gone = {i % self.n_factors for i in ([index] if isinstance(index, int) else list(index))}
         if len(gone) == self.n_factors: raise ValueError(f"drop would leave no factor: all {self.n_factors} were named")
         return self.pick([i for i in range(self.n_factors) if i not in gone])

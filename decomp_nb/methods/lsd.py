@@ -22,8 +22,8 @@ from ..components.text import PromptEncoder
 from ..core import Decomposer, Factors
 
 # %% auto #0
-__all__ = ['token_mask', 'drop_slots', 'LSD', 'lsd_preset', 'changed_region', 'repaint', 'background_slot', 'scheduler_of',
-           'StableLSD']
+__all__ = ['token_mask', 'drop_slots', 'LSD', 'lsd_preset', 'changed_region', 'repaint', 'background_slot', 'largest_slot',
+           'scheduler_of', 'StableLSD']
 
 # %% ../../nbs/methods/lsd.ipynb #weights-export
 def token_mask(weights: Tensor | None) -> Tensor | None:
@@ -234,6 +234,12 @@ def background_slot(factors: Factors) -> Tensor:
     owner = F.one_hot(factors.segmentation(), factors.n_factors)
     edge = torch.cat([owner[:, 0], owner[:, -1], owner[:, :, 0], owner[:, :, -1]], 1)
     return edge.sum(1).argmax(-1)
+
+# %% ../../nbs/methods/lsd.ipynb #largest-export
+def largest_slot(factors: Factors) -> Tensor:
+    "The slot that owns most pixels, the background aside, `(b,)`: usually the object that catches the eye"
+    owned = F.one_hot(factors.segmentation(), factors.n_factors).sum((1, 2))
+    return owned.scatter(1, background_slot(factors)[:, None], -1).argmax(1)
 
 # %% ../../nbs/methods/lsd.ipynb #scheduler-of-export
 def scheduler_of(name_or_folder: str) -> dict:
