@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['INITS', 'GRADIENTS', 'coordinate_grid', 'compete', 'attend', 'SlotResult', 'SlotAttention', 'position_projection',
-           'check_slot_config', 'masks_from_attention', 'slot_entropy', 'slot_cosine', 'empty_slot_rate']
+__all__ = ['INITS', 'GRADIENTS', 'coordinate_grid', 'compete', 'attend', 'start_noise', 'cut_gradient', 'position_projection',
+           'check_slot_config', 'SlotResult', 'SlotAttention', 'masks_from_attention', 'slot_entropy', 'slot_cosine',
+           'empty_slot_rate']
 
 # %% ../../nbs/components/slots.ipynb #grid-export
 def coordinate_grid(
@@ -57,6 +58,52 @@ def attend(
     share = share / share.sum(-2, keepdim=True)
     return attention, share.transpose(-1, -2) @ v
 
+# %% ../../nbs/components/slots.ipynb #noise-export
+INITS, GRADIENTS = ("gaussian", "learned", "gaussian_per_slot"), ("full", "last", "bi_level")
+
+
+def start_noise(
+    shape: tuple[int, int, int],  # (batch, slots, slot_dim)
+    mean: Tensor,  # the mean that the noise will be added to; gives device and dtype
+    noise: Tensor | float | None = None,  # a tensor of that shape, or a number for everywhere; None: draw
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    "Noise that the slots start from, standard normal or given `(b, s, d)`"
+    if noise is None:
+        device = generator.device if generator is not None else mean.device  # a CPU generator serves every device
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(mean)
+    if torch.is_tensor(noise):
+        if noise.shape != shape: raise ValueError(f"slot noise has shape {tuple(noise.shape)}, expected {tuple(shape)} (batch, slots, slot_dim)")
+        return noise.to(mean)
+    if mean.shape[1] == 1 and shape[1] > 1:  # one mean for all
+        raise ValueError(f"noise={noise} would start all slots at the same point, where they stay equal for ever; "
+                         "pass a seeded generator or a noise tensor, or use init='gaussian_per_slot' or 'learned'")
+    return torch.full(shape, float(noise), device=mean.device, dtype=mean.dtype)
+
+
+def cut_gradient(slots: Tensor, start: Tensor, how: str) -> Tensor:
+    "Slots before the last iteration, with the path of the gradient cut: the same values, another derivative"
+    if how == "full": return slots
+    return slots.detach() if how == "last" else slots.detach() + start - start.detach()
+
+# %% ../../nbs/components/slots.ipynb #config-export
+def position_projection(dim: int, std: float | None = None) -> nn.Linear:
+    "Linear layer that turns the four coordinates into `dim` features; `std`: small normal start instead of torch's uniform(−½, ½)"
+    layer = nn.Linear(4, dim)
+    if std is not None:
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def check_slot_config(n_slots: int, slot_dim: int, n_heads: int, n_iterations: int, init: str, gradient: str, position: str | None) -> None:
+    "Raise a ValueError that names the first setting that cannot work"
+    for name, value in dict(n_slots=n_slots, slot_dim=slot_dim, n_heads=n_heads, n_iterations=n_iterations).items():
+        if value < 1: raise ValueError(f"{name}={value}: must be at least 1")
+    if slot_dim % n_heads: raise ValueError(f"slot_dim={slot_dim} cannot be split into n_heads={n_heads} equal heads")
+    for name, value, allowed in (("init", init, INITS), ("gradient", gradient, GRADIENTS), ("position", position, ("centers", "ends", None))):
+        if value not in allowed: raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+
 # %% ../../nbs/components/slots.ipynb #result-export
 class SlotResult(NamedTuple):
     "What `SlotAttention` returns; frames add an axis t after b"
@@ -66,9 +113,6 @@ class SlotResult(NamedTuple):
     history: list | None = None  # with `record=True`: (slots, attention) after every iteration, frame after frame
 
 # %% ../../nbs/components/slots.ipynb #module-export
-INITS, GRADIENTS = ("gaussian", "learned", "gaussian_per_slot"), ("full", "last", "bi_level")
-
-
 class SlotAttention(nn.Module):
     "Features → slots, by iterated competition (Locatello et al. 2020; LSD's multi-head form)"
     def __init__(
@@ -119,20 +163,7 @@ class SlotAttention(nn.Module):
                              "only init='gaussian' takes another number")
         shape = (batch, n_slots or self.n_slots, self.slot_dim)
         if self.init == "learned": return self.slot_mean.expand(shape)
-        return self.slot_mean + self.slot_log_sigma.exp() * self._noise(shape, noise, generator)
-
-    def _noise(self, shape, noise, generator) -> Tensor:
-        mean = self.slot_mean
-        if noise is None:
-            device = generator.device if generator is not None else mean.device  # a CPU generator serves every device
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(mean)
-        if torch.is_tensor(noise):
-            if noise.shape != shape: raise ValueError(f"slot noise has shape {tuple(noise.shape)}, expected {shape} (batch, slots, slot_dim)")
-            return noise.to(mean)
-        if self.init == "gaussian" and noise == 0:
-            raise ValueError("noise=0 would start all slots at the same point, where they stay equal for ever; "
-                             "pass a seeded generator or a noise tensor, or use init='gaussian_per_slot' or 'learned'")
-        return torch.full(shape, float(noise), device=mean.device, dtype=mean.dtype)
+        return self.slot_mean + self.slot_log_sigma.exp() * start_noise(shape, self.slot_mean, noise, generator)
 
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
         "Keys and values `(b, heads, n, d/heads)` of a feature map `(b, c, h, w)`; places run row by row"
@@ -178,35 +209,12 @@ class SlotAttention(nn.Module):
             for i in range(t):
                 if i and predictor is not None: slots = predictor(slots)
                 for j in range(steps):
-                    if j == steps - 1: slots = self._cut(slots, start)
+                    if j == steps - 1: slots = cut_gradient(slots, start, self.gradient)
                     slots, attention = self.step(slots, k[:, i], v[:, i], slot_mask)
                     if record: history.append((slots, attention))
                 done.append((slots, attention))
         raw, attention = (torch.stack(x, 1) if features.ndim == 5 else x[0] for x in zip(*done))
         return SlotResult(raw, self.to_out(self.norm_out(raw)), attention, history if record else None)
-
-    def _cut(self, slots: Tensor, start: Tensor) -> Tensor:
-        "Where the gradient stops before the last iteration"
-        if self.gradient == "full": return slots
-        return slots.detach() if self.gradient == "last" else slots.detach() + start - start.detach()
-
-# %% ../../nbs/components/slots.ipynb #helpers-export
-def position_projection(dim: int, std: float | None = None) -> nn.Linear:
-    "Linear layer that turns the four coordinates into `dim` features; `std`: small normal start instead of torch's uniform(−½, ½)"
-    layer = nn.Linear(4, dim)
-    if std is not None:
-        nn.init.normal_(layer.weight, std=std)
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def check_slot_config(n_slots: int, slot_dim: int, n_heads: int, n_iterations: int, init: str, gradient: str, position: str | None) -> None:
-    "Raise a ValueError that names the first setting that cannot work"
-    for name, value in dict(n_slots=n_slots, slot_dim=slot_dim, n_heads=n_heads, n_iterations=n_iterations).items():
-        if value < 1: raise ValueError(f"{name}={value}: must be at least 1")
-    if slot_dim % n_heads: raise ValueError(f"slot_dim={slot_dim} cannot be split into n_heads={n_heads} equal heads")
-    for name, value, allowed in (("init", init, INITS), ("gradient", gradient, GRADIENTS), ("position", position, ("centers", "ends", None))):
-        if value not in allowed: raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 # %% ../../nbs/components/slots.ipynb #masks-export
 def masks_from_attention(
