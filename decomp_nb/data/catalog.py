@@ -33,7 +33,7 @@ def recognise(path: Path | str) -> str:
     if path.is_dir(): return _recognise_folder(path)
     if ".tfrecord" in path.name: return "clevr_with_masks" if _record_layout(path) == "clevr_with_masks" else "records"
     if path.suffix not in (".h5", ".hdf5"):
-        raise ValueError(f"{path} is no data set: expected .h5, .hdf5, .tfrecords or a folder; put a single picture into a folder of its own")
+        raise ValueError(f"{path} is no data set: expected .h5, .hdf5, .tfrecords or a folder; put a single picture into a folder")
     with open_h5(path) as f: keys = list(f)
     for key, kind in {"jpeg": "h5_photos", "edited_object": "h5_edits", "image": "h5_scenes", "video": "h5_scenes"}.items():
         if key in keys: return kind
@@ -48,10 +48,10 @@ def _recognise_folder(path: Path) -> str:
     "By the first sub-folder that holds pictures"
     for _, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        texture, frame, mask, png, jpg = (fnmatch.filter(files, p) for p in ("CLEVRTEX_*_??????.png", "*_image.png", "*_mask.png", "*.png", "*.jpg"))
-        if texture: return "clevrtex"
-        if frame or jpg and mask: return "movi"
-        if png or jpg: break
+        seen = {p for p in ("CLEVRTEX_*_??????.png", "*_image.png", "*_mask.png", "*.png", "*.jpg") if fnmatch.filter(files, p)}
+        if "CLEVRTEX_*_??????.png" in seen: return "clevrtex"
+        if "*_image.png" in seen or {"*.jpg", "*_mask.png"} <= seen: return "movi"
+        if seen: break
     return "images"
 
 # %% ../../nbs/data/catalog.ipynb #split-file-export
@@ -72,7 +72,7 @@ def split_file(folder: Path | str, split: str) -> tuple[Path, str]:
 
 
 def own_split(file: Path, split: str) -> tuple[Path, str]:
-    "What to read when `file` is given and `split` is wanted: a file named `x_train` or `x_val` is that split, and `x_val` is found beside `x_train`"
+    "What to read when `file` is given and `split` is wanted: `x_val` is the val split itself, and is found beside `x_train`"
     name = _OF_SPLIT.fullmatch(file.stem)
     if not name: return file, split
     own, wanted = split_name(name[2]), split_name(split)
@@ -128,8 +128,8 @@ def _existing(name: str | Path, kinds: list[str]) -> Path:
         if (found := find_data(inside)) is not None: return found
     near = difflib.get_close_matches(str(name), kinds, 1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise FileNotFoundError(f"no data set {str(name)!r}. {hint}It is no generator ({', '.join(kinds)}), and there is no such file or folder, "
-                            f"neither here nor in the data folder ({os.environ.get('DECOMP_DATA') or '../shared/data'})")
+    raise FileNotFoundError(f"no data set {str(name)!r}. {hint}It is no generator ({', '.join(kinds)}), and there is no such file or "
+                            f"folder, neither here nor in the data folder ({os.environ.get('DECOMP_DATA') or '../shared/data'})")
 
 # %% ../../nbs/data/catalog.ipynb #check-image-export
 def check_image(item: dict, size: int, name: str = "the data set") -> None:
@@ -154,7 +154,7 @@ def check_masks(item: dict, max_objects: int, name: str = "the data set") -> Non
     labels = item.get("labels", {})
     if labels and "visibility" not in labels: raise ValueError(f"'labels' of {name} lack 'visibility', which says which rows are objects")
     for key, rows in labels.items():
-        if len(rows) != max_objects: raise ValueError(f"label {key!r} of {name} has {len(rows)} rows, it has to have max_objects={max_objects}")
+        if len(rows) != max_objects: raise ValueError(f"label {key!r} of {name} has {len(rows)} rows instead of max_objects={max_objects}")
 
 # %% ../../nbs/data/catalog.ipynb #validate-dataset-export
 def validate_dataset(
@@ -172,9 +172,10 @@ def validate_dataset(
         if not hasattr(ds, needed): raise ValueError(f"{name} is no data set: it lacks {needed!r}")
     if len(ds) == 0: raise ValueError(f"{name} is empty")
     if batch_size and len(ds) < batch_size: raise ValueError(f"{name} is smaller than batch_size={batch_size}: lower it or add data")
-    if image_size and ds.size != image_size: raise ValueError(f"{name} gives {ds.size} px, the model takes {image_size}: open it with size={image_size}")
+    if image_size and ds.size != image_size:
+        raise ValueError(f"{name} gives {ds.size} px, the model takes {image_size}: open it with size={image_size}")
     if multiple_of and (ds.size < multiple_of or ds.size % multiple_of):
-        raise ValueError(f"{name} gives {ds.size} px, which the model cannot halve often enough: its size must be a multiple of {multiple_of}")
+        raise ValueError(f"{name} gives {ds.size} px, which the model cannot halve often enough: use a multiple of {multiple_of}")
     default = 10_000 if isinstance(ds, (ImageFolder, H5Photos)) else 200
     if hasattr(ds, "check") and check_files != 0: ds.check(default if check_files is None else check_files)
     items = [ds[0], ds[len(ds) - 1]]
