@@ -49,7 +49,7 @@ def run(path: Path, flags: set[str], force: bool = False, timeout: int = 900) ->
     if skipped_notebook(nb) and not force:
         return "skipped by its front matter"
     client = Client(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-                    extra_arguments=["--log-level=40"])
+                    extra_arguments=["--log-level=40"], store_widget_state=False)
     client.flags = flags
     client.execute()
     nbformat.write(nb, path)
