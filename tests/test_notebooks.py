@@ -55,16 +55,17 @@ def notebook(name: str, *cells: dict) -> Notebook:
 
 
 PARAMETERS = cell("code", "toy-parameters", "steps: int = 3  # how many", ["parameters"])
+COLAB = cell("code", "toy-colab", "#| eval: false\nimport sys\nif 'google.colab' in sys.modules:\n    %pip install -q toy", ["skip-execution"])
 SKIPPED = cell("raw", "toy-front", "---\nskip_exec: true\n---")
 SHOWS = cell("code", "toy-show", "1 + 1", outputs=[{"output_type": "execute_result", "data": {"text/plain": ["2"]}}])
 LIBRARY = notebook(
     "components/toy", cell("code", "toy-default", "#| default_exp components.toy"), cell("code", "toy-imports", "import math"),
     cell("code", "toy-export", "#| export\ndef double(x): return 2 * x"), SHOWS,
     cell("code", "toy-end", "#| hide\n#| eval: false\nimport nbdev; nbdev.nbdev_export()", ["skip-execution"]))
-RUN = notebook("train_toy", SKIPPED, PARAMETERS, cell("code", "toy-fit", "steps"))
+RUN = notebook("train_toy", SKIPPED, COLAB, PARAMETERS, cell("code", "toy-fit", "steps"))
 
 
-@pytest.mark.parametrize("nb", [LIBRARY, RUN, notebook("tutorials/toy", SHOWS)], ids=lambda nb: nb.name)
+@pytest.mark.parametrize("nb", [LIBRARY, RUN, notebook("tutorials/toy", COLAB, SHOWS)], ids=lambda nb: nb.name)
 @pytest.mark.parametrize("rule", hygiene.NOTEBOOK_RULES, ids=lambda rule: rule.__name__)
 def test_good_notebooks_pass(rule, nb):
     assert list(rule(nb)) == []
@@ -126,6 +127,10 @@ BAD = [
     (hygiene.runs_are_not_tests, notebook("eval_toy", cell("raw", "front", "skip_exec: false"), PARAMETERS), "skip_exec"),
     (hygiene.skipping_is_said_twice, code("#| eval: false\n1"), "skip-execution"),
     (hygiene.skipping_is_said_twice, code("1", ["skip-execution"]), "eval: false"),
+    (hygiene.cells_are_python, code("import sys\nif 'google.colab' in sys.modules: %pip install -q toy"), "line 2"),
+    (hygiene.cells_are_python, code("def f(:"), "line 1"),
+    (hygiene.installs_itself_on_colab, notebook("tutorials/toy", SHOWS), "Colab"),
+    (hygiene.installs_itself_on_colab, notebook("eval_toy", PARAMETERS), "Colab"),
     (hygiene.no_notebook_bars, code("from tqdm.auto import tqdm"), "tqdm.auto"),
 ]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import readme
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 
 from decomp_nb.training.launch import kinds, parse_parameters
 
@@ -76,11 +77,15 @@ def unattended(cell: dict) -> bool:
     return marks(cell).get("eval") != "false" and "skip-execution" not in tags(cell)
 
 
+def as_python(cell: dict) -> str:
+    "A code cell as IPython hands it to Python: magics and shell lines become calls"
+    return TransformerManager().transform_cell(source(cell))
+
+
 def parsed(cell: dict) -> list[ast.stmt]:
-    "Statements of a code cell, without lines that only IPython understands; empty where it is no Python"
-    lines = [line for line in source(cell).splitlines() if not line.lstrip().startswith(("%", "!", "?"))]
+    "Statements of a code cell; empty where it is no Python"
     try:
-        return ast.parse("\n".join(lines)).body
+        return ast.parse(as_python(cell)).body
     except SyntaxError:
         return []
 
@@ -261,6 +266,21 @@ def skipping_is_said_twice(nb: Notebook):
             yield f"cell {cell['id']} needs both `#| eval: false` and the tag skip-execution, or neither"
 
 
+def cells_are_python(nb: Notebook):
+    "What Jupyter cannot read; `if colab: %pip …` on one line, for instance: a magic needs a line of its own"
+    for cell in nb.code:
+        try:
+            ast.parse(as_python(cell))
+        except SyntaxError as error:
+            yield f"cell {cell['id']}, line {error.lineno}: {error.msg}"
+
+
+def installs_itself_on_colab(nb: Notebook):
+    "Whoever opens a tutorial or a run in Colab has no package yet"
+    if (nb.runs or nb.name.startswith("tutorials/")) and not any("google.colab" in source(c) and "%pip" in source(c) for c in nb.code):
+        yield "no cell that installs the package on Colab"
+
+
 def no_notebook_bars(nb: Notebook):
     "tqdm.auto becomes a widget in a kernel"
     for cell in nb.code:
@@ -271,7 +291,8 @@ def no_notebook_bars(nb: Notebook):
 NOTEBOOK_RULES = [
     kernelspec_is_python3, ids_speak, badge_leads_here, title_and_claim, one_parameters_cell, parameters_are_literals, no_stderr,
     no_error_outputs, no_machine_paths, no_widget_state, below_one_megabyte, outputs_are_committed, imports_stand_alone, no_star_imports,
-    only_libraries_export, runs_are_not_tests, skipping_is_said_twice, no_notebook_bars,
+    only_libraries_export, runs_are_not_tests, skipping_is_said_twice, cells_are_python, installs_itself_on_colab,
+    no_notebook_bars,
 ]
 
 
