@@ -10,7 +10,7 @@ STAMP := .venv/.made-from
 # One thread a process: notebooks and tests run side by side, and threads that fight for cores are five times slower.
 TESTING := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::ResourceWarning
 
-.PHONY: help setup train test prepare notebooks docs clean
+.PHONY: help setup train test prepare notebooks docs quarto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -56,10 +56,12 @@ notebooks: setup
 	$(TESTING) $(PY) tools/run_nbs.py $(NB)
 
 # nbdev would try to install Quarto with sudo when it is missing, so that is checked first. _proc is a cache that keeps deleted notebooks.
-docs: setup
-	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: https://quarto.org/docs/get-started" >&2; exit 1; }
+docs: quarto setup
 	rm -rf _proc
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+
+quarto:
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: https://quarto.org/docs/get-started" >&2; exit 1; }
 
 clean:
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .ruff_cache
