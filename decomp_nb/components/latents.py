@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Pixels', 'draw', 'KLLatents', 'build_latents', 'CachedLatents', 'cache_latents']
+__all__ = ['Pixels', 'draw', 'KLLatents', 'small_vae', 'KLAutoencoder', 'build_latents', 'CachedLatents', 'cache_latents']
 
 # %% ../../nbs/components/latents.ipynb #pixels-export
 class Pixels(nn.Module):
@@ -88,6 +88,50 @@ class KLLatents(nn.Module):
         noise = batch.get("latent_noise")
         if "latent_mean" not in batch: return self.encode(batch["image"], noise)
         return draw(batch["latent_mean"].float(), batch["latent_logvar"].float(), noise) * self.vae.config.scaling_factor
+
+# %% ../../nbs/components/latents.ipynb #small-vae-export
+def small_vae(
+    factor: int = 4,  # side of the picture / side of the latents: 2, 4, 8 …
+    *,
+    latent_channels: int = 4,
+    width: int = 32,  # channels at full resolution, doubled (once) below
+    layers_per_block: int = 1,
+):
+    "A small `AutoencoderKL` with random weights"
+    from diffusers import AutoencoderKL
+    levels = factor.bit_length()
+    if factor < 1 or factor != 2 ** (levels - 1): raise ValueError(f"factor={factor}: must be a power of two, each halving is one level of the autoencoder")
+    if width % 8: raise ValueError(f"width={width}: must be a multiple of 8, the number of groups of the group norms")
+    channels = tuple(width * min(2 ** i, 2) for i in range(levels))
+    return AutoencoderKL(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+                         norm_num_groups=8, latent_channels=latent_channels, layers_per_block=layers_per_block, mid_block_add_attention=False)
+
+# %% ../../nbs/components/latents.ipynb #training-export
+class KLAutoencoder(nn.Module):
+    "An `AutoencoderKL` in training: `forward(batch)` gives the loss; `save_pretrained` writes a plain diffusers autoencoder with its scale"
+    def __init__(self, vae: nn.Module, *, kl_weight: float = 1e-4):
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+        self.register_buffer("spread", torch.ones(()))  # running standard deviation of the latents
+
+    @property
+    def config(self) -> dict:
+        "What the run's config.json records"
+        return {**self.vae.config, "kl_weight": self.kl_weight}
+
+    def forward(self, batch: dict) -> dict:
+        "`loss`, and its parts `reconstruction` (mean absolute error, pictures in [−1,1]) and `kl` (nats per latent number); `latent_noise` injects ε"
+        posterior = self.vae.encode(batch["image"]).latent_dist
+        z = draw(posterior.mean, posterior.logvar, batch.get("latent_noise"))
+        reconstruction = (self.vae.decode(z).sample - batch["image"]).abs().mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        if self.training: self.spread.lerp_(z.detach().float().std(), 0.02)
+        return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+    def save_pretrained(self, folder: str | Path, **options) -> None:
+        "A folder that `AutoencoderKL.from_pretrained` and `build_latents` read"
+        self.vae.register_to_config(scaling_factor=round(1 / max(float(self.spread), 1e-6), 5))
+        self.vae.save_pretrained(folder, **options)
 
 # %% ../../nbs/components/latents.ipynb #build-export
 def build_latents(
