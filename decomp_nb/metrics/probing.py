@@ -139,7 +139,8 @@ def probe(codes: Tensor,  # `(n,d)`, one row per matched object
           steps: int = 400,  # of AdamW
           ) -> dict[str, float]:
     "Train a reader on some images, test it on others: accuracy and chance, or mse and r2; the same on the training rows as train_…"
-    if not len(codes) == len(labels) == len(groups): raise ValueError(f"codes, labels and groups differ in length: {len(codes)}, {len(labels)}, {len(groups)}")
+    if not len(codes) == len(labels) == len(groups):
+        raise ValueError(f"codes, labels and groups differ in length: {len(codes)}, {len(labels)}, {len(groups)}")
     if task not in ("auto", "class", "regression"): raise ValueError(f"task={task!r}: must be 'auto', 'class' or 'regression'")
     if task == "auto": task = "regression" if labels.is_floating_point() else "class"
     train, test = split_by_group(groups, test_share, seed)
@@ -158,11 +159,11 @@ def probe(codes: Tensor,  # `(n,d)`, one row per matched object
     return {**scores, **seen, "n_train": len(train), "n_test": len(test)}
 
 # %% ../../nbs/metrics/probing.ipynb #properties-export
-def probe_properties(codes: Tensor, labels: Mapping[str, Tensor], groups: Tensor, *, kinds: Sequence[str] = ("linear", "mlp"), seeds: int = 3,
-                     **options) -> list[dict]:
+def probe_properties(codes: Tensor, labels: Mapping[str, Tensor], groups: Tensor, *,
+                     kinds: Sequence[str] = ("linear", "mlp"), seeds: int = 3, **options) -> list[dict]:
     "One row per property and reader, with `Spread`s over seeds of accuracy, chance, mse and r2; options as in `probe`"
-    return [dict(property=name, reader=kind, **spread_of_runs([probe(codes, values, groups, kind=kind, seed=seed, **options) for seed in range(seeds)]))
-            for name, values in labels.items() for kind in kinds]
+    def run(values, kind): return [probe(codes, values, groups, kind=kind, seed=seed, **options) for seed in range(seeds)]
+    return [dict(property=name, reader=kind, **spread_of_runs(run(values, kind))) for name, values in labels.items() for kind in kinds]
 
 # %% ../../nbs/metrics/probing.ipynb #official-export
 class OfficialProbe(NamedTuple):

@@ -33,7 +33,8 @@ def contingency(true: Tensor,  # true labels `(b,…)`, integers; 0 = background
     n = n_pred or high_pred + 1
     if high_pred >= n: raise ValueError(f"predicted labels reach {high_pred}, but n_pred={n} allows 0…{n - 1}")
     if high_true >= m: raise ValueError(f"true labels reach {high_true}, but n_true={m} allows 0…{m - 1}")
-    if m * n > 2 ** 22: raise ValueError(f"labels up to {high_true} (true) and {n - 1} (pred) make a huge table: call renumber() on them first")
+    if m * n > 2 ** 22:
+        raise ValueError(f"labels up to {high_true} (true) and {n - 1} (pred) make a huge table: call renumber() on them first")
     kind = torch.int32 if b * m * n < 2 ** 31 else torch.int64  # half the memory traffic where it is enough
     true, pred = true.reshape(b, -1).to(kind), pred.reshape(b, -1).to(kind)
     cell = ((torch.arange(b, dtype=kind, device=true.device)[:, None] * m + true) * n).add_(pred)
@@ -44,12 +45,16 @@ def contingency(true: Tensor,  # true labels `(b,…)`, integers; 0 = background
 
 def _check_labels(true: Tensor, pred: Tensor, ignore: Tensor | None) -> None:
     "Errors that name the argument, before any counting"
-    if true.shape != pred.shape: raise ValueError(f"true labels {tuple(true.shape)} and predicted labels {tuple(pred.shape)} differ in shape; "
+    if true.shape != pred.shape:
+        raise ValueError(f"true labels {tuple(true.shape)} and predicted labels {tuple(pred.shape)} differ in shape; "
                                                   "resize the masks to the size of the true labels (masks_from_attention, segmentation)")
-    if ignore is not None and ignore.shape != true.shape: raise ValueError(f"ignore {tuple(ignore.shape)} must have the shape of the labels {tuple(true.shape)}")
+    if ignore is not None and ignore.shape != true.shape:
+        raise ValueError(f"ignore {tuple(ignore.shape)} must have the shape of the labels {tuple(true.shape)}")
     for name, labels in (("true", true), ("pred", pred)):
-        if labels.is_floating_point(): raise ValueError(f"{name} labels must be integers, got {labels.dtype}; soft masks go through segmentation()")
-    if pred.numel() and int(pred.min()) < 0: raise ValueError("predicted labels must be ≥ 0; mark pixels to skip in `true` (negative) or in `ignore`")
+        if labels.is_floating_point():
+            raise ValueError(f"{name} labels must be integers, got {labels.dtype}; soft masks go through segmentation()")
+    if pred.numel() and int(pred.min()) < 0:
+        raise ValueError("predicted labels must be ≥ 0; mark pixels to skip in `true` (negative) or in `ignore`")
 
 # %% ../../nbs/metrics/segmentation.ipynb #renumber-export
 def renumber(labels: Tensor) -> Tensor:
@@ -185,7 +190,8 @@ def masks_from_attention(attention: Tensor,  # `(b,k,n)`, or `(b,heads,k,n)`: he
     if attention.dim() == 4: attention = attention.sum(1)
     b, k, n = attention.shape
     rows, columns = grid or (math.isqrt(n), math.isqrt(n))
-    if rows * columns != n: raise ValueError(f"attention over {n} positions does not fit a {rows}×{columns} grid: name it with grid=(rows, columns)")
+    if rows * columns != n:
+        raise ValueError(f"attention over {n} positions does not fit a {rows}×{columns} grid: name it with grid=(rows, columns)")
     masks = attention.reshape(b, k, rows, columns).float()
     return masks if masks.shape[-2:] == tuple(size) else F.interpolate(masks, tuple(size), mode="bilinear", align_corners=False)
 
@@ -194,7 +200,8 @@ def segmentation(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     "Labels `(b,h,w)` from soft masks `(b,k,h,w)`: enlarged to `size` where it differs, then argmax; integer label maps pass unchanged"
     if not masks.is_floating_point(): return masks
     if masks.dim() != 4: raise ValueError(f"soft masks must be (b,k,h,w), got {tuple(masks.shape)}")
-    if size is not None and masks.shape[-2:] != tuple(size): masks = F.interpolate(masks.float(), tuple(size), mode="bilinear", align_corners=False)
+    if size is not None and masks.shape[-2:] != tuple(size):
+        masks = F.interpolate(masks.float(), tuple(size), mode="bilinear", align_corners=False)
     return masks.argmax(1)
 
 # %% ../../nbs/metrics/segmentation.ipynb #accumulator-export

@@ -46,7 +46,7 @@ class Table:
 
     def __init__(self,
                  rows: Sequence[Mapping],  # one dict per row: text, numbers, `Spread`s
-                 columns: Sequence[str] | Mapping[str, str] | None = None,  # keys to show, or key → header; default all, in order of appearance
+                 columns: Sequence[str] | Mapping[str, str] | None = None,  # keys to show, or key → header; default all
                  *, digits: int = 3,  # decimals
                  best: Mapping[str, str] | None = None,  # key → "max" or "min": that cell is bold
                  caption: str = ""):
@@ -84,7 +84,8 @@ class Table:
     def __repr__(self) -> str:
         grid = [[text.replace("**", "") for text in line] for line in self.grid()]
         widths = [max(len(line[i]) for line in grid) for i in range(len(self.headers))]
-        lines = ["  ".join(t.ljust(w) if words else t.rjust(w) for t, w, words in zip(line, widths, self.is_text())).rstrip() for line in grid]
+        def aligned(line): return [t.ljust(w) if words else t.rjust(w) for t, w, words in zip(line, widths, self.is_text())]
+        lines = ["  ".join(aligned(line)).rstrip() for line in grid]
         return "\n".join(([self.caption] if self.caption else []) + lines)
 
 
