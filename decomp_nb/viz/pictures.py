@@ -103,7 +103,10 @@ def _join(pictures: Sequence[Picture], horizontal: bool) -> Picture:
         at += p.size[0 if horizontal else 1]
     across = max(p.size[1 if horizontal else 0] for p in pictures)
     canvas = Image.new("RGB", (at, across) if horizontal else (across, at), _PAPER)
-    for p, place in zip(pictures, places): canvas.paste(p.image, place)
+    for i, (p, place) in enumerate(zip(pictures, places)):  # of a shared margin each keeps its half: frames reach into it
+        half = max(0, places[i - 1][not horizontal] + pictures[i - 1].size[not horizontal] - place[not horizontal]) // 2 if i else 0
+        shift = (half, 0) if horizontal else (0, half)
+        canvas.paste(p.image.crop((*shift, *p.size)), (place[0] + shift[0], place[1] + shift[1]))
     return Picture(canvas, "; ".join(p.alt for p in pictures if p.alt), pictures[0].density, max(p.margin for p in pictures))
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-tiles-export
@@ -123,7 +126,8 @@ def _tiles(images, name: str = "images") -> list[np.ndarray | None]:
     if not images.is_floating_point(): raise ValueError(f"{name}: expected floats in [-1,1], got {images.dtype}: use x/127.5 - 1")
     images = images.detach().float().cpu()
     if not images.isfinite().all(): raise ValueError(f"{name}: holds NaN or infinite values")
-    if images.abs().max() > 12: raise ValueError(f"{name}: values reach {images.abs().max():.0f}, expected [-1,1]: use x/127.5 - 1 for 0..255")
+    top = images.abs().max()
+    if top > 12: raise ValueError(f"{name}: values reach {top:.0f}, expected [-1,1]: use x/127.5 - 1 for 0..255")
     return list(to_uint8(images.expand(-1, 3, -1, -1)).numpy())
 
 
@@ -136,16 +140,35 @@ def _stack(images, name: str = "images") -> Tensor:
 # %% ../../nbs/viz/pictures.ipynb #pictures-scale-export
 def _enlarge(tile: np.ndarray, scale: int, resample: str = "nearest") -> Image.Image:
     "`scale` output pixels per pixel: 'nearest' (exact) or 'lanczos' (smooth, for photographs)"
-    if not (isinstance(scale, int) and scale >= 1): raise ValueError(f"scale: expected a whole number of output pixels per pixel, got {scale!r}")
     if resample not in ("nearest", "lanczos"): raise ValueError(f"resample: expected 'nearest' or 'lanczos', got {resample!r}")
-    size = (tile.shape[1] * scale, tile.shape[0] * scale)
+    size = (tile.shape[1] * _whole(scale), tile.shape[0] * scale)
     return Image.fromarray(np.ascontiguousarray(tile)).resize(size, Image.Resampling[resample.upper()])
 
 
-def _auto_scale(width: int, columns: int, room: int = _WIDTH - 2 * _MARGIN, gap: int = _GAP) -> int:
-    "The largest whole enlargement at which `columns` tiles fit into `room`, up to a comfortable size"
-    fits = (room - (columns - 1) * gap) // (columns * width)
-    return max(1, min(fits, round(_CELL / width)))
+def _whole(scale: int) -> int:
+    if not (isinstance(scale, int) and scale >= 1): raise ValueError(f"scale: expected a whole number of pixels per pixel, got {scale!r}")
+    return scale
+
+
+def _cell(width: int, columns: int, scale: int | None = None, gap: int = _GAP, room: int = _WIDTH - 2 * _MARGIN) -> int:
+    "Width of a cell for tiles of `width`: as large as `columns` of them fit into `room`, up to a comfortable size"
+    if scale is not None: return width * _whole(scale)
+    fits = max(1, (room - (columns - 1) * gap) // columns)
+    return width * max(1, min(fits // width, round(_CELL / width))) if width <= fits else math.ceil(width / math.ceil(width / fits))
+
+
+def _fit(tile: np.ndarray | None, cell: int, resample: str = "nearest") -> Image.Image | None:
+    "A tile at the width of a cell, as nearly as whole numbers allow"
+    if tile is None: return None
+    width = tile.shape[1]
+    return _enlarge(tile, cell // width, resample) if width <= cell else Image.fromarray(tile).reduce(math.ceil(width / cell))
+
+
+def _columns(n: int, width: int, most: int = 99, least: int = 96, gap: int = _GAP, room: int = _WIDTH - 2 * _MARGIN) -> int:
+    "Columns for `n` cells: not more than fit at a legible size (about `least`), and such that all rows are equally full"
+    small = width * math.ceil(least / width) if width <= 2 * least else math.ceil(width / (width // (4 * least // 3)))
+    most = max(1, min(most, (room + gap) // (small + gap)))
+    return math.ceil(n / math.ceil(n / most))
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-font-export
 @lru_cache
@@ -234,7 +257,8 @@ def _sheet(
     for (i, j), (x, y) in corner.items():
         c = cells[i][j]
         canvas.paste(c, (x, y))
-        if frames and (i, j) in frames: draw.rectangle((x - 5, y - 5, x + c.width + 4, y + c.height + 4), outline=_rgb(frames[i, j]), width=5)
+        if frames and (i, j) in frames:
+            draw.rectangle((x - 5, y - 5, x + c.width + 4, y + c.height + 4), outline=_rgb(frames[i, j]), width=5)
     for n, line in enumerate(p.heading): draw.text((_MARGIN, _MARGIN - 4 + n * _leading(_font(_TEXT + 4))), line, _INK, _font(_TEXT + 4))
     for i, name in enumerate(p.names):
         for n, line in enumerate(name):
@@ -272,7 +296,7 @@ def show(
     tiles = _tiles(images)
     titles = [titles] if isinstance(titles, str) else list(titles or [])
     if titles and len(titles) != len(tiles): raise ValueError(f"titles: {len(titles)} for {len(tiles)} images")
-    return _contact(tiles, titles, title, ncol or _balanced(len(tiles), 6), scale, resample, _GAP, alt or ", ".join(map(str, titles)))
+    return _contact(tiles, titles, title, ncol, 6, 128, scale, resample, _GAP, alt or ", ".join(map(str, titles)))
 
 
 def grid(
@@ -289,22 +313,21 @@ def grid(
     tiles = _tiles(images)
     titles = list(titles or [])
     if titles and len(titles) != len(tiles): raise ValueError(f"titles: {len(titles)} for {len(tiles)} images")
-    return _contact(tiles, titles, title, ncol or _balanced(len(tiles), 8), scale, resample, 4 if not titles else _GAP, alt or title or f"{len(tiles)} images")
+    gap, alt = _GAP if titles else 4, alt or title or f"{len(tiles)} images"
+    return _contact(tiles, titles, title, ncol, 12, 64, scale, resample, gap, alt)
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-contact-export
-def _balanced(n: int, most: int) -> int:
-    "Columns for `n` cells, at most `most`, so that the rows are equally full: 9 in rows of 6 → 5"
-    return math.ceil(n / math.ceil(n / most))
+def _common(tiles: Sequence[np.ndarray | None], columns: int, scale: int | None, resample: str, gap=_GAP, room=_WIDTH - 2 * _MARGIN):
+    "Bring tiles of unlike resolution to one width: the widest by `scale`, smaller ones by the whole number that comes nearest"
+    cell = _cell(_widest(tiles), columns, scale, gap, room)
+    return [_fit(t, cell, resample) for t in tiles]
 
 
-def _common(tiles: Sequence[np.ndarray | None], columns: int, scale: int | None, resample: str, gap: int = _GAP, room: int = _WIDTH - 2 * _MARGIN):
-    "Enlarge tiles of unlike resolution to one width: the widest by `scale`, smaller ones by the whole number that comes nearest"
-    widest = max((t.shape[1] for t in tiles if t is not None), default=1)
-    cell = widest * (_auto_scale(widest, columns, room, gap) if scale is None else scale)
-    return [None if t is None else _enlarge(t, scale if t.shape[1] == widest and scale else max(1, cell // t.shape[1]), resample) for t in tiles]
+def _widest(tiles: Sequence[np.ndarray | None]) -> int: return max((t.shape[1] for t in tiles if t is not None), default=1)
 
 
-def _contact(tiles, titles, title, ncol, scale, resample, gap, alt) -> Picture:
+def _contact(tiles, titles, title, ncol, most, least, scale, resample, gap, alt) -> Picture:
+    ncol = ncol or _columns(len(tiles), _widest(tiles) * (scale or 1), most, least, gap)
     cells = _common(tiles, ncol, scale, resample, gap)
     rows = [cells[i:i + ncol] for i in range(0, len(cells), ncol)]
     captions = [titles[i:i + ncol] for i in range(0, len(cells), ncol)] if titles else None
@@ -317,7 +340,7 @@ def _labels(masks: Tensor, size: tuple[int, int], b: int) -> Tensor:
     whole = not masks.is_floating_point()
     if masks.dim() == (2 if whole else 3): masks = masks[None]
     if masks.dim() != (3 if whole else 4):
-        raise ValueError(f"masks: expected labels (b,h,w) of an integer type or soft masks (b,k,h,w) of floats, got {tuple(masks.shape)} {masks.dtype}")
+        raise ValueError(f"masks: expected integer labels (b,h,w) or soft masks (b,k,h,w), got {tuple(masks.shape)} {masks.dtype}")
     if len(masks) != b: raise ValueError(f"masks: {len(masks)} for {b} images")
     if not whole: return F.interpolate(masks.float(), size, mode="bilinear", align_corners=False).argmax(1)
     if masks.min() < 0: raise ValueError(f"masks: labels start at 0, got {masks.min().item()}")
@@ -379,10 +402,11 @@ def overlay(
 ) -> Picture:
     "Label maps or masks over images, as a figure; see `paint` for the options"
     tiles = _tiles(images)
-    ncol = ncol or _balanced(len(tiles), 6)
-    scale = scale or _auto_scale(tiles[0].shape[1], min(ncol, len(tiles)))
-    painted = paint(images, masks, alpha=alpha, contours=contours, background=background, scale=scale)
-    return show(painted, titles, title=title, ncol=ncol, scale=1, alt=alt or "segmentation over images")
+    width = tiles[0].shape[1]
+    ncol = ncol or _columns(len(tiles), width * (scale or 1), 6, 128)
+    cell = _cell(width, ncol, scale)
+    painted = paint(images, masks, alpha=alpha, contours=contours, background=background, scale=max(1, cell // width))
+    return show(painted, titles, title=title, ncol=ncol, scale=1 if cell >= width else None, alt=alt or "segmentation over images")
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-masked-export
 def masked(images: Tensor, masks: Tensor, n_factors: int | None = None) -> Tensor:
@@ -391,7 +415,7 @@ def masked(images: Tensor, masks: Tensor, n_factors: int | None = None) -> Tenso
     size, soft = tiles.shape[-2:], torch.as_tensor(masks).detach().cpu()
     if soft.is_floating_point():
         soft = soft[None] if soft.dim() == 3 else soft
-        if soft.dim() != 4 or len(soft) != len(tiles): raise ValueError(f"masks: expected (b,k,h,w) with b = {len(tiles)}, got {tuple(soft.shape)}")
+        if soft.dim() != 4 or len(soft) != len(tiles): raise ValueError(f"masks: expected ({len(tiles)},k,h,w), got {tuple(soft.shape)}")
         soft = F.interpolate(soft.float(), size, mode="bilinear", align_corners=False).clamp(0, 1)
     else:
         labels = _labels(soft, size, len(tiles))
@@ -417,20 +441,35 @@ def slots(
     if parts.dim() != 5 or len(parts) != len(tiles): raise ValueError(f"parts: expected ({len(tiles)},k,3,h,w), got {tuple(parts.shape)}")
     k, width = parts.shape[1], tiles[0].shape[1]
     heads = {"input": tiles} | ({} if reconstruction is None else {"reconstruction": _tiles(reconstruction, "reconstruction")})
-    most = (_WIDTH - 2 * _MARGIN + _GAP) // (max(112, width) + _GAP) - len(heads) - 1
-    line = _balanced(k, max(1, most))
-    scale = scale or _auto_scale(width, len(heads) + 1 + line)
-    heads["segmentation"] = _tiles(paint(images, masks, background=background, scale=scale))
-    cells, captions, chips = [], [], {}
-    for i in range(len(tiles)):
-        front = [_enlarge(t[i], max(1, width * scale // t[i].shape[1])) for t in heads.values()]
-        shares = [_enlarge(t, scale) for t in _tiles(parts[i], "parts")]
-        for start in range(0, k, line):
-            cells.append([*([None] * len(front) if start else front), *shares[start:start + line]])
-            names = [f"{name} {j}" if line <= 7 and k <= 10 else f"{j}" for j in range(start, min(k, start + line))]
-            captions.append([] if i else [*([""] * len(heads) if start else heads), *names])
-            if i == 0: chips |= {(len(cells) - 1, len(heads) + j): c for j, c in enumerate(_factor_colours(k, background)[start:start + line].tolist())}
-    return _sheet(cells, captions=captions, chips=chips, title=title, alt=alt or f"input, segmentation and each of {k} factors, for {len(tiles)} images")
+    line = _line(k, len(heads) + 1, width * (scale or 1), least=120)
+    cell = _cell(width, len(heads) + 1 + line, scale)
+    heads["segmentation"] = _tiles(paint(images, masks, background=background, scale=max(1, cell // width)))
+    front = [[_fit(tiles[i], cell) for tiles in heads.values()] for i in range(len(tiles))]
+    back = [[_fit(t, cell) for t in _tiles(row, "parts")] for row in parts]
+    names = [f"{name} {j}" if line <= 7 and k <= 10 else f"{j}" for j in range(k)]
+    cells, captions, places = _ragged(front, back, list(heads), names, line)
+    chips = {places[0, j]: colour for j, colour in enumerate(_factor_colours(k, background).tolist())}
+    alt = alt or f"input, segmentation and each of {k} factors, for {len(tiles)} images"
+    return _sheet(cells, captions=captions, chips=chips, title=title, alt=alt)
+
+# %% ../../nbs/viz/pictures.ipynb #pictures-ragged-export
+def _line(k: int, heads: int, width: int, least: int = 96, gap: int = _GAP, room: int = _WIDTH - 2 * _MARGIN) -> int:
+    "How many of `k` parts stand in a line behind `heads` leading cells"
+    for line in range(k, 1, -1):
+        even = line == math.ceil(k / math.ceil(k / line))  # no shorter line would do with as many lines
+        if even and _columns(heads + line, width, least=least, gap=gap, room=room) == heads + line: return line
+    return 1
+
+
+def _ragged(front: Sequence[Sequence], parts: Sequence[Sequence], front_names: Sequence[str], names: Sequence[str], line: int):
+    "Rows of a few leading cells and many parts: the parts wrap after `line`. Returns cells, captions, `{(row, part): place}`"
+    cells, captions, places = [], [], {}
+    for i, (head, row) in enumerate(zip(front, parts)):
+        for start in range(0, len(row), line):
+            places |= {(i, j): (len(cells), len(head) + j - start) for j in range(start, min(start + line, len(row)))}
+            captions.append([] if i else [*([""] * len(head) if start else front_names), *names[start:start + line]])
+            cells.append([*([None] * len(head) if start else head), *row[start:start + line]])
+    return cells, captions, places
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-strip-export
 def strip(
@@ -450,8 +489,7 @@ def strip(
     for what, given, wanted in (("row_titles", row_titles, len(tiles)), ("col_titles", col_titles, n)):
         if given and len(given) != wanted: raise ValueError(f"{what}: {len(given)} for {wanted}")
     room = _WIDTH - 2 * _MARGIN - (min(230, max(round(_font(_TEXT).getlength(str(t))) for t in row_titles)) + 18 if row_titles else 0)
-    widest = max((t.shape[1] for r in tiles for t in r if t is not None), default=1)
-    block = _balanced(n, max(1, (room + _GAP) // (max(96, widest * (scale or 1)) + _GAP)))
+    block = _columns(n, _widest([t for r in tiles for t in r]) * (scale or 1), room=room)
     flat = _common([t for r in tiles for t in r], block, scale, resample, room=room)
     cells, at = [], 0
     for r in tiles: cells.append(flat[at:at + len(r)]); at += len(r)
@@ -478,14 +516,15 @@ def matrix(
     "Recombination: every row source with every column source"
     top, side = _tiles(col_images, "col_images"), _tiles(row_images, "row_images")
     if images.dim() != 5 or images.shape[:2] != (len(side), len(top)):
-        raise ValueError(f"images: expected ({len(side)},{len(top)},3,h,w) for {len(side)} row and {len(top)} column images, got {tuple(images.shape)}")
-    flat = _common([*top, *side, *_tiles(images.flatten(0, 1))], len(top) + 1, scale, resample, gap=20)
+        raise ValueError(f"images: expected ({len(side)},{len(top)},3,h,w), rows × columns of sources, got {tuple(images.shape)}")
+    flat = _common([*top, *side, *_tiles(images.flatten(0, 1))], len(top) + 1, scale, resample, gap=20, room=_WIDTH - 2 * _MARGIN - 14)
     r, c = len(side), len(top)
     corner = _corner(flat[0].size, row_title, col_title) if row_title or col_title else None
     cells = [[corner, *flat[:c]], *[[flat[c + i], *flat[c + r + i * c:c + r + (i + 1) * c]] for i in range(r)]]
     colours = palette(2).tolist()
     frames = {(0, j + 1): colours[1] for j in range(c)} | {(i + 1, 0): colours[0] for i in range(r)}
-    return _sheet(cells, frames=frames, title=title, gap=20, lead=14, alt=alt or title or f"recombination: {row_title} of {r} images with {col_title} of {c}")
+    alt = alt or title or f"recombination: {row_title} of {r} images with {col_title} of {c}"
+    return _sheet(cells, frames=frames, title=title, gap=20, lead=14, alt=alt)
 
 
 def _corner(size: tuple[int, int], row_title: str, col_title: str) -> Image.Image:
@@ -559,7 +598,7 @@ def film(
     return Film(pages, fps, alt or f"film of {frames.shape[1]} frames", frames.detach().cpu())
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-figure-export
-_TYPE = {"font.family": "DejaVu Sans", "font.size": 7.9, "axes.formatter.useoffset": False, "text.hinting": "none", "text.hinting_factor": 1}
+_TYPE = {"font.family": "DejaVu Sans", "font.size": 7.9, "axes.formatter.useoffset": False, "text.hinting": "none"}
 
 
 def figure(width: int = 380, height: int = 250, title: str = ""):
@@ -633,13 +672,14 @@ def curve(
     axes.set_xlabel(x_label)
     if title: axes.set_ylabel(y_label)
     right = _name_lines(fig, axes, {name: (x[-1], _running_mean(y, smooth)[-1]) for name, (x, y, _) in lines.items()})
-    return plotted(fig, None if right is None else axes, right=right or 0, alt=alt or f"{title or y_label or 'curve'}: {', '.join(map(str, series))}")
+    return plotted(fig, axes, right=right, alt=alt or f"{title or y_label or 'curve'}: {', '.join(map(str, series))}")
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-curve-machinery-export
 def _series(name: str, values) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     parts = values if isinstance(values, tuple) else (None, values)
     if len(parts) not in (2, 3): raise ValueError(f"series {name!r}: expected y, (x, y) or (x, y, std), got a tuple of {len(parts)}")
-    x, y, spread = [*(None if p is None else np.asarray(p.detach().cpu() if isinstance(p, Tensor) else p, dtype=float) for p in parts), None][:3]
+    parts = [p.detach().cpu() if isinstance(p, Tensor) else p for p in parts]
+    x, y, spread = [*(None if p is None else np.asarray(p, dtype=float) for p in parts), None][:3]
     x = np.arange(len(y), dtype=float) if x is None else x
     if y.ndim != 1 or x.shape != y.shape or len(y) == 0 or (spread is not None and spread.shape != y.shape):
         raise ValueError(f"series {name!r}: x and y must be lists of one length, got {x.shape} and {y.shape}")
@@ -673,7 +713,8 @@ def _name_lines(fig, axes, ends: Mapping[str, tuple[float, float]]) -> int:
     if list(ends) == [""]: return 0
     with rc_context(_TYPE):
         shades = [tuple(0.8 * v for v in c) for c in (palette(len(ends)) / 255).tolist()]
-        names = [axes.annotate(n, xy, (6, 0), textcoords="offset points", color=c, va="center", annotation_clip=False) for (n, xy), c in zip(ends.items(), shades)]
+        style = dict(xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
+        names = [axes.annotate(n, xy, color=c, **style) for (n, xy), c in zip(ends.items(), shades)]
         fig.canvas.draw()
         right = math.ceil(max(t.get_window_extent().width for t in names)) + 20
         for t in names: t.set_in_layout(False)
@@ -692,7 +733,8 @@ def _spread(at: np.ndarray, step: float, low: float, high: float) -> np.ndarray:
         lap = np.clip(step - np.diff(place), 0, None) / 2
         place[:-1] -= lap
         place[1:] += lap
-        place += max(0, low - place[0]) - max(0, place[-1] - high)
+    for i in range(len(place)): place[i] = max(place[i], low, *place[max(0, i - 1):i] + step - 1e-6)
+    for i in range(len(place) - 1, -1, -1): place[i] = min(place[i], high, *place[i + 1:i + 2] - step + 1e-6)
     return place[np.argsort(order, kind="stable")]
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-bars-export
@@ -715,10 +757,10 @@ def bars(
     winner = {"high": means.argmax(), "low": means.argmin()}.get(best)
     colours = [_tone(0, 0.45 if winner is not None and i != winner else 1.0) for i in range(len(pairs))]
     axes.barh(range(len(pairs)), means, 0.62, color=colours)
-    axes.hlines(range(len(pairs)), means - stds, means + stds, color=tuple(v / 255 for v in _INK), linewidth=[0.8 if d else 0 for d in stds])
+    axes.hlines(range(len(pairs)), means - stds, means + stds, color=_tone(None), linewidth=[0.8 if d else 0 for d in stds])
     notes = [f"{m:.{digits}g}" + (f" ± {s:.1g}" if s else "") + unit for m, s in pairs]
-    texts = [axes.annotate(n, (m + max(d, 0), i), (4, 0), textcoords="offset points", fontsize=_TYPE["font.size"], va="center", color=_tone(None))
-             for i, (n, m, d) in enumerate(zip(notes, means, stds))]
+    style = dict(xytext=(4, 0), textcoords="offset points", fontsize=_TYPE["font.size"], va="center", color=_tone(None))
+    texts = [axes.annotate(n, (m + d, i), **style) for i, (n, m, d) in enumerate(zip(notes, means, stds))]
     axes.set(yticks=range(len(pairs)), yticklabels=list(values), ylim=(len(pairs) - 0.5, -0.5), xticks=[])
     axes.tick_params(axis="y", colors=_tone(None))
     axes.grid(False)
@@ -751,19 +793,21 @@ def heat(
 ) -> Picture:
     "Attention or any other number per pixel as colour, with its scale"
     maps = torch.as_tensor(maps).detach().float().cpu()
-    if maps.dim() not in (3, 4) or not maps.isfinite().all(): raise ValueError(f"maps: expected finite numbers (b,h,w) or (b,k,h,w), got {tuple(maps.shape)}")
+    if maps.dim() not in (3, 4): raise ValueError(f"maps: expected (b,h,w) or (b,k,h,w), got {tuple(maps.shape)}")
+    if not maps.isfinite().all(): raise ValueError("maps: hold NaN or infinite values")
     low, high = limits or (min(0.0, maps.min().item()), maps.max().item())
     table = _colour_table(colours)
     rows = maps if maps.dim() == 4 else maps[None] if images is None else maps[:, None]
     hot = table[((rows - low) / max(high - low, 1e-12)).clamp(0, 1).mul(255).round().long()].movedim(-1, 2)  # (b,k,3,h,w) in [−1,1]
     titles = list(titles or [])
     if titles and len(titles) != hot.shape[1]: raise ValueError(f"titles: {len(titles)} for {hot.shape[1]} columns of maps")
-    if images is None: lines = [list(row) for row in hot]
-    else: lines, titles = _over(hot, images), titles and ["input", *titles]
-    ncol = len(lines[0]) if len(lines) > 1 else _balanced(len(lines[0]), 8)
-    flat = _common(_tiles([t for row in lines for t in row], "maps"), ncol, scale, "nearest")
-    cells = [flat[i:i + ncol] for i in range(0, len(flat), ncol)]
-    captions = [titles[i:i + ncol] for i in range(0, len(titles), ncol)]
+    shown, heads = [_tiles(list(row), "maps") for row in (hot if images is None else _over(hot, images))], 0 if images is None else 1
+    width, k = _widest([t for row in shown for t in row]), hot.shape[1]
+    line = _line(k, heads, width * (scale or 1))
+    cell = _cell(width, heads + line, scale)
+    fitted = [[_fit(t, cell) for t in row] for row in shown]
+    names = titles or [""] * k
+    cells, captions, _ = _ragged([r[:heads] for r in fitted], [r[heads:] for r in fitted], ["input" if titles else ""] * heads, names, line)
     return _with_scale(_sheet(cells, captions=captions, title=title, alt=alt or title or "heat maps"), table, low, high)
 
 # %% ../../nbs/viz/pictures.ipynb #pictures-heat-machinery-export
@@ -782,7 +826,8 @@ def _over(hot: Tensor, images: Tensor) -> list[list[Tensor]]:
     tiles = _stack(images).movedim(-1, 1) / 255
     if len(tiles) != len(hot): raise ValueError(f"maps: {len(hot)} rows for {len(tiles)} images")
     size = [max(a, b) for a, b in zip(tiles.shape[-2:], hot.shape[-2:])]
-    big, light = F.interpolate(hot.flatten(0, 1), size, mode="nearest-exact").unflatten(0, hot.shape[:2]), F.interpolate(tiles.mean(1, keepdim=True), size)
+    big = F.interpolate(hot.flatten(0, 1), size, mode="nearest-exact").unflatten(0, hot.shape[:2])
+    light = F.interpolate(tiles.mean(1, keepdim=True), size, mode="nearest-exact")
     blend = (big + 1) * (0.74 + 0.26 * light[:, None]) - 1
     return [[tile * 2 - 1, *row] for tile, row in zip(tiles, blend)]
 
