@@ -4,6 +4,8 @@
 
 # %% ../../nbs/components/encoders.ipynb #imports
 from __future__ import annotations
+from contextlib import contextmanager
+from typing import Iterator
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from .denoisers import check_halvings, check_options
 
 # %% auto #0
-__all__ = ['NORMALISATIONS', 'ENCODERS', 'check_image', 'ConvEncoder', 'UNetEncoder', 'normalise', 'DinoEncoder',
+__all__ = ['NORMALISATIONS', 'ENCODERS', 'check_image', 'ConvEncoder', 'UNetEncoder', 'normalise', 'DinoEncoder', 'quiet_loading',
            'read_transformer_config', 'build_encoder']
 
 # %% ../../nbs/components/encoders.ipynb #check-export
@@ -132,7 +134,7 @@ class DinoEncoder(nn.Module):
         "The transformer, in eval mode and without gradients"
         if self._frozen is None:
             from transformers import AutoModel
-            model = AutoModel.from_pretrained(self.name_or_folder, dtype=torch.float32)
+            with quiet_loading(): model = AutoModel.from_pretrained(self.name_or_folder, dtype=torch.float32)
             self.__dict__["_frozen"] = model.requires_grad_(False).eval().to(device)
         return self._frozen
 
@@ -151,6 +153,17 @@ class DinoEncoder(nn.Module):
         options = dict(interpolate_pos_encoding=True) if model.config.model_type == "vit" else {}
         tokens = model(pixel_values=pixels, **options).last_hidden_state
         return tokens[:, tokens.shape[1] - h * w:].transpose(1, 2).unflatten(-1, (h, w))  # class and register tokens come first
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    "No progress bar of transformers in logs and notebooks"
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
 
 
 def read_transformer_config(name_or_folder: str):
