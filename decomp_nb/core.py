@@ -20,7 +20,8 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['palette', 'to_uint8', 'Factors', 'recombine', 'align', 'interpolate', 'sample', 'Decomposer', 'load_decomposer']
+__all__ = ['palette', 'to_uint8', 'Factors', 'recombine', 'align', 'interpolate', 'sample', 'Decomposer', 'shipped',
+           'load_decomposer']
 
 # %% ../nbs/core.ipynb #palette-export
 _COLOURS = ["#4c78d0", "#f2a33a", "#3aa76d", "#d9534f", "#8e6bbf", "#5ec4d6", "#c98a5b", "#e58bb5", "#a3b544", "#7a869a", "#1f9e9a", "#b0476b"]
@@ -336,6 +337,14 @@ def _read_config(folder: Path) -> dict:
         return json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as e:
         raise ValueError(f"{folder / 'config.json'} is not valid JSON ({e}): the file is damaged") from e
+
+
+def shipped(name: str) -> Path:
+    "Folder of small trained weights that come with the package"
+    folder = Path(__file__).parent / "weights" / name
+    if folder.is_dir(): return folder
+    there = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+    raise FileNotFoundError(f"no weights named '{name}' come with the package; there are {', '.join(there) or 'none'}")
 
 
 def load_decomposer(path: str | Path, **kwargs) -> Decomposer:

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..components.denoisers import denoiser_config, load_unet, slot_denoiser
-from ..components.diffusion import (diffusion_loss, diffusion_target, make_scheduler, min_snr_weight, noise_at, offset_noise,
+from ..components.diffusion import (diffusion_loss, diffusion_target, make_scheduler, min_snr_weight, noise_at, offset_noise, prediction_type_of,
                                             sample_timesteps)
 from ..components.encoders import build_encoder
 from ..components.latents import build_latents
@@ -73,6 +73,7 @@ class LSD(Decomposer):
     def _schedule(self, config: dict | None) -> None:
         "The noise schedule of training, and the solver that draws pictures (DPM-Solver++, starting from pure noise)"
         self.scheduler = make_scheduler("ddpm", config)
+        prediction_type_of(self.scheduler)  # refuses what no loss is known for
         self.sampler = make_scheduler("dpm", self.scheduler, timestep_spacing="trailing")
 
     def _check_widths(self) -> None:
