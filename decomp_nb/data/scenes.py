@@ -4,19 +4,28 @@
 
 # %% ../../nbs/data/scenes.ipynb #imports-export
 from __future__ import annotations
+
 import math
 import zlib
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['SPLITS', 'SHAPES', 'PALETTE', 'TEXTURES', 'BACKGROUNDS', 'KINDS', 'VARIANTS', 'scene_keys', 'uniform', 'integers',
-           'permutation', 'signed_distance', 'pixel_centres', 'object_distances', 'coverage', 'paint', 'label_map',
-           'visible_pixels', 'hsv_to_rgb', 'nearest_colour', 'draw_colours', 'texture', 'draw_background',
-           'render_background', 'draw_counts', 'check_counts', 'keep_visible', 'Shapes', 'TexturedShapes',
-           'sample_shapes', 'render_shapes', 'caption', 'Scenes']
+__all__ = ['SPLITS', 'SHAPES', 'PALETTE', 'COLORS', 'TEXTURES', 'BACKGROUNDS', 'TETROMINOES', 'PURE', 'BLOCK', 'CLEVR_COLORS',
+           'ZOOM', 'SHIFT', 'SOLIDS', 'CAMERA', 'LAMPS', 'WATTS', 'SIDES', 'LIGHT_COLORS', 'SUN', 'SUN_IRRADIANCE',
+           'LOOK', 'COGENT', 'KINDS', 'VARIANTS', 'scene_keys', 'uniform', 'integers', 'permutation', 'signed_distance',
+           'pixel_centres', 'object_distances', 'coverage', 'paint', 'label_map', 'visible_pixels', 'hsv_to_rgb',
+           'nearest_colour', 'draw_colors', 'texture', 'draw_background', 'render_background', 'Kind', 'draw_counts',
+           'check_counts', 'keep_visible', 'sample_shapes', 'render_shapes', 'Shapes', 'TexturedShapes', 'place_apart',
+           'render_blocks', 'sample_blocks', 'Tetrominoes', 'ToySquares', 'camera_rays', 'project', 'trace',
+           'first_hit', 'label_clevr', 'surface_normals', 'Look', 'lamp_spots', 'direct_light', 'surroundings', 'matte',
+           'albedo_table', 'develop', 'glint', 'Picked', 'pick_rays', 'mirrored', 'shade_objects', 'render_clevr',
+           'place_clevr', 'sample_clevr', 'Clevr', 'caption', 'make_kind', 'captions', 'edit', 'Scenes']
 
 # %% ../../nbs/data/scenes.ipynb #random-mix
 def _int64(x: int) -> int:
@@ -84,7 +93,7 @@ def _ring(x: Tensor, y: Tensor) -> Tensor:
 
 def _ellipse(x: Tensor, y: Tensor, a: float = 1.229, b: float = 0.8125) -> Tensor:
     "Implicit function over the length of its gradient: exact on the outline to first order"
-    level = torch.hypot(x / a, y / b)
+    level = torch.hypot(x / a, y / b).clamp(min=1e-6)
     return level * (level - 1) / torch.hypot(x / a**2, y / b**2).clamp(min=1e-6)
 
 # %% ../../nbs/data/scenes.ipynb #sdf-composite
@@ -121,7 +130,7 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 
 # %% ../../nbs/data/scenes.ipynb #sdf-table
 SHAPES = {"square": _square, "ellipse": _ellipse, "heart": _heart, "circle": _circle, "triangle": _polygon, "star": _star,
-          "ring": _ring, "cross": _cross, "pentagon": lambda x, y: _polygon(x, y, 5, 1.25)}
+          "ring": _ring, "cross": _cross, "pentagon": partial(_polygon, sides=5, radius=1.25)}
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
@@ -185,6 +194,8 @@ def visible_pixels(masks: Tensor, k: int) -> Tensor:
 PALETTE = {"red": (0.90, 0.16, 0.16), "green": (0.20, 0.72, 0.25), "blue": (0.16, 0.36, 0.92), "yellow": (0.98, 0.85, 0.15),
            "purple": (0.60, 0.22, 0.80), "cyan": (0.15, 0.80, 0.86), "orange": (0.98, 0.55, 0.10), "pink": (1.00, 0.50, 0.72)}
 
+COLORS = {**PALETTE, "white": (1.0, 1.0, 1.0)}   # what an object can be recolored to
+
 
 def hsv_to_rgb(hsv: Tensor) -> Tensor:
     "Hue, saturation, value in [0,1] to RGB, along the last axis"
@@ -194,22 +205,26 @@ def hsv_to_rgb(hsv: Tensor) -> Tensor:
 
 
 def nearest_colour(rgb: Tensor) -> Tensor:
-    "Class 1 … 8 of the closest palette colour, int64, for `(…,3)`"
-    palette = torch.tensor(list(PALETTE.values()), device=rgb.device)
+    "Class 1 … 9 of the closest colour of `COLORS`, int64, for `(…,3)`"
+    palette = torch.tensor(list(COLORS.values()), device=rgb.device)
     return (rgb[..., None, :] - palette).square().sum(-1).argmin(-1) + 1
 
-
-def draw_colours(keys: Tensor, k: int, how: str) -> tuple[Tensor, Tensor]:
-    "Colours of k objects: classes int64 `(b,k)` (0 where they have no name) and RGB `(b,k,3)`. `how`: palette, hsv, rgb or white"
+# %% ../../nbs/data/scenes.ipynb #colour-draw-export
+def draw_colors(
+    keys: Tensor,   # `(b,)`
+    k: int,         # objects per scene
+    how: str,       # palette (all different), hsv (hues apart), rgb (any) or white
+) -> tuple[Tensor, Tensor]:
+    "Colours of objects: classes int64 `(b,k)`, numbering `COLORS` from 1, and RGB in [0,1] `(b,k,3)`"
     if how == "palette":
         index = permutation(keys, "colour", len(PALETTE))[:, torch.arange(k) % len(PALETTE)]
         return index + 1, torch.tensor(list(PALETTE.values()))[index]
+    if how == "white": return torch.full((len(keys), k), len(COLORS)), torch.ones(len(keys), k, 3)
     if how == "hsv":   # k hues evenly round the circle, each moved by less than a quarter of their distance
         hue = (permutation(keys, "colour", k) + uniform(keys, "hue", k, low=-0.25, high=0.25)) / k + uniform(keys, "hue0", 1)
         rgb = hsv_to_rgb(torch.stack([hue % 1, *uniform(keys, "colour-sv", 2, k, low=0.6).unbind(1)], -1))
-    elif how == "rgb": rgb = uniform(keys, "colour", k, 3)
-    else: rgb = torch.ones(len(keys), k, 3)
-    return nearest_colour(rgb) if how != "white" else torch.full((len(keys), k), len(PALETTE) + 1), rgb
+    else: rgb = uniform(keys, "colour", k, 3)
+    return nearest_colour(rgb), rgb
 
 # %% ../../nbs/data/scenes.ipynb #texture-noise
 def _noise(keys: Tensor, size: int) -> Tensor:
@@ -252,7 +267,7 @@ def _voronoi(keys: Tensor, size: int, n_seeds: int = 12) -> Tensor:
         best = torch.minimum(best, distance)
     return field
 
-
+# %% ../../nbs/data/scenes.ipynb #texture-table
 TEXTURES = {"noise": _noise, "stripes": _stripes, "checker": _checker, "voronoi": _voronoi}
 
 
@@ -288,7 +303,24 @@ def render_background(factors: dict[str, Tensor], size: int) -> Tensor:
     tone = texture(_mix(factors["key"] + 1), kinds, size)[:, None].expand(-1, 3, -1, -1)
     return torch.lerp(colours[:, 0].expand_as(tone), colours[:, 1].expand_as(tone), tone)
 
-# %% ../../nbs/data/scenes.ipynb #shapes-count
+# %% ../../nbs/data/scenes.ipynb #kind-export
+class Kind:
+    "A kind of scene: `sample` decides on the factors, `render` draws them"
+    n_objects: tuple[int, int]            # fewest and most
+    labels: tuple[str, ...]               # factors that are labels of the objects, `(b,k,…)`
+    factor_names: dict[str, list[str]]    # names of the classes of categorical labels; class 0 is "none"
+    smallest: int = 16                    # pixels below which the objects cannot be told apart
+
+    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]: raise NotImplementedError   # each `(b,…)`, with `visibility` `(b,k)`
+    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]: raise NotImplementedError   # RGB in [0,1], label map
+    def derive(self, factors: dict[str, Tensor], size: int) -> dict[str, Tensor]: return {}   # labels that follow from factors
+    def phrase(self, row: dict[str, str]) -> str: raise NotImplementedError   # class names of an object → its part of the caption
+
+    def check_size(self, size: int):
+        if not isinstance(size, int) or size < self.smallest:
+            raise ValueError(f"size is {size!r}: {type(self).__name__} needs at least {self.smallest} pixels")
+
+# %% ../../nbs/data/scenes.ipynb #counts-export
 def draw_counts(keys: Tensor, n_objects: tuple[int, int]) -> Tensor:
     "Visibility of the objects, float `(b, k_max)`: the first n of every scene exist, n uniform in [lo, hi]"
     lo, hi = n_objects
@@ -298,8 +330,8 @@ def draw_counts(keys: Tensor, n_objects: tuple[int, int]) -> Tensor:
 
 def check_counts(n_objects) -> tuple[int, int]:
     "An int or a pair (lo, hi) as a pair; ValueError for anything else"
-    pair = (n_objects, n_objects) if isinstance(n_objects, int) else tuple(n_objects) if isinstance(n_objects, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair) or not 1 <= pair[0] <= pair[1]:
+    pair = (n_objects,) * 2 if isinstance(n_objects, int) else tuple(n_objects) if isinstance(n_objects, (tuple, list)) else ()
+    if len(pair) != 2 or any(type(v) is not int for v in pair) or not 1 <= pair[0] <= pair[1]:
         raise ValueError(f"n_objects is {n_objects!r}: give a number of objects, or a pair (fewest, most) with 1 <= fewest <= most")
     return pair
 
@@ -319,55 +351,11 @@ def keep_visible(keys: Tensor, factors: dict[str, Tensor], masks, min_visible: i
     raise ValueError(f"no room: after {tries} tries an object still shows fewer than {min_visible} pixels. "
                      "Lower n_objects, the sizes of the objects or min_visible")
 
-# %% ../../nbs/data/scenes.ipynb #shapes-kind
-@dataclass(frozen=True)
-class Shapes:
-    "Coloured shapes on a plain or textured background, in the manner of Multi-dSprites"
-    n_objects: tuple[int, int] = (2, 5)                # fewest and most
-    shapes: tuple[str, ...] = ("square", "ellipse", "heart", "circle", "triangle", "star")
-    colors: str = "palette"                            # palette, hsv, rgb or white
-    background: str = "grey"                           # black, grey, color, textures, or one of noise, stripes, checker, voronoi
-    foreground: str = "flat"                           # flat or textured
-    side: tuple[float, float] = (0.18, 0.34)           # side of the square, in pictures
-    position: tuple[float, float] = (0.15, 0.85)       # range of the centres, in pictures
-    rotate: bool = True
-    antialias: bool = True
-    min_visible: int | None = None                     # pixels that each object shows at least; None: size²/160
-
-    def __post_init__(self):
-        object.__setattr__(self, "n_objects", check_counts(self.n_objects))
-        for field, allowed in (("colors", ("palette", "hsv", "rgb", "white")), ("background", BACKGROUNDS), ("foreground", ("flat", "textured"))):
-            if getattr(self, field) not in allowed: raise ValueError(f"{field} is {getattr(self, field)!r}: choose one of {', '.join(allowed)}")
-        if not self.shapes or set(self.shapes) - set(SHAPES): raise ValueError(f"shapes is {self.shapes!r}: choose from {', '.join(SHAPES)}")
-        if self.colors == "palette" and self.n_objects[1] > len(PALETTE):
-            raise ValueError(f"n_objects up to {self.n_objects[1]}, but the palette has {len(PALETTE)} colours: use colors='hsv'")
-
-    @property
-    def factor_names(self) -> dict[str, list[str]]:
-        return {"shape": ["none", *self.shapes], "color": ["none", *PALETTE, "white"]}
-
-    labels = ("shape", "color", "rgb", "size", "x", "y", "rotation", "visibility")
-
-    def check_size(self, size: int):
-        if size < 16: raise ValueError(f"size is {size}: shapes need at least 16 pixels")
-
-    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]: return sample_shapes(keys, size, self)
-
-    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]: return render_shapes(factors, size, self)
-
-    def phrase(self, row: dict[str, str]) -> str: return f"{row['color']} {row['shape']}"
-
-
-@dataclass(frozen=True)
-class TexturedShapes(Shapes):
-    "Coloured shapes on noise, stripes, checkers and cells"
-    background: str = "textures"
-
 # %% ../../nbs/data/scenes.ipynb #shapes-sample
-def sample_shapes(keys: Tensor, size: int, kind: Shapes) -> dict[str, Tensor]:
-    "Factors of scenes, each `(b,k)` or `(b,…)`: objects that others hide are moved until they show enough"
+def sample_shapes(keys: Tensor, size: int, kind) -> dict[str, Tensor]:
+    "Factors of scenes, each `(b,k)` or `(b,…)`; `kind` is a `Shapes`, below"
     k = kind.n_objects[1]
-    color, rgb = draw_colours(keys, k, kind.colors)
+    color, rgb = draw_colors(keys, k, kind.colors)
     def move(keys, attempt):
         x, y = uniform(keys, f"position/{attempt}", 2, k, low=kind.position[0], high=kind.position[1]).unbind(1)
         return {"x": x, "y": y}
@@ -380,8 +368,8 @@ def sample_shapes(keys: Tensor, size: int, kind: Shapes) -> dict[str, Tensor]:
     return keep_visible(keys, factors, masks, least, move)
 
 # %% ../../nbs/data/scenes.ipynb #shapes-render
-def render_shapes(factors: dict[str, Tensor], size: int, kind: Shapes) -> tuple[Tensor, Tensor]:
-    "Pictures, RGB in [0,1] `(b,3,h,w)`, and label maps `(b,h,w)` of factors"
+def render_shapes(factors: dict[str, Tensor], size: int, kind) -> tuple[Tensor, Tensor]:
+    "Pictures, RGB in [0,1] `(b,3,h,w)`, and label maps int64 `(b,h,w)`, of factors"
     alpha = coverage(object_distances(factors, size, kind.shapes), kind.antialias)
     colours = factors["rgb"]
     if kind.foreground == "textured":
@@ -391,15 +379,573 @@ def render_shapes(factors: dict[str, Tensor], size: int, kind: Shapes) -> tuple[
         colours = colours[..., None, None] * (1 - 0.6 * tone)
     return paint(render_background(factors, size), colours, alpha), label_map(alpha)
 
-# %% ../../nbs/data/scenes.ipynb #scenes-kinds
-KINDS = {"shapes": Shapes, "textured_shapes": TexturedShapes}
+# %% ../../nbs/data/scenes.ipynb #shapes-kind
+@dataclass(frozen=True)
+class Shapes(Kind):
+    "Coloured shapes on a plain or textured background, in the manner of Multi-dSprites"
+    n_objects: tuple[int, int] = (2, 5)                # fewest and most
+    shapes: tuple[str, ...] = ("square", "ellipse", "heart", "circle", "triangle", "star")
+    colors: str = "palette"                            # palette, hsv, rgb or white
+    background: str = "grey"                           # black, grey, color, textures, or one of noise, stripes, checker, voronoi
+    foreground: str = "flat"                           # flat or textured
+    side: tuple[float, float] = (0.18, 0.34)           # side of the square, in pictures
+    position: tuple[float, float] = (0.15, 0.85)       # range of the centres, in pictures
+    rotate: bool = True
+    antialias: bool = True
+    min_visible: int | None = None                     # pixels that each object shows at least; None: size²/160
 
+    labels = ("shape", "color", "rgb", "size", "x", "y", "rotation", "visibility")
+
+    def __post_init__(self):
+        object.__setattr__(self, "n_objects", check_counts(self.n_objects))
+        object.__setattr__(self, "shapes", tuple(self.shapes))
+        choices = {"colors": ("palette", "hsv", "rgb", "white"), "background": BACKGROUNDS, "foreground": ("flat", "textured")}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed: raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+        for name in ("side", "position"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high: raise ValueError(f"{name} is {(low, high)}: give (lowest, highest)")
+        if not self.shapes or set(self.shapes) - set(SHAPES):
+            raise ValueError(f"shapes is {self.shapes!r}: choose from {', '.join(SHAPES)}")
+        if self.colors == "palette" and self.n_objects[1] > len(PALETTE):
+            raise ValueError(f"n_objects goes up to {self.n_objects[1]}, but the palette has {len(PALETTE)} colours: use colors='hsv'")
+
+    @property
+    def factor_names(self) -> dict[str, list[str]]: return {"shape": ["none", *self.shapes], "color": ["none", *COLORS]}
+
+    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]: return sample_shapes(keys, size, self)
+
+    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]: return render_shapes(factors, size, self)
+
+    def phrase(self, row: dict[str, str]) -> str: return f"{row['color']} {row['shape']}"
+
+# %% ../../nbs/data/scenes.ipynb #shapes-textured
+@dataclass(frozen=True)
+class TexturedShapes(Shapes):
+    "Coloured shapes on noise, stripes, checkers and cells: grouping by colour alone no longer works"
+    background: str = "textures"
+
+# %% ../../nbs/data/scenes.ipynb #blocks-pieces
+def _orientations() -> dict[str, list[tuple[int, int]]]:
+    "The 19 fixed tetrominoes: name → four cells (row, column)"
+    letters = {"I": ("####",), "O": ("##", "##"), "T": ("###", ".#."), "S": (".##", "##."), "Z": ("##.", ".##"),
+               "J": ("#..", "###"), "L": ("..#", "###")}
+    pieces = {}
+    for letter, rows in letters.items():
+        for turn in range(4):
+            cells = [(r, c) for r, row in enumerate(rows) for c, mark in enumerate(row) if mark == "#"]
+            if cells not in pieces.values(): pieces[f"{letter}{turn * 90}"] = cells
+            rows = tuple("".join(column) for column in zip(*rows[::-1]))
+    return pieces
+
+
+TETROMINOES = _orientations()
+PURE = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
+BLOCK = torch.tensor([[191, 255, 255, 255, 223], [127, 159, 159, 159, 191], [127, 159, 159, 159, 191],
+                      [127, 159, 159, 159, 191], [96, 63, 63, 63, 127]]) / 255   # bright above, dark below, as if lit from the top
+
+# %% ../../nbs/data/scenes.ipynb #blocks-place
+def place_apart(
+    keys: Tensor,
+    corners: Tensor,   # `(b,k,c,2)`: row and column of each object's square cells, relative to the object
+    side: int,         # of a cell, in pixels
+    extent: int,       # of the frame, in pixels
+    there: Tensor,     # `(b,k)`: which objects exist
+    tries: int = 100,
+) -> Tensor:           # int64 `(b,k,2)`: row and column of the objects
+    "Places at which cells do not overlap, object after object; the whole scene starts again where there is no room"
+    b, k = there.shape
+    place, pending = torch.zeros(b, k, 2, dtype=torch.int64), torch.arange(b)
+    for attempt in range(10):
+        cells, ok = corners[pending], torch.ones(len(pending), dtype=torch.bool)
+        at = torch.zeros(len(pending), k, 2, dtype=torch.int64)
+        for j in range(k):
+            room = extent - side - cells[:, j].amax(1)[:, None] + 1
+            new = (uniform(keys[pending], f"place/{attempt}/{j}", tries, 2) * room).long()
+            mine, taken = new[:, :, None, None, None] + cells[:, None, j, :, None, None], (at[:, :j, None] + cells[:, :j])[:, None, None]
+            gap = (mine - taken).abs().amax(-1)
+            free = ((gap >= side) | ~there[pending, None, None, :j, None].bool()).flatten(2).all(2)
+            at[:, j] = new[torch.arange(len(new)), free.float().argmax(1)]
+            ok &= free.any(1) | (there[pending, j] == 0)
+        place[pending], pending = at, pending[~ok]
+        if len(pending) == 0: return place
+    raise ValueError(f"no room for {k} objects in {extent} pixels: lower n_objects")
+
+# %% ../../nbs/data/scenes.ipynb #blocks-render
+def render_blocks(
+    corners: Tensor,   # int64 `(b,k,c,2)`: row and column of square cells, absolute
+    block: Tensor,     # `(s,s)`: brightness within a cell
+    rgb: Tensor,       # `(b,k,3)`
+    there: Tensor,     # `(b,k)`
+    extent: int,
+) -> tuple[Tensor, Tensor]:
+    "Cells stamped onto black: RGB in [0,1] `(b,3,h,w)` and label map `(b,h,w)`"
+    b, k, c, _ = corners.shape
+    step = torch.arange(len(block), device=corners.device)
+    index = (corners[..., 0, None, None] + step[:, None]) * extent + corners[..., 1, None, None] + step
+    index = index.where(there.view(b, k, 1, 1, 1) > 0, extent * extent).view(b, -1)   # absent ones go to a pixel behind the frame
+    tones = (block.to(rgb) * rgb[..., None, None])[:, :, :, None].expand(b, k, 3, c, *block.shape).transpose(1, 2).reshape(b, 3, -1)
+    labels = torch.arange(1, k + 1, device=rgb.device).view(1, k, 1).expand(b, k, c * block.numel()).reshape(b, -1)
+    image = rgb.new_zeros(b, 3, extent * extent + 1).scatter_(2, index[:, None].expand(-1, 3, -1), tones)
+    masks = torch.zeros_like(labels[:, :1]).expand(b, extent * extent + 1).clone().scatter_(1, index, labels)
+    return image[..., :-1].view(b, 3, extent, extent), masks[:, :-1].view(b, extent, extent)
+
+# %% ../../nbs/data/scenes.ipynb #blocks-sample
+def sample_blocks(keys: Tensor, n_objects: tuple[int, int], shape: Tensor, table: Tensor, side: int, extent: int) -> dict[str, Tensor]:
+    "Common factors of scenes of blocks: `shape` `(b,k)` numbers the rows of `table` `(n,c,2)` from 1; centres as fractions of the frame"
+    there = draw_counts(keys, n_objects)
+    cells = table[shape - 1] * side
+    place = place_apart(keys, cells, side, extent, there)
+    y, x = ((place + (cells.amin(2) + cells.amax(2) + side) / 2) / extent).unbind(-1)
+    return {"key": keys, "visibility": there, "shape": shape, "x": x, "y": y, "row": place[..., 0], "column": place[..., 1]}
+
+# %% ../../nbs/data/scenes.ipynb #tetrominoes-kind
+@dataclass(frozen=True)
+class Tetrominoes(Kind):
+    "Three bevelled tetrominoes on black: 35 pixels as published, 32 pixels cropped from the middle, or whole multiples of either"
+    n_objects: tuple[int, int] = (3, 3)
+    labels = ("shape", "color", "x", "y", "visibility")
+    factor_names = {"shape": ["none", *TETROMINOES], "color": ["none", *PURE]}
+
+    def __post_init__(self): object.__setattr__(self, "n_objects", check_counts(self.n_objects))
+
+    def check_size(self, size: int):
+        if size < 32 or size % 32 and size % 35:
+            raise ValueError(f"size is {size!r}: give a multiple of 32 or of 35, tetrominoes have blocks of 5 pixels")
+
+    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]:
+        k = self.n_objects[1]
+        shape = 1 + integers(keys, "shape", len(TETROMINOES), k)
+        factors = sample_blocks(keys, self.n_objects, shape, torch.tensor([*TETROMINOES.values()]), 5, 35)
+        if size % 35: factors |= {f: (factors[f] * 35 - 1) / 32 for f in ("x", "y")}   # the crop begins at pixel 1
+        return {**factors, "color": 1 + integers(keys, "color", len(PURE), k)}
+
+    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]:
+        device, base = factors["color"].device, 35 if size % 35 == 0 else 32
+        cells = torch.tensor([*TETROMINOES.values()], device=device)[factors["shape"] - 1] * 5
+        corners = cells + torch.stack([factors["row"], factors["column"]], -1)[:, :, None]
+        rgb = torch.tensor([*PURE.values()], dtype=torch.float32, device=device)[factors["color"] - 1]
+        image, masks = render_blocks(corners, BLOCK, rgb, factors["visibility"], 35)
+        if base == 32: image, masks = image[..., 1:33, 1:33], masks[..., 1:33, 1:33]
+        grow = lambda v: v.repeat_interleave(size // base, -1).repeat_interleave(size // base, -2)
+        return grow(image), grow(masks)
+
+    def phrase(self, row: dict[str, str]) -> str: return f"{row['color']} {row['shape'][0]} tetromino"
+
+# %% ../../nbs/data/scenes.ipynb #toy-kind
+@dataclass(frozen=True)
+class ToySquares(Kind):
+    "A red, a green and a blue square of 10/64 of the frame and brightness 0.8 that never overlap"
+    n_objects: tuple[int, int] = (3, 3)
+    labels = ("shape", "color", "x", "y", "visibility")
+    factor_names = {"shape": ["none", "square"], "color": ["none", *list(PURE)[:3]]}
+
+    def __post_init__(self):
+        object.__setattr__(self, "n_objects", check_counts(self.n_objects))
+        if self.n_objects[1] > 3:
+            raise ValueError(f"n_objects goes up to {self.n_objects[1]}: toy squares have one object per colour channel")
+
+    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]:
+        shape = torch.ones(len(keys), self.n_objects[1], dtype=torch.int64)
+        factors = sample_blocks(keys, self.n_objects, shape, torch.zeros(1, 1, 2, dtype=torch.int64), round(size * 10 / 64), size)
+        return {**factors, "color": shape.cumsum(1)}
+
+    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]:
+        corners = torch.stack([factors["row"], factors["column"]], -1)[:, :, None]
+        rgb = torch.eye(3, device=corners.device)[factors["color"] - 1]
+        return render_blocks(corners, torch.full((round(size * 10 / 64),) * 2, 0.8), rgb, factors["visibility"], size)
+
+    def phrase(self, row: dict[str, str]) -> str: return f"{row['color']} square"
+
+# %% ../../nbs/data/scenes.ipynb #clevr-colors
+CLEVR_COLORS = {"gray": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 105, 20),
+                "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208), "yellow": (255, 238, 51)}
+
+# %% ../../nbs/data/scenes.ipynb #clevr-vectors
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    "Inner product over axis 1, the coordinates: `(b,3,r)` → `(b,r)`"
+    return a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1] + a[:, 2] * b[:, 2]
+
+
+def _unit(v: Tensor) -> Tensor: return v / _dot(v, v).sqrt().clamp(min=1e-9)[:, None]
+
+
+def _frame(towards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Unit vectors `(b,3)` forward, right (level with the floor) and up"
+    forward = _unit(towards)
+    right = _unit(torch.linalg.cross(forward, forward.new_tensor([0.0, 0, 1]).expand_as(forward)))
+    return forward, right, torch.linalg.cross(right, forward)
+
+# %% ../../nbs/data/scenes.ipynb #clevr-camera
+ZOOM, SHIFT = 35 / 19.2, 5 / 192
+
+
+def camera_rays(
+    camera: Tensor,     # `(b,3)`: position; it looks at the origin
+    size: int,          # pixels along each side
+    samples: int = 1,   # rays along each side of a pixel
+) -> Tensor:            # unit directions `(b,3,r)` with r = (size·samples)², row by row
+    "A ray through the middle of each (sub-)pixel"
+    grid = pixel_centres(size * samples, camera.device) - 0.5
+    forward, right, up = (v[:, :, None, None] for v in _frame(-camera))
+    return _unit((forward * ZOOM + right * grid - up * (grid[:, None] + SHIFT)).flatten(2))
+
+
+def _in_camera(camera: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Coordinates of points `(b,k,3)` along the camera's right, down and forward directions, each `(b,k)`"
+    forward, right, up = (v[:, None] for v in _frame(-camera))
+    along = lambda axis: ((points - camera[:, None]) * axis).sum(-1)
+    return along(right), -along(up), along(forward)
+
+
+def project(camera: Tensor, points: Tensor, size: int) -> Tensor:
+    "Where points `(b,k,3)` appear: column and row in pixels, and depth along the axis of the camera, `(b,k,3)`"
+    right, down, depth = _in_camera(camera, points)
+    return torch.stack([(0.5 + ZOOM * right / depth) * size, (0.5 - SHIFT + ZOOM * down / depth) * size, depth], -1)
+
+# %% ../../nbs/data/scenes.ipynb #clevr-hits
+def _hit_cube(o: Tensor, d: Tensor) -> Tensor:
+    middle, half = -o / d, (1 / d).abs()
+    near, far = (middle - half).amax(1), (middle + half).amin(1)
+    return torch.where((near < far) & (near > 0), near, torch.inf)
+
+
+def _hit_sphere(o: Tensor, d: Tensor) -> Tensor:
+    b = _dot(o, d)
+    inside = b * b - _dot(o, o) + 1
+    t = -b - inside.clamp(min=0).sqrt()
+    return torch.where((inside > 0) & (t > 0), t, torch.inf)
+
+
+def _hit_cylinder(o: Tensor, d: Tensor) -> Tensor:
+    (ox, oy, oz), (dx, dy, dz) = o.unbind(1), d.unbind(1)
+    a, b = dx * dx + dy * dy, ox * dx + oy * dy
+    inside = b * b - a * (ox * ox + oy * oy - 1)
+    t = (-b - inside.clamp(min=0).sqrt()) / a
+    t = torch.where((inside > 0) & (t > 0) & ((oz + t * dz).abs() <= 1), t, torch.inf)
+    cap = (-dz.sign() - oz) / dz
+    x, y = ox + cap * dx, oy + cap * dy
+    return torch.where((cap > 0) & (x * x + y * y <= 1), cap, t)
+
+
+SOLIDS = {"cube": _hit_cube, "sphere": _hit_sphere, "cylinder": _hit_cylinder}
+
+# %% ../../nbs/data/scenes.ipynb #clevr-trace
+def _turn(v: Tensor, degrees: Tensor) -> Tensor:
+    "Rotate `(b,3,r)` about the vertical axis"
+    c, s = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
+    return torch.stack([c * v[:, 0] - s * v[:, 1], s * v[:, 0] + c * v[:, 1], v[:, 2]], 1)
+
+
+def trace(origins: Tensor, directions: Tensor, factors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    "First object along each ray: distance `(b,r)`, infinite if none, and index `(b,r)` from 1, 0 if none; rays are `(b,3,r)`"
+    t = torch.full_like(directions[:, 0], torch.inf)
+    index = torch.zeros_like(t, dtype=torch.int64)
+    for j in range(factors["shape"].shape[1]):
+        for kind, hit in enumerate(SOLIDS.values(), 1):   # scenes in which object j is of this kind
+            at = ((factors["shape"][:, j] == kind) & (factors["visibility"][:, j] > 0)).nonzero()[:, 0]
+            if len(at) == 0: continue
+            centre, scale = torch.stack([factors[f][at, j] for f in "xyz"], 1)[..., None], factors["z"][at, j, None]
+            o, d = (origins[at] - centre) / scale[..., None], directions[at]
+            if kind == 1: o, d = (_turn(v, -factors["rotation"][at, j, None]) for v in (o, d))
+            new, old = hit(o, d) * scale, t[at]
+            t[at], index[at] = torch.minimum(old, new), torch.where(new < old, j + 1, index[at])
+    return t, index
+
+# %% ../../nbs/data/scenes.ipynb #clevr-first
+def first_hit(origins: Tensor, directions: Tensor, factors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    "Like `trace`, with the floor as index 0: distance is infinite only where a ray leaves the scene upwards"
+    t, index = trace(origins, directions, factors)
+    height, fall = origins[:, 2], directions[:, 2]
+    floor = torch.where(fall < -1e-3, height / -fall.clamp(max=-1e-3), torch.inf)
+    return torch.minimum(t, floor), torch.where(t < floor, index, 0)
+
+
+def label_clevr(camera: Tensor, factors: dict[str, Tensor], size: int) -> Tensor:
+    "Label map of the objects at the pixel centres, int64 `(b,h,w)`"
+    directions = camera_rays(camera, size)
+    return first_hit(camera[..., None].expand_as(directions), directions, factors)[1].view(-1, size, size)
+
+# %% ../../nbs/data/scenes.ipynb #clevr-normals
+def surface_normals(points: Tensor, index: Tensor, factors: dict[str, Tensor]) -> Tensor:
+    "Unit normals `(b,3,r)` at points of objects `index` `(b,r)`; straight up on the floor"
+    normals = torch.zeros_like(points)
+    normals[:, 2] = 1
+    i, r = index.nonzero(as_tuple=True)
+    if len(i) == 0: return normals
+    x, y, z, yaw, shape = (factors[f][i, index[i, r] - 1][:, None] for f in ("x", "y", "z", "rotation", "shape"))
+    p = (points[i, :, r] - torch.cat([x, y, z], 1)) / z
+    beyond = lambda v, start: v.sign() * (v.abs() - start).clamp(min=0)
+    cube = _turn(beyond(_turn(p[..., None], -yaw), 0.82), yaw)[..., 0]
+    radius = (p[:, 0] ** 2 + p[:, 1] ** 2).sqrt()[:, None]
+    cylinder = torch.cat([p[:, :2] / radius * beyond(radius, 0.92), beyond(p[:, 2:], 0.92)], 1)
+    normals[i, :, r] = _unit(torch.where(shape == 1, cube, torch.where(shape == 2, p, cylinder)))
+    return normals
+
+# %% ../../nbs/data/scenes.ipynb #clevr-constants
+CAMERA = (7.4811, -6.5076, 5.3437)
+LAMPS = ((6.4467, -2.9052, 4.2584), (-4.6711, -4.0136, 3.0112), (-1.1685, 2.6460, 5.8157))   # key, fill, back
+WATTS, SIDES = (78.54, 23.56, 39.27), (0.5, 0.5, 1.0)
+LIGHT_COLORS = ((1.0, 0.932, 0.817), (0.762, 0.818, 1.0), (1.0, 1.0, 1.0))
+SUN, SUN_IRRADIANCE = (0.368, -0.169, 0.889), 0.45
+
+
+class Look(NamedTuple):
+    "Materials, and what stands in for light of more than one bounce"
+    floor: float = 0.72       # albedo of the floor
+    rubber: float = 0.80      # albedo of rubber, times the colour
+    ambient: float = 0.177    # light from all around, on vertical surfaces
+    tilt: float = 0.70        # share of it that a surface loses by facing up, away from the floor
+    shade: float = 0.58       # how much of it a close object takes away
+    bounce: float = 0.095     # how much of its own colour a close object gives
+    reach: float = 1.7        # radius of an object in this, over its scale
+    sheen: float = 0.80       # gloss of rubber at grazing angles
+    mirror: float = 0.50      # sharp reflection of metal
+    gloss: float = 0.32       # each of the two lobes in which metal reflects the lamps …
+    rough: tuple[float, float] = (0.19, 0.42)   # … and their roughness
+    haze: float = 0.042       # blurred reflection of the floor
+    body: float = 0.065       # diffuse part of metal
+    sky: float = 0.045        # what a mirror sees above
+
+
+LOOK = Look()
+
+# %% ../../nbs/data/scenes.ipynb #clevr-lamps
+def lamp_spots(size: int, samples: int, device=None) -> tuple[Tensor, Tensor]:
+    "Which spot of a lamp each ray looks at, two coordinates `(1,r)` in [0,1]: a cell for each sub-pixel, shifted from pixel to pixel"
+    n = torch.arange(size * samples, device=device)
+    cell, pixel = (n % samples).float(), (n // samples).float()
+    shift = pixel[:, None] * 0.5698402910 + pixel * 0.7548776662   # a low-discrepancy pattern (R2 sequence)
+    across, down = (cell + shift % 1) / samples, (cell[:, None] + (shift * 1.618034 + 0.5) % 1) / samples
+    return across.flatten()[None], down.flatten()[None]
+
+
+def direct_light(
+    points: Tensor, normals: Tensor,            # `(b,3,r)`
+    lights: Tensor,                             # positions of the lamps `(b,3,3)`
+    spots: tuple[Tensor, Tensor],               # from `lamp_spots`
+    factors: dict[str, Tensor] | None = None,   # objects that cast shadows; None: no shadows
+) -> list[tuple[Tensor, Tensor]]:
+    "Unit direction `(b,3,r)` and coloured irradiance `(b,3,r)` of the three lamps and the sun"
+    start, out = points + 1e-3 * normals, []
+    for i in range(4):
+        if i < 3:
+            facing, right, up = (v[..., None] for v in _frame(-lights[:, i]))
+            to = lights[:, i, :, None] + SIDES[i] * ((spots[0] - 0.5)[:, None] * right + (spots[1] - 0.5)[:, None] * up) - start
+            distance = _dot(to, to).sqrt()
+            l, colour = to / distance[:, None], LIGHT_COLORS[i]
+            e = WATTS[i] / math.pi * (-_dot(l, facing)).clamp(min=0) / distance ** 2
+        else: l, e, distance, colour = points.new_tensor(SUN)[:, None].expand_as(points), SUN_IRRADIANCE, torch.inf, (1.0, 1.0, 1.0)
+        e = e * _dot(normals, l).clamp(min=0)
+        if factors is not None: e = torch.where(trace(start, l, factors)[0] < distance, 0.0, e)
+        out.append((l, e[:, None] * points.new_tensor(colour)[:, None]))
+    return out
+
+# %% ../../nbs/data/scenes.ipynb #clevr-ambient
+def surroundings(points: Tensor, normals: Tensor, index: Tensor, factors: dict[str, Tensor], albedo: Tensor) -> Tensor:
+    "Indirect light `(b,3,r)` at points of objects `index`; `albedo` of the objects is `(b,k,3)`"
+    free, bounce = torch.ones_like(points[:, 0]), torch.zeros_like(points)
+    for j in range(albedo.shape[1]):
+        to = torch.stack([factors[f][:, j] for f in "xyz"], 1)[..., None] - points
+        square = _dot(to, to)
+        share = (1 + _dot(normals, to) / square.sqrt()) / 2 / (1 + square / (LOOK.reach * factors["z"][:, j, None]) ** 2)
+        share = share * ((index != j + 1) & (factors["visibility"][:, j, None] > 0))
+        free, bounce = free * (1 - LOOK.shade * share), bounce + share[:, None] * albedo[:, j, :, None]
+    return (LOOK.ambient * (1 - LOOK.tilt * normals[:, 2]) * free)[:, None] + LOOK.bounce * bounce
+
+# %% ../../nbs/data/scenes.ipynb #clevr-matte
+def matte(points: Tensor, normals: Tensor, index: Tensor, factors: dict[str, Tensor], albedo: Tensor, light: list) -> tuple[Tensor, Tensor]:
+    "Radiance of matte surfaces and of white ones `(b,3,r)`; `albedo` `(b,1+k,3)` begins with the floor, `light` is from `direct_light`"
+    white = sum(e for _, e in light) / math.pi + surroundings(points, normals, index, factors, albedo[:, 1:])
+    return albedo.gather(1, index[..., None].expand(-1, -1, 3)).transpose(1, 2) * white, white
+
+
+def albedo_table(factors: dict[str, Tensor]) -> Tensor:
+    "Albedo of the floor and the objects, `(b,1+k,3)`; CLEVR takes its 8-bit colours as linear, which is why they look pale"
+    colours = torch.tensor([(0, 0, 0), *CLEVR_COLORS.values()], device=factors["x"].device) / 255
+    return F.pad(LOOK.rubber * colours[factors["color"]], (0, 0, 1, 0), value=LOOK.floor)
+
+
+def develop(radiance: Tensor, size: int, samples: int) -> Tensor:
+    "Radiance of sub-pixels `(b,3,r)` → picture `(b,3,h,w)`, sRGB in [0,1]: clip, average each pixel, apply the curve of screens"
+    linear = radiance.clamp(0, 1).view(-1, 3, size, samples, size, samples).mean((3, 5))
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=1e-6) ** (1 / 2.4) - 0.055)
+
+# %% ../../nbs/data/scenes.ipynb #clevr-lobe
+def glint(normals: Tensor, light: Tensor, view: Tensor, roughness: float) -> Tensor:
+    "Microfacet reflection (GGX with Smith shadowing, Walter et al. 2007) of light from one direction, `(b,r)`, for unit vectors `(b,3,r)`"
+    half, alpha2 = _unit(light + view), roughness ** 4
+    nh, nl, nv = (_dot(normals, v).clamp(min=1e-4) for v in (half, light, view))
+    smith = lambda c: c + (alpha2 + (1 - alpha2) * c * c).sqrt()
+    return alpha2 / (math.pi * (nh * nh * (alpha2 - 1) + 1) ** 2) / (smith(nl) * smith(nv))
+
+# %% ../../nbs/data/scenes.ipynb #clevr-gather
+class Picked(NamedTuple):
+    "Some of the rays `(b,r)` of each scene, gathered into `(b,m)`"
+    take: Tensor                           # `(b,m)`: where they come from; padded with 0
+    place: tuple[Tensor, Tensor, Tensor]   # scene, position in m, position in r of each one
+
+    def __call__(self, v: Tensor) -> Tensor:
+        "`(b,r)` → `(b,m)` or `(b,3,r)` → `(b,3,m)`"
+        return v.gather(-1, self.take if v.ndim == 2 else self.take[:, None].expand(-1, v.shape[1], -1))
+
+    def back(self, values: Tensor, into: Tensor) -> Tensor:
+        "Write `(b,3,m)` to where it came from in a copy of `(b,3,r)`"
+        (i, m, r), out = self.place, into.clone()
+        out[i, :, r] = values[i, :, m]
+        return out
+
+
+def pick_rays(where: Tensor) -> Picked:
+    "The rays of a mask `(b,r)`"
+    i, r = where.nonzero(as_tuple=True)
+    m = (where.cumsum(1) - 1)[i, r]
+    take = torch.zeros(len(where), int(where.sum(1).max()), dtype=torch.int64, device=where.device)
+    take[i, m] = r
+    return Picked(take, (i, m, r))
+
+# %% ../../nbs/data/scenes.ipynb #clevr-mirror
+def mirrored(origins: Tensor, directions: Tensor, factors: dict[str, Tensor], albedo: Tensor, lights: Tensor, spots) -> Tensor:
+    "What a mirror sees along rays `(b,3,r)`: a matte world without shadows, under a dark sky"
+    t, index = first_hit(origins, directions, factors)
+    points = origins + t.clamp(max=1e3)[:, None] * directions
+    normals = surface_normals(points, index, factors)
+    colour, _ = matte(points, normals, index, factors, albedo, direct_light(points, normals, lights, spots))
+    return torch.where((t == torch.inf)[:, None], LOOK.sky, colour)
+
+# %% ../../nbs/data/scenes.ipynb #clevr-objects
+def shade_objects(points: Tensor, view: Tensor, index: Tensor, factors: dict[str, Tensor], albedo: Tensor, lights: Tensor, spots) -> Tensor:
+    "Radiance `(b,3,m)` of points of objects towards `view`"
+    normals = surface_normals(points, index, factors)
+    light = direct_light(points, normals, lights, spots, factors)
+    colour, white = matte(points, normals, index, factors, albedo, light)
+    nv = _dot(normals, view).clamp(0, 1)
+    shine = sum(e / (1 + _dot(normals, l).clamp(min=0))[:, None] for l, e in light) / (math.pi * (1 + nv))[:, None]
+    rubber = colour + shine * (0.01 + LOOK.sheen * (1 - nv) ** 4)[:, None]
+    metal = F.pad(factors["material"] == 2, (1, 0)).gather(1, index)
+    if not metal.any(): return rubber
+    lamps = [_unit(lights[:, i, :, None] - points) for i in range(3)] + [light[3][0]]   # glints use the lamps' centres: less noise
+    gloss = sum(e * sum(glint(normals, l, view, r) for r in LOOK.rough)[:, None] for l, (_, e) in zip(lamps, light))
+    mirror = _unit(2 * _dot(normals, view)[:, None] * normals - view)
+    haze = (LOOK.haze * (1 - 1.16 * mirror[:, 2])).clamp(min=0)[:, None]
+    pick = pick_rays(metal)
+    seen = mirrored(*(pick(v) for v in (points + 1e-3 * normals, mirror)), factors, albedo, lights, [pick(s) for s in spots])
+    own = albedo.gather(1, index[..., None].expand(-1, -1, 3)).transpose(1, 2) / LOOK.rubber
+    shiny = LOOK.mirror * pick.back(seen, torch.zeros_like(points)) + LOOK.gloss * gloss + haze + LOOK.body * white
+    return torch.where(metal[:, None], own * shiny, rubber)
+
+# %% ../../nbs/data/scenes.ipynb #clevr-render
+def render_clevr(
+    camera: Tensor,               # `(b,3)`: position; it looks at the origin
+    lights: Tensor,               # `(b,3,3)`: positions of key, fill and back lamp
+    factors: dict[str, Tensor],   # `shape material color x y z rotation visibility`, each `(b,k)`; z is the scale, too
+    size: int = 64,
+    samples: int = 2,             # rays along each side of a pixel
+) -> Tensor:                      # sRGB in [0,1], `(b,3,h,w)`
+    "CLEVR scenes by ray tracing: matte floor, then the objects on top of it"
+    chunk = max(1, 2 ** (24 if camera.is_cuda else 17) // (size * samples) ** 2)   # scenes at a time: a CPU likes small tensors
+    if len(camera) > chunk:
+        parts = zip(camera.split(chunk), lights.split(chunk), range(0, len(camera), chunk))
+        return torch.cat([render_clevr(c, l, {f: v[i:i + chunk] for f, v in factors.items()}, size, samples) for c, l, i in parts])
+    directions = camera_rays(camera, size, samples)
+    origins, spots, albedo = camera[..., None].expand_as(directions), lamp_spots(size, samples, camera.device), albedo_table(factors)
+    t, index = first_hit(origins, directions, factors)
+    up, floor = torch.zeros_like(directions), torch.zeros_like(index)
+    up[:, 2] = 1
+    points = origins - (origins[:, 2] / directions[:, 2].clamp(max=-1e-3))[:, None] * directions   # of the floor, also behind objects
+    image, _ = matte(points, up, floor, factors, albedo, direct_light(points, up, lights, spots, factors))
+    if (index > 0).any():
+        pick = pick_rays(index > 0)
+        o, d, t, spots = pick(origins), pick(directions), pick(t), [pick(s.expand_as(t)) for s in spots]
+        image = pick.back(shade_objects(o + t.clamp(max=1e3)[:, None] * d, -d, pick(index), factors, albedo, lights, spots), image)
+    return develop(image, size, samples)
+
+# %% ../../nbs/data/scenes.ipynb #clevr-place
+def place_clevr(keys: Tensor, attempt: int, factors: dict[str, Tensor], tries: int = 50) -> tuple[Tensor, Tensor, Tensor]:
+    "Coordinates x and y `(b,k)` by CLEVR's rules, and whether all objects found a place `(b,)`"
+    there, camera = factors["visibility"] > 0, factors["camera"]
+    radius, k = torch.where(factors["size"] == 1, 0.7, 0.35), there.shape[1]
+    ahead = F.normalize(-camera[:, :2], dim=1)
+    axes = torch.stack([ahead, torch.stack([ahead[:, 1], -ahead[:, 0]], 1)], 2)   # behind and right, as columns
+    xy, ok = torch.zeros(len(keys), k, 2), torch.ones(len(keys), dtype=torch.bool)
+    for j in range(k):
+        new = uniform(keys, f"place/{attempt}/{j}", tries, 2, low=-3, high=3)
+        column, row, _ = project(camera, torch.cat([new, factors["z"][:, j, None, None].expand(-1, tries, 1)], 2), 1).unbind(-1)
+        offset = new[:, :, None] - xy[:, None, :j]
+        along = torch.stack([(offset * axes[:, None, None, :, i]).sum(-1) for i in (0, 1)], -1).abs()
+        gap = offset.square().sum(-1).sqrt() - radius[:, None, :j] - radius[:, j, None, None]
+        good = ((gap >= 0.25) & (along >= 0.4).all(-1)) | ~there[:, None, :j]
+        good = good.all(2) & (torch.stack([column, 1 - column, row, 1 - row]) > 0).all(0)
+        xy[:, j] = new[torch.arange(len(keys)), good.float().argmax(1)]
+        ok &= good.any(1) | ~there[:, j]
+    return *xy.unbind(-1), ok
+
+# %% ../../nbs/data/scenes.ipynb #clevr-sample
+COGENT = {"A": {1: (1, 3, 5, 8), 3: (2, 4, 6, 7)}, "B": {3: (1, 3, 5, 8), 1: (2, 4, 6, 7)}}   # shape → its colours; spheres have all
+
+
+def sample_clevr(keys: Tensor, size: int, kind) -> dict[str, Tensor]:
+    "Factors of CLEVR scenes; `kind` is a `Clevr`, below. Scenes are arranged anew until every object shows enough pixels"
+    b, k = len(keys), kind.n_objects[1]
+    shape, color = 1 + integers(keys, "shape", 3, k), 1 + integers(keys, "color", 8, k)
+    for s, colors in COGENT.get(kind.cogent, {}).items(): color = torch.where(shape == s, torch.tensor(colors)[(color - 1) % 4], color)
+    large = integers(keys, "size", 2, k)
+    scale = torch.where(large == 1, 0.7, 0.35) * torch.where(shape == 1, math.sqrt(0.5), 1.0)
+    factors = {"key": keys, "visibility": draw_counts(keys, kind.n_objects), "shape": shape, "size": 2 - large, "color": color,
+               "material": 1 + integers(keys, "material", 2, k), "z": scale, "rotation": uniform(keys, "rotation", k, high=360.0),
+               "x": torch.zeros(b, k), "y": torch.zeros(b, k),
+               "camera": torch.tensor(CAMERA) + uniform(keys, "camera", 3, low=-0.5, high=0.5),
+               "lights": torch.tensor(LAMPS) + uniform(keys, "lights", 3, 3, low=-1, high=1)}
+    least = round(40 * (size / 128) ** 2) if kind.min_visible is None else kind.min_visible
+    pending = torch.arange(b)
+    for attempt in range(200):
+        part = {name: value[pending] for name, value in factors.items()}
+        part["x"], part["y"], ok = place_clevr(keys[pending], attempt, part)
+        factors["x"][pending], factors["y"][pending] = part["x"], part["y"]
+        shown = visible_pixels(label_clevr(part["camera"], part, size), k)
+        pending = pending[~(ok & ((shown >= least) | (part["visibility"] == 0)).all(1))]
+        if len(pending) == 0: return factors
+    raise ValueError(f"no arrangement of up to {k} objects shows {least} pixels of each: lower n_objects or min_visible")
+
+# %% ../../nbs/data/scenes.ipynb #clevr-kind
+@dataclass(frozen=True)
+class Clevr(Kind):
+    "Cubes, spheres and cylinders of rubber or metal on a grey floor"
+    n_objects: tuple[int, int] = (3, 6)
+    samples: int = 2                  # rays along each side of a pixel
+    cogent: str | None = None         # A or B: the colours of cubes and cylinders are divided between two conditions, as in CLEVR-CoGenT
+    min_visible: int | None = None    # pixels that each object shows at least; None: 40 at 128×128
+    labels = ("shape", "size", "material", "color", "x", "y", "z", "rotation", "pixel_coords", "visibility")
+    factor_names = {"shape": ["none", *SOLIDS], "size": ["none", "large", "small"], "material": ["none", "rubber", "metal"],
+                    "color": ["none", *CLEVR_COLORS]}
+    smallest = 32
+
+    def __post_init__(self):
+        object.__setattr__(self, "n_objects", check_counts(self.n_objects))
+        if self.n_objects[1] > 10: raise ValueError(f"n_objects goes up to {self.n_objects[1]}: CLEVR scenes have room for 10")
+        if not isinstance(self.samples, int) or self.samples < 1: raise ValueError(f"samples is {self.samples!r}: give 1, 2, 3 …")
+        if self.cogent not in (None, "A", "B"): raise ValueError(f"cogent is {self.cogent!r}: give A, B or None")
+
+    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]: return sample_clevr(keys, size, self)
+
+    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]:
+        camera, lights = factors["camera"], factors["lights"]
+        return render_clevr(camera, lights, factors, size, self.samples), label_clevr(camera, factors, size)
+
+    def derive(self, factors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        return {"pixel_coords": project(factors["camera"], torch.stack([factors[f] for f in "xyz"], -1), size)}
+
+    def phrase(self, row: dict[str, str]) -> str: return f"{row['size']} {row['color']} {row['material']} {row['shape']}"
+
+# %% ../../nbs/data/scenes.ipynb #scenes-kinds
+KINDS = {"shapes": Shapes, "textured_shapes": TexturedShapes, "tetrominoes": Tetrominoes, "toy_squares": ToySquares, "clevr_scenes": Clevr}
+
+_DSPRITES = dict(shapes=("square", "ellipse", "heart"), side=(0.15, 0.3), position=(0.25, 0.75))
 VARIANTS = {   # the three published Multi-dSprites sets
-    "binarized": dict(n_objects=(2, 3), shapes=("square", "ellipse", "heart"), colors="white", background="black", antialias=False),
-    "colored_on_grayscale": dict(n_objects=(2, 5), shapes=("square", "ellipse", "heart"), colors="hsv", background="grey"),
-    "colored_on_colored": dict(n_objects=(1, 4), shapes=("square", "ellipse", "heart"), colors="rgb", background="color"),
+    "binarized": dict(n_objects=(2, 3), colors="white", background="black", antialias=False, **_DSPRITES),
+    "colored_on_grayscale": dict(n_objects=(2, 5), colors="hsv", background="grey", **_DSPRITES),
+    "colored_on_colored": dict(n_objects=(1, 4), colors="rgb", background="color", **_DSPRITES),
 }
-for _variant in VARIANTS.values(): _variant.update(side=(0.15, 0.3), position=(0.25, 0.75))
 
 # %% ../../nbs/data/scenes.ipynb #scenes-caption
 def caption(phrases: list[str]) -> str:
@@ -407,63 +953,94 @@ def caption(phrases: list[str]) -> str:
     parts = [("an " if p[0] in "aeiou" else "a ") + p for p in phrases]
     return " and ".join([", ".join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
 
+# %% ../../nbs/data/scenes.ipynb #scenes-spec
+def make_kind(kind: str, variant: str | None = None, **options) -> Kind:
+    "A kind of scene by name, with its options; ValueError that lists the choices for an unknown name"
+    if kind not in KINDS: raise ValueError(f"unknown kind of scene {kind!r}: choose one of {', '.join(KINDS)}")
+    options = {name: value for name, value in options.items() if name != "n_objects" or value is not None}
+    if variant is not None:
+        if kind != "shapes": raise ValueError(f"variant is {variant!r}, but {kind} has no variants: only shapes has")
+        if variant not in VARIANTS: raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+        options = VARIANTS[variant] | options
+    known = [f.name for f in fields(KINDS[kind])]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"unknown option {', '.join(unknown)} of {kind}: choose from {', '.join(known)}")
+    return KINDS[kind](**options)
+
+# %% ../../nbs/data/scenes.ipynb #scenes-captions-export
+def captions(kind: Kind, labels: dict[str, Tensor]) -> list[str]:
+    "One caption per scene from labels `(b,k)`: the objects in the order of their labels"
+    names = {f: [[known[c] for c in row] for row in labels[f].tolist()] for f, known in kind.factor_names.items()}
+    return [caption([kind.phrase({f: names[f][i][j] for f in names}) for j, there in enumerate(row) if there])
+            for i, row in enumerate(labels["visibility"].tolist())]
+
+# %% ../../nbs/data/scenes.ipynb #scenes-edit-export
+def edit(factors: dict[str, Tensor], names: dict[str, list[str]], *, remove=None, recolor=None, move=None) -> dict[str, Tensor]:
+    "Factors of one scene with exactly one edit of one object; see `Scenes.counterfactual`"
+    if sum(v is not None for v in (remove, recolor, move)) != 1: raise ValueError("give exactly one of remove, recolor and move")
+    label = remove if remove is not None else (recolor or move)[0]
+    there = factors["visibility"][0].tolist()
+    if not (isinstance(label, int) and 1 <= label <= len(there) and there[label - 1]):
+        raise ValueError(f"object {label!r} is not in this scene, which has {', '.join(str(i) for i, v in enumerate(there, 1) if v)}")
+    factors, j = {name: value.clone() for name, value in factors.items()}, label - 1
+    if remove is not None: factors["visibility"][0, j] = 0
+    elif recolor is not None:
+        if recolor[1] not in names["color"][1:]:
+            raise ValueError(f"unknown colour {recolor[1]!r}: choose one of {', '.join(names['color'][1:])}")
+        factors["color"][0, j] = names["color"].index(recolor[1])
+        if "rgb" in factors: factors["rgb"][0, j] = torch.tensor(COLORS[recolor[1]])
+    elif "row" in factors: raise ValueError("move: scenes of blocks have whole-pixel places and cannot be moved to fractions of the frame")
+    else: factors["x"][0, j], factors["y"][0, j] = move[1]
+    return factors
+
 # %% ../../nbs/data/scenes.ipynb #scenes-class
 class Scenes(torch.utils.data.Dataset):
-    "Scenes drawn on the fly: item i is a function of (kind, options, seed, split, i) and of nothing else"
+    "Scenes drawn on the fly: item i is a function of (kind, options, size, seed, split, i) and of nothing else"
+
     def __init__(
         self,
-        kind: str = "shapes",       # one of `KINDS`
-        n: int = 1000,              # number of scenes
-        *, size: int = 64,          # height and width
-        split: str = "train",       # train, val or test: disjoint
+        kind: str = "shapes",         # shapes, textured_shapes, tetrominoes, toy_squares or clevr_scenes
+        n: int = 1000,                # number of scenes
+        *,
+        size: int = 64,               # height and width
+        split: str = "train",         # train, val or test: disjoint
         seed: int = 0,
-        variant: str | None = None, # for shapes: a published set of `VARIANTS`
-        **options,                  # fields of the kind, e.g. n_objects=(2, 4), background="noise"
+        n_objects: int | tuple[int, int] | None = None,   # number, or fewest and most; None: as the kind has it
+        variant: str | None = None,   # for shapes: one of the published sets in `VARIANTS`
+        device: str = "cpu",          # where pictures are rendered, and stay
+        **options,                    # other fields of the kind, e.g. background="noise"
     ):
-        if kind not in KINDS: raise ValueError(f"unknown kind of scene {kind!r}: choose one of {', '.join(KINDS)}")
+        self.spec = make_kind(kind, variant, n_objects=n_objects, **options)
         if split not in SPLITS: raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
         if not isinstance(n, int) or n < 1: raise ValueError(f"n is {n!r}: give the number of scenes, at least 1")
-        if variant is not None:
-            if kind != "shapes" or variant not in VARIANTS:
-                raise ValueError(f"unknown variant {variant!r} of {kind}: only shapes have variants ({', '.join(VARIANTS)})")
-            options = VARIANTS[variant] | options
-        known = [f.name for f in fields(KINDS[kind])]
-        if unknown := set(options) - set(known):
-            raise ValueError(f"unknown option {', '.join(sorted(unknown))} of {kind} scenes: choose from {', '.join(known)}")
-        self.spec = KINDS[kind](**{name: value for name, value in options.items() if value is not None})
         self.spec.check_size(size)
-        self.kind, self.n, self.size, self.split, self.seed = kind, n, size, split, seed
+        self.kind, self.n, self.size, self.split, self.seed, self.device = kind, n, size, split, seed, device
         self.max_objects, self.factor_names = self.spec.n_objects[1], self.spec.factor_names
 
     def __len__(self) -> int: return self.n
 
-    def __repr__(self) -> str: return f"Scenes({self.kind!r}, {self.n}, size={self.size}, split={self.split!r}, seed={self.seed}, {self.spec})"
+    def __repr__(self) -> str:
+        return f"Scenes({self.kind!r}, {self.n}, size={self.size}, split={self.split!r}, seed={self.seed}): {self.spec}"
 
     def factors(self, indices) -> dict[str, Tensor]:
-        "All that determines the scenes of these indices: objects `(b,k,…)`, background, key"
-        indices = [i + self.n if -self.n <= i < 0 else i for i in torch.as_tensor(indices).reshape(-1).tolist()]
-        if wrong := [i for i in indices if not 0 <= i < self.n]: raise IndexError(f"scene {wrong[0]} of a data set of {self.n}")
-        return {"index": torch.tensor(indices), **self.spec.sample(scene_keys(indices, seed=self.seed, split=self.split), self.size)}
+        "All that determines the scenes of these indices: objects `(b,k,…)`, background or camera `(b,…)`"
+        given = torch.as_tensor(indices).reshape(-1).tolist()
+        if wrong := [i for i in given if not -self.n <= i < self.n]: raise IndexError(f"scene {wrong[0]} of a data set of {self.n}")
+        index = torch.tensor(given) % self.n
+        return {"index": index, **self.spec.sample(scene_keys(index, seed=self.seed, split=self.split), self.size)}
 
     def render(self, factors: dict[str, Tensor]) -> dict:
-        "Pictures, masks, labels and captions of (edited) factors: the batch of the data set contract"
+        "Pictures, masks, labels, captions and ids of (edited) factors: stacked tensors and lists"
+        factors = {name: value.to(self.device) for name, value in factors.items()}
         image, masks = self.spec.render(factors, self.size)
         image = (image * 255).round() / 127.5 - 1   # the levels of an 8-bit picture, so that storing one loses nothing
-        labels, seen = {}, factors["visibility"] > 0
-        for name in self.spec.labels:
-            value = factors[name]
-            labels[name] = value * seen.view(*seen.shape, *[1] * (value.ndim - 2)).to(value.dtype)
-        return {"image": image, "masks": masks, "labels": labels, "caption": self._captions(labels),
+        seen, source = factors["visibility"] > 0, factors | self.spec.derive(factors, self.size)
+        labels = {f: source[f] * seen.view(*seen.shape, *[1] * (source[f].ndim - 2)) for f in self.spec.labels}
+        return {"image": image, "masks": masks, "labels": labels, "caption": captions(self.spec, labels),
                 "image_id": [f"{self.kind}-{self.split}-{i:08d}" for i in factors["index"].tolist()]}
 
-    def _captions(self, labels: dict[str, Tensor]) -> list[str]:
-        names = {f: labels[f].tolist() for f in self.factor_names}
-        exists = labels["visibility"].tolist()
-        row = lambda i, j: {f: self.factor_names[f][names[f][i][j]] for f in names}
-        return [caption([self.spec.phrase(row(i, j)) for j, there in enumerate(exists[i]) if there]) for i in range(len(exists))]
-
     def batch(self, indices) -> dict:
-        "Many scenes at once: stacked tensors, lists of captions and ids"
+        "Many scenes at once"
         return self.render(self.factors(indices))
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
@@ -473,3 +1050,11 @@ class Scenes(torch.utils.data.Dataset):
         return [{name: pick(value, i) for name, value in batch.items()} for i in range(len(indices))]
 
     def __getitem__(self, index: int) -> dict: return self.__getitems__([index])[0]
+
+    def counterfactual(self, index: int, *, remove: int | None = None, recolor: tuple[int, str] | None = None,
+                       move: tuple[int, tuple[float, float]] | None = None) -> dict:
+        "Scene `index` drawn again with one object, given by its label 1, 2 …, removed, recolored or moved to (x, y); labels stay"
+        item = self.render(edit(self.factors([index]), self.factor_names, remove=remove, recolor=recolor, move=move))
+        what = f"remove-{remove}" if remove else f"recolor-{recolor[0]}-{recolor[1]}" if recolor else f"move-{move[0]}"
+        first = {name: {f: v[0] for f, v in value.items()} if isinstance(value, dict) else value[0] for name, value in item.items()}
+        return first | {"image_id": f"{first['image_id']}-{what}"}
