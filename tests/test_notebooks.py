@@ -108,6 +108,8 @@ BAD = [
     (hygiene.parameters_are_literals, run_with("steps = 3  # how many"), "no type"),
     (hygiene.parameters_are_literals, run_with("steps: Tensor = 3  # how many"), "Tensor"),
     (hygiene.parameters_are_literals, run_with("import math"), "line 1"),
+    (hygiene.papermill_reads_parameters, run_with("steps: int = 3  # how many; 0 = all"), "0 = all"),
+    (hygiene.papermill_reads_parameters, run_with("steps: int | None = 3  # how many"), "int | None"),
     (hygiene.no_stderr, code("1", outputs=[stream("UserWarning", "stderr")]), "UserWarning"),
     (hygiene.no_error_outputs, code("1", outputs=[ERROR]), "ValueError"),
     *[(hygiene.no_machine_paths, shown(f"saved to {p}x.png"), "absolute") for p in ("/home/", "/root/", "/tmp/", "/work/", "/Users/a/")],

@@ -126,6 +126,32 @@ def test_every_import_is_a_declared_dependency():
                 assert name in declared, f"{path.name} imports {name}, which settings.ini does not require"
 
 
+FAKE_PYTHON = """#!/bin/sh
+echo "$*" >> calls.txt
+case "$*" in "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;; esac
+"""
+
+
+def test_set_up_happens_once(tmp_path):
+    "make sets up .venv when it is missing or made from other files; a mere touch, or nothing, starts no program at all"
+    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+
+    def calls():
+        (tmp_path / "calls.txt").write_text("")
+        subprocess.run(["make", "-s", "setup", f"PYTHON={tmp_path / 'python'}"], cwd=tmp_path, check=True, capture_output=True)
+        return (tmp_path / "calls.txt").read_text()
+    assert "pip install" in calls() and calls() == ""
+    (tmp_path / "constraints.txt").touch()
+    assert calls() == ""
+    (tmp_path / "constraints.txt").write_text("torch==0\n")
+    assert "-c constraints.txt -e .[dev]" in calls() and calls() == ""
+    shutil.rmtree(tmp_path / ".venv")
+    assert "-m venv .venv" in calls()
+
+
 def test_packaging_takes_every_module_and_the_weights(tmp_path):
     "setup.py reads settings.ini; what it builds holds all modules and whatever lies in decomp_nb/weights"
     for name in ("setup.py", "settings.ini", "README.md"):

@@ -180,6 +180,15 @@ def parameters_are_literals(nb: Notebook):
                 yield f"parameters cell: `{ast.unparse(statement)}` has no type"
 
 
+def papermill_reads_parameters(nb: Notebook):
+    "papermill's own reader knows one `=` a line and plain types; what it cannot read it calls an unknown parameter"
+    for cell in nb.code:
+        if "parameters" in tags(cell):
+            for line in source(cell).splitlines():
+                if line.count("=") > 1 or re.match(r"\w+: [\w\[\], ]*[^\w\[\], =]", line):
+                    yield f"papermill cannot read `{line}`: write `0: none` instead of `0 = none`, and plain types"
+
+
 def no_stderr(nb: Notebook):
     "Warnings are mended, not shown"
     for cell, output in outputs(nb):
@@ -289,7 +298,8 @@ def no_notebook_bars(nb: Notebook):
 
 
 NOTEBOOK_RULES = [
-    kernelspec_is_python3, ids_speak, badge_leads_here, title_and_claim, one_parameters_cell, parameters_are_literals, no_stderr,
+    kernelspec_is_python3, ids_speak, badge_leads_here, title_and_claim, one_parameters_cell, parameters_are_literals,
+    papermill_reads_parameters, no_stderr,
     no_error_outputs, no_machine_paths, no_widget_state, below_one_megabyte, outputs_are_committed, imports_stand_alone, no_star_imports,
     only_libraries_export, runs_are_not_tests, skipping_is_said_twice, cells_are_python, installs_itself_on_colab,
     no_notebook_bars,

@@ -10,6 +10,7 @@ import ast
 import difflib
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -253,6 +254,7 @@ def forward_signals(send):
 def execute(notebook: Path, output: Path, values: dict, kernels: Kernels) -> None:
     "papermill, with the kernel's text on this terminal as it comes"
     import papermill
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # names were checked here; its own reader stumbles over "=" in a remark
     papermill.execute_notebook(str(notebook), str(output), values, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
                                kernel_manager_class=kernels.manager_class(), extra_arguments=["--log-level=40"])
 
