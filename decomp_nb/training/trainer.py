@@ -138,9 +138,9 @@ class Positions:
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
-def _ignore_stop_signals(worker: int) -> None:
-    for number in STOP_SIGNALS: signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+def _outlive_stop_signals(worker: int) -> None:
+    "A loader worker works on after a stop signal, at most for a minute, so that its training process can finish the step"
+    for number in STOP_SIGNALS: signal.signal(number, lambda *_: signal.alarm(60))
 
 def stream_loader(
     data,                  # data set with `len` and `[i]`
@@ -152,7 +152,7 @@ def stream_loader(
     "Endless loader of collated micro-batches"
     return torch.utils.data.DataLoader(
         Stream(data, seed), batch_sampler=positions, num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=_ignore_stop_signals, generator=torch.Generator().manual_seed(mix(seed)))  # its own: no draw from the global one
+        worker_init_fn=_outlive_stop_signals, generator=torch.Generator().manual_seed(mix(seed)))  # its own: no draw from the global one
 
 # %% ../../nbs/training/trainer.ipynb #trainer-groups-export
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -230,9 +230,9 @@ def progress_line(
     seconds_left: float,                    # estimate
     scores: Mapping[str, float] | None = None,  # last evaluation; the first one is shown
 ) -> str:
-    "`step 200/3000 · loss 0.123 · 410 img/s · 2:13 left · FG-ARI 0.71`"
+    "`step 200/3000 · loss 0.123 · 410 img/s · 2:13 left · FG-ARI 0.712`"
     parts = [f"step {step}/{total}", f"loss {short(loss)}", f"{speed:.0f} img/s" if speed >= 10 else f"{speed:.1f} img/s", f"{clock(seconds_left)} left"]
-    parts += [f"{metric_label(name)} {value:.2f}" for name, value in list((scores or {}).items())[:1]]
+    parts += [f"{metric_label(name)} {short(value)}" for name, value in list((scores or {}).items())[:1]]
     return " · ".join(parts)
 
 # %% ../../nbs/training/trainer.ipynb #trainer-iterate-export
@@ -631,7 +631,7 @@ def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters:
         raise ValueError("mixed_precision: fp16 needs a GPU; choose 'bf16' or 'no'")
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())  # an earlier training in this process may have had
     GradientState._reset_state()                                                               # another precision or device
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu, log_with=tracker_names(config.trackers), project_dir=run_dir / "trackers",
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu, log_with=tracker_names(config.trackers) or None, project_dir=run_dir / "trackers",
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
                                                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))])  # the others wait while one evaluates
     wanted = int(os.environ.get("WORLD_SIZE", 1))
@@ -756,6 +756,7 @@ class Trainer:
         self.run = Run(resolve_out_dir(config.out_dir))
         self.run_dir = self.run.path
         self.engine: Engine | None = None
+        self.loader = None
 
     def fit(self) -> Run:
         "Check everything, then train; after SIGTERM or SIGUSR1 save and raise `SystemExit(0)`"
@@ -828,8 +829,8 @@ class Trainer:
         "For every optimiser step its micro-batches, on the device"
         config, accelerator = self.config, self.accelerator
         positions = Positions(self.seen, accelerator.process_index, accelerator.num_processes, config.grad_accumulation, config.batch_size)
-        loader = iter(stream_loader(self.data, positions, config.seed, config.num_workers, pin_memory=accelerator.device.type == "cuda"))
-        while True: yield map(self.engine.place, itertools.islice(loader, config.grad_accumulation))
+        self.loader = iter(stream_loader(self.data, positions, config.seed, config.num_workers, pin_memory=accelerator.device.type == "cuda"))
+        while True: yield map(self.engine.place, itertools.islice(self.loader, config.grad_accumulation))
 
     def train_step(self, micro_batches: Iterable[Any]) -> None:
         "Gradients of all micro-batches together, then one update"
@@ -952,6 +953,7 @@ class Trainer:
         if reason != "signal" and self.logged != self.step and self.meter.sums: self.log()
         if not self.accelerator.is_main_process: return
         if self.step > self.started_at: self.report(now=True)
+        elif reason != "signal": print("already trained; to go on raise max_steps or max_minutes, to begin anew choose another out_dir", flush=True)
         stopped = {"signal": f"stopped by a signal at step {self.step}; start it again to go on", "steps": f"trained for {self.step} steps",
                    "time": f"trained for {self.config.max_minutes:g} minutes, {self.step} steps"}[reason]
         print(f"{stopped}\nrun directory: {display_path(self.run_dir)}", flush=True)
@@ -959,4 +961,5 @@ class Trainer:
     def release(self) -> None:
         "Give the model back as it came, with the weights of the last step"
         if self.engine is not None: self.engine.release()
-        self.engine = self.batch = None
+        if hasattr(self.loader, "_shutdown_workers"): self.loader._shutdown_workers()  # a traceback would keep them alive
+        self.engine = self.loader = self.batch = None
