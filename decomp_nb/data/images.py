@@ -236,8 +236,8 @@ def open_h5(path: Path | str):
 class LazyH5:
     "An HDF5 file that every process opens for itself when it first reads; pickles as its path"
 
-    def __init__(self, path: Path | str): self.path, self._file, self._process = Path(path), None, None
-    def __getstate__(self) -> dict: return {"path": self.path, "_file": None, "_process": None}
+    def __init__(self, path: Path | str): self.path, self._file, self._process, self._sets = Path(path), None, None, {}
+    def __getstate__(self) -> dict: return {"path": self.path, "_file": None, "_process": None, "_sets": {}}
 
     @property
     def is_open(self) -> bool:
@@ -246,13 +246,17 @@ class LazyH5:
 
     @property
     def file(self):
-        if not self.is_open: self._file, self._process = open_h5(self.path), os.getpid()
+        "The open file, for this process alone"
+        if not self.is_open: self._file, self._process, self._sets = open_h5(self.path), os.getpid(), {}
         return self._file
 
     def read(self, key: str, index=()) -> np.ndarray:
         "`file[key][index]`; ValueError that names file and key when it is missing or its bytes are damaged"
-        if key not in self.file: raise ValueError(f"{self.path} has no dataset {key!r}; it has: {', '.join(self.file)}")
-        try: return self.file[key][index]
+        file = self.file
+        if key not in self._sets:  # looking a name up costs as much as reading a small picture
+            if key not in file: raise ValueError(f"{self.path} has no dataset {key!r}; it has: {', '.join(file)}")
+            self._sets[key] = file[key]
+        try: return self._sets[key][index]
         except OSError as error:
             raise ValueError(f"{self.path}: {key!r}[{index}] is damaged ({error}): copy or download the file again") from None
 
@@ -260,8 +264,10 @@ class LazyH5:
 def stored_split(file, split: str) -> list[int] | None:
     "Positions that the file's own `split` dataset gives to `split`; None where it has no such dataset, ValueError where nothing is left"
     if "split" not in file: return None
-    names = json.loads(file.attrs["split_names"]) if "split_names" in file.attrs else None
-    stored = [split_name(names[s] if names else s.decode()) for s in file["split"][:]]
+    names, stored = json.loads(file.attrs.get("split_names", "[]")), file["split"][:].tolist()
+    if not names and not isinstance(stored[0], bytes):
+        raise ValueError(f"{file.filename}: 'split' holds numbers, but there is no attribute 'split_names' that names them")
+    stored = [split_name(s.decode() if isinstance(s, bytes) else names[s]) for s in stored]
     chosen = [i for i, s in enumerate(stored) if split_name(split) in (s, "all")]
     if not chosen: raise ValueError(f"{file.filename} has nothing for split={split!r}; its splits are {sorted(set(stored))}")
     return chosen

@@ -705,6 +705,7 @@ class MoviDump:
         "From the set's name (MOVi-A…C 10, D…F 23), the JSON files, or STEVE's number of mask files"
         named = re.findall(r"movi[-_]?([a-f])\b", videos[0].folder.lower())
         if named: return 10 if named[-1] in "abc" else 23
+        if self.has_json and "x" in (rows := read_json(videos[0].beside(0, "instances.json"))): return len(rows["visibility"]) - 1
         if self.has_json: return max(len(self._instances(v, 0)[0]) for v in videos)
         if videos[0].layout == "steve": return len(list(Path(videos[0].folder).glob(f"{videos[0].frames[0]}_mask_*.png")))
         if not self.has_masks: return 0
