@@ -494,3 +494,26 @@ def test_slots_alone_need_a_foundation(checkpoint):
     for part in ("unetencoder", UNET): shutil.rmtree(checkpoint / part)
     assert convert.read_official_lsd(checkpoint).denoiser is None
     with pytest.raises(ValueError, match="foundation="): convert.load_official_lsd(checkpoint)
+
+
+def test_stable_lsd_takes_the_slots(checkpoint, golden, tmp_path):
+    "Slots of an official Stable-LSD run on a frozen text-to-image UNet and DINO features, all from local folders, and back"
+    from diffusers import UNet2DConditionModel
+    from transformers import Dinov2Config, Dinov2Model
+    config, state = convert.read_official_part(checkpoint / SLOTS)
+    unet_config, _ = convert.read_official_part(checkpoint / UNET)
+    for part in ("unetencoder", UNET): shutil.rmtree(checkpoint / part)
+    pipeline, dino = tmp_path / "pipeline", tmp_path / "dino"
+    UNet2DConditionModel(**{k: v for k, v in convert.lsd_denoiser_config(unet_config).items() if k != "position"}).save_pretrained(pipeline / "unet")
+    for part in ("vae", "scheduler"): shutil.copytree(golden("lsd") / part, pipeline / part)
+    patch = 7
+    Dinov2Model(Dinov2Config(hidden_size=config["input_size"], num_hidden_layers=1, num_attention_heads=1, image_size=4 * patch, patch_size=patch)).save_pretrained(dino)
+    size = unet_config["sample_size"] * 2 ** (len(json.loads((pipeline / "vae/config.json").read_text())["block_out_channels"]) - 1)
+    model = convert.load_official_lsd(checkpoint, foundation=pipeline, image_size=size,
+                                      encoder_config=dict(kind="dino", name_or_folder=str(dino), image_size=size, resolution=4 * patch))
+    factors = model.encode(torch.zeros(1, 3, size, size), noise=torch.zeros(1, config["num_slots"], config["slot_size"]))
+    assert factors.codes.shape == (1, config["num_slots"], config["out_size"])
+    written = convert.save_official_lsd(model, tmp_path / "again")
+    assert [p.name for p in written.iterdir()] == [SLOTS]
+    _, again = convert.read_official_part(written / SLOTS)
+    assert [k for k in state if k != "pos.pe" and not torch.equal(state[k], again[k])] == []  # pos.pe is the grid of another resolution
