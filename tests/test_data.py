@@ -697,6 +697,10 @@ def test_movi_dump(tmp_path, layout):
         if layout == "lsd": torch.testing.assert_close(item["labels"]["image_positions"][0] * 48, torch.tensor(true["pixel_coords"][0, :2]).float())
     parts = [{v.folder for v, _ in MoviDump(root, split=s).index} for s in ("train", "val", "test")]
     assert [len(p) for p in parts] == [8, 1, 1] and len(set.union(*parts)) == 10  # whole videos
+    moved = root.rename(tmp_path / "elsewhere")
+    elsewhere = {v.folder for v, _ in MoviDump(moved, split="val", max_objects=10).index}
+    assert {Path(f).name for f in elsewhere} == {Path(f).name for f in parts[1]}  # on another machine the same
+    moved.rename(root)
     clips = MoviDump(root, 24, frames="clip", clip_length=2)
     assert len(clips) == 20 and clips[1]["video"].shape == (2, 3, 24, 24) and clips[1]["masks"].equal(torch.stack([ds[2]["masks"], ds[3]["masks"]]))
     batch = next(iter(DataLoader(clips, 5, num_workers=2)))

@@ -684,7 +684,8 @@ class MoviDump:
         own, others = dump_split_folders(self.path, self.split)
         if others and not own: raise ValueError(f"{path} has split folders {others} but none for split={split!r}")
         videos = [video for folder in own or [self.path] for video in dump_videos(folder)]
-        if not own: videos = [videos[i] for i in split_by_group([v.folder for v in videos], self.split)]
+        names = [Path(v.folder).relative_to(self.path).as_posix() for v in videos]  # relative: the split is the same wherever the set lies
+        if not own: videos = [videos[i] for i in split_by_group(names, self.split)]
         first = videos[0]
         self.has_json = first.layout == "lsd" and first.beside(0, "instances.json").exists()
         self.has_masks = first.beside(0, _MASK_FILES[first.layout]).exists()
