@@ -17,15 +17,15 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['SPLITS', 'SHAPES', 'PALETTE', 'COLORS', 'TEXTURES', 'BACKGROUNDS', 'TETROMINOES', 'PURE', 'BLOCK', 'CLEVR_COLORS',
-           'ZOOM', 'SHIFT', 'SOLIDS', 'CAMERA', 'LAMPS', 'WATTS', 'SIDES', 'LIGHT_COLORS', 'SUN', 'SUN_IRRADIANCE',
+           'CAMERA', 'ZOOM', 'SHIFT', 'SOLIDS', 'LAMPS', 'WATTS', 'SIDES', 'LIGHT_COLORS', 'SUN', 'SUN_IRRADIANCE',
            'LOOK', 'COGENT', 'KINDS', 'VARIANTS', 'scene_keys', 'uniform', 'integers', 'permutation', 'signed_distance',
            'pixel_centres', 'object_distances', 'coverage', 'paint', 'label_map', 'visible_pixels', 'hsv_to_rgb',
            'nearest_colour', 'draw_colors', 'texture', 'draw_background', 'render_background', 'Kind', 'draw_counts',
-           'check_counts', 'keep_visible', 'sample_shapes', 'render_shapes', 'Shapes', 'TexturedShapes', 'place_apart',
-           'render_blocks', 'sample_blocks', 'Tetrominoes', 'ToySquares', 'camera_rays', 'project', 'trace',
-           'first_hit', 'label_clevr', 'surface_normals', 'Look', 'lamp_spots', 'direct_light', 'surroundings', 'matte',
-           'albedo_table', 'develop', 'glint', 'Picked', 'pick_rays', 'mirrored', 'shade_objects', 'render_clevr',
-           'place_clevr', 'sample_clevr', 'Clevr', 'caption', 'make_kind', 'captions', 'edit', 'Scenes']
+           'check_counts', 'Shapes', 'keep_visible', 'sample_shapes', 'render_shapes', 'TexturedShapes',
+           'render_blocks', 'place_apart', 'sample_blocks', 'Tetrominoes', 'ToySquares', 'camera_rays', 'project',
+           'trace', 'first_hit', 'label_clevr', 'surface_normals', 'Look', 'lamp_spots', 'direct_light', 'surroundings',
+           'matte', 'albedo_table', 'develop', 'glint', 'Picked', 'pick_rays', 'mirrored', 'shade_objects',
+           'render_clevr', 'place_clevr', 'sample_clevr', 'Clevr', 'caption', 'make_kind', 'captions', 'edit', 'Scenes']
 
 # %% ../../nbs/data/scenes.ipynb #random-mix
 def _int64(x: int) -> int:
@@ -335,6 +335,46 @@ def check_counts(n_objects) -> tuple[int, int]:
         raise ValueError(f"n_objects is {n_objects!r}: give a number of objects, or a pair (fewest, most) with 1 <= fewest <= most")
     return pair
 
+# %% ../../nbs/data/scenes.ipynb #shapes-kind
+@dataclass(frozen=True)
+class Shapes(Kind):
+    "Coloured shapes on a plain or textured background, in the manner of Multi-dSprites"
+    n_objects: tuple[int, int] = (2, 5)                # fewest and most
+    shapes: tuple[str, ...] = ("square", "ellipse", "heart", "circle", "triangle", "star")
+    colors: str = "palette"                            # palette, hsv, rgb or white
+    background: str = "grey"                           # black, grey, color, textures, or one of noise, stripes, checker, voronoi
+    foreground: str = "flat"                           # flat or textured
+    side: tuple[float, float] = (0.18, 0.34)           # side of the square, in pictures
+    position: tuple[float, float] = (0.15, 0.85)       # range of the centres, in pictures
+    rotate: bool = True
+    antialias: bool = True
+    min_visible: int | None = None                     # pixels that each object shows at least; None: size²/160
+
+    labels = ("shape", "color", "rgb", "size", "x", "y", "rotation", "visibility")
+
+    def __post_init__(self):
+        object.__setattr__(self, "n_objects", check_counts(self.n_objects))
+        object.__setattr__(self, "shapes", tuple(self.shapes))
+        choices = {"colors": ("palette", "hsv", "rgb", "white"), "background": BACKGROUNDS, "foreground": ("flat", "textured")}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed: raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
+        for name in ("side", "position"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high: raise ValueError(f"{name} is {(low, high)}: give (lowest, highest)")
+        if not self.shapes or set(self.shapes) - set(SHAPES):
+            raise ValueError(f"shapes is {self.shapes!r}: choose from {', '.join(SHAPES)}")
+        if self.colors == "palette" and self.n_objects[1] > len(PALETTE):
+            raise ValueError(f"n_objects goes up to {self.n_objects[1]}, but the palette has {len(PALETTE)} colours: use colors='hsv'")
+
+    @property
+    def factor_names(self) -> dict[str, list[str]]: return {"shape": ["none", *self.shapes], "color": ["none", *COLORS]}
+
+    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]: return sample_shapes(keys, size, self)
+
+    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]: return render_shapes(factors, size, self)
+
+    def phrase(self, row: dict[str, str]) -> str: return f"{row['color']} {row['shape']}"
+
 # %% ../../nbs/data/scenes.ipynb #shapes-visible
 def keep_visible(keys: Tensor, factors: dict[str, Tensor], masks, min_visible: int, move, tries: int = 100) -> dict[str, Tensor]:
     """Move objects that are hidden by others until each shows `min_visible` pixels.
@@ -379,46 +419,6 @@ def render_shapes(factors: dict[str, Tensor], size: int, kind) -> tuple[Tensor, 
         colours = colours[..., None, None] * (1 - 0.6 * tone)
     return paint(render_background(factors, size), colours, alpha), label_map(alpha)
 
-# %% ../../nbs/data/scenes.ipynb #shapes-kind
-@dataclass(frozen=True)
-class Shapes(Kind):
-    "Coloured shapes on a plain or textured background, in the manner of Multi-dSprites"
-    n_objects: tuple[int, int] = (2, 5)                # fewest and most
-    shapes: tuple[str, ...] = ("square", "ellipse", "heart", "circle", "triangle", "star")
-    colors: str = "palette"                            # palette, hsv, rgb or white
-    background: str = "grey"                           # black, grey, color, textures, or one of noise, stripes, checker, voronoi
-    foreground: str = "flat"                           # flat or textured
-    side: tuple[float, float] = (0.18, 0.34)           # side of the square, in pictures
-    position: tuple[float, float] = (0.15, 0.85)       # range of the centres, in pictures
-    rotate: bool = True
-    antialias: bool = True
-    min_visible: int | None = None                     # pixels that each object shows at least; None: size²/160
-
-    labels = ("shape", "color", "rgb", "size", "x", "y", "rotation", "visibility")
-
-    def __post_init__(self):
-        object.__setattr__(self, "n_objects", check_counts(self.n_objects))
-        object.__setattr__(self, "shapes", tuple(self.shapes))
-        choices = {"colors": ("palette", "hsv", "rgb", "white"), "background": BACKGROUNDS, "foreground": ("flat", "textured")}
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed: raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
-        for name in ("side", "position"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high: raise ValueError(f"{name} is {(low, high)}: give (lowest, highest)")
-        if not self.shapes or set(self.shapes) - set(SHAPES):
-            raise ValueError(f"shapes is {self.shapes!r}: choose from {', '.join(SHAPES)}")
-        if self.colors == "palette" and self.n_objects[1] > len(PALETTE):
-            raise ValueError(f"n_objects goes up to {self.n_objects[1]}, but the palette has {len(PALETTE)} colours: use colors='hsv'")
-
-    @property
-    def factor_names(self) -> dict[str, list[str]]: return {"shape": ["none", *self.shapes], "color": ["none", *COLORS]}
-
-    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]: return sample_shapes(keys, size, self)
-
-    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]: return render_shapes(factors, size, self)
-
-    def phrase(self, row: dict[str, str]) -> str: return f"{row['color']} {row['shape']}"
-
 # %% ../../nbs/data/scenes.ipynb #shapes-textured
 @dataclass(frozen=True)
 class TexturedShapes(Shapes):
@@ -443,6 +443,25 @@ TETROMINOES = _orientations()
 PURE = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
 BLOCK = torch.tensor([[191, 255, 255, 255, 223], [127, 159, 159, 159, 191], [127, 159, 159, 159, 191],
                       [127, 159, 159, 159, 191], [96, 63, 63, 63, 127]]) / 255   # bright above, dark below, as if lit from the top
+
+# %% ../../nbs/data/scenes.ipynb #blocks-render
+def render_blocks(
+    corners: Tensor,   # int64 `(b,k,c,2)`: row and column of square cells, absolute
+    block: Tensor,     # `(s,s)`: brightness within a cell
+    rgb: Tensor,       # `(b,k,3)`
+    there: Tensor,     # `(b,k)`
+    extent: int,
+) -> tuple[Tensor, Tensor]:
+    "Cells stamped onto black: RGB in [0,1] `(b,3,h,w)` and label map `(b,h,w)`"
+    b, k, c, _ = corners.shape
+    step = torch.arange(len(block), device=corners.device)
+    index = (corners[..., 0, None, None] + step[:, None]) * extent + corners[..., 1, None, None] + step
+    index = index.where(there.view(b, k, 1, 1, 1) > 0, extent * extent).view(b, -1)   # absent ones go to a pixel behind the frame
+    tones = (block.to(rgb) * rgb[..., None, None])[:, :, :, None].expand(b, k, 3, c, *block.shape).transpose(1, 2).reshape(b, 3, -1)
+    labels = torch.arange(1, k + 1, device=rgb.device).view(1, k, 1).expand(b, k, c * block.numel()).reshape(b, -1)
+    image = rgb.new_zeros(b, 3, extent * extent + 1).scatter_(2, index[:, None].expand(-1, 3, -1), tones)
+    masks = torch.zeros_like(labels[:, :1]).expand(b, extent * extent + 1).clone().scatter_(1, index, labels)
+    return image[..., :-1].view(b, 3, extent, extent), masks[:, :-1].view(b, extent, extent)
 
 # %% ../../nbs/data/scenes.ipynb #blocks-place
 def place_apart(
@@ -470,25 +489,6 @@ def place_apart(
         place[pending], pending = at, pending[~ok]
         if len(pending) == 0: return place
     raise ValueError(f"no room for {k} objects in {extent} pixels: lower n_objects")
-
-# %% ../../nbs/data/scenes.ipynb #blocks-render
-def render_blocks(
-    corners: Tensor,   # int64 `(b,k,c,2)`: row and column of square cells, absolute
-    block: Tensor,     # `(s,s)`: brightness within a cell
-    rgb: Tensor,       # `(b,k,3)`
-    there: Tensor,     # `(b,k)`
-    extent: int,
-) -> tuple[Tensor, Tensor]:
-    "Cells stamped onto black: RGB in [0,1] `(b,3,h,w)` and label map `(b,h,w)`"
-    b, k, c, _ = corners.shape
-    step = torch.arange(len(block), device=corners.device)
-    index = (corners[..., 0, None, None] + step[:, None]) * extent + corners[..., 1, None, None] + step
-    index = index.where(there.view(b, k, 1, 1, 1) > 0, extent * extent).view(b, -1)   # absent ones go to a pixel behind the frame
-    tones = (block.to(rgb) * rgb[..., None, None])[:, :, :, None].expand(b, k, 3, c, *block.shape).transpose(1, 2).reshape(b, 3, -1)
-    labels = torch.arange(1, k + 1, device=rgb.device).view(1, k, 1).expand(b, k, c * block.numel()).reshape(b, -1)
-    image = rgb.new_zeros(b, 3, extent * extent + 1).scatter_(2, index[:, None].expand(-1, 3, -1), tones)
-    masks = torch.zeros_like(labels[:, :1]).expand(b, extent * extent + 1).clone().scatter_(1, index, labels)
-    return image[..., :-1].view(b, 3, extent, extent), masks[:, :-1].view(b, extent, extent)
 
 # %% ../../nbs/data/scenes.ipynb #blocks-sample
 def sample_blocks(keys: Tensor, n_objects: tuple[int, int], shape: Tensor, table: Tensor, side: int, extent: int) -> dict[str, Tensor]:
@@ -577,6 +577,7 @@ def _frame(towards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return forward, right, torch.linalg.cross(right, forward)
 
 # %% ../../nbs/data/scenes.ipynb #clevr-camera
+CAMERA = (7.4811, -6.5076, 5.3437)
 ZOOM, SHIFT = 35 / 19.2, 5 / 192
 
 
@@ -605,7 +606,8 @@ def project(camera: Tensor, points: Tensor, size: int) -> Tensor:
 
 # %% ../../nbs/data/scenes.ipynb #clevr-hits
 def _hit_cube(o: Tensor, d: Tensor) -> Tensor:
-    middle, half = -o / d, (1 / d).abs()
+    inverse = 1 / torch.where(d == 0, 1e-20, d)   # a ray in the plane of a slab is in it for ever, or never
+    middle, half = -o * inverse, inverse.abs()
     near, far = (middle - half).amax(1), (middle + half).amin(1)
     return torch.where((near < far) & (near > 0), near, torch.inf)
 
@@ -683,7 +685,6 @@ def surface_normals(points: Tensor, index: Tensor, factors: dict[str, Tensor]) -
     return normals
 
 # %% ../../nbs/data/scenes.ipynb #clevr-constants
-CAMERA = (7.4811, -6.5076, 5.3437)
 LAMPS = ((6.4467, -2.9052, 4.2584), (-4.6711, -4.0136, 3.0112), (-1.1685, 2.6460, 5.8157))   # key, fill, back
 WATTS, SIDES = (78.54, 23.56, 39.27), (0.5, 0.5, 1.0)
 LIGHT_COLORS = ((1.0, 0.932, 0.817), (0.762, 0.818, 1.0), (1.0, 1.0, 1.0))
