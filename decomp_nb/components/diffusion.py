@@ -103,15 +103,16 @@ def diffusion_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None) -
     return (per_image if weight is None else per_image * weight).mean()
 
 # %% ../../nbs/components/diffusion.ipynb #timesteps-export
-DENSITIES = ("uniform", "high_noise", "low_noise", "logit_normal")
+DENSITIES = ("uniform", "high_noise", "low_noise", "logit_normal", "near_noise")
 
 
 def timestep_density(num_train_timesteps: int, how: str = "uniform", strength: float = 1.0) -> Tensor:
-    "Probability of every timestep `(T,)`; `strength` is the power of the ramp, or the width of logit_normal"
+    "Probability of every timestep `(T,)`; `strength` is the power of the ramp (of near_noise: s in t = T(1 − vˢ)), or the width of logit_normal"
     u = (torch.arange(num_train_timesteps, dtype=torch.float64) + 0.5) / num_train_timesteps
     if how == "uniform": p = torch.ones_like(u)
     elif how == "high_noise": p = u ** strength
     elif how == "low_noise": p = (1 - u) ** strength
+    elif how == "near_noise": p = (1 - u) ** (1 / strength - 1)  # t = T (1 − vˢ) with v uniform: most draws near T, some everywhere
     elif how == "logit_normal": p = (-0.5 * (torch.logit(u) / strength) ** 2).exp() / (u * (1 - u))
     else: raise ValueError(f"timesteps {how!r}: choose one of {', '.join(map(repr, DENSITIES))}")
     return p / p.sum()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .denoisers import check_halvings, check_options
 
 # %% auto #0
-__all__ = ['NORMALISATIONS', 'ENCODERS', 'check_image', 'ConvEncoder', 'UNetEncoder', 'normalise', 'DinoEncoder', 'quiet_loading',
-           'read_transformer_config', 'build_encoder']
+__all__ = ['NORMALISATIONS', 'ENCODERS', 'check_image', 'ConvEncoder', 'ResidualBlock', 'ResidualEncoder', 'UNetEncoder',
+           'normalise', 'DinoEncoder', 'quiet_loading', 'read_transformer_config', 'build_encoder']
 
 # %% ../../nbs/components/encoders.ipynb #check-export
 def check_image(images: Tensor, stride: int) -> None:
@@ -57,6 +57,46 @@ class ConvEncoder(nn.Module):
         "`(b, 3, h, w)` → `(b, c, h/stride, w/stride)`"
         check_image(images, self.stride)
         return self.layers(images)
+
+# %% ../../nbs/components/encoders.ipynb #residual-export
+class ResidualBlock(nn.Module):
+    "x + Conv(SiLU(Conv(SiLU(Norm(x))))), the last convolution starting at zero: at first the block does nothing"
+    def __init__(self, channels: int, hidden: int, groups: int = 8):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+        self.narrow, self.widen = nn.Conv2d(channels, hidden, 3, padding=1), nn.Conv2d(hidden, channels, 3, padding=1)
+        nn.init.zeros_(self.widen.weight)
+        nn.init.zeros_(self.widen.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "`(b, c, h, w)` → the same shape"
+        return x + self.widen(F.silu(self.narrow(F.silu(self.norm(x)))))
+
+
+class ResidualEncoder(nn.Module):
+    "A strided stem, then residual blocks that start as the identity: the features begin as local colour"
+    def __init__(
+        self,
+        image_size: int = 64,
+        channels: int = 64,  # `out_channels`
+        *,
+        stride: int = 2,  # image_size / feature_size; the stem's kernel is twice as wide
+        n_blocks: int = 1,
+        hidden: int = 24,  # width inside the blocks
+        groups: int = 8,
+    ):
+        super().__init__()
+        if image_size < stride or image_size % stride: raise ValueError(f"image_size={image_size} is no multiple of stride={stride}")
+        if channels % groups: raise ValueError(f"channels={channels} cannot be split into groups={groups}")
+        self.image_size, self.stride, self.out_channels, self.feature_size = image_size, stride, channels, image_size // stride
+        kernel = 2 * stride if stride > 1 else 1
+        self.stem = nn.Conv2d(3, channels, kernel, stride=stride, padding=(kernel - stride) // 2)
+        self.blocks = nn.Sequential(*[ResidualBlock(channels, hidden, groups) for _ in range(n_blocks)])
+
+    def forward(self, images: Tensor) -> Tensor:
+        "`(b, 3, h, w)` → `(b, c, h/stride, w/stride)`"
+        check_image(images, self.stride)
+        return self.blocks(self.stem(images))
 
 # %% ../../nbs/components/encoders.ipynb #unet-export
 class UNetEncoder(nn.Module):
@@ -175,11 +215,11 @@ def read_transformer_config(name_or_folder: str):
     except OSError as e: raise FileNotFoundError(f"no vision transformer at {name_or_folder!r}: give a local folder, or a hub name that is reachable or cached") from e
 
 # %% ../../nbs/components/encoders.ipynb #build-export
-ENCODERS = dict(conv=ConvEncoder, unet=UNetEncoder, dino=DinoEncoder)
+ENCODERS = dict(conv=ConvEncoder, residual=ResidualEncoder, unet=UNetEncoder, dino=DinoEncoder)
 
 
 def build_encoder(config: dict) -> nn.Module:
-    "Encoder from `{\"kind\": \"conv\" | \"unet\" | \"dino\", …}`; the other entries are the arguments of its class"
+    "Encoder from `{\"kind\": \"conv\" | \"residual\" | \"unet\" | \"dino\", …}`; the other entries are the arguments of its class"
     import inspect
     options = {k: v for k, v in config.items() if not k.startswith("_")}
     kind = options.pop("kind", None)

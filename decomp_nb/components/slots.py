@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['INITS', 'GRADIENTS', 'coordinate_grid', 'compete', 'attend', 'start_noise', 'cut_gradient', 'position_projection',
-           'check_slot_config', 'SlotResult', 'SlotAttention', 'masks_from_attention', 'slot_entropy', 'slot_cosine',
-           'empty_slot_rate']
+           'check_slot_config', 'SlotResult', 'SlotAttention', 'start_as_clusters', 'masks_from_attention',
+           'slot_entropy', 'slot_cosine', 'empty_slot_rate']
 
 # %% ../../nbs/components/slots.ipynb #grid-export
 def coordinate_grid(
@@ -133,6 +133,7 @@ class SlotAttention(nn.Module):
         position_std: float | None = None,  # std of the position projection's start; None: torch's default (bound ½)
         input_mlp: bool = True,  # LayerNorm → Linear → ReLU → Linear before the attention
         input_dim: int | None = None,  # width behind that MLP, default `in_dim`
+        start_as: str = "random",  # weights before training: "random", or "clusters", see `start_as_clusters`
     ):
         super().__init__()
         check_slot_config(n_slots, slot_dim, n_heads, n_iterations, init, gradient, position)
@@ -155,6 +156,8 @@ class SlotAttention(nn.Module):
         self.slot_log_sigma = None if init == "learned" else nn.Parameter(torch.empty(shape))
         for start in (self.slot_mean, self.slot_log_sigma):
             if start is not None: nn.init.xavier_uniform_(start)  # in place: while diffusers loads weights, its init functions return None
+        if start_as not in ("random", "clusters"): raise ValueError(f"start_as={start_as!r}: choose 'random' or 'clusters'")
+        if start_as == "clusters": start_as_clusters(self)
 
     def start(self, batch: int, *, n_slots: int | None = None, noise: Tensor | float | None = None, generator=None) -> Tensor:
         "Slots before the first iteration `(b, s, d)`; `noise` `(b, s, d)` replaces the random draw, `noise=0` starts at the mean"
@@ -215,6 +218,31 @@ class SlotAttention(nn.Module):
                 done.append((slots, attention))
         raw, attention = (torch.stack(x, 1) if features.ndim == 5 else x[0] for x in zip(*done))
         return SlotResult(raw, self.to_out(self.norm_out(raw)), attention, history if record else None)
+
+# %% ../../nbs/components/slots.ipynb #clusters-export
+@torch.no_grad()
+def start_as_clusters(
+    slots: SlotAttention,  # changed in place
+    sharpness: float = 4.0,  # factor between queries and keys
+    side_channels: int = 8,  # channels at the end that carry the position, and that the competition does not see
+) -> SlotAttention:
+    "Give a slot attention weights with which its first pass is soft k-means of the features"
+    d, last = slots.slot_dim, slice(-side_channels, None)
+    if slots.position is None or not isinstance(slots.input_mlp, nn.Sequential) or slots.to_k.weight.shape != (d, d) or slots.position.out_features != d:
+        raise ValueError(f"start_as='clusters' needs positions, the input MLP, and features as wide as the slots: slot_dim={d}, features {slots.to_k.in_features}")
+    for layer in (slots.input_mlp[0], slots.input_mlp[2], slots.to_v): nn.init.eye_(layer.weight)
+    for bias in (slots.input_mlp[0].bias, slots.input_mlp[2].bias, slots.gru.bias_ih, slots.gru.bias_hh): bias.zero_()
+    nn.init.orthogonal_(slots.to_k.weight)
+    slots.to_k.weight[:, last] = 0
+    slots.to_q.weight.copy_(sharpness * slots.to_k.weight)
+    slots.gru.weight_ih[2 * d:] = torch.eye(d)  # the third block is the candidate
+    slots.gru.weight_hh[2 * d:] *= 0.1
+    slots.mlp[-1].weight *= 0.1
+    way = F.normalize(torch.randn(side_channels, 2), dim=1) / 2  # directions in the plane, centred: w · (p − ½)
+    slots.position.weight.zero_()
+    slots.position.bias.zero_()
+    slots.position.weight[last] = torch.cat([way, -way], 1)
+    return slots
 
 # %% ../../nbs/components/slots.ipynb #masks-export
 def masks_from_attention(
