@@ -782,6 +782,7 @@ def test_split_files(tmp_path):
     assert open_dataset(tmp_path / "six_train.h5", split="val").path.name == "six_val.h5"
     assert open_dataset(tmp_path / "ten_val.h5", split="all").path.name == "ten_val.h5"
     with pytest.raises(ValueError, match="ten_val.h5 is the val split"): open_dataset(tmp_path / "ten_val.h5")
+    with pytest.raises(ValueError, match="six_val.h5 is the val split"): open_dataset(tmp_path / "six_val.h5")  # not quietly six_train.h5
     with pytest.raises(ValueError, match="is the train split, but split='test'"): open_dataset(tmp_path / "six_train.h5", split="test")
     with pytest.raises(ValueError, match="no files for split='test'.*six_train.h5"): open_dataset(tmp_path, split="test")
     (tmp_path / "one").mkdir()
