@@ -2,7 +2,7 @@ __version__ = "0.0.1"
 
 # `import decomp_nb` must cost milliseconds, so a name brings in its module (and torch) only when it is first used (PEP 562).
 _homes = {
-    "core": "Factors Decomposer recombine interpolate load_decomposer",
+    "core": "Factors Decomposer recombine interpolate load_decomposer shipped",
     "methods.lsd": "LSD StableLSD",
     "training.trainer": "Trainer Run",
     "training.config": "TrainConfig",
@@ -10,7 +10,7 @@ _homes = {
     "data.scenes": "Scenes",
     "viz.pictures": "show grid overlay strip",
     "viz.mixer": "mixer",
-    "convert": "load_official_lsd",
+    "convert": "load_official_lsd save_official_lsd",
 }
 _home_of = {name: home for home, names in _homes.items() for name in names.split()}
 __all__ = sorted(_home_of)
