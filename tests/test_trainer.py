@@ -54,7 +54,7 @@ def processes(tmp_path_factory):
             started = [server.Process(target=train_in_process, args=(request, rank, folder / f"log-{number}"), daemon=False) for number, rank in enumerate(ranks)]
             for process in started: process.start()
             for number, process in enumerate(started):
-                process.join(60)
+                process.join(240)
                 if process.is_alive(): process.kill()
                 assert process.exitcode == 0, (folder / f"log-{number}").read_text()[-3000:]
         return (folder / "log-0").read_text()
@@ -235,6 +235,20 @@ def test_weights_of_a_step_load_into_a_fresh_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are: step-00000004"): run.load_weights(Denoiser(), 5)
 
 
+def test_run_gives_the_averaged_method(tmp_path):
+    from decomp_nb.data.catalog import open_dataset
+    from decomp_nb.methods.lsd import LSD, lsd_preset
+    torch.manual_seed(0)
+    model = LSD(**lsd_preset("tiny"))
+    _, run = train(tmp_path / "run", data=open_dataset("shapes", size=16, n=8), model=model, max_steps=2, save_every=1)
+    loaded = load_run(tmp_path / "run").model()
+    assert type(loaded) is LSD and "diagnostics/slot_entropy" in run.metrics()[-1]
+    for step in (1, 2):
+        average = load_file(run.checkpoint(step) / "ema.safetensors")
+        for name, weight in run.model(step).named_parameters(): assert torch.equal(weight, average[name]), name
+    for name, weight in loaded.named_parameters(): assert torch.equal(weight, average[name]), name
+
+
 # checkpoints ------------------------------------------------------------------------------------------------------------------------------------------------
 
 def names(run_dir): return [path.name for path in list_checkpoints(run_dir / "checkpoints")]
@@ -263,6 +277,13 @@ def test_damaged_checkpoint_is_passed_over_or_refused(tmp_path, damage):
     _, whole = train(tmp_path / "whole")
     assert_same_run(whole, resumed)
     assert defect(newest) == ""
+
+
+def test_going_back_to_an_older_checkpoint_replaces_the_newer_ones(tmp_path):
+    _, run = train(tmp_path / "run", save_every=4, keep_checkpoints=3)
+    assert names(run.path) == ["step-00000004", "step-00000008", "step-00000012"]
+    train(tmp_path / "run", save_every=2, max_steps=6, resume="step-00000004", keep_checkpoints=1)
+    assert names(run.path) == ["step-00000006"] and rows(run)[-1]["step"] == 6
 
 
 def test_half_written_checkpoint_disappears(tmp_path):
@@ -362,6 +383,14 @@ def test_signal_saves_and_exits_with_zero(tmp_path, stop, processes):
     torch.manual_seed(5)
     _, resumed = train(tmp_path / "cut", model=Slower(), resume="auto")
     assert_same_run(train(tmp_path / "whole", model=None)[1], resumed)
+
+
+def test_interrupt_saves_and_interrupts(tmp_path):
+    torch.manual_seed(0)
+    model = Slower()
+    model.at, model.name = 5, "SIGINT"
+    with pytest.raises(KeyboardInterrupt): train(tmp_path / "run", model=model)
+    assert names(tmp_path / "run") == ["step-00000005"]
 
 
 def test_signal_in_a_notebook_counts_as_success(tmp_path):

@@ -59,11 +59,11 @@ class TrainConfig:
     out_dir: str = option("papermill_runs/out/run", "run directory; relative paths start at the project root")
     seed: int = option(0, "decides noise, timesteps and the order of the images", low=0)
     max_steps: int = option(3000, "optimiser steps; the learning-rate schedule spans them", low=1)
-    max_minutes: float = option(0.0, "stop after this many minutes of training, resumed time included; 0 = no limit", low=0)
+    max_minutes: float = option(0.0, "stop after this many minutes of training, resumed time included; 0: no limit", low=0)
     # the batch
     batch_size: int = option(32, "images per process and micro-batch", low=1)
     grad_accumulation: int = option(1, "micro-batches per optimiser step", low=1)
-    num_workers: int = option(0, "processes that load data; 0 = the training process itself", low=0)
+    num_workers: int = option(0, "processes that load data; 0: the training process itself", low=0)
     # the optimiser
     learning_rate: float = option(1e-4, "peak learning rate of AdamW", low=0)
     encoder_lr_scale: float = option(1.0, "factor on the learning rate of the parameter group named 'encoder'", low=0)
@@ -71,21 +71,21 @@ class TrainConfig:
     adam_beta1: float = option(0.9, "decay of AdamW's gradient average", low=0, high=1)
     adam_beta2: float = option(0.999, "decay of AdamW's squared-gradient average", low=0, high=1)
     adam_epsilon: float = option(1e-8, "AdamW's guard against division by zero", low=0)
-    max_grad_norm: float = option(1.0, "clip the norm of all gradients together; 0 = never", low=0)
+    max_grad_norm: float = option(1.0, "clip the norm of all gradients together; 0: never", low=0)
     lr_schedule: str = option("constant", "shape of the learning rate over the steps", choices=(
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
     warmup_steps: int = option(0, "steps over which the learning rate rises from 0", low=0)
     # the average of the weights
-    ema_decay: float = option(0.999, "largest decay of the moving average of the weights; 0 = no average", low=0, high=1)
+    ema_decay: float = option(0.999, "largest decay of the moving average of the weights; 0: no average", low=0, high=1)
     ema_warmup: bool = option(False, "let the decay rise as 1 − (1 + step)^(−2/3), not as (1 + step) / (10 + step)")
     # logging and evaluation
     log_every: int = option(50, "steps between lines of metrics.jsonl", low=1)
-    eval_every: int = option(500, "steps between evaluations; 0 = only at the end", low=0)
-    trackers: str = option("tensorboard", "accelerate trackers, comma separated; empty = none")
+    eval_every: int = option(500, "steps between evaluations; 0: only at the end", low=0)
+    trackers: str = option("tensorboard", "accelerate trackers, comma separated; empty: none")
     # checkpoints
-    save_every: int = option(500, "steps between checkpoints; 0 = only at the end", low=0)
+    save_every: int = option(500, "steps between checkpoints; 0: only at the end", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints stay on disk", low=1)
-    resume: str = option("auto", "'auto' = go on where the run left off, 'never' = refuse a started run, or a checkpoint folder")
+    resume: str = option("auto", "'auto': go on where the run left off, 'never': refuse a started run, or a checkpoint folder")
     # speed and memory
     mixed_precision: str = option("no", "numbers of the forward pass", choices=("no", "fp16", "bf16"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower")

@@ -75,13 +75,28 @@ class Stream(torch.utils.data.Dataset):
         self.data, self.seed, self.n = data, seed, len(data)
         self.order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, self.n, seed))
 
-    def __getitem__(self, j: int):
-        random.seed(mix(self.seed, j)); np.random.seed(mix(self.seed, j)); torch.default_generator.manual_seed(mix(self.seed, j))
-        return self.data[int(self.order(j // self.n)[j % self.n])]
+    def index(self, j: int) -> int:
+        "Which image stands at position `j`"
+        return int(self.order(j // self.n)[j % self.n])
 
-    def __getitems__(self, positions: Iterable[int]) -> list:
-        if torch.utils.data.get_worker_info(): return [self[j] for j in positions]
-        with preserve_random_state(): return [self[j] for j in positions]
+    def seed_dice(self, j: int) -> None:
+        "Generators as they shall be when the image at position `j` is drawn"
+        seed = mix(self.seed, j)
+        random.seed(seed); np.random.seed(seed); torch.default_generator.manual_seed(seed)
+
+    def __getitem__(self, j: int):
+        self.seed_dice(j)
+        return self.data[self.index(j)]
+
+    def __getitems__(self, positions: list[int]) -> list:
+        if torch.utils.data.get_worker_info(): return self.fetch(positions)
+        with preserve_random_state(): return self.fetch(positions)
+
+    def fetch(self, positions: list[int]) -> list:
+        "The items one by one, or all at once where the data set knows how (`__getitems__`); then the first position seeds them all"
+        if not hasattr(self.data, "__getitems__"): return [self[j] for j in positions]
+        self.seed_dice(positions[0])
+        return self.data.__getitems__([self.index(j) for j in positions])
 
     def __getstate__(self):  # for workers that are spawned: the cache cannot travel
         return {"data": self.data, "seed": self.seed}
@@ -136,7 +151,7 @@ class Positions:
                 yield list(micro_batch(seen, micro, self.rank, self.processes, self.batch_size))
             seen += self.accumulation * self.processes * self.batch_size
 
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
 def _outlive_stop_signals(worker: int) -> None:
     "A loader worker works on after a stop signal, at most for a minute, so that its training process can finish the step"
@@ -348,9 +363,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
         warnings.warn(f"checkpoint {path.name} {problem}; passing over it", stacklevel=2)
     return None
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    "Remove all but the newest `keep` checkpoints, and what crashed saves left behind"
-    for path in list_checkpoints(folder)[:-keep]: remove_folder(path)
+def prune_checkpoints(newest: Path, keep: int) -> None:
+    "Keep `newest`, which was just written, and the `keep` − 1 before it; later steps are left from before a resume, `.tmp-…` from crashed saves"
+    folder = newest.parent
+    steps = list_checkpoints(folder)
+    place = steps.index(newest) + 1
+    for path in steps[:max(0, place - keep)] + steps[place:]: remove_folder(path)
     for path in folder.glob(".tmp-*"): shutil.rmtree(path, ignore_errors=True)
 
 @contextlib.contextmanager
@@ -391,8 +409,9 @@ def load_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         for name, tensor in tensors.items(): tensor.copy_(saved[name])
 
 def fingerprint(model: nn.Module) -> dict[str, int]:
-    "name → checksum of a sample of each frozen parameter"
-    frozen = {name: p.detach().flatten() for name, p in model.named_parameters() if not p.requires_grad}
+    "name → checksum of a sample of each frozen parameter, those of a Decomposer's foundations included"
+    parts = {"": model, **{f"{name}.": module for name, module in getattr(model, "foundations", dict)().items()}}
+    frozen = {prefix + name: p.detach().flatten() for prefix, part in parts.items() for name, p in part.named_parameters() if prefix or not p.requires_grad}
     return {name: zlib.crc32(p[::max(1, len(p) // 64)].float().cpu().numpy().tobytes()) for name, p in frozen.items()}
 
 # %% ../../nbs/training/trainer.ipynb #trainer-record-export
@@ -492,12 +511,15 @@ def load_run(path: str | Path) -> Run:
 # %% ../../nbs/training/trainer.ipynb #trainer-signal-export
 @contextlib.contextmanager
 def stop_signals():
-    "List that fills with the names of stop signals (SIGTERM, SIGUSR1) that arrive inside the block, in place of their usual effect"
+    "List that fills with the names of stop signals (SIGTERM, SIGUSR1, SIGINT) that arrive inside the block, in place of their usual effect"
     received: list[str] = []
+    def note(number, frame):
+        if number == signal.SIGINT and "SIGINT" in received: raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    old = {number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number).name)) for number in STOP_SIGNALS}
+    old = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try: yield received
     finally:
         for number, handler in old.items(): signal.signal(number, handler or signal.SIG_DFL)
@@ -653,7 +675,8 @@ class Engine:
         self.set_options(model, config)
         self.model = accelerator.prepare_model(model)  # moves it, wraps forward in autocast and, with several processes, in DDP
         self.peaks, self.factor = {group["name"]: group["lr"] for group in groups}, lr_factor(config)
-        self.optimizer = accelerator.prepare_optimizer(make_optimizer(groups, config))
+        self.optimizer = make_optimizer(groups, config)
+        if accelerator.scaler is not None: self.optimizer = accelerator.prepare_optimizer(self.optimizer)  # fp16: steps go through the loss scaler
         self.ema = EMAModel(self.params, decay=config.ema_decay, use_ema_warmup=config.ema_warmup, foreach=True) if config.ema_decay else None
 
     @staticmethod
@@ -759,7 +782,7 @@ class Trainer:
         self.loader = None
 
     def fit(self) -> Run:
-        "Check everything, then train; after SIGTERM or SIGUSR1 save and raise `SystemExit(0)`"
+        "Check everything, then train; a stop signal saves and raises `SystemExit(0)`, Ctrl-C saves and raises `KeyboardInterrupt`"
         try:
             self.start()
             with stop_signals() as received:
@@ -774,7 +797,7 @@ class Trainer:
                     reason = self.stop_reason(received)
                 self.finish(reason)
         finally: self.release()
-        if reason == "signal": raise SystemExit(0)
+        if reason == "signal": raise KeyboardInterrupt if "SIGINT" in received else SystemExit(0)
         return self.run
 
     # before the first step
@@ -880,7 +903,7 @@ class Trainer:
     def record(self, row: Mapping[str, float]) -> None:
         "Into `metrics.jsonl` and the trackers"
         if not self.accelerator.is_main_process: return
-        append_metrics(self.run.metrics_file, {"step": self.step, **row})
+        with explain_disk_errors(self.run.metrics_file): append_metrics(self.run.metrics_file, {"step": self.step, **row})
         if self.accelerator.log_with: self.accelerator.log(dict(row), step=self.step)
 
     def report(self, now: bool = False) -> None:
@@ -931,7 +954,7 @@ class Trainer:
             if self.accelerator.is_main_process and (defect(path) or not (self.run_dir / "model").exists()):
                 with explain_disk_errors(path), atomic_folder(path) as folder:
                     save_state(self.engine, folder, {"step": self.step, "seen": self.seen, "seconds": self.watch.total(), "ranks": ranks})
-                prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints)
+                prune_checkpoints(path, self.config.keep_checkpoints)
                 self.export()
             self.accelerator.wait_for_everyone()
 
