@@ -15,7 +15,7 @@ from .slots import coordinate_grid, position_projection
 # %% auto #0
 __all__ = ['POSITIONS', 'sincos_table', 'PositionAttention', 'resize_table', 'attention_layers', 'feature_sizes', 'note_size',
            'add_positions', 'denoiser_config', 'check_halvings', 'check_options', 'slot_denoiser', 'sharpen_attention',
-           'load_unet', 'drop_tokens', 'AttentionRecord', 'record_attention']
+           'load_unet', 'AttentionRecord', 'record_attention']
 
 # %% ../../nbs/components/denoisers.ipynb #sincos-export
 POSITIONS = ("cartesian", "sincos", "learned", "none")
@@ -187,19 +187,6 @@ def load_unet(name_or_folder: str, subfolder: str | None = "unet", **options):
     if config.get("pos_type") or config.get("_class_name") == "UNet2DConditionModelWithPos":
         raise ValueError(f"{name_or_folder!r} is an official LSD denoiser; a plain UNet would lose its position weights: use decomp_nb.convert.load_official_lsd")
     return UNet2DConditionModel.from_pretrained(name_or_folder, subfolder=subfolder, **options).requires_grad_(False).eval()
-
-# %% ../../nbs/components/denoisers.ipynb #tokens-export
-def drop_tokens(
-    batch: int, n_tokens: int,
-    rate: float,  # chance of every token to be dropped
-    *,
-    keep: int = 1,  # at least so many survive: a mask of zeros only would make diffusers read *all* tokens evenly
-    generator: torch.Generator | None = None, device=None,
-) -> Tensor:
-    "Random `encoder_attention_mask` `(b, k)`, 1 = the denoiser reads this token"
-    chance = torch.rand(batch, n_tokens, generator=generator, device=generator.device if generator else device)
-    kept = (chance >= rate) | (chance.argsort(1, descending=True).argsort(1) < keep)
-    return kept.to(device=device, dtype=torch.long)
 
 # %% ../../nbs/components/denoisers.ipynb #record-export
 class AttentionRecord:
