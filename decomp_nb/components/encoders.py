@@ -80,7 +80,7 @@ class ResidualEncoder(nn.Module):
         image_size: int = 64,
         channels: int = 64,  # `out_channels`
         *,
-        stride: int = 2,  # image_size / feature_size; the stem's kernel is twice as wide
+        stride: int = 2,  # image_size / feature_size; also the stem's kernel: windows that overlap would blur colours at the edges
         n_blocks: int = 1,
         hidden: int = 24,  # width inside the blocks
         groups: int = 8,
@@ -89,8 +89,7 @@ class ResidualEncoder(nn.Module):
         if image_size < stride or image_size % stride: raise ValueError(f"image_size={image_size} is no multiple of stride={stride}")
         if channels % groups: raise ValueError(f"channels={channels} cannot be split into groups={groups}")
         self.image_size, self.stride, self.out_channels, self.feature_size = image_size, stride, channels, image_size // stride
-        kernel = 2 * stride if stride > 1 else 1
-        self.stem = nn.Conv2d(3, channels, kernel, stride=stride, padding=(kernel - stride) // 2)
+        self.stem = nn.Conv2d(3, channels, stride, stride=stride)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, hidden, groups) for _ in range(n_blocks)])
 
     def forward(self, images: Tensor) -> Tensor:

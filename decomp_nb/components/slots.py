@@ -203,7 +203,7 @@ class SlotAttention(nn.Module):
         frames = features if features.ndim == 5 else features[:, None]
         b, t = frames.shape[:2]
         k, v = self.read(frames.flatten(0, 1))
-        k, v = k.unflatten(0, (b, t)), v.unflatten(0, (b, t))
+        keys, values = (x.float().unflatten(0, (b, t)).unbind(1) for x in (k, v))  # float32 once, not in every iteration
         steps, done = self.n_iterations if n_iterations is None else n_iterations, []
         if steps < 1: raise ValueError(f"n_iterations={steps}: at least one iteration is needed")
         with torch.autocast(features.device.type, enabled=False):  # the competition needs float32
@@ -213,7 +213,7 @@ class SlotAttention(nn.Module):
                 if i and predictor is not None: slots = predictor(slots)
                 for j in range(steps):
                     if j == steps - 1: slots = cut_gradient(slots, start, self.gradient)
-                    slots, attention = self.step(slots, k[:, i], v[:, i], slot_mask)
+                    slots, attention = self.step(slots, keys[i], values[i], slot_mask)
                     if record: history.append((slots, attention))
                 done.append((slots, attention))
         raw, attention = (torch.stack(x, 1) if features.ndim == 5 else x[0] for x in zip(*done))
