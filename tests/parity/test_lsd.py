@@ -14,6 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from lsd_metrics import (  # noqa: F401 - pytest collects them here: one file proves the whole method
+    test_altered_metric_fails,
+    test_altered_metric_file_fails,
+    test_every_metric_is_compared,
+    test_metrics_match_official,
+)
 from safetensors.torch import load_file, save_file
 
 from decomp_nb import convert
@@ -24,7 +30,7 @@ from decomp_nb.core import sample
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 
 SINGLE, CHAIN = 1e-5, 1e-4  # absolute tolerance of single forwards; of sampling trajectories, gradients and training steps
-ELSEWHERE = {"metrics", "probe"}  # files that test_lsd_metrics.py compares
+ELSEWHERE = {"metrics", "probe"}  # files that lsd_metrics.py compares
 
 
 class Recorded:

@@ -121,11 +121,11 @@ CHECKS = {"metrics": (check_metrics, metric_results, metric_expectation), "probe
 
 
 @pytest.mark.parametrize("group", CHECKS)
-def test_matches_official(group, golden):
+def test_metrics_match_official(group, golden):
     CHECKS[group][0](golden("lsd"))
 
 
-def test_everything_is_compared(golden):
+def test_every_metric_is_compared(golden):
     "Every array and every value of the files is either given to a computation or compared with its result"
     folder = golden("lsd")
     arrays, values = read(folder)
@@ -151,7 +151,7 @@ def altered(expected):
 
 
 @pytest.mark.parametrize("group", CHECKS)
-def test_altered_expectation_fails(group, golden):
+def test_altered_metric_fails(group, golden):
     "Changing one entry of any expected array or value makes its comparison fail"
     folder = golden("lsd")
     _, results, expectation = CHECKS[group]
@@ -173,7 +173,7 @@ def altered_copy(folder: Path, to: Path, file: str, name: str) -> Path:
 
 
 @pytest.mark.parametrize("file, kinds", [("metrics.safetensors", ("pred_labels", "matching")), ("probe.safetensors", ("slots_train", "train", "test", "final"))])
-def test_altered_file_fails(file, kinds, golden, tmp_path):
+def test_altered_metric_file_fails(file, kinds, golden, tmp_path):
     "The checks themselves fail on a folder in which one expected array is altered"
     folder = golden("lsd")
     check = check_metrics if file.startswith("metrics") else check_probe
