@@ -417,7 +417,7 @@ def test_signal_in_a_notebook_counts_as_success(tmp_path):
     (dict(gradient_checkpointing=True), ValueError, "gradient_checkpointing: Denoiser"),
     (dict(model=nn.Linear(3, 3).requires_grad_(False)), ValueError, "no trainable parameter"),
     (dict(model=nn.Linear(3, 3), encoder_lr_scale=0.5), ValueError, "encoder_lr_scale: Linear"),
-    (dict(resume="step-1"), FileNotFoundError, "resume: there is no checkpoint"),
+    (dict(resume="step-1"), FileNotFoundError, "resume: no checkpoint"),
     (dict(max_steps=0), ValueError, "max_steps"),
 ], ids=lambda value: str(value)[:30] if isinstance(value, str) else "")
 def test_refused_before_anything_is_written(tmp_path, wrong, error, match):
@@ -456,7 +456,7 @@ def test_run_of_another_model_is_refused_and_left_alone(tmp_path, change):
     _, run = train(tmp_path / "run", model=Sized() if change == "config" else None, max_steps=3)
     kept = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     model, match = {"class": (nn.Linear(48, 48), "model._class_name: 'Denoiser' in the run, 'Linear' now"), "config": (Sized(8), "model.slots.width: 6 in the run, 8 now"),
-                    "shape": (Denoiser(8), r"encoder.bias is \(6,\) in step-00000003 and \(8,\) in the model"), "never": (None, "already holds a run: set resume='auto'")}[change]
+                    "shape": (Denoiser(8), r"encoder.weight is \(6, 48\) in step-00000003 and \(8, 48\) in the model"), "never": (None, "already holds a run: set resume='auto'")}[change]
     with pytest.raises((ValueError, FileExistsError), match=match): train(tmp_path / "run", model=model, resume="never" if change == "never" else "auto", max_steps=5)
     assert kept == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
