@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from PIL import Image
 
-from decomp_nb.core import Factors, palette, to_uint8
+from decomp_nb.core import Decomposer, Factors, palette, to_uint8
 from decomp_nb.viz.mixer import Desk, Mixer, board, mixer, mixer_board
 from decomp_nb.viz.pictures import Picture, bars, curve, film, grid, heat, masked, matrix, overlay, paint, save_picture, show, slots, strip
 
@@ -158,6 +159,13 @@ def test_curve_smooths_without_bias_and_takes_tensors():
     assert curve({"a": (torch.arange(3), torch.rand(3), torch.rand(3))}, log="x", title="t", y_label="y").size == (760, 500)
     names = _spread(np.array([0.0, 0.1, 0.2, 9.0]), 1, 0, 10)
     assert (np.diff(names) > 0.99).all() and names[0] >= -1e-9 and abs(names[3] - 9) < 1e-9
+
+
+def test_plots_keep_their_main_colours_exactly():
+    picture = curve({"a": (np.arange(9), np.linspace(3, 2, 9), np.full(9, 0.5)), "b": np.linspace(1, 0, 9)}, title="two")
+    count = {colour: n for n, colour in picture.image.getcolors(256)}
+    assert picture.image.getpixel((0, 0)) == (250, 250, 248) and len(count) <= 64
+    assert all(count[tuple(c)] > 400 for c in palette(2).tolist())
 
 
 def test_a_flat_or_empty_map_can_be_drawn():
@@ -323,6 +331,32 @@ def test_the_board_shows_sources_factors_and_result():
         framed = (pixels(picture) == colour).all(-1).sum()
         assert framed > 2000, f"factor {i} is not framed"
     assert picture._repr_png_() == board(Desk(Fake(), images, choices=[[0, 2], [1]]))._repr_png_()
+
+
+class Still(Decomposer):
+    "The smallest Decomposer of the library: its denoiser believes that the picture is the mean of the codes"
+    scheduler = DDIMScheduler(num_train_timesteps=100, prediction_type="sample", clip_sample=False)
+    latent_shape = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def encode(self, images):
+        return Factors(self.scale.detach() * images.flatten(2).mean(-1)[:, None] + torch.linspace(-0.3, 0.3, 3)[:, None])
+
+    def predict(self, x_t, t, factors):
+        return factors.codes.mean(1)[:, :, None, None].expand_as(x_t)
+
+
+def test_any_decomposer_can_be_mixed():
+    images = torch.tensor([0.5, -0.5]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    widget = mixer(Still(), images, steps=3)
+    widget.toggles[1][0].value = True
+    widget.button.click()
+    assert widget.guidance_slider not in descendants(widget.widget)
+    torch.testing.assert_close(widget.result, torch.full((1, 3, 8, 8), (3 * 0.5 - 0.8) / 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(widget.pieces[0, :, 0, 0, 0], torch.tensor([0.2, 0.5, 0.8]), atol=1e-5, rtol=0)
 
 
 def test_without_ipywidgets_the_mixer_is_a_board():
