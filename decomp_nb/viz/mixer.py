@@ -105,8 +105,8 @@ def board(desk: Desk, *, background: int | None = None, name: str = "source", ti
     "A `Desk` as a still picture"
     n, k = desk.weights.shape
     colours, width = _factor_colours(k, background).tolist(), desk.images.shape[-1]
-    line = _line(k, 1, width, gap=20, room=900)
-    cell = min(_cell(width, line + 1, gap=20, room=900), max(144, width))
+    line = _line(k, 1, width, gap=20, room=960)
+    cell = min(_cell(width, line + 1, gap=20, room=960), max(144, width))
     front = [[_fit(tile, cell)] for tile in _tiles(desk.images)]
     back = [[_fit(tile, cell) for tile in _tiles(_faded(parts, taken))] for parts, taken in zip(desk.parts(), desk.choices)]
     cells, captions, places = _ragged(front, back, [""], [str(j) for j in range(k)], line)
