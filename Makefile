@@ -32,7 +32,7 @@ setup:
 	echo "$$sum" > $(STAMP)
 
 train: setup
-	@$(BIN)/decomp_nb run nbs/train_lsd.ipynb $(ARGS)
+	@$(BIN)/decomp_nb run nbs/train_lsd.ipynb -p out_dir papermill_runs/out/lsd-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 # Cheap checks first; pytest comes last, so that its summary closes the output.
 test: setup

@@ -22,7 +22,7 @@ from ..components.text import PromptEncoder
 from ..core import Decomposer, Factors
 
 # %% auto #0
-__all__ = ['token_mask', 'drop_slots', 'LSD', 'lsd_preset', 'changed_region', 'repaint', 'background_slot', 'largest_slot',
+__all__ = ['token_mask', 'drop_slots', 'LSD', 'lsd_preset', 'background_slot', 'largest_slot', 'changed_region', 'repaint',
            'scheduler_of', 'StableLSD']
 
 # %% ../../nbs/methods/lsd.ipynb #weights-export
@@ -204,6 +204,19 @@ def lsd_preset(
         config[key] = {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
     return config
 
+# %% ../../nbs/methods/lsd.ipynb #background-export
+def background_slot(factors: Factors) -> Tensor:
+    "The slot that owns most of the picture's border, `(b,)`: usually the background"
+    owner = F.one_hot(factors.segmentation(), factors.n_factors)
+    edge = torch.cat([owner[:, 0], owner[:, -1], owner[:, :, 0], owner[:, :, -1]], 1)
+    return edge.sum(1).argmax(-1)
+
+# %% ../../nbs/methods/lsd.ipynb #largest-export
+def largest_slot(factors: Factors) -> Tensor:
+    "The slot that owns most pixels, the background aside, `(b,)`: usually the object that catches the eye"
+    owned = F.one_hot(factors.segmentation(), factors.n_factors).sum((1, 2))
+    return owned.scatter(1, background_slot(factors)[:, None], -1).argmax(1)
+
 # %% ../../nbs/methods/lsd.ipynb #edit-export
 def changed_region(before: Factors, after: Factors, size: int, grow: int = 2) -> Tensor:
     "Where two sets differ: the pixels owned by a slot of one whose code is not in the other, `(b,1,s,s)` in {0,1}, grown by `grow` pixels"
@@ -238,19 +251,6 @@ def repaint(
     painted = model.decode(factors, noise=noise, callback=hold, **options)
     inside = region.to(painted)
     return inside * painted + (1 - inside) * images
-
-# %% ../../nbs/methods/lsd.ipynb #background-export
-def background_slot(factors: Factors) -> Tensor:
-    "The slot that owns most of the picture's border, `(b,)`: usually the background"
-    owner = F.one_hot(factors.segmentation(), factors.n_factors)
-    edge = torch.cat([owner[:, 0], owner[:, -1], owner[:, :, 0], owner[:, :, -1]], 1)
-    return edge.sum(1).argmax(-1)
-
-# %% ../../nbs/methods/lsd.ipynb #largest-export
-def largest_slot(factors: Factors) -> Tensor:
-    "The slot that owns most pixels, the background aside, `(b,)`: usually the object that catches the eye"
-    owned = F.one_hot(factors.segmentation(), factors.n_factors).sum((1, 2))
-    return owned.scatter(1, background_slot(factors)[:, None], -1).argmax(1)
 
 # %% ../../nbs/methods/lsd.ipynb #scheduler-of-export
 def scheduler_of(name_or_folder: str) -> dict:
