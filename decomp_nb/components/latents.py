@@ -146,7 +146,7 @@ def build_latents(
     folder = next((p for p in (Path(base or ".") / path, Path(path)) if p.exists()), None)
     if folder is None and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
         raise FileNotFoundError(f"no autoencoder at '{path}': give a folder, a hub name, or an empty text for pixels")
-    place = next((folder / s for s in ("", "vae", "model") if (folder / s / "config.json").is_file()), None) if folder else path
+    place = next((folder / s for s in ("vae", "model", "") if (folder / s / "config.json").is_file()), None) if folder else path  # a run has a config.json of its own
     if place is None: raise FileNotFoundError(f"no config.json of an autoencoder in {folder} (nor in its vae/ or model/)")
     kind = json.loads((place / "config.json").read_text()).get("_class_name") if folder else "AutoencoderKL"
     if kind != "AutoencoderKL": raise ValueError(f"{place} holds a {kind}; the latents of a method need an AutoencoderKL")
