@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from decomp_nb.data import images
 from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
-from decomp_nb.data.images import H5Photos, ImageFolder, crop_box, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
+from decomp_nb.data.images import H5Photos, ImageFolder, crop_box, open_h5, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
 from decomp_nb.data.multi_object import (
     RECORD_LAYOUTS,
     ClevrTex,
@@ -900,9 +900,9 @@ def test_real_edits_keep_identity():
 @real_data
 def test_real_splits_share_no_scene():
     if not (DATA / "clevr").exists(): pytest.skip(f"no clevr in {DATA}")
-    cameras = [{tuple(item) for item in h5py.File(DATA / "clevr" / f"clevr6_{s}.h5")["camera"][:].tolist()} for s in ("train", "val")]
+    cameras = [{tuple(item) for item in open_h5(DATA / "clevr" / f"clevr6_{s}.h5")["camera"][:].tolist()} for s in ("train", "val")]
     assert len(cameras[0]) == 3200 and not cameras[0] & cameras[1]
     nuclei = DATA / "nuclei_dsb2018" / "nuclei_96.h5"
-    with h5py.File(nuclei) as f: source = f["source_image"][:]
+    with open_h5(nuclei) as f: source = f["source_image"][:]
     parts = [{source[i] for i, _ in H5Scenes(nuclei, split=s).index} for s in ("train", "val", "test")]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])

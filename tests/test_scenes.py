@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from decomp_nb.data.images import open_h5
 from decomp_nb.data.scenes import (BLOCK, CLEVR_COLORS, COLORS, KINDS, SHAPES, VARIANTS, Clevr, Scenes, draw_background, hsv_to_rgb, label_clevr, nearest_colour,
                                    permutation, project, render_background, render_clevr, scene_keys, signed_distance, texture, uniform, visible_pixels)
 
@@ -215,8 +216,7 @@ def stored():
     "Four stored renders of Blender at 64 pixels, and all that is needed to render them again"
     file = DATA / "clevr" / "clevr6_val.h5"
     if not file.is_file(): pytest.skip(f"no stored renders at {file}: set DECOMP_DATA to the folder that holds clevr/")
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(file) as f: part = {name: torch.from_numpy(f[name][100:104]) for name in f}
+    with open_h5(file) as f: part = {name: torch.from_numpy(f[name][100:104]) for name in f}
     factors = {name: part[name][:, 1:].long() for name in ("shape", "size", "material", "color")}
     factors |= {name: part[name][:, 1:] for name in ("x", "y", "z", "rotation", "visibility")}
     return part, factors
