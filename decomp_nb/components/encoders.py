@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .denoisers import check_halvings, check_options
 
 # %% auto #0
-__all__ = ['NORMALISATIONS', 'ENCODERS', 'check_image', 'ConvEncoder', 'ResidualBlock', 'ResidualEncoder', 'UNetEncoder',
-           'normalise', 'DinoEncoder', 'quiet_loading', 'read_transformer_config', 'build_encoder']
+__all__ = ['NORMALISATIONS', 'VIT_KEYS', 'ENCODERS', 'check_image', 'ConvEncoder', 'ResidualBlock', 'ResidualEncoder',
+           'UNetEncoder', 'BasicBlock', 'ResNetEncoder', 'normalise', 'DinoEncoder', 'quiet_loading',
+           'read_transformer_config', 'vit_state', 'VitEncoder', 'build_encoder']
 
 # %% ../../nbs/components/encoders.ipynb #check-export
 def check_image(images: Tensor, stride: int) -> None:
@@ -139,6 +140,56 @@ class UNetEncoder(nn.Module):
         "Recompute activations in the backward pass: less memory, about a third more time"
         self.unet.enable_gradient_checkpointing()
 
+# %% ../../nbs/components/encoders.ipynb #resnet-export
+class BasicBlock(nn.Module):
+    "x + (convolution → norm → ReLU → convolution → norm), then ReLU: the block of ResNet-18, with group norm"
+    def __init__(self, before: int, channels: int, stride: int = 1, dilation: int = 1, groups: int = 32):
+        super().__init__()
+        conv = lambda width, step: nn.Conv2d(width, channels, 3, stride=step, padding=dilation, dilation=dilation, bias=False)
+        self.conv1, self.norm1, self.conv2, self.norm2 = conv(before, stride), nn.GroupNorm(groups, channels), conv(channels, 1), nn.GroupNorm(groups, channels)
+        same = stride == 1 and before == channels
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(before, channels, 1, stride=stride, bias=False), nn.GroupNorm(groups, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        "`(b, before, h, w)` → `(b, channels, h/stride, w/stride)`"
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(inner + self.shortcut(x))
+
+
+class ResNetEncoder(nn.Module):
+    "ResNet-18 or -34 with group norm, for feature maps: stages of 64, 128, 256, 512 channels, all but the first halve or dilate"
+    def __init__(
+        self,
+        image_size: int = 128,
+        blocks: tuple[int, ...] = (2, 2, 2),  # residual blocks per stage: (2, 2, 2) is ResNet-18 without its last stage, (3, 4, 6) ResNet-34
+        *,
+        dilate: tuple[bool, ...] = (False, False, False),  # for the second, third … stage: dilate instead of halving
+        groups: int = 32,
+        width: int = 64,  # channels of the first stage; every further stage doubles them
+    ):
+        super().__init__()
+        halving = [not d for d in tuple(dilate)[:len(blocks) - 1]]
+        if len(halving) < len(blocks) - 1: raise ValueError(f"dilate has {len(dilate)} entries, but {len(blocks)} stages need {len(blocks) - 1}")
+        if width % groups: raise ValueError(f"width={width} cannot be split into groups={groups}")
+        self.image_size, self.stride, self.out_channels = image_size, 2 ** sum(halving), width * 2 ** (len(blocks) - 1)
+        if image_size < self.stride or image_size % self.stride: raise ValueError(f"image_size={image_size} is no multiple of the stride {self.stride}")
+        self.feature_size = image_size // self.stride
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU())
+        stages, before, dilation = [], width, 1
+        for i, n in enumerate(blocks):
+            channels, step, first = width * 2 ** i, 2 if i and halving[i - 1] else 1, dilation  # the first block of a stage dilates as the stage before
+            if i and not halving[i - 1]: dilation *= 2
+            stages.append(nn.Sequential(BasicBlock(before, channels, step, first, groups), *[BasicBlock(channels, channels, 1, dilation, groups) for _ in range(n - 1)]))
+            before = channels
+        self.stages = nn.Sequential(*stages)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d): nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        "`(b, 3, h, w)` → `(b, out_channels, h/stride, w/stride)`"
+        check_image(images, self.stride)
+        return self.stages(self.stem(images))
+
 # %% ../../nbs/components/encoders.ipynb #dino-export
 NORMALISATIONS = dict(imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), half=((0.5,) * 3, (0.5,) * 3))
 
@@ -213,12 +264,65 @@ def read_transformer_config(name_or_folder: str):
     try: return AutoConfig.from_pretrained(name_or_folder)
     except OSError as e: raise FileNotFoundError(f"no vision transformer at {name_or_folder!r}: give a local folder, or a hub name that is reachable or cached") from e
 
+# %% ../../nbs/components/encoders.ipynb #vit-keys-export
+VIT_KEYS = {"encoder.layer.": "layers.", ".attention.attention.query.": ".attention.q_proj.", ".attention.attention.key.": ".attention.k_proj.", ".attention.attention.value.": ".attention.v_proj.",
+            ".attention.output.dense.": ".attention.o_proj.", ".intermediate.dense.": ".mlp.fc1.", ".output.dense.": ".mlp.fc2."}
+
+
+def vit_state(
+    state: dict[str, Tensor],  # weights of a ViT, in the key names of transformers 4 or 5
+    prefix: str = "",  # only keys that start with it, without it
+) -> dict[str, Tensor]:
+    "Weights of a vision transformer in today's key names; the pooler, which no feature map needs, is left out"
+    out = {}
+    for key, value in state.items():
+        if not key.startswith(prefix) or key.startswith(prefix + "pooler."): continue
+        key = key[len(prefix):]
+        for old, new in VIT_KEYS.items(): key = key.replace(old, new)
+        out[key] = value
+    return out
+
+# %% ../../nbs/components/encoders.ipynb #vit-export
+class VitEncoder(nn.Module):
+    "Patch features of a vision transformer (DINO v1) that is part of the model: trained or frozen, and saved with it"
+    def __init__(
+        self,
+        vit_config: dict | None = None,  # arguments of transformers' ViTConfig; None: ViT-S/8, as in SlotDiffusion
+        image_size: int = 224,
+        *,
+        frozen: bool = True,
+        normalisation: str = "half",  # "half" (SlotDiffusion) or "imagenet"
+    ):
+        super().__init__()
+        from transformers import ViTConfig, ViTModel
+        small = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=8, image_size=224)
+        if normalisation not in NORMALISATIONS: raise ValueError(f"normalisation={normalisation!r}: choose 'imagenet' or 'half'")
+        config = ViTConfig(**(small if vit_config is None else vit_config))
+        if image_size % config.patch_size: raise ValueError(f"image_size={image_size} is no multiple of the patch size {config.patch_size}")
+        self.image_size, self.patch_size, self.out_channels, self.feature_size = image_size, config.patch_size, config.hidden_size, image_size // config.patch_size
+        self.frozen, self.normalisation, self.vit = frozen, normalisation, ViTModel(config, add_pooling_layer=False)
+        if frozen: self.vit.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> VitEncoder:
+        "A frozen transformer stays in evaluation mode"
+        super().train(mode)
+        if self.frozen: self.vit.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        "`(b, 3, h, w)` in [−1, 1] → patch tokens as a map `(b, c, h/patch, w/patch)`"
+        check_image(images, self.patch_size)
+        h, w = (n // self.patch_size for n in images.shape[-2:])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = self.vit(pixel_values=normalise(images, self.normalisation), interpolate_pos_encoding=True).last_hidden_state
+        return tokens[:, 1:].transpose(1, 2).unflatten(-1, (h, w))
+
 # %% ../../nbs/components/encoders.ipynb #build-export
-ENCODERS = dict(conv=ConvEncoder, residual=ResidualEncoder, unet=UNetEncoder, dino=DinoEncoder)
+ENCODERS = dict(conv=ConvEncoder, residual=ResidualEncoder, resnet=ResNetEncoder, unet=UNetEncoder, dino=DinoEncoder, vit=VitEncoder)
 
 
 def build_encoder(config: dict) -> nn.Module:
-    "Encoder from `{\"kind\": \"conv\" | \"residual\" | \"unet\" | \"dino\", …}`; the other entries are the arguments of its class"
+    "Encoder from `{\"kind\": …}`, a key of `ENCODERS`; the other entries are the arguments of its class"
     import inspect
     options = {k: v for k, v in config.items() if not k.startswith("_")}
     kind = options.pop("kind", None)
