@@ -143,13 +143,10 @@ def test_match_is_optimal_and_one_to_one():
     assert (seg.match(table, rows)[:, 1] == -1).all() and (seg.match(table[:, :, :1]) >= 0).sum() == 5
 
 
-def test_attention_becomes_masks():
-    attention = torch.rand(2, 3, 5, 16, generator=rng())  # three heads, five slots, 4×4 positions
-    masks = seg.masks_from_attention(attention, (32, 32))
-    torch.testing.assert_close(masks, F.interpolate(attention.sum(1).view(2, 5, 4, 4), (32, 32), mode="bilinear", align_corners=False))
-    assert seg.segmentation(masks).shape == (2, 32, 32) and torch.equal(seg.segmentation(masks).unique(), seg.segmentation(masks, (32, 32)).unique())
-    assert seg.masks_from_attention(attention[:, 0], (8, 32), grid=(2, 8)).shape == (2, 5, 8, 32)
-    with pytest.raises(ValueError, match="grid=.rows, columns."): seg.masks_from_attention(attention[..., :15], (32, 32))
+def test_soft_masks_are_enlarged_before_the_argmax():
+    masks = torch.rand(2, 5, 4, 4, generator=rng())
+    enlarged = F.interpolate(masks, (32, 32), mode="bilinear", align_corners=False)
+    assert torch.equal(seg.segmentation(masks, (32, 32)), enlarged.argmax(1)) and torch.equal(seg.segmentation(enlarged, (32, 32)), enlarged.argmax(1))
 
 
 def test_partitions():

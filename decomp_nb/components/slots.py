@@ -133,6 +133,7 @@ class SlotAttention(nn.Module):
         position_std: float | None = None,  # std of the position projection's start; None: torch's default (bound ½)
         input_mlp: bool = True,  # LayerNorm → Linear → ReLU → Linear before the attention
         input_dim: int | None = None,  # width behind that MLP, default `in_dim`
+        position_in: str = "both",  # what sees the grid: keys and values ("both"), or the "values" alone, so that slots compete by looks and remember where
         start_as: str = "random",  # weights before training: "random", or "clusters", see `start_as_clusters`
     ):
         super().__init__()
@@ -156,6 +157,8 @@ class SlotAttention(nn.Module):
         self.slot_log_sigma = None if init == "learned" else nn.Parameter(torch.empty(shape))
         for start in (self.slot_mean, self.slot_log_sigma):
             if start is not None: nn.init.xavier_uniform_(start)  # in place: while diffusers loads weights, its init functions return None
+        if position_in not in ("both", "values"): raise ValueError(f"position_in={position_in!r}: choose 'both' or 'values'")
+        self.position_in = position_in
         if start_as not in ("random", "clusters"): raise ValueError(f"start_as={start_as!r}: choose 'random' or 'clusters'")
         if start_as == "clusters": start_as_clusters(self)
 
@@ -171,12 +174,14 @@ class SlotAttention(nn.Module):
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
         "Keys and values `(b, heads, n, d/heads)` of a feature map `(b, c, h, w)`; places run row by row"
         b, c, h, w = features.shape
-        x = features.flatten(2).transpose(1, 2)
+        looks = placed = features.flatten(2).transpose(1, 2)
         if self.position is not None:
-            x = x + self.position(coordinate_grid(h, w, ends=self.ends, device=x.device, dtype=self.position.weight.dtype)).flatten(0, 1)
-        x = self.norm_inputs(self.input_mlp(self.input_norm(x)))
+            placed = looks + self.position(coordinate_grid(h, w, ends=self.ends, device=looks.device, dtype=self.position.weight.dtype)).flatten(0, 1)
+        ready = lambda x: self.norm_inputs(self.input_mlp(self.input_norm(x)))
+        placed = ready(placed)
+        looks = placed if self.position_in == "both" else ready(looks)
         heads = lambda y: y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        return heads(self.to_k(x)) * self.slot_dim ** -0.5, heads(self.to_v(x))  # the full width, with several heads too
+        return heads(self.to_k(looks)) * self.slot_dim ** -0.5, heads(self.to_v(placed))  # the full width, with several heads too
 
     def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "One iteration: new slots `(b, s, d)` and the attention `(b, heads, n, s)` that made them"

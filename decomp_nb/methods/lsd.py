@@ -59,6 +59,7 @@ class LSD(Decomposer):
         offset_noise: float = 0.0,  # strength of the noise shared by a whole channel; 0 = off
         slot_dropout: float = 0.0,  # chance that training leaves out a slot
         null_dropout: float = 0.0,  # chance that training leaves out the whole set, for classifier-free guidance
+        zoom: float = 1.0,  # outside training, enlarge pictures this many times for the encoder: finer masks, see `encode`
     ):
         super().__init__()
         missing = [k for k in ("encoder_config", "slots_config", "denoiser_config") if getattr(self.config, k) is None]
@@ -118,10 +119,14 @@ class LSD(Decomposer):
         noise: Tensor | None = None,  # `(b,k,d)`, the start of the slots; share it between pictures to give slot i the same role
         generator: torch.Generator | None = None,
         raw: bool = False,  # codes before the output projection: what property probes read
+        zoom: float | None = None,  # enlarge the pictures this many times first; None: 1 while training, else the model's `zoom`
         **slot_options,  # n_slots, n_iterations, slot_mask … of `SlotAttention`
     ) -> Factors:
         "Slots `(b,k,d)` and the pixels each of them won"
-        features = self.encoder(images.flatten(0, -4))
+        zoom = (1.0 if self.training else self.config.get("zoom", 1.0)) if zoom is None else zoom
+        pictures = images.flatten(0, -4)
+        if zoom != 1: pictures = F.interpolate(pictures, scale_factor=zoom, mode="bilinear", align_corners=False)
+        features = self.encoder(pictures)
         grid = features.shape[-2:]
         if images.ndim == 5: features = features.unflatten(0, images.shape[:2])
         found = self.slot_attention(features, noise=noise, generator=generator, **slot_options)

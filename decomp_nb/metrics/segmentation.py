@@ -14,8 +14,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['contingency', 'renumber', 'ari_of_table', 'ari', 'fg_ari', 'iou_of_table', 'iou_matrix', 'match', 'SceneScores',
-           'scene_scores', 'miou', 'mbo', 'random_partition', 'grid_partition', 'masks_from_attention', 'segmentation',
-           'SegmentationScores', 'segmentation_scores', 'official_lsd_scenes', 'official_lsd_scores']
+           'scene_scores', 'miou', 'mbo', 'random_partition', 'grid_partition', 'segmentation', 'SegmentationScores',
+           'segmentation_scores', 'official_lsd_scenes', 'official_lsd_scores']
 
 # %% ../../nbs/metrics/segmentation.ipynb #contingency-export
 def contingency(true: Tensor,  # true labels `(b,…)`, integers; 0 = background, negative = ignored pixel; `…` is (h,w), or (t,h,w) for video
@@ -47,7 +47,7 @@ def _check_labels(true: Tensor, pred: Tensor, ignore: Tensor | None) -> None:
     "Errors that name the argument, before any counting"
     if true.shape != pred.shape:
         raise ValueError(f"true labels {tuple(true.shape)} and predicted labels {tuple(pred.shape)} differ in shape; "
-                                                  "resize the masks to the size of the true labels (masks_from_attention, segmentation)")
+                                                  "resize the masks to the size of the true labels (segmentation)")
     if ignore is not None and ignore.shape != true.shape:
         raise ValueError(f"ignore {tuple(ignore.shape)} must have the shape of the labels {tuple(true.shape)}")
     for name, labels in (("true", true), ("pred", pred)):
@@ -182,20 +182,6 @@ def grid_partition(shape: tuple[int, ...], k: int) -> Tensor:
     return labels.expand(*batch, h, w).clone()
 
 # %% ../../nbs/metrics/segmentation.ipynb #masks-export
-def masks_from_attention(attention: Tensor,  # `(b,k,n)`, or `(b,heads,k,n)`: heads are summed
-                         size: tuple[int, int],  # (h, w) of the result
-                         grid: tuple[int, int] | None = None,  # rows and columns of the feature grid; default square
-                         ) -> Tensor:
-    "Soft masks `(b,k,h,w)` from slot attention over a feature grid"
-    if attention.dim() == 4: attention = attention.sum(1)
-    b, k, n = attention.shape
-    rows, columns = grid or (math.isqrt(n), math.isqrt(n))
-    if rows * columns != n:
-        raise ValueError(f"attention over {n} positions does not fit a {rows}×{columns} grid: name it with grid=(rows, columns)")
-    masks = attention.reshape(b, k, rows, columns).float()
-    return masks if masks.shape[-2:] == tuple(size) else F.interpolate(masks, tuple(size), mode="bilinear", align_corners=False)
-
-
 def segmentation(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     "Labels `(b,h,w)` from soft masks `(b,k,h,w)`: enlarged to `size` where it differs, then argmax; integer label maps pass unchanged"
     if not masks.is_floating_point(): return masks

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from decomp_nb.components.slots import masks_from_attention
 from decomp_nb.metrics.probing import official_lsd_probe, official_lsd_readers, official_lsd_targets, pairs_of_scenes
-from decomp_nb.metrics.segmentation import SegmentationScores, masks_from_attention, official_lsd_scenes, official_lsd_scores, segmentation
+from decomp_nb.metrics.segmentation import SegmentationScores, official_lsd_scenes, official_lsd_scores, segmentation
 
 SCORE, WEIGHT = 1e-6, 1e-5  # absolute tolerance of scores; of probe weights after training
 SAME = 0.0
@@ -40,7 +41,7 @@ def score_case(arrays: dict, values: dict, case: str):
     "Predicted labels and official scenes of one case, from attention, true masks and visibility"
     true, attention = arrays[f"{case}.masks"], arrays[f"{case}.attn"]
     assert attention.shape[-1] == values[case]["num_slots"]
-    masks = masks_from_attention(attention.transpose(-1, -2), true.shape[-2:])
+    masks = masks_from_attention(attention, true.shape[-2:])
     return segmentation(masks), official_lsd_scenes(true, masks, visibility=arrays[f"{case}.visibility"], max_objects=values[case]["max_num_obj"])
 
 
@@ -84,7 +85,7 @@ def probe_results(folder: Path) -> Iterator[tuple[str, object, float]]:
     "(name, our result, tolerance) for everything that is expected of the probe, from slots and attention to trained readers"
     arrays, values = load_file(folder / "probe.safetensors"), json.loads((folder / "metrics.json").read_text())["probe"]
     seen, true = arrays["label.visibility"], arrays["masks"]
-    masks = masks_from_attention(arrays["attn"].transpose(-1, -2), true.shape[-2:])
+    masks = masks_from_attention(arrays["attn"], true.shape[-2:])
     pairs = pairs_of_scenes(official_lsd_scenes(true, masks, visibility=seen, max_objects=seen.shape[1]))
     codes, order = pairs.codes(arrays["slots"]), arrays["shuffle_idx"]
     kinds = {name.split(".")[2]: name.split(".")[1] for name in arrays if name.startswith("init.")}
