@@ -14,7 +14,7 @@ TESTING := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=i
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train      train LSD on the embedded scenes (about 15 minutes on 2 cores); ARGS='-p max_steps 50' sets parameters"
+	@echo "make train      train LSD on the embedded scenes (at most 15 minutes on 2 cores); ARGS='-p max_steps 50' sets parameters"
 	@echo "make test       everything that must hold before a commit lands: notebooks, tests, lint, hygiene"
 	@echo "make prepare    after editing notebooks: export, clean, README, lint"
 	@echo "make notebooks  run notebooks in place and keep their outputs; NB='nbs/core.ipynb …' names them, default all"

@@ -31,9 +31,10 @@ def palette(k: int) -> Tensor:
     "`k` distinct colours, uint8 `(k,3)`; colour `i` is the same for every `k`, so that factor `i` looks alike in all figures"
     hand = torch.tensor([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in _COLOURS], dtype=torch.uint8)
     if k <= len(hand): return hand[:k].clone()
-    hue = (torch.arange(k - len(hand), dtype=torch.float) * 0.618034 + 0.05) % 1
-    ramp = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0])) % 6  # the usual closed form of HSV → RGB
-    light = 0.85 - 0.55 * ramp.minimum(4 - ramp).clamp(0, 1)
+    i = torch.arange(k - len(hand), dtype=torch.float)
+    ramp = ((i * 0.618034 + 0.2) % 1 * 6)[:, None] + torch.tensor([5.0, 3.0, 1.0])  # golden-ratio hues, the usual closed form of HSV → RGB
+    value, strength = (torch.where(i % 2 == 0, even, odd)[:, None] for even, odd in ((0.95, 0.5), (0.4, 0.9)))  # pale and dark in turn
+    light = value * (1 - strength * (ramp % 6).minimum(4 - ramp % 6).clamp(0, 1))
     return torch.cat([hand, (light * 255).to(torch.uint8)])
 
 # %% ../nbs/core.ipynb #to-uint8-export
