@@ -133,7 +133,7 @@ class SlotAttention(nn.Module):
         position_std: float | None = None,  # std of the position projection's start; None: torch's default (bound ½)
         input_mlp: bool = True,  # LayerNorm → Linear → ReLU → Linear before the attention
         input_dim: int | None = None,  # width behind that MLP, default `in_dim`
-        position_in: str = "both",  # what sees the grid: keys and values ("both"), or the "values" alone, so that slots compete by looks and remember where
+        position_in: str = "both",  # what sees the grid: keys and values ("both"), or the "values" alone
         start_as: str = "random",  # weights before training: "random", or "clusters", see `start_as_clusters`
     ):
         super().__init__()

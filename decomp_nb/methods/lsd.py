@@ -184,17 +184,16 @@ def lsd_preset(
 ) -> dict:
     "Arguments of `LSD` for a known setting"
     small_schedule = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
-    def clustered(image_size: int, n_slots: int, patch: int, stride: int, width: int = 64) -> dict:  # all weights start so that the slots cluster colours, see the log
-        side = image_size // patch
+    def clustered(image_size: int, n_slots: int, patch: int, n_blocks: int, width: int) -> dict:  # all weights start so that the slots cluster colours, see the log
         return dict(
-            image_size=image_size, patch_size=patch, timestep_sampling="near_noise", timestep_strength=4.0, scheduler_config=small_schedule,
-            encoder_config=dict(kind="residual", image_size=image_size, channels=64, stride=stride, n_blocks=1, hidden=16),
-            slots_config=dict(n_slots=n_slots, slot_dim=64, out_dim=64, hidden_dim=128, n_iterations=3, start_as="clusters"),
-            denoiser_config=denoiser_config(side, slot_dim=64, channels=(width,), layers_per_block=1, n_heads=width // 32, groups=8, in_channels=3 * patch ** 2) | dict(
+            image_size=image_size, patch_size=patch, timestep_sampling="near_noise", timestep_strength=4.0, scheduler_config=small_schedule, zoom=2.0,
+            encoder_config=dict(kind="residual", image_size=image_size, channels=64, stride=2, n_blocks=n_blocks, hidden=16),
+            slots_config=dict(n_slots=n_slots, slot_dim=64, out_dim=64, hidden_dim=128, n_iterations=3, start_as="clusters", position_in="values"),
+            denoiser_config=denoiser_config(image_size // patch, slot_dim=64, channels=(width,), layers_per_block=1, n_heads=2, groups=8, in_channels=3 * patch ** 2) | dict(
                 down_block_types=["CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D"], mid_block_type=None, attention_gain=3.0))
     presets = {
-        "shapes": clustered(64, n_slots=7, patch=8, stride=1),
-        "clevr": clustered(64, n_slots=7, patch=8, stride=2),
+        "shapes": clustered(64, n_slots=7, patch=8, n_blocks=0, width=80),
+        "clevr": clustered(64, n_slots=7, patch=8, n_blocks=1, width=80),
         "tiny": dict(
             image_size=16, encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=2, kernel=3, groups=4),
             slots_config=dict(n_slots=4, slot_dim=16, out_dim=16), denoiser_config=denoiser_config(16, slot_dim=16, channels=(8, 16), layers_per_block=1, n_heads=2, groups=4, in_channels=3),
