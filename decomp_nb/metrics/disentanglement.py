@@ -55,13 +55,14 @@ class FactorTable:
     def __init__(self, codes, factors, sizes: Sequence[int] | None = None, names: Sequence[str] | None = None):
         self.codes, self.factors = _numbers(codes, "codes", (2,)), _classes(factors)
         n, count = self.factors.shape
-        if len(self.codes) != n: raise ValueError(f"{len(self.codes)} rows of codes and {n} rows of factors: they have to be of the same pictures")
+        if len(self.codes) != n: raise ValueError(f"{len(self.codes)} rows of codes, {n} of factors: both have to be of the same pictures")
         self.names = list(names or (f"factor {k}" for k in range(count)))
         top = self.factors.max(0) + 1
         self.sizes = tuple(int(s) for s in (top if sizes is None else sizes))
         for name, size, found, column in zip(self.names, self.sizes, top, self.factors.T, strict=True):
             if found > size: raise ValueError(f"factors: {name} has the value {found - 1}, but only {size} values (0…{size - 1})")
-            if (column == column[0]).all(): raise ValueError(f"factors: {name} has the same value in all {n} rows: leave constant factors out")
+            if (column == column[0]).all():
+                raise ValueError(f"factors: {name} has the same value in all {n} rows: leave constant factors out")
         index = np.ravel_multi_index(self.factors.T, self.sizes)
         self.is_grid = len(index) == np.prod(self.sizes) and len(np.unique(index)) == len(index)
         self._row_of = np.argsort(index) if self.is_grid else None
@@ -69,7 +70,9 @@ class FactorTable:
         self._counts = [np.bincount(column, minlength=size) for column, size in zip(self.factors.T, self.sizes)]
 
     def __len__(self) -> int: return len(self.codes)
-    def __repr__(self) -> str: return f"FactorTable({len(self)} rows, {self.codes.shape[1]} codes, factors {dict(zip(self.names, self.sizes))})"
+
+    def __repr__(self) -> str:
+        return f"FactorTable({len(self)} rows, {self.codes.shape[1]} codes, factors {dict(zip(self.names, self.sizes))})"
 
     def draw(self, n: int, random: np.random.RandomState) -> np.ndarray:
         "Rows of `n` random pictures, with replacement"
@@ -87,14 +90,18 @@ class FactorTable:
         return self._sorted[k][(np.cumsum(counts) - counts)[values] + (random.random_sample(len(rows)) * counts[values]).astype(int)]
 
     def split(self, train: int | None, test: int | None, random: np.random.RandomState, batch: int = 16) -> tuple[np.ndarray, np.ndarray]:
-        "Rows that train and rows that test; grid: official draws of 10,000 and 5,000 with replacement, else two thirds and one third of the rows"
+        """Rows that train and rows that test.
+
+        Of a grid: official draws with replacement, 10,000 and 5,000; otherwise two thirds and one third of the rows.
+        """
         if self.is_grid:
             wanted = (10_000 if train is None else train, 5_000 if test is None else test)
             return tuple(np.concatenate([self.draw(min(batch, n - i), random) for i in range(0, n, batch)]) for n in wanted)
         train = len(self) - len(self) // 3 if train is None else train
         test = max(2, min(len(self) // 3, len(self) - train)) if test is None else test
         if min(train, test) < 2 or train + test > len(self):
-            raise ValueError(f"{train} rows to train and {test} to test are needed, the table has {len(self)}: pass smaller train= and test=, or more rows")
+            raise ValueError(f"{train} rows to train and {test} to test are needed, the table has {len(self)}: "
+                             "pass smaller train= and test=, or more rows")
         order = random.permutation(len(self))
         return order[:train], order[train:train + test]
 
@@ -102,8 +109,10 @@ class FactorTable:
 def _classes(factors) -> np.ndarray:
     "Factors as int64 `(n,F)`"
     factors = factors.detach().cpu().numpy() if isinstance(factors, torch.Tensor) else np.asarray(factors)
-    if factors.ndim != 2 or not len(factors): raise ValueError(f"factors have the shape {factors.shape}, expected (n, number of factors) with n > 0")
-    if not np.array_equal(factors, np.round(factors)): raise ValueError("factors have to be whole numbers, the indices of their values: group continuous ones into classes")
+    if factors.ndim != 2 or not len(factors):
+        raise ValueError(f"factors have the shape {factors.shape}, expected (n, number of factors) with n > 0")
+    if not np.array_equal(factors, np.round(factors)):
+        raise ValueError("factors have to be whole numbers, the indices of their values: group continuous ones into classes")
     if factors.min() < 0: raise ValueError(f"factors hold {factors.min()}: values are counted from 0")
     return factors.astype(np.int64)
 
@@ -136,7 +145,7 @@ def mig(codes: np.ndarray, factors: np.ndarray, bins: int = 20) -> float:
 
 
 def modularity(information: np.ndarray) -> float:
-    "How far each code tells about one factor only, from mutual information `(k,F)` (Ridgeway & Mozer 2018); codes that tell nothing score 0"
+    "How far each code tells about one factor only, from mutual information `(k,F)` (Ridgeway & Mozer 2018); dead codes score 0"
     squared = information ** 2
     best = squared.max(1)
     rest = (squared.sum(1) - best) / np.where(best > 0, best, 1) / (squared.shape[1] - 1)
@@ -154,7 +163,7 @@ def sap_matrix(codes, factors, test_codes=None, test_factors=None, *, continuous
 
 
 def explicitness(codes, factors, test_codes, test_factors) -> tuple[float, float]:
-    "Mean area under the ROC curves of logistic regressions that read each value of each factor from all codes: on training rows, on test rows"
+    "Mean area under ROC curves of logistic regressions that read each value of each factor from all codes: trained rows, test rows"
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     scale = codes.std(0)
@@ -383,11 +392,12 @@ def importance_picture(
     names, lines = list(factors or map(str, range(n))), list(codes or (f"code {i}" for i in range(k)))
     share = np.sqrt(importance / max(importance.max(), 1e-12)) * 0.94
     room = 26 + 6 * max(map(len, lines))
-    fig, axes = figure(width, round((width - room) / n * k) + 30 + (18 if title else 0) + (26 if max(map(len, names)) * 6 > (width - room) / n else 0), title)
+    slanted = max(map(len, names)) * 6 > (width - room) / n
+    fig, axes = figure(width, round((width - room) / n * k) + 30 + 18 * bool(title) + 26 * slanted, title)
     side = [[share[row, j] for j in range(n)] for row in rows]
     squares = [Rectangle((j - s / 2, i - s / 2), s, s) for i, line in enumerate(side) for j, s in enumerate(line)]
-    axes.add_collection(PatchCollection(squares, facecolors=[tuple(v / 255 for v in palette(n)[j].tolist()) for _ in rows for j in range(n)], linewidths=0))
-    slanted = max(map(len, names)) * 6 > (width - room) / n
+    colours = [tuple(v / 255 for v in colour) for colour in palette(n).tolist()]
+    axes.add_collection(PatchCollection(squares, facecolors=colours * k, linewidths=0))
     axes.set(xlim=(-0.5, n - 0.5), ylim=(k - 0.5, -0.5), xticks=range(n), yticks=range(k), yticklabels=[lines[row] for row in rows])
     axes.set_xticks(range(n), names, rotation=30 if slanted else 0, ha="right" if slanted else "center")
     axes.set_xticks(np.arange(n + 1) - 0.5, minor=True)
@@ -456,7 +466,8 @@ class BetaVAE(NamedTuple):
     labels: np.ndarray  # (train,) the factor that was fixed
 
 
-def beta_vae(table: FactorTable, *, train: int = 10_000, test: int = 5_000, batch: int = 64, random: np.random.RandomState | None = None) -> BetaVAE:
+def beta_vae(table: FactorTable, *, train: int = 10_000, test: int = 5_000, batch: int = 64,
+             random: np.random.RandomState | None = None) -> BetaVAE:
     "How often the fixed factor is guessed from differences (Higgins et al. 2017)"
     from sklearn.linear_model import LogisticRegression
     random = random or np.random.RandomState(0)
@@ -484,7 +495,9 @@ class FactorVAE(NamedTuple):
     active: np.ndarray  # (k,) codes that may vote
 
 
-def factor_vae(table: FactorTable, *, train: int = 10_000, test: int = 5_000, batch: int = 64, variance_samples: int | None = None, threshold: float = 0.05,
+def factor_vae(table: FactorTable, *, train: int = 10_000, test: int = 5_000, batch: int = 64,
+               variance_samples: int | None = None,  # None: as many as train
+               threshold: float = 0.05,  # codes with a smaller deviation have no vote
                scale_invariant: bool = False,  # only codes that do not move at all lose their vote
                random: np.random.RandomState | None = None) -> FactorVAE:
     "How often the code that moves least gives the fixed factor away (Kim & Mnih 2018)"
@@ -565,7 +578,8 @@ class _Protocol(NamedTuple):
 
     def samples(self) -> tuple[np.ndarray, ...]:
         "Codes and factors that train, codes and factors that test: the same for every metric, as each starts from the same seed"
-        return tuple(v for rows in self.table.split(self.train, self.test, self.random()) for v in (self.table.codes[rows], self.table.factors[rows]))
+        parts = self.table.split(self.train, self.test, self.random())
+        return tuple(values[rows] for rows in parts for values in (self.table.codes, self.table.factors))
 
 
 def _named(prefix: str, result: NamedTuple, *fields: str) -> dict[str, float]:
