@@ -16,11 +16,13 @@ from .components.encoders import UNetEncoder
 from .components.slots import SlotAttention, coordinate_grid
 
 # %% auto #0
-__all__ = ['SLOT_KEYS', 'POSITION_KEYS', 'COMPUTED', 'IGNORED', 'LATER', 'WEIGHTS', 'rename', 'check_grid',
-           'convert_lsd_slot_attention', 'lsd_slots_config', 'official_slots_config', 'convert_lsd_encoder',
-           'convert_lsd_unet', 'unet_level', 'pair', 'effective_config', 'lsd_encoder_config', 'lsd_denoiser_config',
-           'read_weights', 'read_official_part', 'load_strict', 'check_positions', 'OfficialLSD', 'read_official_lsd',
-           'load_official_lsd', 'save_official_lsd', 'official_config', 'position_kind']
+__all__ = ['SLOT_KEYS', 'POSITION_KEYS', 'COMPUTED', 'IGNORED', 'LATER', 'WEIGHTS', 'RESIDUAL_KEYS', 'DECOMP_KEYS', 'rename',
+           'check_grid', 'convert_lsd_slot_attention', 'lsd_slots_config', 'official_slots_config',
+           'convert_lsd_encoder', 'convert_lsd_unet', 'unet_level', 'pair', 'effective_config', 'lsd_encoder_config',
+           'lsd_denoiser_config', 'read_weights', 'read_official_part', 'load_strict', 'check_positions', 'OfficialLSD',
+           'read_official_lsd', 'load_official_lsd', 'save_official_lsd', 'official_config', 'position_kind',
+           'read_decomp_state', 'decomp_sizes', 'decomp_places', 'convert_decomp', 'load_official_decomp_diffusion',
+           'decomp_heads', 'save_official_decomp_diffusion']
 
 # %% ../nbs/convert.ipynb #rename-export
 SLOT_KEYS = {"pos.projection.": "position.", "in_layer_norm.": "input_norm.", "in_mlp.": "input_mlp.", "project_q.": "to_q.", "project_k.": "to_k.",
@@ -298,3 +300,165 @@ def official_config(unet, name: str, **more) -> dict:
 def position_kind(unet) -> str:
     "Kind of the positions of a denoiser, \"none\" for a plain UNet"
     return next((module.kind for module in unet.modules() if isinstance(module, PositionAttention)), "none")
+
+# %% ../nbs/convert.ipynb #decomp-shapes-export
+def read_decomp_state(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
+    "State dict of an official checkpoint file; of an averaging wrapper's two copies the average (`ema=False`: the other)"
+    state = read_weights(path)
+    prefix = "ema_model." if ema else "online_model."
+    if any(key.startswith(("ema_model.", "online_model.")) for key in state): state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    if missing := [key for key in ("time_embed.0.weight", "input_blocks.0.0.weight", "latent_encoder.0.weight", "out.2.weight") if key not in state]:
+        raise ValueError(f"{Path(path).name} is no checkpoint of Decomp Diffusion: it lacks {', '.join(missing)}")
+    return state
+
+
+def _numbered(state: dict[str, Tensor], prefix: str) -> list[int]:
+    "The numbers that follow a prefix, sorted"
+    return sorted({int(key[len(prefix):].split(".")[0]) for key in state if key.startswith(prefix)})
+
+
+def _top(state: dict[str, Tensor], block: int) -> str:
+    "\"resnet\" or \"conv\" where an output block ends with an up-sampling module, else \"\""
+    parts = _numbered(state, f"output_blocks.{block}.")
+    last = f"output_blocks.{block}.{parts[-1]}"
+    if f"{last}.conv.weight" in state: return "conv"
+    return "resnet" if len(parts) > 1 and f"{last}.in_layers.0.weight" in state else ""
+
+
+def decomp_sizes(state: dict[str, Tensor], image_size: int | None = None) -> dict:
+    "Arguments of `DecompDiffusion` that the shapes of an official state dict tell"
+    d, sines = state["time_embed.0.weight"].shape
+    head = max(_numbered(state, "latent_encoder."))
+    levels_seen, width = (head - 3) // 4, state["latent_encoder.0.weight"].shape[0]
+    places = state[f"latent_encoder.{head}.weight"].shape[1] / (width * 2 ** levels_seen)
+    side = round(places ** 0.5)
+    if side ** 2 != places: raise ValueError(f"latent_encoder.{head}.weight reads {places:g} places, which is no square: the pictures of this checkpoint were not square")
+    size = image_size or side * 2 ** levels_seen
+    if -(-size // 2 ** levels_seen) != side: raise ValueError(f"image_size={size}: the encoder of this checkpoint reads a map of side {side}, so pictures have {(side - 1) * 2 ** levels_seen + 1} to {side * 2 ** levels_seen} pixels")
+    blocks = _numbered(state, "output_blocks.")
+    tops = [_top(state, i) for i in blocks]
+    layers = next((i for i, top in enumerate(tops) if top), len(blocks) - 1)
+    levels = len(blocks) // (layers + 1)
+    first = [(levels - 1 - level) * (layers + 1) for level in range(levels)]  # output block that begins each level
+    channels = [state[f"output_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in first]
+    return dict(
+        image_size=size, n_factors=state[f"latent_encoder.{head}.weight"].shape[0] // d, factor_dim=d,
+        encoder_config=dict(width=width, levels=levels_seen, norm="batch", end="relu"),
+        denoiser_config=dict(
+            sample_size=size, in_channels=state["input_blocks.0.0.weight"].shape[1], channels=channels, layers_per_block=layers, time_channels=sines,
+            attention_levels=[level for level, i in enumerate(first) if f"output_blocks.{i}.1.qkv.weight" in state],
+            resample=next((top for top in tops if top), "resnet"), groups=16,
+            scale_shift=state["output_blocks.0.0.emb_layers.1.weight"].shape[0] == 2 * channels[-1]))
+
+# %% ../nbs/convert.ipynb #decomp-keys-export
+RESIDUAL_KEYS = {"in_layers.0.": "norm1.", "in_layers.2.": "conv1.", "emb_layers.1.": "time_emb_proj.", "out_layers.0.": "norm2.", "out_layers.3.": "conv2.",
+                 "skip_connection.": "conv_shortcut.", "op.": "conv.", "conv.": "conv.", "norm.": "group_norm.", "proj_out.": "to_out.0.", "qkv.": "qkv."}
+DECOMP_KEYS = {"time_embed.0.": "denoiser.time_embedding.linear_1.", "time_embed.2.": "denoiser.time_embedding.linear_2.", "input_blocks.0.0.": "denoiser.conv_in.",
+               "out.0.": "denoiser.conv_norm_out.", "out.2.": "denoiser.conv_out."}
+
+
+def decomp_places(levels: int, layers: int, attention_levels: list[int], halvings: int = 3) -> dict[str, str]:
+    "Official module prefix → ours, for a UNet and an encoder of this shape"
+    places = {"middle_block.0.": "mid_block.resnets.0.", "middle_block.1.": "mid_block.attentions.0.", "middle_block.2.": "mid_block.resnets.1."}
+    for level in range(levels):
+        for j in range(layers + 1):  # the last is the one that halves
+            block, end = 1 + level * (layers + 1) + j, j == layers
+            places[f"input_blocks.{block}.0."] = f"down_blocks.{level}.{'downsamplers.0' if end else f'resnets.{j}'}."
+            if level in attention_levels and not end: places[f"input_blocks.{block}.1."] = f"down_blocks.{level}.attentions.{j}."
+        up = levels - 1 - level
+        for j in range(layers + 1):
+            block, attends = up * (layers + 1) + j, level in attention_levels
+            places[f"output_blocks.{block}.0."] = f"up_blocks.{up}.resnets.{j}."
+            if attends: places[f"output_blocks.{block}.1."] = f"up_blocks.{up}.attentions.{j}."
+            if j == layers and level: places[f"output_blocks.{block}.{2 if attends else 1}."] = f"up_blocks.{up}.upsamplers.0."
+    seen = {f"latent_encoder.{4 * i + 2}.": f"encoder.blocks.{i}." for i in range(halvings)} | {f"latent_encoder.{4 * i + 4}.": f"encoder.halve.{i}." for i in range(halvings)}
+    return {k: f"denoiser.{v}" for k, v in places.items()} | seen | {"latent_encoder.0.": "encoder.first.", f"latent_encoder.{4 * halvings + 3}.": "encoder.last."}
+
+
+def convert_decomp(
+    state: dict[str, Tensor],
+    sizes: dict,  # of `decomp_sizes`
+    heads,  # function: our name of an attention layer → its number of heads
+    *,
+    to_official: bool = False,
+) -> dict[str, Tensor]:
+    "Official state dict → state dict of `DecompDiffusion`, or back; keys that have no place stay as they are, for `load_strict` to name"
+    unet = sizes["denoiser_config"]
+    places = {**DECOMP_KEYS, **decomp_places(len(unet["channels"]), unet["layers_per_block"], unet["attention_levels"], sizes["encoder_config"]["levels"])}
+    return _to_official(state, places, heads) if to_official else _from_official(state, places, heads)
+
+
+def _from_official(state, places, heads) -> dict[str, Tensor]:
+    out = {}
+    for key, value in state.items():
+        place = next((old for old in places if key.startswith(old)), None)
+        if place is None: out[key] = value; continue
+        ours, rest = places[place], key[len(place):]
+        if ours.startswith("encoder.blocks."): rest = rest.replace("bn", "norm")
+        elif place not in DECOMP_KEYS: rest = rename(rest, RESIDUAL_KEYS)
+        if rest.startswith("qkv."):
+            n = heads(ours[:-1])
+            for name, part in zip("qkv", value.flatten(1).unflatten(0, (n, 3, -1)).unbind(1) if value.ndim > 1 else value.unflatten(0, (n, 3, -1)).unbind(1)):
+                out[f"{ours}to_{name}.{rest[4:]}"] = part.flatten(0, 1).contiguous()
+        else: out[ours + rest] = value[..., 0] if rest == "to_out.0.weight" else value
+    return out
+
+
+def _to_official(state, places, heads) -> dict[str, Tensor]:
+    out, back = {}, {new: old for old, new in places.items()}
+    words = {new: old for old, new in RESIDUAL_KEYS.items() if old not in ("op.", "conv.")}
+    for key, value in state.items():
+        ours = next(new for new in back if key.startswith(new))
+        official, rest = back[ours], key[len(ours):]
+        if ours.startswith("encoder.blocks."): rest = rest.replace("norm", "bn")
+        elif rest.startswith("conv."): rest = ("op." if "downsamplers" in ours else "conv.") + rest[5:]
+        elif rest.startswith(("to_q.", "to_k.", "to_v.")):
+            if rest.startswith("to_q."):
+                parts = [state[f"{ours}to_{n}.{rest[5:]}"].unflatten(0, (heads(ours[:-1]), -1)) for n in "qkv"]
+                joined = torch.stack(parts, 1).flatten(0, 2)
+                out[f"{official}qkv.{rest[5:]}"] = joined[..., None] if joined.ndim == 2 else joined
+            continue
+        elif official not in DECOMP_KEYS and not ours.startswith("encoder."): rest = rename(rest, words)
+        out[official + rest] = value[..., None] if rest == "proj_out.weight" else value
+    return out
+
+# %% ../nbs/convert.ipynb #decomp-load-export
+def load_official_decomp_diffusion(
+    path: str | Path,  # `model_<step>.pt` or `ema_0.9999_<step>.pt`; also .safetensors
+    *,
+    ema: bool = True,  # of an averaging wrapper take the average
+    head_dim: int = 64,  # channels of a head of attention: the file does not tell
+    n_heads: int = 0,  # a fixed number of heads instead
+    n_heads_up: int = 0,  # another number on the way up
+    image_size: int | None = None,  # only for sides that are no multiple of 8
+    prediction_type: str = "sample",  # "epsilon" where it was trained to predict the noise
+    **options,  # further arguments of `DecompDiffusion`
+):
+    "`DecompDiffusion` with official weights, every size read off the shapes; pictures are handed over in [0,1] as the official code does"
+    from decomp_nb.methods.decomp_diffusion import DecompDiffusion
+    state = read_decomp_state(path, ema=ema)
+    sizes = decomp_sizes(state, image_size)
+    sizes["denoiser_config"] |= dict(head_dim=head_dim, n_heads=n_heads, n_heads_up=n_heads_up)
+    extra = {key: options.pop(key) for key in ("denoiser_config", "scheduler_config") if key in options}
+    sizes["denoiser_config"] |= extra.get("denoiser_config", {})
+    try: model = DecompDiffusion(**{**sizes, "data_range": "unit", "scheduler_config": {"prediction_type": prediction_type, **extra.get("scheduler_config", {})}, **options})
+    except ValueError as e: raise ValueError(f"{Path(path).name}: {e}") from e
+    return load_strict(model, convert_decomp(state, sizes, decomp_heads(model)), Path(path).name).eval()
+
+
+def decomp_heads(model):
+    "Function: name of an attention layer of `DecompDiffusion` → its number of heads"
+    return lambda name: model.get_submodule(name).heads
+
+
+def save_official_decomp_diffusion(model, path: str | Path) -> Path:
+    "Write a `DecompDiffusion` as an official `model_<step>.pt`; raises where the official classes cannot hold it"
+    c, path = model.config, Path(path)
+    told = dict(encoder=c.encoder_config and (c.encoder_config.get("norm"), c.encoder_config.get("end"), c.encoder_config.get("levels", 3)) == ("batch", "relu", 3), composition=c.composition == "mean",
+                data_range=c.data_range == "unit", pixels=c.patch_size == 1 and not c.latents_path and not c.foundation)
+    if wrong := [name for name, fine in told.items() if not fine]: raise ValueError(f"the official format cannot hold this model; what differs: {', '.join(wrong)}")
+    unet = c.denoiser_config or {}
+    sizes = dict(encoder_config=dict(levels=3), denoiser_config=dict(channels=unet.get("channels", (64, 128, 192)), layers_per_block=unet.get("layers_per_block", 2),
+                                                                    attention_levels=list(unet.get("attention_levels", (1, 2)))))
+    torch.save(convert_decomp(model.state_dict(), sizes, decomp_heads(model), to_official=True), path)
+    return path
