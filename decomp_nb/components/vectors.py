@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .denoisers import check_halvings
 
 # %% auto #0
-__all__ = ['normalisation', 'ShortcutBlock', 'VectorEncoder', 'TimeBeside', 'vector_denoiser', 'denoise_with', 'start_at_zero',
-           'build_with']
+__all__ = ['normalisation', 'ShortcutBlock', 'VectorEncoder', 'TimeBeside', 'vector_denoiser', 'where', 'denoise_with',
+           'start_at_zero', 'build_with']
 
 # %% ../../nbs/components/vectors.ipynb #block-export
 def normalisation(kind: str, channels: int, groups: int = 8) -> nn.Module:
@@ -99,6 +99,7 @@ def vector_denoiser(
     resample: str = "resnet",  # "resnet" or "conv"
     scale_shift: bool = False,  # the embedding scales and shifts (FiLM) instead of being added
     dropout: float = 0.0,
+    coordinates: bool = False,  # two more input channels that say where a pixel is
 ):
     "`UNet2DModel` conditioned on [vector | time]: call `denoise_with(unet, x, t, codes)`. The defaults are the published 64-pixel network"
     from diffusers import UNet2DModel
@@ -116,7 +117,7 @@ def vector_denoiser(
     kinds = [("AttnDownBlock2D", "AttnUpBlock2D") if i in attention_levels else plain for i in range(levels)]
     time_dim = time_dim or code_dim
     unet = UNet2DModel(
-        sample_size=sample_size, in_channels=in_channels, out_channels=in_channels, layers_per_block=layers_per_block, block_out_channels=tuple(channels),
+        sample_size=sample_size, in_channels=in_channels + 2 * coordinates, out_channels=in_channels, layers_per_block=layers_per_block, block_out_channels=tuple(channels),
         down_block_types=tuple(k[0] for k in kinds), up_block_types=tuple(k[1] for k in reversed(kinds)), time_embedding_dim=code_dim + time_dim, freq_shift=0,
         norm_num_groups=groups, attn_norm_num_groups=groups, norm_eps=1e-5, attention_head_dim=None if n_heads else head_dim, downsample_type=resample, upsample_type=resample,
         resnet_time_scale_shift="scale_shift" if scale_shift else "default", dropout=dropout, class_embed_type="identity")
@@ -127,8 +128,15 @@ def vector_denoiser(
     return unet
 
 
+def where(x: Tensor) -> Tensor:
+    "Row and column of every pixel in [−1,1], `(b,2,h,w)` for maps `(b,c,h,w)`"
+    rows, columns = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
+
+
 def denoise_with(unet, x: Tensor, t: Tensor, codes: Tensor) -> Tensor:
     "Answer of a `vector_denoiser` for noisy pictures `(b,c,h,w)`, times `(b,)` and vectors `(b,d)`"
+    if unet.config.in_channels != x.shape[1]: x = torch.cat([x, where(x)], 1)
     return unet(x, t, class_labels=F.pad(codes, (0, unet.config.time_embedding_dim - codes.shape[-1]))).sample
 
 # %% ../../nbs/components/vectors.ipynb #unet-parts-export

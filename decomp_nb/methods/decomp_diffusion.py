@@ -253,7 +253,7 @@ class DecompDiffusion(Decomposer):
         if "latents" not in self.foundations():
             path = self.config.foundation or self.config.latents_path
             space = UnitPixels(self.config.patch_size) if self.config.data_range == "unit" else build_latents(path, patch=self.config.patch_size, base=self.config.get("_name_or_path"))
-            shape, want = space.shape(self.config.image_size), (self.unet.config.in_channels, self.unet.config.sample_size)
+            shape, want = space.shape(self.config.image_size), (self.unet.config.out_channels, self.unet.config.sample_size)
             if self.config.foundation: want = (want[0], shape[1])  # a frozen UNet takes any size
             if shape[:2] != want:
                 raise ValueError(f"the latents of a {self.config.image_size}-pixel picture are {shape}, but the denoiser was built for {want[0]} channels of side {want[1]}: "
@@ -542,7 +542,7 @@ def recombination_accuracy(
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #preset-export
 def decomp_diffusion_preset(
-    name: str = "toy_squares",
+    name: str = "toy_squares",  # for the embedded scenes: toy_squares, tetrominoes, clevr6 (64 pixels), tiny (tests); published: clevr, celebahq, falcor3d …
     **changes,  # keys of `DecompDiffusion`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `DecompDiffusion` for a known setting"
@@ -552,13 +552,17 @@ def decomp_diffusion_preset(
                     denoiser_config=dict(channels=list(channels), layers_per_block=layers, dropout=0.1,
                                          attention_levels=[i for i in range(len(channels)) if size // 2 ** i in (32, 16, 8)]))
     wide = (64, 128, 192)
+    def small(size: int, k: int, dim: int, patch: int, channels: list[int], width: int = 16) -> dict:  # minutes on a CPU: patches, coordinates, mostly noisy pictures
+        return dict(image_size=size, n_factors=k, factor_dim=dim, patch_size=patch, timestep_sampling="near_noise", timestep_strength=2.0,
+                    encoder_config=dict(width=width, levels=3), denoiser_config=dict(channels=channels, layers_per_block=1, attention_levels=[], head_dim=32, groups=8, coordinates=True))
     presets = {
         "clevr": published(64, 4, 32, wide), "clevr_toy": published(64, 4, 32, wide),
         "celebahq": published(64, 4, 128, wide), "faces": published(64, 4, 128, wide), "vkitti": published(64, 4, 128, wide), "comb_kitti": published(64, 4, 128, wide),
         "falcor3d": published(64, 4, 16, (64, 128)), "tetris": published(32, 3, 128, (64, 128), layers=1),
         "celebahq_128": published(128, 4, 128, (64, 128, 192, 256)), "celebahq_256": published(256, 4, 128, (64, 128, 192, 256, 256)),
-        "toy_squares": dict(image_size=32, n_factors=3, factor_dim=8, patch_size=2, timestep_sampling="near_noise", timestep_strength=2.0, encoder_config=dict(width=16, levels=3),
-                            denoiser_config=dict(channels=[32, 64], layers_per_block=1, attention_levels=[], head_dim=32, groups=8)),
+        "toy_squares": small(32, 3, 4, patch=2, channels=[32, 64]),
+        "tetrominoes": small(32, 3, 12, patch=2, channels=[48, 96]),
+        "clevr6": small(64, 6, 16, patch=4, channels=[64, 128], width=24),
         "tiny": dict(image_size=16, n_factors=3, factor_dim=4, encoder_config=dict(width=8, levels=2),
                      denoiser_config=dict(channels=[16, 16], layers_per_block=1, attention_levels=[1], head_dim=8, groups=4)),
         "latent": dict(image_size=128, n_factors=4, factor_dim=64, latents_path="stabilityai/stable-diffusion-2-1", encoder_config=dict(width=128, norm="batch", end="relu"),
