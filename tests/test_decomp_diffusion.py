@@ -8,13 +8,16 @@ import pytest
 import torch
 from test_runs import QUICK, execute
 
+from decomp_nb.components.diffusion import signal_and_noise
 from decomp_nb.components.text import tiny_pipeline
-from decomp_nb.core import Factors, recombine
-from decomp_nb.methods.decomp_diffusion import (DecompDiffusion, decode_across, decomp_diffusion_preset, decomp_sampler, keep_mask, object_shares, orthogonality,
+from decomp_nb.core import Factors, recombine, sample
+from decomp_nb.methods.decomp_diffusion import (DecompDiffusion, ddim_invert, decode_across, decomp_diffusion_preset, decomp_sampler, keep_mask, object_shares, orthogonality,
                                                 recombination_accuracy, separation, swap_across)
 from decomp_nb.training.trainer import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 
 
 def awake(model, seed=0):
@@ -70,19 +73,19 @@ def test_one_batch_draws_what_many_runs_draw(guidance, images):
     f, noise = model.encode(images), noise_for(model)
     options = dict(steps=4, guidance_scale=guidance)
     parts, whole = model.decomposition(f, noise=noise, **options)
-    for i in range(3): near(parts[:, i], model.decode(f.pick(i), noise=noise, **options))
-    near(parts, model.decompose(f, noise=noise, **options))
-    near(whole, model.decode(f, noise=noise, **options))
+    for i in range(3): near(parts[:, i], model.decode(f.pick(i), noise=noise, **options), 1e-4)
+    near(parts, model.decompose(f, noise=noise, **options), 1e-4)
+    near(whole, model.decode(f, noise=noise, **options), 1e-4)
     grown = model.growing(f, [2, 0, 1], noise=noise, **options)
-    near(grown[:, 1], model.decode(f.pick([2, 0]), noise=noise, **options))
-    near(grown[:, 2], whole)
+    near(grown[:, 1], model.decode(f.pick([2, 0]), noise=noise, **options), 1e-4)
+    near(grown[:, 2], whole, 1e-4)
     film = model.progress(f, 2, noise=noise, **options)
     assert film.shape == (2, 4, 4, 3, 16, 16)
-    near(film[-1, :, -1], whole)
+    near(film[-1, :, -1], whole, 1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpm", "euler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpm", "euler", "UniPCMultistepScheduler"])
 @pytest.mark.parametrize("prediction", ["sample", "epsilon", "v_prediction"])
 def test_every_sampler_with_guidance(kind, prediction, images):
     model = tiny(scheduler_config={"prediction_type": prediction})
@@ -144,18 +147,19 @@ def test_across_asks_at_the_same_time(images):
 
 
 @torch.no_grad()
-def test_inversion_leads_back(images):
-    "From its own noise a picture is painted again more closely than from another"
-    model = tiny()
-    options = dict(steps=25, scheduler=decomp_sampler("ddim", model.scheduler, clip_sample=False))
-    start = torch.rand(2, 3, 16, 16) * 2 - 1
-    model.scheduler.register_to_config(clip_sample=False)
-    f = model.encode(start)
-    known = model.decode(f, noise=noise_for(model, 2), **options)  # a picture that the model can paint
-    own = model.invert(known, f, steps=25, start=1, noise=torch.zeros_like(known))
-    assert own.isfinite().all()
-    error = lambda noise: (model.decode(f, noise=noise, **options) - known).abs().mean()
-    assert error(own) < 0.6 * error(noise_for(model, 2, seed=9))
+def test_inversion_leads_back():
+    "With the exact denoiser of Gaussian pictures DDIM is a flow: up to the noise and down again ends at the start, which another noise does not"
+    scheduler, spread, steps = tiny().scheduler, 0.3, 50
+
+    def predict(x, t):
+        a, s = signal_and_noise(scheduler, t, x)
+        return spread ** 2 * a / (spread ** 2 * a ** 2 + s ** 2) * x
+    ladder = decomp_sampler("ddim", scheduler)
+    ladder.set_timesteps(steps)
+    known = spread * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    own = ddim_invert(predict, known, scheduler, ladder.timesteps.flip(0).tolist())[-1]
+    error = lambda noise: (sample(predict, noise, ladder, steps) - known).abs().mean() / spread
+    assert error(own) < 0.05 and error(torch.randn_like(known)) > 0.5 and 0.8 < own.std() < 1.2
 
 
 # --- training --------------------------------------------------------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def test_latents_and_tokens(frozen, tmp_path):
     model.train()({"image": x})["loss"].backward()
     assert model.encoder.first.weight.grad.abs().sum() > 0
     if frozen: assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"encoder", "to_token"} and all(torch.equal(v, before[k]) for k, v in model.unet.state_dict().items())
-    else: assert model.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_q.weight.grad.abs().max() == 0  # one token: the softmax is 1
+    else: assert model.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_q.weight.grad.abs().max() < 1e-9  # one token: the softmax is 1
     model.eval().save_pretrained(tmp_path / "model")
     again = DecompDiffusion.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
