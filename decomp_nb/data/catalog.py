@@ -10,21 +10,28 @@ import fnmatch
 import inspect
 import os
 import re
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .factors import FOLDERS, MPI3D, Cars3D, CelebA, DSprites, Falcor3D, OfficialFolder, Shapes3D, SmallNORB
 from .images import H5Photos, ImageFolder, find_data, open_h5, split_name
 from .multi_object import RECORD_LAYOUTS, ClevrTex, ClevrWithMasks, H5Edits, H5Scenes, MoviDump, ObjectRecords
 
 # %% auto #0
-__all__ = ['READERS', 'recognise', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image', 'check_masks',
-           'validate_dataset']
+__all__ = ['READERS', 'GENERATORS', 'recognise', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',
+           'check_masks', 'validate_dataset']
 
 # %% ../../nbs/data/catalog.ipynb #readers-export
 READERS = {"images": ImageFolder, "h5_photos": H5Photos, "h5_scenes": H5Scenes, "h5_edits": H5Edits, "clevr_with_masks": ClevrWithMasks,
-           "records": ObjectRecords, "clevrtex": ClevrTex, "movi": MoviDump}
+           "records": ObjectRecords, "clevrtex": ClevrTex, "movi": MoviDump,
+           "shapes3d": Shapes3D, "dsprites": DSprites, "mpi3d": MPI3D, "cars3d": Cars3D, "smallnorb": SmallNORB, "celeba": CelebA,
+           **{kind: partial(OfficialFolder, kind=kind) for kind in FOLDERS}, "falcor3d": Falcor3D}
+GENERATORS = {"shapes3d": Shapes3D, "dsprites": DSprites, "color_dsprites": partial(DSprites, variant="color"),
+              "noisy_dsprites": partial(DSprites, variant="noise"), "scream_dsprites": partial(DSprites, variant="scream")}
 
 
 def recognise(path: Path | str) -> str:
@@ -32,12 +39,21 @@ def recognise(path: Path | str) -> str:
     path = Path(path)
     if path.is_dir(): return _recognise_folder(path)
     if ".tfrecord" in path.name: return "clevr_with_masks" if _record_layout(path) == "clevr_with_masks" else "records"
+    if path.suffix == ".npz" and zipfile.is_zipfile(path): return _recognise_npz(path)
     if path.suffix not in (".h5", ".hdf5"):
-        raise ValueError(f"{path} is no data set: expected .h5, .hdf5, .tfrecords or a folder; put a single picture into a folder")
+        raise ValueError(f"{path} is no data set: expected .h5, .hdf5, .npz, .tfrecords or a folder; put a single picture into a folder")
     with open_h5(path) as f: keys = list(f)
+    if {"images", "labels"} <= set(keys): return "shapes3d"
     for key, kind in {"jpeg": "h5_photos", "edited_object": "h5_edits", "image": "h5_scenes", "video": "h5_scenes"}.items():
         if key in keys: return kind
     raise ValueError(f"{path} has none of the datasets 'image', 'video', 'jpeg'; it has: {', '.join(keys) or 'nothing'}")
+
+
+def _recognise_npz(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive: arrays = [Path(name).stem for name in archive.namelist()]
+    if "imgs" in arrays: return "dsprites"
+    if "images" in arrays: return "shapes3d" if "3dshapes" in path.name else "mpi3d"
+    raise ValueError(f"{path} has none of the arrays 'imgs', 'images'; it has: {', '.join(arrays) or 'nothing'}")
 
 
 def _record_layout(path: Path) -> str:
@@ -45,7 +61,10 @@ def _record_layout(path: Path) -> str:
 
 
 def _recognise_folder(path: Path) -> str:
-    "By the first sub-folder that holds pictures"
+    "By its lists or MATLAB files, else by the first sub-folder that holds pictures"
+    if (path / "list_attr_celeba.txt").is_file(): return "celeba"
+    if any(path.glob("smallnorb-*-dat.mat")): return "smallnorb"
+    if any(path.glob("*.mat")) or any(path.glob("cars/*.mat")): return "cars3d"
     for _, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         seen = {p for p in ("CLEVRTEX_*_??????.png", "*_image.png", "*_mask.png", "*.png", "*.jpg") if fnmatch.filter(files, p)}
@@ -85,7 +104,9 @@ def own_split(file: Path, split: str) -> tuple[Path, str]:
 # %% ../../nbs/data/catalog.ipynb #check-options-export
 def check_options(reader: type, options: dict) -> None:
     "ValueError that names an option `reader` does not take, the nearest one that it takes, and all others"
-    known = [p for p in inspect.signature(reader.__init__).parameters if p not in ("self", "path", "size", "split", "n", "seed")]
+    given = {"self", "path", "size", "split", "n", "seed", *getattr(reader, "keywords", ())}  # a preset of a reader has fixed some
+    reader = getattr(reader, "func", reader)
+    known = [p for p in inspect.signature(reader.__init__).parameters if p not in given]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -108,12 +129,17 @@ def open_dataset(
     if str(name) in KINDS and kind is None:
         given = {key: value for key, value in {"size": size, "n": n}.items() if value is not None}
         return Scenes(str(name), split=split, seed=seed, **given, **options)
-    path = _existing(name, list(KINDS))
+    if str(name) in GENERATORS and kind is None and not Path(name).exists():
+        check_options(GENERATORS[str(name)], options)
+        return GENERATORS[str(name)](**({} if size is None else {"size": size}), split=split, n=n, seed=seed, **options)
+    path = _existing(name, [*KINDS, *GENERATORS])
     if kind not in (None, *READERS): raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(READERS)}")
-    inside = sorted(path.iterdir()) if path.is_dir() and kind not in ("images", "clevrtex", "movi") else []
+    whole = kind in ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", *FOLDERS)  # kinds of folders, whatever else lies there
+    inside = sorted(path.iterdir()) if path.is_dir() and not whole else []
     if records := [p for p in inside if ".tfrecord" in p.name]: path = records[0]  # before .h5: its cache may lie beside it
     elif any(p.suffix in (".h5", ".hdf5") for p in inside): path, split = split_file(path, split)
     elif path.suffix in (".h5", ".hdf5"): path, split = own_split(path, split)
+    elif path.is_dir() and len(npz := [p for p in inside if p.suffix == ".npz"]) == 1: path = npz[0]
     kind = kind or recognise(path)
     if kind == "records": options = {"layout": _record_layout(path), **options}
     check_options(READERS[kind], options)
