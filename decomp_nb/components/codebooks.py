@@ -166,11 +166,14 @@ class VQAutoencoder(nn.Module):
         beta: float = 0.25,
         legacy: bool = True,  # order of the codebook loss, see `codebook_loss`
         measure_scale: bool = True,  # save 1 / standard deviation of the latents as scaling factor; False: 1, as published
+        free_steps: int = 0,  # train so many steps without a codebook first, then spread the codes over the latents; 0, as published
     ):
         super().__init__()
         self.vae, self.perceptual_weight, self.beta, self.legacy, self.measure_scale = vae, perceptual_weight, beta, legacy, measure_scale
         self.__dict__["perceptual"] = perceptual  # behind nn.Module's back: never among the weights
+        self.free_steps = free_steps
         self.register_buffer("spread", torch.ones(()))  # running standard deviation of the latents
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def _apply(self, fn, recurse=True):
         if self.perceptual is not None: self.perceptual._apply(fn, recurse)
@@ -185,16 +188,21 @@ class VQAutoencoder(nn.Module):
         "Pictures from codes, the latents before quantisation, and the numbers of the codes"
         z = self.vae.encode(images).latents
         codes, index = quantise(z, self.vae.quantize.embedding.weight)
+        if self.training and self.steps < self.free_steps: codes = z
         return self.vae.decode(codes, force_not_quantize=True).sample, z, index
 
     def forward(self, batch: dict) -> dict:
         "`loss`, and its parts `reconstruction`, `codebook`, `perceptual`; `codes_used`: effective number of codes in this batch (2 to the entropy in bits)"
         images = batch["image"]
+        if self.training and self.free_steps and self.steps == self.free_steps: spread_codes(self.vae, images)
         painted, z, index = self.reconstruct(images)
         codebook = codebook_loss(z, self.vae.quantize.embedding.weight, index, beta=self.beta, legacy=self.legacy)
+        if self.training and self.steps < self.free_steps: codebook = codebook.detach() * 0
         if self.perceptual is None: reconstruction, perceptual = F.mse_loss(painted, images), None
         else: reconstruction, perceptual = (painted - images).abs().mean(), self.perceptual(painted, images).mean()
-        if self.training: self.spread.lerp_(z.detach().float().std(), 0.02)
+        if self.training:
+            self.spread.lerp_(z.detach().float().std(), 0.02)
+            self.steps += 1
         share = torch.bincount(index.flatten(), minlength=1).float() / index.numel()
         parts = {"reconstruction": reconstruction.detach(), "codebook": codebook.detach(), "codes_used": torch.special.entr(share).sum().exp()}
         if perceptual is not None: parts["perceptual"] = perceptual.detach()
@@ -326,12 +334,15 @@ class DVAE(ModelMixin, ConfigMixin):
         end_temperature: float = 0.1,
         cooling_steps: int = 9000,  # training steps over which the temperature falls; published: the first 15 %
         hard: bool = False,  # train with single words instead of mixtures
+        sharpness: float = 1.0,  # factor on the scores' weights at the start; above 1, patches that differ begin with different words (for short trainings)
     ):
         super().__init__()
         self.factor = 4
         self.encoder = nn.Sequential(NormedConv(3, width, 4, 4), *[NormedConv(width, width) for _ in range(6)], _last(width, vocabulary))
         grow = lambda before: [NormedConv(before, width, 3, padding=1), NormedConv(width, width), NormedConv(width, width), NormedConv(width, 4 * width), nn.PixelShuffle(2)]
         self.decoder = nn.Sequential(NormedConv(vocabulary, width), *grow(width), *grow(width), _last(width, 3))
+        if sharpness != 1:
+            with torch.no_grad(): self.encoder[-1].weight.sub_(self.encoder[-1].weight.mean(1, keepdim=True)).mul_(sharpness)  # blind to what all patches share
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     @property

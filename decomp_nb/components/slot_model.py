@@ -20,7 +20,7 @@ from ..core import Decomposer, Factors
 
 # %% auto #0
 __all__ = ['token_mask', 'drop_slots', 'keep_largest', 'merge_duplicates', 'mix_slots', 'swap_slots', 'SlotModel',
-           'DiffusionSlotModel', 'changed']
+           'DiffusionSlotModel', 'changed', 'small_eyes']
 
 # %% ../../nbs/components/slot_model.ipynb #weights-export
 def token_mask(weights: Tensor | None) -> Tensor | None:
@@ -51,7 +51,9 @@ def merge_duplicates(
     factors: Factors,
     above: float = 0.95,  # cosine of two codes from which they are one
 ) -> Factors:
-    "Slots with nearly the same code become one: masks added, codes and weights averaged, the others get weight 0 and an empty mask"
+    """Slots with nearly the same code become one: masks and weights added, codes averaged; the others get weight 0 and an empty mask.
+
+    Weights add up because attention to two equal tokens is attention to one of weight 2: a denoiser paints the same picture."""
     unit = F.normalize(factors.codes.float(), dim=-1)
     same = unit @ unit.mT > above
     same = same | torch.eye(factors.n_factors, dtype=torch.bool, device=same.device)
@@ -59,11 +61,10 @@ def merge_duplicates(
     for _ in range(factors.n_factors): head = head.gather(-1, head)  # chains end at their first link
     group = F.one_hot(head, factors.n_factors).to(factors.codes.dtype)  # (b, slot, head)
     size = group.sum(-2)
-    average = lambda x: (group.mT @ x) / size.clamp_min(1)[..., None]
     old = torch.ones_like(size) if factors.weights is None else factors.weights
     masks = None if factors.masks is None else (group.mT @ factors.masks.flatten(-2).to(group)).unflatten(-1, factors.masks.shape[-2:])
-    codes = torch.where(size[..., None] > 0, average(factors.codes), factors.codes)
-    return Factors(codes, average(old[..., None])[..., 0], masks)
+    codes = torch.where(size[..., None] > 0, (group.mT @ factors.codes) / size.clamp_min(1)[..., None], factors.codes)
+    return Factors(codes, (group.mT @ old[..., None])[..., 0], masks)
 
 # %% ../../nbs/components/slot_model.ipynb #mix-export
 def mix_slots(factors: Factors, *, official: bool = False) -> Factors:
@@ -155,9 +156,9 @@ class SlotModel(Decomposer):
 class DiffusionSlotModel(SlotModel):
     "A slot model whose slots are read by a denoiser: `denoise(…)` builds it, `forward` is its training step"
 
-    def denoise(self, denoiser: nn.Module, scheduler_config: dict | None) -> None:
-        "Take the denoiser (a UNet with cross-attention), build the noise schedule; to be called after `see`"
-        self.denoiser = denoiser
+    def denoise(self, denoiser: nn.Module | None, scheduler_config: dict | None) -> None:
+        "Take the denoiser (a UNet with cross-attention; None where the class has a frozen one), build the noise schedule; to be called after `see`"
+        if denoiser is not None: self.denoiser = denoiser
         self.scheduler = make_scheduler("ddpm", scheduler_config)
         prediction_type_of(self.scheduler)  # refuses what no loss is known for
         want = self.denoiser.config.cross_attention_dim
@@ -240,3 +241,9 @@ def changed(config: dict, changes: dict) -> dict:
     for key, value in changes.items():
         out[key] = {**out[key], **value} if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
+
+# %% ../../nbs/components/slot_model.ipynb #eyes-export
+def small_eyes(image_size: int = 64, n_slots: int = 7, *, stride: int = 2, n_blocks: int = 0) -> dict:
+    "`encoder_config` and `slots_config` of the small presets: a residual encoder, and slots that begin as clusters of colours"
+    return dict(encoder_config=dict(kind="residual", image_size=image_size, channels=64, stride=stride, n_blocks=n_blocks, hidden=16),
+                slots_config=dict(n_slots=n_slots, slot_dim=64, out_dim=64, hidden_dim=128, n_iterations=3, start_as="clusters", position_in="values"))

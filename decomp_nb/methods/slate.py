@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..components.codebooks import DVAE
 from ..components.decoders import TokenWriter
-from ..components.slot_model import SlotModel, changed
+from ..components.slot_model import SlotModel, changed, small_eyes
 from ..core import Factors
 
 # %% auto #0
@@ -34,6 +34,7 @@ class SLATE(SlotModel):
         slot_dropout: float = 0.0,  # chance that training leaves out a slot
         keep_slots: int = 0,  # show the decoder only so many slots, those with the largest masks; 0: all
         merge_above: float = 0.0,  # read slots as one where the cosine of their codes is higher; 0: never
+        zoom: float = 1.0,  # outside training, enlarge pictures this many times for the encoder: finer masks
     ):
         super().__init__()
         self.needs("encoder_config", "slots_config", "writer_config")
@@ -100,14 +101,8 @@ def slate_preset(
         return dict(image_size=128, encoder_config=dict(kind="resnet", image_size=128), writer_config=dict(vocabulary=4096, dim=192, n_layers=8, n_heads=4, dropout=0.1),
                     slots_config=dict(n_slots=n_slots, slot_dim=192, hidden_dim=384, input_dim=192, n_iterations=3, init="learned", position="ends"))
     presets = {
-        "tiny": dict(
-            image_size=32, encoder_config=dict(kind="conv", image_size=32, channels=[32, 32, 32], stride=2, kernel=5, groups=0, activation="relu"),
-            slots_config=dict(n_slots=4, slot_dim=32, hidden_dim=64, n_iterations=3, init="gaussian_per_slot", position="ends"),
-            writer_config=dict(vocabulary=64, dim=48, n_layers=2, n_heads=4, dropout=0.0)),
-        "shapes": dict(
-            image_size=64, encoder_config=dict(kind="conv", image_size=64, channels=[32, 32, 32, 32], stride=2, kernel=5, groups=0, activation="relu"),
-            slots_config=dict(n_slots=7, slot_dim=64, hidden_dim=128, n_iterations=3, init="learned", position="ends"),
-            writer_config=dict(vocabulary=256, dim=64, n_layers=3, n_heads=4, dropout=0.1)),
+        "tiny": dict(image_size=32, **small_eyes(32, 5, stride=1), writer_config=dict(vocabulary=64, dim=48, n_layers=2, n_heads=4, dropout=0.0)),
+        "shapes": dict(image_size=64, zoom=2.0, **small_eyes(64, 7), writer_config=dict(vocabulary=256, dim=64, n_layers=3, n_heads=4, dropout=0.1)),
         "clevrtex": published(11), "celeba": published(4),
     }
     if name not in presets: raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, presets))}")

@@ -1,0 +1,171 @@
+"COCO and VOC readers on small trees in the true layout, written here from the published formats."
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from decomp_nb.data import natural
+from decomp_nb.data.natural import CocoScenes, VocScenes
+
+
+def runs_of(mask):
+    "Run lengths of 0, 1, 0 … down the columns"
+    flat, runs, current = mask.T.flatten().astype(int), [0], 0
+    for v in flat:
+        if v == current: runs[-1] += 1
+        else:
+            runs.append(1)
+            current = v
+    return runs
+
+
+def packed(runs):
+    "COCO's packed text of run lengths"
+    text = ""
+    for i, run in enumerate(runs):
+        value, more = run - (runs[i - 2] if i > 2 else 0), True
+        while more:
+            letter, value = value & 31, value >> 5
+            more = not (value == 0 and not letter & 16 or value == -1 and letter & 16)
+            text += chr(letter + (32 if more else 0) + 48)
+    return text
+
+
+@pytest.fixture
+def coco(tmp_path):
+    "val: picture 3 (two instances, one crowd), picture 5 (nothing); train: picture 8"
+    rng, (h, w) = np.random.default_rng(0), (40, 64)
+    box = np.zeros((h, w), bool); box[10:30, 20:40] = True
+    crowd = np.zeros((h, w), bool); crowd[:8, 50:] = True; crowd[12:16, 22:26] = True
+    for split, ids in (("val", (5, 3)), ("train", (8,))):
+        (tmp_path / f"images/{split}2017").mkdir(parents=True)
+        for i in ids: Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)).save(tmp_path / f"images/{split}2017/{i:012d}.jpg")
+        notes = [dict(id=1, image_id=ids[-1], category_id=90, iscrowd=0, segmentation=[[20, 10, 40, 10, 40, 30, 20, 30]]),
+                 dict(id=2, image_id=ids[-1], category_id=1, iscrowd=0, segmentation=dict(size=[h, w], counts=packed(runs_of(np.roll(box, 8, 1))))),
+                 dict(id=3, image_id=ids[-1], category_id=1, iscrowd=1, segmentation=dict(size=[h, w], counts=runs_of(crowd)))]
+        categories = [dict(id=90, name="toothbrush"), dict(id=1, name="person")]
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(dict(
+            images=[dict(id=i, file_name=f"{i:012d}.jpg", height=h, width=w) for i in ids], annotations=notes, categories=categories)))
+    return tmp_path
+
+
+def test_coco_instances_classes_overlap_and_crowd(coco):
+    data = CocoScenes(coco, 40)
+    assert len(data) == 2 and len(CocoScenes(coco, 40, split="train")) == 1 and data.check() == 2
+    item = data[0]
+    assert item["image_id"] == "000000000003" and item["labels"]["class"].tolist() == [2, 1]  # category 90 is the second of two
+    masks, classes, ignore = (item[k] for k in ("masks", "class_masks", "ignore"))
+    left = 12  # the square's place: 40 of 64 columns
+    assert masks[20, 22 - left] == 1 and masks[20, 42 - left] == 2 and masks[20, 34 - left] == 2  # the later instance covers the earlier
+    assert classes[20, 22 - left] == 2 and classes[20, 42 - left] == 1
+    assert ignore[20, 34 - left] and not ignore[20, 22 - left]  # two claims
+    assert ignore[2, 51 - left] and not ignore[13, 24 - left]  # a crowd is ignored, but not where an instance stands
+    assert masks.dtype == torch.int64 and ignore.dtype == torch.bool and item["image"].shape == (3, 40, 40)
+    empty = data[1]
+    assert empty["masks"].max() == 0 and empty["labels"]["visibility"].sum() == 0
+    batch = torch.utils.data.default_collate([item, empty])
+    assert batch["ignore"].shape == (2, 40, 40)
+
+
+def test_an_instance_outside_the_square_is_not_visible(coco):
+    file = coco / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"] = [[0, 0, 6, 0, 6, 6, 0, 6]]
+    file.write_text(json.dumps(content))
+    assert CocoScenes(coco, 20)[0]["labels"]["visibility"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda c: c.pop("categories"), "no categories"),
+    (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), "three points"),
+    (lambda c: c["annotations"][1]["segmentation"].update(counts=[5]), "cover 5 pixels"),
+    (lambda c: c["annotations"][1]["segmentation"].update(counts="o"), "cut short"),
+])
+def test_damaged_annotations_are_named(coco, change, complaint):
+    file = coco / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=complaint): CocoScenes(coco, 20).check()
+
+
+def test_missing_files_are_named(coco):
+    (coco / "images/val2017/000000000003.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="000000000003"): CocoScenes(coco, 20)[0]
+    (coco / "annotations/instances_val2017.json").write_text("{")
+    with pytest.raises(ValueError, match="instances_val2017"): CocoScenes(coco, 20)
+    (coco / "annotations/instances_val2017.json").unlink()
+    with pytest.raises(FileNotFoundError, match="instances_val2017"): CocoScenes(coco, 20)
+    with pytest.raises(ValueError, match="train"): CocoScenes(coco, 20, split="test")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_run_lengths_come_back(seed):
+    mask = np.random.default_rng(seed).random((13, 17)) < (0.1, 0.5, 0.9, 0.02)[seed]
+    runs = runs_of(mask)
+    assert natural.unpack_runs(packed(runs)) == runs
+    assert (natural.mask_of_runs(runs, 13, 17) == mask).all()
+
+
+def test_polygons_are_united_and_filled_to_the_pixel():
+    mask = natural.mask_of_polygons([[0, 0, 4, 0, 4, 3, 0, 3], [6, 1, 9, 1, 9, 5, 6, 5]], 6, 10)
+    assert mask[:3, :4].all() and mask[1:5, 6:9].all() and mask.sum() == 12 + 12
+
+
+@pytest.fixture(params=["slot_diffusion", "original"])
+def voc(tmp_path, request):
+    "One picture in val with two objects, one in trainaug with classes only; both folder layouts"
+    pictures, lists = ("images", "sets") if request.param == "slot_diffusion" else ("JPEGImages", "ImageSets/Segmentation")
+    for f in (pictures, lists, "SegmentationClass", "SegmentationClassAug", "SegmentationObject"): (tmp_path / f).mkdir(parents=True)
+    objects, classes = np.zeros((50, 30), np.uint8), np.zeros((50, 30), np.uint8)
+    objects[12:20, 5:15], classes[12:20, 5:15] = 1, 15
+    objects[25:35, 12:22], classes[25:35, 12:22] = 2, 7
+    objects[20, 5:15], classes[21, 5:15] = 255, 255
+    for name in ("2007_000001", "2008_000002"):
+        Image.fromarray(np.random.default_rng(1).integers(0, 255, (50, 30, 3), np.uint8)).save(tmp_path / pictures / f"{name}.jpg")
+        for folder, values in (("SegmentationClass", classes), ("SegmentationObject", objects)):
+            if name == "2007_000001": save_palette(values, tmp_path / folder / f"{name}.png")
+        save_palette(classes, tmp_path / "SegmentationClassAug" / f"{name}.png")
+    (tmp_path / lists / "val.txt").write_text("2007_000001\n")
+    (tmp_path / lists / "trainaug.txt").write_text("2008_000002\n")
+    return tmp_path
+
+
+def save_palette(values, path):
+    picture = Image.fromarray(values, "P")
+    picture.putpalette([i % 256 for i in range(768)])
+    picture.save(path)
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+def test_voc_void_of_either_map_is_ignored(voc):
+    data = VocScenes(voc, 30)
+    item = data[0]
+    top = 10
+    assert item["masks"][15 - top, 6] == 1 and item["class_masks"][15 - top, 6] == 15 and item["labels"]["class"][:3].tolist() == [15, 7, 0]
+    for row in (20, 21):  # void in the object map, void in the class map: background in both, and listed
+        assert item["ignore"][row - top, 5:15].all() and item["masks"][row - top, 5:15].max() == item["class_masks"][row - top, 5:15].max() == 0
+    assert item["ignore"].sum() == 20 and data.check() == 1 and item["labels"]["visibility"].sum() == 2
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+def test_voc_training_list_has_classes_only(voc):
+    train = VocScenes(voc, 30, split="train")
+    assert train.split == "trainaug" and set(train[0]) == {"image", "class_masks", "ignore", "image_id"}
+    torch.manual_seed(0)
+    moved = VocScenes(voc, 30, split="train", flip=True, slide=True)
+    seen = [moved[0] for _ in range(8)]
+    assert len({tuple(x["class_masks"].flatten().tolist()) for x in seen}) > 3
+    for x in seen: assert set(x["class_masks"].unique().tolist()) <= {0, 7, 15} and not (x["ignore"] & (x["class_masks"] > 0)).any()
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+def test_voc_names_what_is_wrong(voc):
+    with pytest.raises(ValueError, match="no list test.txt"): VocScenes(voc, 30, split="test")
+    with pytest.raises(ValueError, match="max_objects"): VocScenes(voc, 30, max_objects=1)[0]
+    (voc / "SegmentationObject/2007_000001.png").unlink()
+    with pytest.raises(FileNotFoundError, match="SegmentationObject"): VocScenes(voc, 30)[0]
+    with pytest.raises(FileNotFoundError, match="no VOC folder"): VocScenes(voc / "SegmentationClass")
