@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from .components.codebooks import DVAE, VQLatents, vq_model
 from .components.denoisers import PositionAttention, slot_denoiser
-from .components.encoders import UNetEncoder
+from .components.encoders import UNetEncoder, vit_state
 from .components.slots import SlotAttention, coordinate_grid
 
 # %% auto #0
-__all__ = ['SLOT_KEYS', 'POSITION_KEYS', 'COMPUTED', 'IGNORED', 'LATER', 'WEIGHTS', 'RESIDUAL_KEYS', 'DECOMP_KEYS', 'rename',
-           'check_grid', 'convert_lsd_slot_attention', 'lsd_slots_config', 'official_slots_config',
+__all__ = ['SLOT_KEYS', 'POSITION_KEYS', 'COMPUTED', 'IGNORED', 'LATER', 'WEIGHTS', 'RESIDUAL_KEYS', 'DECOMP_KEYS',
+           'FAMILY_SLOT_KEYS', 'RESNET_KEYS', 'RES_KEYS', 'VQ_KEYS', 'WRITER_KEYS', 'WRITER_PARTS', 'SCHEDULE_BUFFERS',
+           'rename', 'check_grid', 'convert_lsd_slot_attention', 'lsd_slots_config', 'official_slots_config',
            'convert_lsd_encoder', 'convert_lsd_unet', 'unet_level', 'pair', 'effective_config', 'lsd_encoder_config',
            'lsd_denoiser_config', 'read_weights', 'read_official_part', 'load_strict', 'check_positions', 'OfficialLSD',
            'read_official_lsd', 'load_official_lsd', 'save_official_lsd', 'official_config', 'position_kind',
            'read_decomp_state', 'decomp_sizes', 'decomp_places', 'convert_decomp', 'load_official_decomp_diffusion',
-           'decomp_heads', 'save_official_decomp_diffusion']
+           'decomp_heads', 'save_official_decomp_diffusion', 'check_edge_grid', 'take', 'take_slot_attention',
+           'take_encoder', 'convert_resnet', 'family_slots_config', 'count_of', 'family_encoder_config',
+           'ldm_unet_config', 'convert_ldm_unet', 'vq_config', 'convert_vq', 'convert_dvae', 'read_vq', 'read_dvae',
+           'convert_writer', 'convert_broadcast', 'take_schedule', 'load_official_slots', 'read_flat', 'refuse_rest',
+           'keep_with']
 
 # %% ../nbs/convert.ipynb #rename-export
 SLOT_KEYS = {"pos.projection.": "position.", "in_layer_norm.": "input_norm.", "in_mlp.": "input_mlp.", "project_q.": "to_q.", "project_k.": "to_k.",
@@ -462,3 +468,295 @@ def save_official_decomp_diffusion(model, path: str | Path) -> Path:
                                                                     attention_levels=list(unet.get("attention_levels", (1, 2)))))
     torch.save(convert_decomp(model.state_dict(), sizes, decomp_heads(model), to_official=True), path)
     return path
+
+# %% ../nbs/convert.ipynb #slots-keys-export
+FAMILY_SLOT_KEYS = {"init_latents": "slot_mean", "slot_attention.norm_inputs.": "norm_inputs.", "slot_attention.project_q.0.": "norm_slots.", "slot_attention.project_q.1.": "to_q.",
+                    "slot_attention.project_k.": "to_k.", "slot_attention.project_v.": "to_v.", "slot_attention.gru.": "gru.", "slot_attention.mlp.0.": "norm_mlp.",
+                    "slot_attention.mlp.1.": "mlp.0.", "slot_attention.mlp.3.": "mlp.2.", "encoder_pos_embedding.dense.": "position.",
+                    "encoder_out_layer.0.": "input_norm.", "encoder_out_layer.1.": "input_mlp.0.", "encoder_out_layer.3.": "input_mlp.2."}
+RESNET_KEYS = {"conv1.": "stem.0.", "bn1.": "stem.1.", **{f"layer{i + 1}.": f"stages.{i}." for i in range(4)}}
+
+
+def check_edge_grid(name: str, stored: Tensor) -> None:
+    "The stored grid `(1, h, w, 4)` must be the one from edge to edge that we compute"
+    ours = coordinate_grid(*stored.shape[1:3], ends=True)[None]
+    if stored.shape != ours.shape or not torch.allclose(stored.float(), ours, atol=1e-3):
+        raise ValueError(f"{name} is not the grid (row, column, 1−row, 1−column) from 0 to 1: these weights mean other positions")
+
+
+def take(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    "Remove from `state` what begins with one of `names`, and return it renamed"
+    return {rename(k, names): state.pop(k) for k in list(state) if any(k.startswith(old) for old in names)}
+
+
+def take_slot_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Remove slot attention, with what lies between encoder and slots, from an official state dict; in our names"
+    if "encoder_pos_embedding.grid" in state: check_edge_grid("encoder_pos_embedding.grid", state.pop("encoder_pos_embedding.grid"))
+    return take(state, FAMILY_SLOT_KEYS)
+
+
+def take_encoder(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Remove the encoder (CNN, ResNet or DINO) from an official state dict; in our names"
+    inside = {k.removeprefix("encoder."): state.pop(k) for k in list(state) if k.startswith("encoder.")}
+    if "conv1.weight" in inside: return convert_resnet(inside)
+    if any(k.startswith("dino.") for k in inside): return {f"vit.{k}": v for k, v in vit_state(inside, "dino.").items()}
+    return {f"layers.{2 * int(k.split('.')[0])}.{k.split('.')[-1]}": v for k, v in inside.items()}
+
+
+def convert_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "State dict of the official group-norm ResNet → `ResNetEncoder`"
+    inner = lambda k: k.replace(".bn1.", ".norm1.").replace(".bn2.", ".norm2.").replace(".downsample.", ".shortcut.")
+    return {rename(inner(k), RESNET_KEYS): v for k, v in state.items()}
+
+# %% ../nbs/convert.ipynb #slots-config-export2
+def family_slots_config(state: dict[str, Tensor], n_iterations: int = 3) -> dict:
+    "Arguments of `SlotAttention` behind `in_dim`, read off an official state dict; iterations leave no trace there"
+    _, n_slots, slot_dim = state["init_latents"].shape
+    return dict(n_slots=n_slots, slot_dim=slot_dim, hidden_dim=len(state["slot_attention.mlp.1.weight"]), input_dim=len(state["encoder_out_layer.3.weight"]),
+                n_iterations=n_iterations, init="learned", position="ends")
+
+
+def count_of(state: dict[str, Tensor], prefix: str) -> int:
+    "How many numbered parts `prefix0.`, `prefix1.` … a state dict has"
+    n = 0
+    while any(k.startswith(f"{prefix}{n}.") for k in state): n += 1
+    return n
+
+
+def family_encoder_config(state: dict[str, Tensor], image_size: int | None = None) -> dict:
+    "Config of `build_encoder`, read off an official state dict; without `image_size` the published resolution"
+    side = state["encoder_pos_embedding.grid"].shape[1]
+    if "encoder.conv1.weight" in state:
+        stages = max(i for i in range(1, 5) if f"encoder.layer{i}.0.conv1.weight" in state)
+        size = image_size or side * 2 ** (stages - 1)
+        halvings = (size // side).bit_length() - 1  # the others dilate; the official lists are dilated from the back
+        return dict(kind="resnet", image_size=size, blocks=[count_of(state, f"encoder.layer{i}.") for i in range(1, stages + 1)], dilate=[i >= halvings for i in range(stages - 1)])
+    if "encoder.dino.embeddings.cls_token" in state:
+        patches, table = state["encoder.dino.embeddings.patch_embeddings.projection.weight"], state["encoder.dino.embeddings.position_embeddings"]
+        hidden, patch = patches.shape[0], patches.shape[-1]
+        old = "encoder.dino.encoder.layer." if any("encoder.layer." in k for k in state) else "encoder.dino.layers."
+        wide = len(state[f"{old}0.intermediate.dense.weight" if "encoder.layer" in old else f"{old}0.mlp.fc1.weight"])
+        vit = dict(hidden_size=hidden, num_hidden_layers=count_of(state, old), num_attention_heads=max(hidden // 64, 1), intermediate_size=wide, patch_size=patch,
+                   image_size=round((table.shape[1] - 1) ** 0.5) * patch)
+        return dict(kind="vit", image_size=image_size or side * patch, vit_config=vit, frozen=True, normalisation="half")
+    channels = [len(state[f"encoder.{i}.0.weight"]) for i in range(count_of(state, "encoder."))]
+    size = image_size or (side if side < 64 else 2 * side)
+    return dict(kind="conv", image_size=size, channels=channels, stride=size // side, kernel=state["encoder.0.0.weight"].shape[-1], groups=0, activation="relu")
+
+# %% ../nbs/convert.ipynb #slots-unet-export
+RES_KEYS = {"in_layers.0.": "norm1.", "in_layers.2.": "conv1.", "emb_layers.1.": "time_emb_proj.", "out_layers.0.": "norm2.", "out_layers.3.": "conv2.", "skip_connection.": "conv_shortcut."}
+
+
+def ldm_unet_config(state: dict[str, Tensor], sample_size: int, head_dim: int = 32, dropout: float = 0.1) -> dict:
+    "Config of `slot_denoiser` for the UNet of latent diffusion, read off its state dict; `head_dim` and `dropout` leave no trace there"
+    channels, attends, layers, n = [], [], 0, count_of(state, "input_blocks.")
+    for i in range(1, n):
+        if f"input_blocks.{i}.0.op.weight" in state: continue
+        if f"input_blocks.{i - 1}.0.op.weight" in state or i == 1:
+            channels.append(len(state[f"input_blocks.{i}.0.in_layers.2.weight"]))
+            attends.append(f"input_blocks.{i}.1.norm.weight" in state)
+        layers += len(channels) == 1
+    from decomp_nb.methods.slot_diffusion import slot_diffusion_denoiser
+    width = next(v.shape[1] for k, v in state.items() if k.endswith("attn2.to_k.weight"))
+    return slot_diffusion_denoiser(sample_size, slot_dim=width, channels=tuple(channels), layers_per_block=layers, head_dim=head_dim, dropout=dropout,
+                                   in_channels=state["input_blocks.0.0.weight"].shape[1], attention_levels=tuple(i for i, a in enumerate(attends) if a))
+
+
+def convert_ldm_unet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "State dict of latent diffusion's UNet → diffusers' `UNet2DConditionModel`"
+    n_in = count_of(state, "input_blocks.")
+    down = [i for i in range(n_in) if f"input_blocks.{i}.0.op.weight" in state]
+    layers = (down[0] if down else n_in) - 1
+    per_level, out = layers + 1, {}
+    plain = {"time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.", "input_blocks.0.0.": "conv_in.", "out.0.": "conv_norm_out.", "out.2.": "conv_out.",
+             "middle_block.1.": "mid_block.attentions.0."}
+
+    def place(key: str) -> str:
+        for old, new in plain.items():
+            if key.startswith(old): return new + key[len(old):]
+        where, i, j, rest = key.split(".", 3)
+        if where == "middle_block": return f"mid_block.resnets.{int(i) // 2}." + rename(f"{j}.{rest}", RES_KEYS)
+        if where == "input_blocks":
+            level, r = divmod(int(i) - 1, per_level)
+            if rest.startswith("op."): return f"down_blocks.{level}.downsamplers.0.conv." + rest[3:]
+            return f"down_blocks.{level}." + (f"resnets.{r}." + rename(rest, RES_KEYS) if j == "0" else f"attentions.{r}." + rest)
+        level, r = divmod(int(i), per_level)
+        if rest.startswith("conv."): return f"up_blocks.{level}.upsamplers.0." + rest
+        return f"up_blocks.{level}." + (f"resnets.{r}." + rename(rest, RES_KEYS) if j == "0" else f"attentions.{r}." + rest)
+    for key, value in state.items(): out[place(key)] = value
+    return out
+
+# %% ../nbs/convert.ipynb #slots-vq-export
+VQ_KEYS = {"mid.block_1.": "mid_block.resnets.0.", "mid.block_2.": "mid_block.resnets.1.", "mid.attn_1.norm.": "mid_block.attentions.0.group_norm.", "mid.attn_1.q.": "mid_block.attentions.0.to_q.",
+           "mid.attn_1.k.": "mid_block.attentions.0.to_k.", "mid.attn_1.v.": "mid_block.attentions.0.to_v.", "mid.attn_1.proj_out.": "mid_block.attentions.0.to_out.0.", "norm_out.": "conv_norm_out."}
+
+
+def vq_config(state: dict[str, Tensor]) -> dict:
+    "Arguments of `vq_model`, read off the state dict of an official VQ-VAE"
+    levels, width = count_of(state, "encoder.down."), len(state["encoder.conv_in.weight"])
+    n_codes, dim = state["quantize.embedding.weight"].shape
+    return dict(factor=2 ** (levels - 1), width=width, multipliers=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // width for i in range(levels)),
+                layers_per_block=count_of(state, "encoder.down.0.block."), n_codes=n_codes, code_dim=dim, groups=32, attention="encoder.mid.attn_1.q.weight" in state)
+
+
+def convert_vq(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "State dict of the official VQ-VAE → diffusers' `VQModel`; the perceptual loss's network is dropped"
+    levels, out = count_of(state, "encoder.down."), {}
+    for key, value in state.items():
+        if key.startswith("loss."): continue
+        side, _, rest = key.partition(".")
+        if side in ("encoder", "decoder"):
+            rest = rename(rest, VQ_KEYS)
+            if rest.startswith(("down.", "up.")):
+                way, level, part = rest.split(".", 2)
+                part = part.replace("block.", "resnets.", 1) if part.startswith("block.") else part.replace("downsample.", "downsamplers.0.").replace("upsample.", "upsamplers.0.")
+                rest = f"{way}_blocks.{int(level) if way == 'down' else levels - 1 - int(level)}.{part}"
+            rest = rest.replace("nin_shortcut.", "conv_shortcut.")
+            if "attentions.0.to_" in rest and value.ndim == 4: value = value[:, :, 0, 0]
+            key = f"{side}.{rest}"
+        out[key] = value
+    return out
+
+
+def convert_dvae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "State dict of the official discrete VAE → `DVAE`"
+    blocks = {k.rsplit(".m.", 1)[0] for k in state if k.endswith(".m.weight")}
+
+    def place(key: str) -> str:
+        base, _, last = key.rpartition(".")
+        return f"{base.removesuffix('.m')}.conv.{last}" if base.endswith(".m") else f"{base}.norm.{last}" if base in blocks else key
+    return {place(k): v for k, v in state.items()} | {"steps": torch.zeros((), dtype=torch.long)}
+
+
+def read_vq(state: dict[str, Tensor], z_scale: float = 1.0):
+    "Diffusers' `VQModel` with the weights of an official VQ-VAE"
+    model = load_strict(vq_model(**vq_config(state)), convert_vq(state), "the VQ-VAE").eval()
+    model.register_to_config(scaling_factor=1 / z_scale)
+    return model
+
+
+def read_dvae(state: dict[str, Tensor]) -> DVAE:
+    "`DVAE` with the weights of an official discrete VAE"
+    model = DVAE(vocabulary=len(state["encoder.7.weight"]), width=len(state["encoder.0.weight"]))
+    return load_strict(model, convert_dvae(state), "the discrete VAE").eval()
+
+# %% ../nbs/convert.ipynb #slots-writer-export
+WRITER_KEYS = {"in_proj.": "read_slots.", "tok_emb.": "words.", "pos_emb.pe": "places", "tf_dec.layer_norm.": "norm.", "tf_dec.blocks.": "blocks."}
+WRITER_PARTS = {".encoder_decoder_attn_layer_norm.": ".norm_slots.", ".self_attn_layer_norm.": ".norm_self.", ".ffn_layer_norm.": ".norm_mlp.", ".encoder_decoder_attn.": ".over_slots.", ".self_attn.": ".over_words.",
+                ".proj_q.": ".to_q.", ".proj_k.": ".to_k.", ".proj_v.": ".to_v.", ".proj_o.": ".to_out.", ".ffn.": ".mlp."}
+
+
+def convert_writer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "State dict of SLATE's transformer decoder → `TokenWriter`; the stored causal masks are dropped"
+    out = {}
+    for key, value in state.items():
+        if key.endswith(".self_attn_mask"): continue
+        for old, new in WRITER_PARTS.items(): key = key.replace(old, new)
+        out[rename(key, WRITER_KEYS)] = value
+    return out
+
+
+def convert_broadcast(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "State dict of the official spatial broadcast decoder (`decoder.*`, `decoder_pos_embedding.*`) → `BroadcastDecoder`"
+    out = {}
+    for key, value in state.items():
+        if key.endswith(".grid"): check_edge_grid(key, value); continue
+        if key.startswith("decoder_pos_embedding."): out[key.replace("decoder_pos_embedding.dense.", "position.")] = value; continue
+        _, i, *rest = key.split(".")
+        out[f"layers.{2 * int(i)}.{rest[-1]}"] = value
+    return out
+
+# %% ../nbs/convert.ipynb #slots-schedule-export
+SCHEDULE_BUFFERS = ("betas", "alphas_bar", "alphas_bar_prev", "sqrt_alphas_bar", "sqrt_one_minus_alphas_bar", "log_one_minus_alphas_bar", "sqrt_recip_alphas_bar", "sqrt_recipm1_alphas_bar",
+                    "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
+
+
+def take_schedule(state: dict[str, Tensor], prefix: str = "dm_decoder.", prediction_type: str = "epsilon") -> dict:
+    "Remove the stored noise schedule; as a scheduler config that reproduces it"
+    found = {name: state.pop(prefix + name) for name in SCHEDULE_BUFFERS if prefix + name in state}
+    if "betas" not in found: raise ValueError(f"no {prefix}betas in the weights: which noise the denoiser was trained on is unknown")
+    betas = found["betas"].double()
+    config = dict(num_train_timesteps=len(betas), prediction_type=prediction_type, clip_sample=False, variance_type="fixed_small")
+    start, end = float(f"{betas[0].item():.6g}"), float(f"{betas[-1].item():.6g}")
+    if torch.allclose(torch.linspace(start ** 0.5, end ** 0.5, len(betas), dtype=torch.float64) ** 2, betas, rtol=1e-4):
+        return config | dict(beta_start=start, beta_end=end, beta_schedule="scaled_linear")
+    return config | dict(trained_betas=betas.tolist())
+
+# %% ../nbs/convert.ipynb #slots-load-export
+def load_official_slots(
+    path: str | Path,  # `.pth` (or safetensors) of an image model: SlotDiffusion, SLATE, Slot Attention, VQ-VAE or discrete VAE
+    *,
+    image_size: int | None = None,  # None: as published for such shapes
+    n_iterations: int = 3,  # of slot attention
+    n_heads: int = 4,  # of SLATE's transformer
+    head_dim: int = 32,  # of the UNet's attention
+    prediction_type: str = "epsilon",  # what the UNet was trained to say
+    z_scale: float = 1.0,  # official `z_scale_factor`
+):
+    "The model with official weights: `SlotDiffusion`, `SLATE` or `SlotAttentionAE` with the frozen autoencoder it came with, a diffusers `VQModel`, or a `DVAE`"
+    state = read_flat(path)
+    if any(k.startswith(("predictor.", "rollouter.")) for k in state): raise ValueError(f"{path} holds a video model (it has a predictor): only image models are read")
+    if "init_latents" not in state:
+        if "quantize.embedding.weight" in state: return read_vq(state, z_scale)
+        if "encoder.0.m.weight" in state: return read_dvae(state)
+        raise ValueError(f"{path} holds no model of this family: neither slots (init_latents), nor a codebook (quantize.embedding.weight), nor a discrete VAE (encoder.0.m.weight)")
+    common = dict(encoder_config=family_encoder_config(state, image_size), slots_config=family_slots_config(state, n_iterations))
+    common["image_size"] = common["encoder_config"]["image_size"]
+    seeing = {f"slot_attention.{k}": v for k, v in take_slot_attention(state).items()} | {f"encoder.{k}": v for k, v in take_encoder(state).items()}
+    below = lambda prefix: {k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(prefix)}
+    if any(k.startswith("dm_decoder.") for k in state):
+        from decomp_nb.methods.slot_diffusion import SlotDiffusion
+        scheduler = take_schedule(state, prediction_type=prediction_type)
+        vq, unet, _ = below("dm_decoder.vae.vqvae."), below("dm_decoder.model.diffusion_model."), below("dm_decoder.model_ema.")
+        factor = vq_config(vq)["factor"]
+        model = SlotDiffusion(**common, scheduler_config=scheduler, denoiser_config=ldm_unet_config(unet, common["image_size"] // factor, head_dim))
+        load_strict(model, refuse_rest(state, path) | seeing | {f"denoiser.{k}": v for k, v in convert_ldm_unet(unet).items()}, str(path))
+        model.stand_on(VQLatents(read_vq(vq, z_scale)))
+    elif any(k.startswith("trans_decoder.") for k in state):
+        from decomp_nb.methods.slate import SLATE
+        words, dvae = convert_writer(below("trans_decoder.")), below("dvae.")
+        size = dict(vocabulary=len(words["head.weight"]), dim=words["places"].shape[-1], n_layers=count_of(words, "blocks."), n_heads=n_heads)
+        model = SLATE(**common, writer_config=size)
+        load_strict(model, refuse_rest(state, path) | seeing | {f"writer.{k}": v for k, v in words.items()}, str(path))
+        if dvae: model.stand_on(read_dvae(dvae))
+    else:
+        from decomp_nb.methods.slot_attention_ae import SlotAttentionAE
+        grid = state.get("decoder_pos_embedding.grid")
+        if grid is None: raise ValueError(f"{path} has slots but no decoder that we know: neither dm_decoder., trans_decoder., nor decoder_pos_embedding.")
+        layers = {k: state.pop(k) for k in list(state) if k.startswith(("decoder.", "decoder_pos_embedding."))}
+        painting = convert_broadcast(layers)
+        n = count_of(layers, "decoder.") - 1
+        decoder = dict(channels=[painting[f"layers.{2 * i}.weight"].shape[1] for i in range(n)], start=grid.shape[1], kernel=painting["layers.0.weight"].shape[-1])
+        model = SlotAttentionAE(**common, decoder_config=decoder)
+        load_strict(model, refuse_rest(state, path) | seeing | {f"decoder.{k}": v for k, v in painting.items()}, str(path))
+    return model.eval()
+
+
+def read_flat(path: str | Path) -> dict[str, Tensor]:
+    "The tensors of a `.pth` file, also where they lie under `state_dict`, in float32; never unpickles anything else"
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"no weight file {path}")
+    state = read_weights(path)
+    state = state.get("state_dict", state)
+    wrong = [k for k, v in state.items() if not isinstance(v, Tensor)] if isinstance(state, dict) else ["(no dict)"]
+    if wrong: raise ValueError(f"{path} is no state dict: {', '.join(map(str, wrong[:4]))} hold no tensors")
+    return {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in state.items()}
+
+
+def refuse_rest(state: dict[str, Tensor], path: str | Path) -> dict:
+    "An empty dict, if every tensor found its place"
+    if state: raise ValueError(f"{path}: left over: {', '.join(sorted(state)[:8])}{f' and {len(state) - 8} more' if len(state) > 8 else ''}")
+    return {}
+
+# %% ../nbs/convert.ipynb #slots-save-export
+def keep_with(model, folder: str | Path) -> Path:
+    "Save a method and its frozen autoencoder (sub-folder vae/ or dvae/) into one folder that loads by itself"
+    folder, stands_on = Path(folder), model.foundations()
+    if "dvae" in stands_on:
+        model.register_to_config(dvae_path="dvae")
+        stands_on["dvae"].save_pretrained(folder / "dvae")
+    elif hasattr(stands_on.get("latents"), "vae"):
+        model.register_to_config(latents_path="vae")
+        stands_on["latents"].vae.save_pretrained(folder / "vae")
+    model.save_pretrained(folder)
+    return folder
