@@ -4,13 +4,17 @@ __version__ = "0.0.1"
 _homes = {
     "core": "Factors Decomposer recombine interpolate load_decomposer shipped",
     "methods.lsd": "LSD StableLSD",
+    "methods.decomp_diffusion": "DecompDiffusion",
+    "methods.slot_diffusion": "SlotDiffusion",
+    "methods.slate": "SLATE",
+    "methods.slot_attention_ae": "SlotAttentionAE",
     "training.trainer": "Trainer Run",
     "training.config": "TrainConfig",
     "data.catalog": "open_dataset",
     "data.scenes": "Scenes",
     "viz.pictures": "show grid overlay strip",
     "viz.mixer": "mixer",
-    "convert": "load_official_lsd save_official_lsd",
+    "convert": "load_official_lsd save_official_lsd load_official_decomp_diffusion save_official_decomp_diffusion",
 }
 _home_of = {name: home for home, names in _homes.items() for name in names.split()}
 __all__ = sorted(_home_of)

@@ -7,7 +7,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from decomp_nb.components.text import quiet, tiny_pipeline
 from decomp_nb.core import Factors, load_decomposer
-from decomp_nb.methods.lsd import LSD, StableLSD, changed_region, drop_slots, lsd_preset, repaint
+from decomp_nb.components.slot_model import drop_slots
+from decomp_nb.methods.lsd import LSD, StableLSD, changed_region, lsd_preset, repaint
 
 
 @pytest.fixture
@@ -60,6 +61,17 @@ def test_every_slot_order_gives_the_same_picture(tiny):
     x, t = noise_and_time(tiny)
     f = Factors(torch.randn(2, 4, 16))
     torch.testing.assert_close(tiny.predict(x, t, f), tiny.predict(x, t, f.pick([2, 0, 3, 1])), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_enlarged_pictures_give_finer_masks_but_only_outside_training(tiny):
+    torch.manual_seed(0)
+    twice = LSD(**lsd_preset("tiny", null_dropout=0.1, zoom=2.0)).eval()
+    x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 16)
+    plain, fine = tiny.encode(x, noise=noise), twice.encode(x, noise=noise)
+    assert plain.masks.shape == (2, 4, 8, 8) and fine.masks.shape == (2, 4, 16, 16)
+    for one, other in ((twice.encode(x, noise=noise, zoom=1), plain), (twice.train().encode(x, noise=noise), plain), (tiny.encode(x, noise=noise, zoom=2.0), fine)):
+        torch.testing.assert_close(one.codes, other.codes)
 
 
 @torch.no_grad()

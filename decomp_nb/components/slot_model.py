@@ -149,7 +149,7 @@ class SlotModel(Decomposer):
     def thin(self, factors: Factors) -> Factors:
         "What the decoder is shown of the set: `merge_above` and `keep_slots` always, `slot_dropout` while training; options that a config lacks are off"
         if self.config.get("merge_above"): factors = merge_duplicates(factors, self.config.merge_above)
-        if self.config.get("keep_slots"): factors = keep_largest(factors, self.config.keep_slots)
+        if self.config.get("keep_slots") and factors.masks is not None: factors = keep_largest(factors, self.config.keep_slots)
         return drop_slots(factors, self.config.get("slot_dropout", 0.0)) if self.training else factors
 
 # %% ../../nbs/components/slot_model.ipynb #painting-export

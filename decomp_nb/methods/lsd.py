@@ -13,35 +13,17 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..components.denoisers import denoiser_config, load_unet, slot_denoiser
-from ..components.diffusion import (diffusion_loss, diffusion_target, make_scheduler, min_snr_weight, noise_at, offset_noise, prediction_type_of,
-                                            sample_timesteps)
-from ..components.encoders import build_encoder
+from ..components.diffusion import make_scheduler, noise_at
 from ..components.latents import build_latents
-from ..components.slots import SlotAttention, empty_slot_rate, masks_from_attention, slot_cosine, slot_entropy
+from ..components.slot_model import DiffusionSlotModel, changed, merge_duplicates
 from ..components.text import PromptEncoder
 from ..core import Decomposer, Factors
 
 # %% auto #0
-__all__ = ['token_mask', 'drop_slots', 'LSD', 'lsd_preset', 'background_slot', 'largest_slot', 'changed_region', 'repaint',
-           'scheduler_of', 'StableLSD']
-
-# %% ../../nbs/methods/lsd.ipynb #weights-export
-def token_mask(weights: Tensor | None) -> Tensor | None:
-    """Weights `(b,k)` of a set as the `encoder_attention_mask` of a diffusers UNet, so that attention shares are multiplied by them.
-
-    diffusers adds (1 − mask) · −10⁴ to the logits; the mask 1 + log(w) / 10⁴ makes that log(w): weight 0 removes a token, 1 changes nothing, 2 counts it twice."""
-    return None if weights is None else 1 + weights.float().clamp_min(0).log().clamp_min(-1e4) / 1e4
-
-# %% ../../nbs/methods/lsd.ipynb #drop-export
-def drop_slots(factors: Factors, rate: float, generator: torch.Generator | None = None) -> Factors:
-    "Leave out each slot with chance `rate` (weight 0: nobody reads the token), but never all slots of a picture"
-    if not rate: return factors
-    chance = torch.rand(factors.codes.shape[:-1], generator=generator, device=factors.codes.device)
-    kept = (chance >= rate) | (chance == chance.amax(-1, keepdim=True))
-    return factors * kept.to(factors.codes.dtype)
+__all__ = ['LSD', 'lsd_preset', 'background_slot', 'largest_slot', 'changed_region', 'repaint', 'scheduler_of', 'StableLSD']
 
 # %% ../../nbs/methods/lsd.ipynb #lsd-export
-class LSD(Decomposer):
+class LSD(DiffusionSlotModel):
     "Latent Slot Diffusion: encoder → slot attention → a denoiser that cross-attends to the slots (Jiang et al., NeurIPS 2023)"
     @register_to_config
     def __init__(
@@ -59,123 +41,30 @@ class LSD(Decomposer):
         offset_noise: float = 0.0,  # strength of the noise shared by a whole channel; 0 = off
         slot_dropout: float = 0.0,  # chance that training leaves out a slot
         null_dropout: float = 0.0,  # chance that training leaves out the whole set, for classifier-free guidance
-        zoom: float = 1.0,  # outside training, enlarge pictures this many times for the encoder: finer masks, see `encode`
+        zoom: float = 1.0,  # outside training, enlarge pictures this many times for the encoder: finer masks
+        merge_twins: float = 0.0,  # outside training, slots whose codes have a cosine above this are read as one; 0 = never
     ):
         super().__init__()
-        missing = [k for k in ("encoder_config", "slots_config", "denoiser_config") if getattr(self.config, k) is None]
-        if missing: raise ValueError(f"{', '.join(missing)}: not given; start from a preset, LSD(**lsd_preset('shapes'))")
-        self._schedule(scheduler_config)
-        self.encoder = build_encoder(encoder_config)
-        self.slot_attention = SlotAttention(self.encoder.out_channels, **slots_config)
-        self.denoiser = slot_denoiser(denoiser_config)
-        self._check_widths()
-        self.null_code = nn.Parameter(torch.zeros(1, 1, self.factor_dim)) if null_dropout else None
-
-    def _schedule(self, config: dict | None) -> None:
-        "The noise schedule of training, and the solver that draws pictures (DPM-Solver++, starting from pure noise)"
-        self.scheduler = make_scheduler("ddpm", config)
-        prediction_type_of(self.scheduler)  # refuses what no loss is known for
-        self.sampler = make_scheduler("dpm", self.scheduler, timestep_spacing="trailing")
-
-    def _check_widths(self) -> None:
-        want = self.denoiser.config.cross_attention_dim
-        if want != self.factor_dim: raise ValueError(f"slots_config: the slots are {self.factor_dim} wide (out_dim or slot_dim), but the denoiser's cross_attention_dim is {want}")
-        if self.encoder.image_size != self.config.image_size:
-            raise ValueError(f"image_size={self.config.image_size}, but encoder_config says image_size={self.encoder.image_size}")
+        self.needs("encoder_config", "slots_config", "denoiser_config")
+        self.see(encoder_config, slots_config)
+        self.denoise(slot_denoiser(denoiser_config), scheduler_config)
 
     @property
-    def factor_dim(self) -> int:
-        "Width of a slot as the denoiser reads it"
-        return self.config.slots_config.get("out_dim") or self.slot_attention.slot_dim
-
-    @property
-    def n_factors(self) -> int:
-        "Number of slots"
-        return self.slot_attention.n_slots
-
-    @property
-    def latents(self) -> nn.Module:
-        "The space of the denoiser, built at first use: pixels, patches, or a frozen autoencoder"
-        if "latents" not in self.foundations():
-            space = build_latents(**self._space(), base=self.config.get("_name_or_path"))
-            shape, want = space.shape(self.config.image_size), (self.denoiser.config.in_channels, self.denoiser.config.sample_size)
-            if shape[:2] != want:
-                raise ValueError(f"the latents of a {self.config.image_size}-pixel picture are {shape}, but the denoiser was built for {want[0]} channels of side {want[1]}: "
-                                 "change denoiser_config (in_channels, sample_size), latents_path or patch_size")
-            self.foundations()["latents"] = space.to(next(self.parameters()).device)
-        return self.foundations()["latents"]
-
-    def _space(self) -> dict: return dict(path=self.config.latents_path, patch=self.config.patch_size)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(c,h,w)` of x_t"
-        return self.latents.shape(self.config.image_size)
+    def sampler(self):
+        "The solver that draws pictures: DPM-Solver++, starting from pure noise"
+        return make_scheduler("dpm", self.scheduler, timestep_spacing="trailing")
 
     def encode(
         self,
         images: Tensor,  # `(b,3,h,w)` in [−1,1], or clips `(b,t,3,h,w)`, whose slots are carried from frame to frame
         *,
-        noise: Tensor | None = None,  # `(b,k,d)`, the start of the slots; share it between pictures to give slot i the same role
-        generator: torch.Generator | None = None,
-        raw: bool = False,  # codes before the output projection: what property probes read
-        zoom: float | None = None,  # enlarge the pictures this many times first; None: 1 while training, else the model's `zoom`
-        **slot_options,  # n_slots, n_iterations, slot_mask … of `SlotAttention`
+        merge_twins: float | None = None,  # cosine above which slots become one (`merge_duplicates`), 0 = never; None: never while training, else the model's
+        **options,  # of `SlotModel.encode`: noise, generator, raw, zoom …, and of `SlotAttention`: n_slots, n_iterations …
     ) -> Factors:
         "Slots `(b,k,d)` and the pixels each of them won"
-        zoom = (1.0 if self.training else self.config.get("zoom", 1.0)) if zoom is None else zoom
-        pictures = images.flatten(0, -4)
-        if zoom != 1: pictures = F.interpolate(pictures, scale_factor=zoom, mode="bilinear", align_corners=False)
-        features = self.encoder(pictures)
-        grid = features.shape[-2:]
-        if images.ndim == 5: features = features.unflatten(0, images.shape[:2])
-        found = self.slot_attention(features, noise=noise, generator=generator, **slot_options)
-        return Factors(found.slots if raw else found.out, None, masks_from_attention(found.attention, grid=grid))
-
-    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "One call of the denoiser that reads all slots; as many slots as there are, so a dropped one is simply not in the sequence"
-        return self.denoiser(x_t, t, encoder_hidden_states=factors.codes.to(x_t.dtype), encoder_attention_mask=token_mask(factors.weights)).sample
-
-    def forward(self, batch: dict) -> dict:
-        """One training step: mean squared error of the denoiser's answer (LSD, eq. 5).
-
-        Reads `image`, or also `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `slot_noise`, `latent_noise` replace random draws."""
-        config = self.config
-        x0 = self.latents.from_batch(batch)
-        noise = batch["noise"] if "noise" in batch else offset_noise(torch.randn_like(x0), config.offset_noise) if config.offset_noise else torch.randn_like(x0)
-        t = batch["timesteps"] if "timesteps" in batch else sample_timesteps(
-            len(x0), self.scheduler, how=config.timestep_sampling, strength=config.timestep_strength, device=x0.device)
-        factors = self.encode(batch["image"], noise=batch.get("slot_noise"))
-        if self.training: factors = self._leave_out(factors)
-        answer = self.predict(noise_at(self.scheduler, x0, noise, t), t, factors)
-        weight = min_snr_weight(self.scheduler, t, config.min_snr_gamma) if config.min_snr_gamma else None
-        return {"loss": diffusion_loss(answer, diffusion_target(self.scheduler, x0, noise, t), weight)}
-
-    def _leave_out(self, factors: Factors) -> Factors:
-        "Training only: random slots (`slot_dropout`), or the whole set (`null_dropout`), are not shown to the denoiser"
-        factors = drop_slots(factors, self.config.slot_dropout)
-        if not self.config.null_dropout: return factors
-        none = torch.rand(len(factors.codes), 1, 1, device=factors.codes.device) < self.config.null_dropout
-        return factors._replace(codes=torch.where(none, self.null_factors(factors).codes.to(factors.codes.dtype), factors.codes))
-
-    def null_factors(self, factors: Factors) -> Factors:
-        "k copies of one learned token: to an attention layer the same as a single token"
-        if self.null_code is None: return super().null_factors(factors)
-        return factors._replace(codes=self.null_code.expand_as(factors.codes))
-
-    @torch.no_grad()
-    def diagnostics(self, batch: dict) -> dict[str, float]:
-        "Early signs of collapse: `slot_entropy` (1 = every slot shares every pixel), `slot_cosine` (1 = all slots alike), `empty_slots` (share that won nothing)"
-        found = self.slot_attention(self.encoder(batch["image"]), noise=batch.get("slot_noise"))
-        return {"slot_entropy": slot_entropy(found.attention).mean().item(), "slot_cosine": slot_cosine(found.slots).mean().item(),
-                "empty_slots": empty_slot_rate(found.attention).mean().item()}
-
-    def parameter_groups(self) -> list[dict]:
-        "Two groups, so that `encoder_lr_scale` can slow the encoder side down: {encoder, slot attention} and the denoiser"
-        seeing = [*self.encoder.parameters(), *self.slot_attention.parameters()]
-        rest = [p for p in self.parameters() if all(p is not q for q in seeing)]
-        groups = [{"name": "encoder", "params": seeing}, {"name": "denoiser", "params": rest}]
-        return [g | {"params": kept, "lr_scale": 1.0} for g in groups if (kept := [p for p in g["params"] if p.requires_grad])]
+        factors = super().encode(images, **options)
+        above = (0.0 if self.training else self.config.get("merge_twins", 0.0)) if merge_twins is None else merge_twins
+        return merge_duplicates(factors, above) if above and images.ndim == 4 else factors
 
 # %% ../../nbs/methods/lsd.ipynb #preset-export
 def lsd_preset(
@@ -184,16 +73,16 @@ def lsd_preset(
 ) -> dict:
     "Arguments of `LSD` for a known setting"
     small_schedule = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
-    def clustered(image_size: int, n_slots: int, patch: int, n_blocks: int, width: int) -> dict:  # all weights start so that the slots cluster colours, see the log
+    def clustered(image_size: int, n_slots: int, patch: int, n_blocks: int, width: int, position_in: str) -> dict:  # all weights start so that the slots cluster colours, see the log
         return dict(
-            image_size=image_size, patch_size=patch, timestep_sampling="near_noise", timestep_strength=4.0, scheduler_config=small_schedule, zoom=2.0,
+            image_size=image_size, patch_size=patch, timestep_sampling="near_noise", timestep_strength=4.0, scheduler_config=small_schedule,
             encoder_config=dict(kind="residual", image_size=image_size, channels=64, stride=2, n_blocks=n_blocks, hidden=16),
-            slots_config=dict(n_slots=n_slots, slot_dim=64, out_dim=64, hidden_dim=128, n_iterations=3, start_as="clusters", position_in="values"),
+            slots_config=dict(n_slots=n_slots, slot_dim=64, out_dim=64, hidden_dim=128, n_iterations=3, start_as="clusters", position_in=position_in),
             denoiser_config=denoiser_config(image_size // patch, slot_dim=64, channels=(width,), layers_per_block=1, n_heads=2, groups=8, in_channels=3 * patch ** 2) | dict(
                 down_block_types=["CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D"], mid_block_type=None, attention_gain=3.0))
     presets = {
-        "shapes": clustered(64, n_slots=7, patch=8, n_blocks=0, width=80),
-        "clevr": clustered(64, n_slots=7, patch=8, n_blocks=1, width=80),
+        "shapes": clustered(64, n_slots=7, patch=8, n_blocks=0, width=80, position_in="values") | dict(zoom=2.0, merge_twins=0.95),
+        "clevr": clustered(64, n_slots=7, patch=8, n_blocks=1, width=64, position_in="both"),
         "tiny": dict(
             image_size=16, encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=2, kernel=3, groups=4),
             slots_config=dict(n_slots=4, slot_dim=16, out_dim=16), denoiser_config=denoiser_config(16, slot_dim=16, channels=(8, 16), layers_per_block=1, n_heads=2, groups=4, in_channels=3),
@@ -203,10 +92,7 @@ def lsd_preset(
             slots_config=dict(n_slots=24, slot_dim=192, hidden_dim=192, out_dim=192, n_iterations=3), denoiser_config=denoiser_config(32, slot_dim=192)),
     }
     if name not in presets: raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, presets))}")
-    config = copy.deepcopy(presets[name])
-    for key, value in changes.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
-    return config
+    return changed(presets[name], changes)
 
 # %% ../../nbs/methods/lsd.ipynb #background-export
 def background_slot(factors: Factors) -> Tensor:
@@ -281,17 +167,20 @@ class StableLSD(LSD):
         null_dropout: float = 0.0,  # chance that training shows the empty prompt instead of the slots
     ):
         Decomposer.__init__(self)
-        self._schedule(scheduler_of(foundation))
-        self.encoder = build_encoder(encoder_config or dict(kind="dino", name_or_folder="facebook/dinov2-base", image_size=image_size, resolution=448))
+        schedule = scheduler_of(foundation)
         self.foundations()["denoiser"] = load_unet(foundation)
         width = self.denoiser.config.cross_attention_dim
         slots = {**dict(n_slots=7, slot_dim=768, hidden_dim=768, out_dim=width, n_iterations=5), **(slots_config or {})}
         self.register_to_config(slots_config=slots)
-        self.slot_attention = SlotAttention(self.encoder.out_channels, **slots)
-        self._check_widths()
+        self.see(encoder_config or dict(kind="dino", name_or_folder="facebook/dinov2-base", image_size=image_size, resolution=448), slots)
+        self.denoise(None, schedule)
         self.null_code = None
 
-    def _space(self) -> dict: return dict(path=self.config.foundation)
+    @property
+    def latents(self) -> nn.Module:
+        "The frozen autoencoder"
+        if "latents" not in self.foundations(): self.stand_on(build_latents(self.config.foundation))
+        return self.foundations()["latents"]
 
     @property
     def denoiser(self) -> nn.Module:

@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from .launch import KEEP_MEMORY
+
 # %% auto #0
 __all__ = ['time_steps', 'run_case', 'measure', 'lsd_step', 'sd_vae_config']
 
@@ -56,12 +58,13 @@ def measure(
     warmup: int = 1,
     threads: int = 0,  # of torch; 0 = as many as cores
     timeout: float = 900.0,  # seconds, after which the case counts as failed
+    keep_memory: bool = True,  # `launch.KEEP_MEMORY`, as `decomp_nb run` sets it
     **options,  # of the function; must be JSON
 ) -> dict:
     "`seconds`, `images_per_second` and `peak_gib` of a step, in a process of its own; `error` where it failed"
     order = json.dumps([place, options, steps, warmup, threads or os.cpu_count()])
     code = "import sys, json; from decomp_nb.training.benchmark import run_case; print('\\n@' + json.dumps(run_case(*json.loads(sys.argv[1]))))"
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *KEEP_MEMORY)} | (KEEP_MEMORY if keep_memory else {})
     try: done = subprocess.run([sys.executable, "-c", code, order], capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired: return {"error": f"longer than {timeout:.0f} s"}
     if done.returncode: return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}

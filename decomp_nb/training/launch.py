@@ -32,11 +32,11 @@ from typing import NamedTuple
 from .config import TrainConfig, check_range, nearest, project_root
 
 # %% auto #0
-__all__ = ['KINDS', 'FORWARDED', 'RANK_CODE', 'SBATCH', 'Parameter', 'Parameters', 'parameters_source', 'parse_parameters',
-           'parameters', 'kinds', 'read_text', 'coerce', 'check_values', 'read_recipe', 'gather_values',
-           'default_output', 'shown', 'run_directory', 'Kernels', 'forward_signals', 'execute', 'verdict',
-           'run_notebook', 'finish', 'free_port', 'rank_environment', 'count_gpus', 'start_rank', 'wait_for_ranks',
-           'run_ranks', 'sbatch_script', 'make_parser', 'write_sbatch', 'check_paths', 'main']
+__all__ = ['KINDS', 'FORWARDED', 'KEEP_MEMORY', 'RANK_CODE', 'SBATCH', 'Parameter', 'Parameters', 'parameters_source',
+           'parse_parameters', 'parameters', 'kinds', 'read_text', 'coerce', 'check_values', 'read_recipe',
+           'gather_values', 'default_output', 'shown', 'run_directory', 'Kernels', 'forward_signals', 'execute',
+           'verdict', 'run_notebook', 'finish', 'free_port', 'rank_environment', 'count_gpus', 'start_rank',
+           'wait_for_ranks', 'run_ranks', 'sbatch_script', 'make_parser', 'write_sbatch', 'check_paths', 'main']
 
 # %% ../../nbs/training/launch.ipynb #launch-parameter
 class Parameter(NamedTuple):
@@ -276,6 +276,9 @@ def verdict(error: BaseException | None, came: list, output: Path) -> int:
     print(f"notebook up to there: {shown(output)}", file=sys.stderr)
     return code
 
+# %% ../../nbs/training/launch.ipynb #launch-memory
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 32), "MALLOC_TRIM_THRESHOLD_": str(2 ** 34), "MALLOC_TOP_PAD_": str(2 ** 28)}  # glibc, bytes; read when a process starts
+
 # %% ../../nbs/training/launch.ipynb #launch-run-notebook
 def run_notebook(
     notebook: Path,  # the notebook to run; left as it is
@@ -286,6 +289,7 @@ def run_notebook(
 ) -> int:
     "Execute a notebook; returns the exit code (124 after a timeout, 128 + signal when stopped unsaved)"
     kernels, failed, started, late = Kernels(), [], time.monotonic(), False
+    for name, value in KEEP_MEMORY.items(): os.environ.setdefault(name, value)  # the kernel inherits it
 
     def work():
         try:
