@@ -530,7 +530,7 @@ class TAD(NamedTuple):
 
 
 def tad(codes, attributes, *, min_auroc: float = 0.75, max_explained: float = 0.2, min_range: float = 0.2, steps: int = 11) -> TAD:
-    "Total AUROC difference (Yeats et al. 2022) of codes `(n,D)` and attributes `(n,A)` in {0,1}, by the protocol of the official code"
+    "Total AUROC difference (TAD) of codes `(n,D)` and attributes `(n,A)` in {0,1}, by the protocol of official DisDiff"
     codes, attributes = torch.as_tensor(_numbers(codes, "codes", (2,))).float(), torch.as_tensor(_classes(attributes))
     if attributes.max() > 1: raise ValueError("attributes have to be 0 or 1")
     positive = attributes.double().sum(0)
