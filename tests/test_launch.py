@@ -132,10 +132,11 @@ RECIPES = sorted((ROOT / "papermill_runs" / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[p.stem for p in RECIPES])
 def test_recipe_fits_its_notebook(recipe):
-    methods = [p.stem.removeprefix("train_") for p in (ROOT / "nbs").glob("train_*.ipynb")]
-    fitting = [m for m in methods if f"_{m}_" in f"_{recipe.stem}"]
+    methods = {p.stem.removeprefix("train_"): p for p in (ROOT / "nbs").glob("train_*.ipynb")}
+    methods |= {kind: methods["autoencoder"] for kind in ("vqvae", "dvae")}
+    fitting = [m for m in methods if recipe.stem.startswith(f"{m}_")]
     assert fitting, f"{recipe.name}: recipes are called <method>_<data set>.yaml; methods: {', '.join(methods)}"
-    accepted = parameters(ROOT / "nbs" / f"train_{max(fitting, key=len)}.ipynb")
+    accepted = parameters(methods[max(fitting, key=len)])
     assert gather_values(accepted, [recipe], [])
     assert recipe.read_text().startswith("#"), f"{recipe.name}: the head says how long it takes, on what, and which number to expect"
 
