@@ -159,7 +159,7 @@ def test_inversion_leads_back():
     known = spread * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     own = ddim_invert(predict, known, scheduler, ladder.timesteps.flip(0).tolist())[-1]
     error = lambda noise: (sample(predict, noise, ladder, steps) - known).abs().mean() / spread
-    assert error(own) < 0.05 and error(torch.randn_like(known)) > 0.5 and 0.8 < own.std() < 1.2
+    assert error(own) < 0.1 and error(torch.randn_like(known)) > 0.5 and 0.8 < own.std() < 1.2
 
 
 # --- training --------------------------------------------------------------------------------------------------------------------------------------

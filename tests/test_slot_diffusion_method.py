@@ -149,7 +149,7 @@ def test_verbs_of_slots():
     twin = factors.cat(factors.pick([0]))
     merged = merge_duplicates(twin, 0.999)
     torch.testing.assert_close(merged.masks[:, 0], 2 * factors.masks[:, 0])
-    assert (merged.weights == torch.tensor([1.0] * 6 + [0.0])).all() and (merged.masks[:, 6] == 0).all()
+    assert (merged.weights == torch.tensor([2.0] + [1.0] * 5 + [0.0])).all() and (merged.masks[:, 6] == 0).all()
 
 
 @pytest.mark.parametrize("preset", [slot_diffusion_preset, slate_preset, slot_attention_preset])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .slots import coordinate_grid, position_projection
 
 # %% auto #0
-__all__ = ['POSITIONS', 'sincos_table', 'PositionAttention', 'resize_table', 'attention_layers', 'feature_sizes', 'note_size',
-           'add_positions', 'denoiser_config', 'check_halvings', 'check_options', 'slot_denoiser', 'sharpen_attention',
-           'load_unet', 'AttentionRecord', 'record_attention']
+__all__ = ['POSITIONS', 'sincos_table', 'QuickAttention', 'PositionAttention', 'resize_table', 'attention_layers',
+           'feature_sizes', 'note_size', 'add_positions', 'denoiser_config', 'check_halvings', 'check_options',
+           'slot_denoiser', 'sharpen_attention', 'load_unet', 'AttentionRecord', 'record_attention']
 
 # %% ../../nbs/components/denoisers.ipynb #sincos-export
 POSITIONS = ("cartesian", "sincos", "learned", "none")

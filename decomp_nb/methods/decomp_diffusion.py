@@ -402,7 +402,7 @@ class DecompDiffusion(Decomposer):
         "The same as a moving picture; `.save(\"name.gif\")` writes it"
         frames = self.progress(factors, n_frames, **options)
         titles = [f"component {i}" for i in range(factors.n_factors)] + ["all"]
-        return film([f.flatten(0, 1) for f in frames], fps, titles if len(factors.codes) == 1 else None, ncol=frames.shape[2])
+        return film(frames.flatten(1, 2).transpose(0, 1), fps, titles if len(factors.codes) == 1 else None, ncol=frames.shape[2])
 
     def swap(self, a: Tensor, b: Tensor, keep: Sequence[int] | Tensor | None = None, **options) -> Tensor:
         "Recombine two batches of pictures: component i of `a` where `keep[i]` is 1, else of `b`; options as `decode`"
@@ -553,15 +553,14 @@ def decomp_diffusion_preset(
                                          attention_levels=[i for i in range(len(channels)) if size // 2 ** i in (32, 16, 8)]))
     wide = (64, 128, 192)
     def small(size: int, k: int, dim: int, patch: int, channels: list[int], width: int = 16) -> dict:  # minutes on a CPU: patches, coordinates, mostly noisy pictures
-        return dict(image_size=size, n_factors=k, factor_dim=dim, patch_size=patch, timestep_sampling="near_noise", timestep_strength=2.0,
-                    encoder_config=dict(width=width, levels=3), denoiser_config=dict(channels=channels, layers_per_block=1, attention_levels=[], head_dim=32, groups=8, coordinates=True))
+        return dict(image_size=size, n_factors=k, factor_dim=dim, patch_size=patch, timestep_sampling="near_noise", timestep_strength=4.0,
+                    encoder_config=dict(width=width, levels=3), denoiser_config=dict(channels=channels, layers_per_block=1, attention_levels=[], head_dim=32, groups=8, time_dim=32, coordinates=True))
     presets = {
         "clevr": published(64, 4, 32, wide), "clevr_toy": published(64, 4, 32, wide),
         "celebahq": published(64, 4, 128, wide), "faces": published(64, 4, 128, wide), "vkitti": published(64, 4, 128, wide), "comb_kitti": published(64, 4, 128, wide),
         "falcor3d": published(64, 4, 16, (64, 128)), "tetris": published(32, 3, 128, (64, 128), layers=1),
         "celebahq_128": published(128, 4, 128, (64, 128, 192, 256)), "celebahq_256": published(256, 4, 128, (64, 128, 192, 256, 256)),
-        "toy_squares": small(32, 3, 4, patch=2, channels=[32, 64]),
-        "tetrominoes": small(32, 3, 12, patch=2, channels=[48, 96]),
+        "toy_squares": small(32, 3, 4, patch=4, channels=[64]), "tetrominoes": small(32, 3, 12, patch=4, channels=[96]),
         "clevr6": small(64, 6, 16, patch=4, channels=[64, 128], width=24),
         "tiny": dict(image_size=16, n_factors=3, factor_dim=4, encoder_config=dict(width=8, levels=2),
                      denoiser_config=dict(channels=[16, 16], layers_per_block=1, attention_levels=[1], head_dim=8, groups=4)),

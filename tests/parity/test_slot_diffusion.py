@@ -155,7 +155,7 @@ def check_resnet_gn(r: Recorded):
 
 def check_dino_encoder(r: Recorded):
     config, pixels = r.json("dino_encoder"), r.given("dino_encoder", "img_u8")
-    vit = {k: v for k, v in config.items()}
+    vit = dict(config.items())
     encoder = build_encoder(dict(kind="vit", vit_config=vit, image_size=pixels.shape[-1]))
     convert.load_strict(encoder, convert.take_encoder(r.weights("dino_encoder")), "dino_encoder")
     yield "dino_encoder", "feat", encoder.eval()((pixels.float() / 255 - 0.5) / 0.5), SINGLE
