@@ -47,7 +47,7 @@ class Notebook:
     @property
     def runs(self) -> bool:
         "A notebook that papermill runs with parameters"
-        return Path(self.name).name.startswith(("train_", "eval_")) or self.name == "explain/performance"
+        return Path(self.name).name.startswith(("train_", "eval_", "compare_")) or self.name == "explain/performance"
 
     @property
     def exports(self) -> bool:
