@@ -149,7 +149,7 @@ def test_across_asks_at_the_same_time(images):
 @torch.no_grad()
 def test_inversion_leads_back():
     "With the exact denoiser of Gaussian pictures DDIM is a flow: up to the noise and down again ends at the start, which another noise does not"
-    scheduler, spread, steps = tiny().scheduler, 0.3, 50
+    scheduler, spread, steps = tiny().scheduler, 0.2, 200  # no pixel beyond ±1, where the clean picture is clipped
 
     def predict(x, t):
         a, s = signal_and_noise(scheduler, t, x)
@@ -159,7 +159,7 @@ def test_inversion_leads_back():
     known = spread * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     own = ddim_invert(predict, known, scheduler, ladder.timesteps.flip(0).tolist())[-1]
     error = lambda noise: (sample(predict, noise, ladder, steps) - known).abs().mean() / spread
-    assert error(own) < 0.1 and error(torch.randn_like(known)) > 0.5 and 0.8 < own.std() < 1.2
+    assert error(own) < 0.05 and error(torch.randn_like(known)) > 0.5 and 0.8 < own.std() < 1.2
 
 
 # --- training --------------------------------------------------------------------------------------------------------------------------------------

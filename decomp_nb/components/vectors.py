@@ -99,7 +99,7 @@ def vector_denoiser(
     resample: str = "resnet",  # "resnet" or "conv"
     scale_shift: bool = False,  # the embedding scales and shifts (FiLM) instead of being added
     dropout: float = 0.0,
-    coordinates: bool = False,  # two more input channels that say where a pixel is
+    coordinates: int = 0,  # further input channels that say where a pixel is: 1 = row and column, 1 + n = also their waves in n octaves
 ):
     "`UNet2DModel` conditioned on [vector | time]: call `denoise_with(unet, x, t, codes)`. The defaults are the published 64-pixel network"
     from diffusers import UNet2DModel
@@ -117,7 +117,7 @@ def vector_denoiser(
     kinds = [("AttnDownBlock2D", "AttnUpBlock2D") if i in attention_levels else plain for i in range(levels)]
     time_dim = time_dim or code_dim
     unet = UNet2DModel(
-        sample_size=sample_size, in_channels=in_channels + 2 * coordinates, out_channels=in_channels, layers_per_block=layers_per_block, block_out_channels=tuple(channels),
+        sample_size=sample_size, in_channels=in_channels + place_channels(coordinates), out_channels=in_channels, layers_per_block=layers_per_block, block_out_channels=tuple(channels),
         down_block_types=tuple(k[0] for k in kinds), up_block_types=tuple(k[1] for k in reversed(kinds)), time_embedding_dim=code_dim + time_dim, freq_shift=0,
         norm_num_groups=groups, attn_norm_num_groups=groups, norm_eps=1e-5, attention_head_dim=None if n_heads else head_dim, downsample_type=resample, upsample_type=resample,
         resnet_time_scale_shift="scale_shift" if scale_shift else "default", dropout=dropout, class_embed_type="identity")
@@ -128,15 +128,22 @@ def vector_denoiser(
     return unet
 
 
-def where(x: Tensor) -> Tensor:
-    "Row and column of every pixel in [−1,1], `(b,2,h,w)` for maps `(b,c,h,w)`"
+def place_channels(coordinates: int) -> int:
+    "How many channels `where` gives: 2 for row and column, 4 more for each octave of waves"
+    return 4 * coordinates - 2 if coordinates else 0
+
+
+def where(x: Tensor, channels: int = 2) -> Tensor:
+    "Row and column of every pixel in [−1,1], then sin and cos of π/2, π, 2π, … times them: `(b,channels,h,w)` for maps `(b,c,h,w)`"
     rows, columns = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
+    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+    angles = torch.cat([place[:0], *(place * torch.pi * 2.0 ** (i - 1) for i in range((channels - 2) // 4))])
+    return torch.cat([place, angles.sin(), angles.cos()]).expand(len(x), -1, -1, -1)
 
 
 def denoise_with(unet, x: Tensor, t: Tensor, codes: Tensor) -> Tensor:
     "Answer of a `vector_denoiser` for noisy pictures `(b,c,h,w)`, times `(b,)` and vectors `(b,d)`"
-    if unet.config.in_channels != x.shape[1]: x = torch.cat([x, where(x)], 1)
+    if more := unet.config.in_channels - x.shape[1]: x = torch.cat([x, where(x, more)], 1)
     return unet(x, t, class_labels=F.pad(codes, (0, unet.config.time_embedding_dim - codes.shape[-1]))).sample
 
 # %% ../../nbs/components/vectors.ipynb #unet-parts-export

@@ -58,11 +58,12 @@ class LSD(DiffusionSlotModel):
         self,
         images: Tensor,  # `(b,3,h,w)` in [−1,1], or clips `(b,t,3,h,w)`, whose slots are carried from frame to frame
         *,
+        raw: bool = False,  # codes before the output projection: what property probes read
         merge_twins: float | None = None,  # cosine above which slots become one (`merge_duplicates`), 0 = never; None: never while training, else the model's
-        **options,  # of `SlotModel.encode`: noise, generator, raw, zoom …, and of `SlotAttention`: n_slots, n_iterations …
+        **options,  # of `SlotModel.encode`: noise, generator, zoom …, and of `SlotAttention`: n_slots, n_iterations …
     ) -> Factors:
         "Slots `(b,k,d)` and the pixels each of them won"
-        factors = super().encode(images, **options)
+        factors = super().encode(images, raw=raw, **options)
         above = (0.0 if self.training else self.config.get("merge_twins", 0.0)) if merge_twins is None else merge_twins
         return merge_duplicates(factors, above) if above and images.ndim == 4 else factors
 
