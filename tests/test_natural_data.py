@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from decomp_nb.data import natural
+from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
 from decomp_nb.data.natural import CocoScenes, VocScenes
 
 
@@ -169,3 +170,19 @@ def test_voc_names_what_is_wrong(voc):
     (voc / "SegmentationObject/2007_000001.png").unlink()
     with pytest.raises(FileNotFoundError, match="SegmentationObject"): VocScenes(voc, 30)[0]
     with pytest.raises(FileNotFoundError, match="no VOC folder"): VocScenes(voc / "SegmentationClass")
+
+
+def check_catalog(folder, kind, **options):
+    "The catalog recognises the folder, and opens it with the options of the recipes"
+    assert recognise(folder) == kind
+    train, val = (open_dataset(folder, kind=kind, size=24, split=split, **options) for split in ("train", "val"))
+    validate_dataset(train, image_size=24, batch_size=1)
+    assert "class_masks" in train[0] and {"masks", "class_masks", "ignore"} <= set(val[0]) and type(open_dataset(folder, size=24)) is type(val)
+    with pytest.raises(ValueError, match="Did you mean 'flip'"): open_dataset(folder, kind=kind, flipp=True)
+
+
+def test_catalog_opens_coco(coco): check_catalog(coco, "coco", flip=True)
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+def test_catalog_opens_voc(voc): check_catalog(voc, "voc", flip=True, slide=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .factors import FOLDERS, MPI3D, Cars3D, CelebA, DSprites, Falcor3D, OfficialFolder, Shapes3D, SmallNORB
 from .images import H5Photos, ImageFolder, find_data, open_h5, split_name
 from .multi_object import RECORD_LAYOUTS, ClevrTex, ClevrWithMasks, H5Edits, H5Scenes, MoviDump, ObjectRecords
+from .natural import CocoScenes, VocScenes
 
 # %% auto #0
 __all__ = ['READERS', 'GENERATORS', 'recognise', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',
@@ -27,7 +28,7 @@ __all__ = ['READERS', 'GENERATORS', 'recognise', 'split_file', 'own_split', 'che
 
 # %% ../../nbs/data/catalog.ipynb #readers-export
 READERS = {"images": ImageFolder, "h5_photos": H5Photos, "h5_scenes": H5Scenes, "h5_edits": H5Edits, "clevr_with_masks": ClevrWithMasks,
-           "records": ObjectRecords, "clevrtex": ClevrTex, "movi": MoviDump,
+           "records": ObjectRecords, "clevrtex": ClevrTex, "movi": MoviDump, "coco": CocoScenes, "voc": VocScenes,
            "shapes3d": Shapes3D, "dsprites": DSprites, "mpi3d": MPI3D, "cars3d": Cars3D, "smallnorb": SmallNORB, "celeba": CelebA,
            **{kind: partial(OfficialFolder, kind=kind) for kind in FOLDERS}, "falcor3d": Falcor3D}
 GENERATORS = {"shapes3d": Shapes3D, "dsprites": DSprites, "color_dsprites": partial(DSprites, variant="color"),
@@ -64,6 +65,8 @@ def _recognise_folder(path: Path) -> str:
     "By its lists or MATLAB files, else by the first sub-folder that holds pictures"
     if (path / "list_attr_celeba.txt").is_file(): return "celeba"
     if any(path.glob("smallnorb-*-dat.mat")): return "smallnorb"
+    if any(path.glob("annotations/instances_*2017.json")): return "coco"
+    if (path / "SegmentationClass").is_dir(): return "voc"
     if any(path.glob("*.mat")) or any(path.glob("cars/*.mat")): return "cars3d"
     for _, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -134,7 +137,7 @@ def open_dataset(
         return GENERATORS[str(name)](**({} if size is None else {"size": size}), split=split, n=n, seed=seed, **options)
     path = _existing(name, [*KINDS, *GENERATORS])
     if kind not in (None, *READERS): raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(READERS)}")
-    whole = kind in ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", *FOLDERS)  # kinds of folders, whatever else lies there
+    whole = kind in ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", "coco", "voc", *FOLDERS)  # kinds of folders, whatever else lies there
     inside = sorted(path.iterdir()) if path.is_dir() and not whole else []
     if records := [p for p in inside if ".tfrecord" in p.name]: path = records[0]  # before .h5: its cache may lie beside it
     elif any(p.suffix in (".h5", ".hdf5") for p in inside): path, split = split_file(path, split)
