@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from decomp_nb.components.codebooks import DVAE, VQLatents, vq_model
+from decomp_nb.components.latents import cache_features
 from decomp_nb.components.slot_model import drop_slots, keep_largest, merge_duplicates, mix_slots, swap_slots
 from decomp_nb.core import Factors
 from decomp_nb.methods.slate import SLATE, load_dvae, slate_preset
@@ -27,14 +28,14 @@ def diffusion(**options):
 
 def slate(**options):
     torch.manual_seed(0)
-    model = SLATE(**EYES, writer_config=dict(vocabulary=16, dim=16, n_layers=2, n_heads=2, dropout=0.0), **options)
+    model = SLATE(**(EYES | dict(writer_config=dict(vocabulary=16, dim=16, n_layers=2, n_heads=2, dropout=0.0)) | options))
     model.stand_on(DVAE(16, width=8))
     return model
 
 
 def mixture(**options):
     torch.manual_seed(0)
-    return SlotAttentionAE(**EYES, decoder_config=dict(channels=[8, 8], start=8, kernel=3), **options)
+    return SlotAttentionAE(**(EYES | dict(decoder_config=dict(channels=[8, 8], start=8, kernel=3)) | options))
 
 
 PICTURES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -135,6 +136,20 @@ def test_slate_finds_its_words_in_its_own_folder_first(tmp_path):
     with pytest.raises(ValueError, match="dvae_path"): load_dvae(None)
     with pytest.raises(FileNotFoundError, match="no discrete VAE"): load_dvae("nowhere")
     with pytest.raises(ValueError, match="vocabulary=16"): model.stand_on(DVAE(8, width=8))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_cached_features_replace_a_frozen_encoder(name, tmp_path):
+    vit = dict(kind="vit", image_size=16, vit_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, patch_size=8, image_size=16))
+    model = METHODS[name](encoder_config=vit).train()
+    kept = cache_features([{"image": x} for x in PICTURES], model.encoder, tmp_path, dtype="float32")
+    batch = torch.utils.data.default_collate([kept[i] for i in range(3)])
+    draws = dict(noise=torch.ones(3, 3, 4, 4), timesteps=torch.tensor([5, 500, 900])) if name == "diffusion" else {}
+    losses = [model({**items, **draws})["loss"].item() for items in (batch, {"image": batch["image"]})]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert model.diagnostics(batch) == pytest.approx(model.diagnostics({"image": batch["image"]}), rel=1e-4)
+    assert model({**batch, **draws, "features": torch.zeros_like(batch["features"])})["loss"].item() != pytest.approx(losses[0], rel=1e-5)  # they are what is read
+    with pytest.raises(ValueError, match="is trained"): cache_features([{"image": x} for x in PICTURES], METHODS[name]().encoder, tmp_path)
 
 
 def test_verbs_of_slots():

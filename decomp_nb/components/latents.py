@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Pixels', 'draw', 'KLLatents', 'small_vae', 'KLAutoencoder', 'build_latents', 'CachedLatents', 'cache_latents']
+__all__ = ['Pixels', 'draw', 'KLLatents', 'small_vae', 'KLAutoencoder', 'build_latents', 'Cached', 'CachedLatents',
+           'cache_latents', 'CachedFeatures', 'cache_features']
 
 # %% ../../nbs/components/latents.ipynb #pixels-export
 class Pixels(nn.Module):
@@ -153,34 +154,72 @@ def build_latents(
     return KLLatents(AutoencoderKL.from_pretrained(str(place), low_cpu_mem_usage=False))
 
 # %% ../../nbs/components/latents.ipynb #fingerprint-export
-def _fingerprint(data, vae: nn.Module) -> str:
-    "Hash of the autoencoder's weights and of the length and a few items of the data set"
+def _fingerprint(data, network: nn.Module) -> str:
+    "Hash of the network's weights and of the length and a few items of the data set"
     h = hashlib.sha256(str(len(data)).encode())
-    for v in vae.state_dict().values(): h.update(v.detach().float().cpu().numpy().tobytes())
+    for v in network.state_dict().values(): h.update(v.detach().float().cpu().numpy().tobytes())
     for i in {0, len(data) // 3, len(data) // 2, len(data) - 1}: h.update(data[i]["image"].numpy().tobytes())
     return h.hexdigest()[:16]
 
 
-class CachedLatents:
-    "A data set whose items also carry `latent_mean` and `latent_logvar`, read from a memory-mapped file"
+class Cached:
+    "A data set whose items carry something more, read from a memory-mapped file; `unpack(row)` of a sub-class names it"
     def __init__(self, data, path: str | Path):
-        self.data, self.path, self._moments = data, Path(path), None
+        self.data, self.path, self._rows = data, Path(path), None
         self.size, self.max_objects, self.factor_names = (getattr(data, k, None) for k in ("size", "max_objects", "factor_names"))
 
     def __len__(self) -> int: return len(self.data)
 
-    def __getitem__(self, i: int) -> dict: return self._with_moments(self.data[i], i)
+    def __getitem__(self, i: int) -> dict: return self._with_row(self.data[i], i)
 
     def __getitems__(self, index: list[int]) -> list[dict]:
         many = getattr(self.data, "__getitems__", None)
-        return [self._with_moments(item, i) for item, i in zip(many(index) if many else [self.data[i] for i in index], index)]
+        return [self._with_row(item, i) for item, i in zip(many(index) if many else [self.data[i] for i in index], index)]
 
-    def _with_moments(self, item: dict, i: int) -> dict:
-        if self._moments is None: self._moments = np.load(self.path, mmap_mode="r")  # opened in the worker that reads it
-        mean, logvar = torch.from_numpy(np.array(self._moments[i]))
-        return {**item, "latent_mean": mean, "latent_logvar": logvar}
+    def _with_row(self, item: dict, i: int) -> dict:
+        if self._rows is None: self._rows = np.load(self.path, mmap_mode="r")  # opened in the worker that reads it
+        return {**item, **self.unpack(torch.from_numpy(np.array(self._rows[i])))}
 
-    def __getstate__(self) -> dict: return {**self.__dict__, "_moments": None}
+    def __getstate__(self) -> dict: return {**self.__dict__, "_rows": None}
+
+
+class CachedLatents(Cached):
+    "Items also carry `latent_mean` and `latent_logvar`"
+    def unpack(self, row: Tensor) -> dict: return {"latent_mean": row[0], "latent_logvar": row[1]}
+
+# %% ../../nbs/components/latents.ipynb #store-export
+def _store(
+    data,
+    network: nn.Module,  # whose answers are kept: part of the fingerprint
+    answer,  # pictures `(b,3,h,w)` → `(b,…)`
+    folder: str | Path,
+    what: str,  # first word of the file's name
+    batch_size: int,
+    dtype: str,
+) -> Path:
+    "The file that holds `answer` of every picture; made unless it is there, whole or not at all"
+    if not torch.equal(data[0]["image"], data[0]["image"]):
+        raise ValueError(f"the data set gives another picture each time it is read (a random flip or crop): cached {what} would not match; switch that off")
+    name = f"{what}-{_fingerprint(data, network)}-{dtype}"
+    target, card = Path(folder) / f"{name}.npy", Path(folder) / f"{name}.json"
+    if card.is_file() and target.is_file(): return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    device, store = next(network.parameters()).device, None
+    partial_file = target.with_name(f".{name}-{os.getpid()}.npy")
+    try:
+        for start in range(0, len(data), batch_size):
+            images = torch.stack([data[i]["image"] for i in range(start, min(start + batch_size, len(data)))])
+            found = answer(images.to(device)).cpu().numpy()
+            if store is None: store = np.lib.format.open_memmap(partial_file, "w+", dtype=dtype, shape=(len(data), *found.shape[1:]))
+            store[start:start + len(images)] = found
+        store.flush()
+        os.replace(partial_file, target)
+    except OSError as e:
+        raise OSError(f"the cache of {what} could not be written to {folder} ({e.strerror or e}): free space there or choose another folder") from e
+    finally:
+        partial_file.unlink(missing_ok=True)
+    card.write_text(json.dumps({"images": len(data), "shape": store.shape[1:], "dtype": dtype}))
+    return target
 
 # %% ../../nbs/components/latents.ipynb #cache-export
 @torch.no_grad()
@@ -194,24 +233,25 @@ def cache_latents(
 ) -> CachedLatents:
     "Encode every picture once, keep the posterior's moments on disk, and return the data set with them added"
     if isinstance(latents, Pixels): raise ValueError("there is nothing to cache: this method works on pixels, not on latents")
-    if not torch.equal(data[0]["image"], data[0]["image"]):
-        raise ValueError("the data set gives another picture each time it is read (a random flip or crop): cached latents would not match; switch that off")
-    name = f"latents-{_fingerprint(data, latents.vae)}-{dtype}"
-    target, card = Path(folder) / f"{name}.npy", Path(folder) / f"{name}.json"
-    if card.is_file() and target.is_file(): return CachedLatents(data, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    device, shape = next(latents.parameters()).device, latents.shape(data[0]["image"].shape[-1])
-    partial_file = target.with_name(f".{name}-{os.getpid()}.npy")
-    try:
-        store = np.lib.format.open_memmap(partial_file, "w+", dtype=dtype, shape=(len(data), 2, *shape))
-        for start in range(0, len(data), batch_size):
-            images = torch.stack([data[i]["image"] for i in range(start, min(start + batch_size, len(data)))])
-            store[start:start + len(images)] = torch.stack(latents.moments(images.to(device)), 1).cpu().numpy()
-        store.flush()
-        os.replace(partial_file, target)
-    except OSError as e:
-        raise OSError(f"the latent cache could not be written to {folder} ({e.strerror or e}): free space there or choose another folder") from e
-    finally:
-        partial_file.unlink(missing_ok=True)
-    card.write_text(json.dumps({"images": len(data), "shape": shape, "dtype": dtype}))
-    return CachedLatents(data, target)
+    return CachedLatents(data, _store(data, latents.vae, lambda x: torch.stack(latents.moments(x), 1), folder, "latents", batch_size, dtype))
+
+# %% ../../nbs/components/latents.ipynb #features-export
+class CachedFeatures(Cached):
+    "Items also carry `features` `(c,h,w)`"
+    def unpack(self, row: Tensor) -> dict: return {"features": row}
+
+
+@torch.no_grad()
+def cache_features(
+    data,  # a data set of the house; its items must not change from one reading to the next (no random flips)
+    encoder: nn.Module,  # frozen: `DinoEncoder`, or a `VitEncoder` that is not trained
+    folder: str | Path,  # where the file goes; an existing matching file is used again
+    *,
+    batch_size: int = 32,
+    dtype: str = "float16",
+) -> CachedFeatures:
+    "Encode every picture once, keep the feature maps on disk, and return the data set with them added"
+    network = encoder.frozen() if callable(getattr(encoder, "frozen", None)) else encoder
+    if any(p.requires_grad for p in network.parameters()): raise ValueError(f"{type(encoder).__name__} is trained: its features change with every step and cannot be cached")
+    network.eval()
+    return CachedFeatures(data, _store(data, network, encoder, folder, "features", batch_size, dtype))

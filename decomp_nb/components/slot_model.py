@@ -120,22 +120,33 @@ class SlotModel(Decomposer):
         generator: torch.Generator | None = None,
         raw: bool = False,  # codes before the output projection: what property probes read
         zoom: float | None = None,  # enlarge the pictures this many times first: finer masks; None: 1 while training, else the config's `zoom`
+        features: Tensor | None = None,  # `(b,c,h,w)`, the encoder's answer, where `cache_features` has kept it: nobody looks at the pictures then
         **slot_options,  # n_slots, n_iterations, slot_mask, slots, predictor … of `SlotAttention`
     ) -> Factors:
         "Slots `(b,k,d)` and the pixels each of them won"
+        if features is None: features = self.look(images, zoom)
+        grid = features.shape[-2:]
+        found = self.slot_attention(features, noise=noise, generator=generator, **slot_options)
+        return Factors(found.slots if raw else found.out, None, masks_from_attention(found.attention, grid=grid))
+
+    def look(self, images: Tensor, zoom: float | None = None) -> Tensor:
+        "Feature maps of pictures `(b,c,h,w)` or clips `(b,t,c,h,w)`"
         zoom = (1.0 if self.training else self.config.get("zoom", 1.0)) if zoom is None else zoom
         pictures = images.flatten(0, -4)
         if zoom != 1: pictures = F.interpolate(pictures, scale_factor=zoom, mode="bilinear", align_corners=False)
         features = self.encoder(pictures)
-        grid = features.shape[-2:]
-        if images.ndim == 5: features = features.unflatten(0, images.shape[:2])
-        found = self.slot_attention(features, noise=noise, generator=generator, **slot_options)
-        return Factors(found.slots if raw else found.out, None, masks_from_attention(found.attention, grid=grid))
+        return features.unflatten(0, images.shape[:2]) if images.ndim == 5 else features
+
+    def encode_batch(self, batch: dict, **options) -> Factors:
+        "Slots of a training batch; `features` and `slot_noise` of the batch replace the encoder and the random start"
+        features = batch.get("features")
+        return self.encode(batch["image"], noise=batch.get("slot_noise"), features=None if features is None else features.to(batch["image"].dtype), **options)
 
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
         "Early signs of collapse: `slot_entropy` (1 = every slot shares every pixel), `slot_cosine` (1 = all slots alike), `empty_slots` (share that won nothing)"
-        found = self.slot_attention(self.encoder(batch["image"]), noise=batch.get("slot_noise"))
+        features = batch["features"].to(batch["image"].dtype) if "features" in batch else self.encoder(batch["image"])
+        found = self.slot_attention(features, noise=batch.get("slot_noise"))
         return {"slot_entropy": slot_entropy(found.attention).mean().item(), "slot_cosine": slot_cosine(found.slots).mean().item(),
                 "empty_slots": empty_slot_rate(found.attention).mean().item()}
 
@@ -207,9 +218,9 @@ class DiffusionSlotModel(SlotModel):
     def forward(self, batch: dict) -> dict:
         """One training step: mean squared error of the denoiser's answer.
 
-        Reads `image`, or also `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `slot_noise` replace random draws."""
+        Reads `image`, or also `latent_mean`, `latent_logvar` and `features` from a cache; `noise`, `timesteps`, `slot_noise` replace random draws."""
         x_t, t, target = self.noised(batch)
-        factors = self.leave_out(self.thin(self.encode(batch["image"], noise=batch.get("slot_noise"))))
+        factors = self.leave_out(self.thin(self.encode_batch(batch)))
         gamma = self.config.get("min_snr_gamma")
         weight = min_snr_weight(self.scheduler, t, gamma) if gamma else None
         loss = diffusion_loss(self.predict(x_t, t, factors), target, weight)

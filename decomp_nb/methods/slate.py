@@ -67,7 +67,7 @@ class SLATE(SlotModel):
     def forward(self, batch: dict) -> dict:
         "Mean cross-entropy per word, in nats; `tokens` `(b,h/4,w/4)` of the batch replace the discrete VAE"
         tokens = (batch["tokens"] if "tokens" in batch else self.dvae.tokens(batch["image"])).flatten(1)
-        factors = self.thin(self.encode(batch["image"], noise=batch.get("slot_noise")))
+        factors = self.thin(self.encode_batch(batch))
         guesses = self.writer(tokens, factors.codes, factors.weights)
         return {"loss": F.cross_entropy(guesses.flatten(0, 1).float(), tokens.flatten())}
 

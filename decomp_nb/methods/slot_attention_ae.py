@@ -60,7 +60,7 @@ class SlotAttentionAE(SlotModel):
 
     def forward(self, batch: dict) -> dict:
         "Mean squared error of the mixture"
-        factors = self.thin(super().encode(batch["image"], noise=batch.get("slot_noise")))
+        factors = self.thin(self.encode_batch(batch, masks="attention"))
         return {"loss": F.mse_loss(self.layers(factors)[0].float(), batch["image"])}
 
     @torch.no_grad()
