@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .denoisers import check_halvings
 
 # %% auto #0
-__all__ = ['normalisation', 'ShortcutBlock', 'VectorEncoder', 'TimeBeside', 'vector_denoiser', 'where', 'denoise_with',
-           'start_at_zero', 'build_with']
+__all__ = ['normalisation', 'ShortcutBlock', 'VectorEncoder', 'TimeBeside', 'vector_denoiser', 'place_channels', 'where',
+           'denoise_with', 'start_at_zero', 'build_with']
 
 # %% ../../nbs/components/vectors.ipynb #block-export
 def normalisation(kind: str, channels: int, groups: int = 8) -> nn.Module:
