@@ -18,7 +18,7 @@ from collections.abc import Callable
 from .launch import KEEP_MEMORY
 
 # %% auto #0
-__all__ = ['time_steps', 'run_case', 'measure', 'lsd_step', 'sd_vae_config']
+__all__ = ['time_steps', 'run_case', 'measure', 'lsd_step', 'sd_vae_config', 'slot_diffusion_step']
 
 # %% ../../nbs/training/benchmark.ipynb #time-steps-export
 def time_steps(
@@ -117,3 +117,38 @@ def sd_vae_config() -> dict:
     "Stable Diffusion's autoencoder: a factor of 8, 4 channels, 83.7 M parameters"
     return dict(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
                 layers_per_block=2, latent_channels=4)
+
+# %% ../../nbs/training/benchmark.ipynb #slots-case-export
+def slot_diffusion_step(
+    preset: dict | None = None,  # arguments of `SlotDiffusion`; None = the published COCO setting, its vision transformer with random weights
+    batch_size: int = 2,
+    image_size: int = 224,  # side of the pictures, for the published setting
+    vae: dict | None = None,  # arguments of `vq_model`; None = the published ones
+    *,
+    latents: bool = False, features: bool = False,
+):
+    "One SlotDiffusion training step with random weights; `latents`, `features`: from a cache; returns (step, pictures)"
+    import torch
+
+    from decomp_nb.components.codebooks import VQLatents, vq_model
+    from decomp_nb.methods.slot_diffusion import SlotDiffusion, slot_diffusion_preset
+    torch.manual_seed(0)
+    if preset is None:
+        preset = slot_diffusion_preset("coco", image_size=image_size, denoiser_config={"sample_size": image_size // 4})
+        preset["encoder_config"] = dict(kind="vit", image_size=image_size, vit_config=None)
+    model = SlotDiffusion(**preset).train()
+    model.stand_on(VQLatents(vq_model(**(vae or {})).eval()))
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+    batch = {"image": torch.rand(batch_size, 3, model.config.image_size, model.config.image_size) * 2 - 1}
+    if latents: batch["latent_mean"], batch["latent_logvar"] = model.latents.moments(batch["image"])
+    if features: batch["features"] = model.look(batch["image"], zoom=1.0).half()
+    torch.manual_seed(0)  # the same noise and times, whatever is cached
+
+    def step():
+        loss = model(batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.detach().item()
+    return step, batch_size
