@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_natural_data import coco  # noqa: F401, a fixture
 
 from decomp_nb.data.scenes import Scenes
 from decomp_nb.methods.lsd import LSD, lsd_preset
@@ -63,6 +64,17 @@ def test_notebook_evaluates_a_run(name, trained, capsys):
     if name == "eval_generation":
         assert set(result["reconstruction"]) == {"LSD", "mean picture", "another picture"} and result["extractor"] == "own extractor"
         assert all("(own extractor)" in key for row in result["crowd"].values() for key in row)
+
+
+def test_photographs_are_judged_by_instances_and_by_classes(trained, coco):  # noqa: F811
+    names = execute("eval_segmentation", run_dir=str(trained), data=str(coco), data_options={"keep_empty": False}, cpu=True, **FEW["eval_segmentation"])
+    result = json.loads((trained / "eval_segmentation.json").read_text())
+    assert set(result["classes"]) == {"LSD", "grid", "random"} and result["scores"]["LSD"]["n_objects"]["mean"] == 2
+    assert 0 < result["classes"]["grid"]["mbo"]["mean"] < 1 and names["ignore"].any()
+    perfect = torch.where(names["ignore"], 9, names["true"])  # what is painted where nobody judges does not matter
+    assert names["scores_of"](perfect).compute()["mbo"] == 1
+    by_class = torch.where(names["ignore"], 9, names["classes"])
+    assert names["scores_of"](by_class, names["classes"]).compute()["miou"] == 1
 
 
 def test_what_cannot_be_evaluated(trained, tmp_path):
