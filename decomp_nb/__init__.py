@@ -5,6 +5,8 @@ _homes = {
     "core": "Factors Decomposer recombine interpolate load_decomposer shipped",
     "methods.lsd": "LSD StableLSD",
     "methods.decomp_diffusion": "DecompDiffusion",
+    "methods.disdiff": "DisDiff",
+    "components.latent_diffusion": "LatentDiffusion",
     "methods.slot_diffusion": "SlotDiffusion",
     "methods.slate": "SLATE",
     "methods.slot_attention_ae": "SlotAttentionAE",
@@ -14,7 +16,8 @@ _homes = {
     "data.scenes": "Scenes",
     "viz.pictures": "show grid overlay strip",
     "viz.mixer": "mixer",
-    "convert": "load_official_lsd save_official_lsd load_official_decomp_diffusion save_official_decomp_diffusion",
+    "convert": "load_official_lsd save_official_lsd load_official_decomp_diffusion save_official_decomp_diffusion "
+               "load_official_disdiff load_official_latent_diffusion load_official_autoencoder",
 }
 _home_of = {name: home for home, names in _homes.items() for name in names.split()}
 __all__ = sorted(_home_of)

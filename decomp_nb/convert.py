@@ -19,16 +19,19 @@ from .components.slots import SlotAttention, coordinate_grid
 # %% auto #0
 __all__ = ['SLOT_KEYS', 'POSITION_KEYS', 'COMPUTED', 'IGNORED', 'LATER', 'WEIGHTS', 'RESIDUAL_KEYS', 'DECOMP_KEYS',
            'FAMILY_SLOT_KEYS', 'RESNET_KEYS', 'RES_KEYS', 'VQ_KEYS', 'WRITER_KEYS', 'WRITER_PARTS', 'SCHEDULE_BUFFERS',
-           'rename', 'check_grid', 'convert_lsd_slot_attention', 'lsd_slots_config', 'official_slots_config',
-           'convert_lsd_encoder', 'convert_lsd_unet', 'unet_level', 'pair', 'effective_config', 'lsd_encoder_config',
-           'lsd_denoiser_config', 'read_weights', 'read_official_part', 'load_strict', 'check_positions', 'OfficialLSD',
-           'read_official_lsd', 'load_official_lsd', 'save_official_lsd', 'official_config', 'position_kind',
-           'read_decomp_state', 'decomp_sizes', 'decomp_places', 'convert_decomp', 'load_official_decomp_diffusion',
-           'decomp_heads', 'save_official_decomp_diffusion', 'check_edge_grid', 'take', 'take_slot_attention',
-           'take_encoder', 'convert_resnet', 'family_slots_config', 'count_of', 'family_encoder_config',
-           'ldm_unet_config', 'convert_ldm_unet', 'vq_config', 'convert_vq', 'convert_dvae', 'read_vq', 'read_dvae',
-           'convert_writer', 'convert_broadcast', 'take_schedule', 'load_official_slots', 'read_flat', 'refuse_rest',
-           'keep_with']
+           'LIGHTNING', 'SHIFT_KEYS', 'FIELD_KEYS', 'rename', 'check_grid', 'convert_lsd_slot_attention',
+           'lsd_slots_config', 'official_slots_config', 'convert_lsd_encoder', 'convert_lsd_unet', 'unet_level', 'pair',
+           'effective_config', 'lsd_encoder_config', 'lsd_denoiser_config', 'read_weights', 'read_official_part',
+           'load_strict', 'check_positions', 'OfficialLSD', 'read_official_lsd', 'load_official_lsd',
+           'save_official_lsd', 'official_config', 'position_kind', 'read_decomp_state', 'decomp_sizes',
+           'decomp_places', 'convert_decomp', 'load_official_decomp_diffusion', 'decomp_heads',
+           'save_official_decomp_diffusion', 'check_edge_grid', 'take', 'take_slot_attention', 'take_encoder',
+           'convert_resnet', 'family_slots_config', 'count_of', 'family_encoder_config', 'ldm_unet_config',
+           'convert_ldm_unet', 'vq_config', 'convert_vq', 'convert_dvae', 'read_vq', 'read_dvae', 'convert_writer',
+           'convert_broadcast', 'take_schedule', 'load_official_slots', 'read_flat', 'refuse_rest', 'keep_with',
+           'read_lightning', 'part_of', 'averaged', 'read_kl', 'read_autoencoder', 'load_official_autoencoder',
+           'load_official_discriminator', 'latent_unet_sizes', 'convert_latent_unet', 'convert_shift_decoder',
+           'stored_schedule', 'load_official_latent_diffusion', 'latent_space', 'load_official_disdiff']
 
 # %% ../nbs/convert.ipynb #rename-export
 SLOT_KEYS = {"pos.projection.": "position.", "in_layer_norm.": "input_norm.", "in_mlp.": "input_mlp.", "project_q.": "to_q.", "project_k.": "to_k.",
@@ -750,9 +753,13 @@ def refuse_rest(state: dict[str, Tensor], path: str | Path) -> dict:
 
 # %% ../nbs/convert.ipynb #slots-save-export
 def keep_with(model, folder: str | Path) -> Path:
-    "Save a method and its frozen autoencoder (sub-folder vae/ or dvae/) into one folder that loads by itself"
+    "Save a method and what it stands on (sub-folders vae/, dvae/ or base/) into one folder that loads by itself"
+    model.latents  # noqa: B018 - loads what is not there yet
     folder, stands_on = Path(folder), model.foundations()
-    if "dvae" in stands_on:
+    if "base" in stands_on:
+        model.register_to_config(base_path="base", latents_path=None)
+        keep_with(stands_on["base"], folder / "base")
+    elif "dvae" in stands_on:
         model.register_to_config(dvae_path="dvae")
         stands_on["dvae"].save_pretrained(folder / "dvae")
     elif hasattr(stands_on.get("latents"), "vae"):
@@ -760,3 +767,150 @@ def keep_with(model, folder: str | Path) -> Path:
         stands_on["latents"].vae.save_pretrained(folder / "vae")
     model.save_pretrained(folder)
     return folder
+
+# %% ../nbs/convert.ipynb #disdiff-read-export
+LIGHTNING = tuple(f"{home}.callbacks.{name}" for home in ("pytorch_lightning", "lightning.pytorch") for name in
+                  ("model_checkpoint.ModelCheckpoint", "lr_monitor.LearningRateMonitor", "early_stopping.EarlyStopping"))
+
+
+def read_lightning(path: str | Path) -> dict[str, Tensor]:
+    "The weights of a Lightning checkpoint in float32; names of its callbacks are read as an empty class, nothing else is unpickled"
+    with torch.serialization.safe_globals([(type("Callback", (), {}), name) for name in LIGHTNING]): state = read_flat(path)
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    "What begins with `prefix`, without it"
+    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def averaged(unet: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The UNet's weights, replaced by their running average where the file has one (its names have lost their dots)"
+    average = part_of(state, "model_ema.diffusion_model")
+    out = {k: average.pop(k.replace(".", ""), v) for k, v in unet.items()}
+    if average: raise ValueError(f"model_ema: left over: {', '.join(sorted(average)[:4])}")
+    return out
+
+# %% ../nbs/convert.ipynb #disdiff-ae-export
+def read_kl(state: dict[str, Tensor], z_scale: float = 1.0):
+    "Diffusers' `AutoencoderKL` with the weights of an official KL autoencoder"
+    from diffusers import AutoencoderKL
+    levels, width = count_of(state, "encoder.down."), [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(count_of(state, "encoder.down."))]
+    model = AutoencoderKL(
+        block_out_channels=width, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=count_of(state, "encoder.down.0.block."),
+        latent_channels=len(state["post_quant_conv.weight"]), norm_num_groups=32, mid_block_add_attention="encoder.mid.attn_1.q.weight" in state, scaling_factor=1 / z_scale)
+    return load_strict(model, convert_vq(state), "the KL autoencoder").eval()
+
+
+def read_autoencoder(state: dict[str, Tensor], z_scale: float = 1.0):
+    "`VQModel` or `AutoencoderKL`, whichever it is"
+    if "encoder.conv_in.weight" not in state: raise ValueError("no autoencoder in the weights: encoder.conv_in.weight is missing")
+    return (read_vq if "quantize.embedding.weight" in state else read_kl)(state, z_scale)
+
+
+def load_official_autoencoder(path: str | Path, z_scale: float = 1.0):
+    "`VQModel` or `AutoencoderKL` of an official stage-1 checkpoint, or of a later stage's"
+    state = read_lightning(path)
+    inside = part_of(state, "first_stage_model.") or {k: v for k, v in state.items() if not k.startswith("loss.")}
+    return read_autoencoder(inside, z_scale)
+
+
+def load_official_discriminator(path: str | Path):
+    "`PatchDiscriminator` of an official stage-1 checkpoint"
+    from decomp_nb.components.adversarial import PatchDiscriminator
+    state = part_of(read_lightning(path), "loss.discriminator.main.")
+    if not state: raise ValueError(f"{path} holds no discriminator (loss.discriminator.main.…)")
+    convolutions = [k for k in state if k.endswith(".weight") and state[k].ndim == 4]
+    network = PatchDiscriminator(in_channels=state["0.weight"].shape[1], width=len(state["0.weight"]), layers=len(convolutions) - 2)
+    return load_strict(network, {f"layers.{k}": v for k, v in state.items()}, "the discriminator")
+
+# %% ../nbs/convert.ipynb #disdiff-unet-export
+SHIFT_KEYS = {"shift_middle_block.": "middle_block.", "shift_output_blocks.": "output_blocks.", "shift_out.": "out."}
+FIELD_KEYS = {"repre_embed.": "fields.read.", "part_latents.weight": "fields.names.table", "part_emb.": "fields.names.project."}
+
+
+def latent_unet_sizes(state: dict[str, Tensor], sample_size: int, n_heads: int = 8) -> dict:
+    "Arguments of `latent_unet` that the shapes of an official UNet tell; the number of heads they do not tell"
+    blocks = _numbered(state, "output_blocks.")
+    tops = [_top(state, i) for i in blocks]
+    layers = next((i for i, top in enumerate(tops) if top), len(blocks) - 1)
+    first = list(range(0, len(blocks), layers + 1))[::-1]  # output block that begins each level, finest first
+    return dict(sample_size=sample_size, in_channels=state["input_blocks.0.0.weight"].shape[1], channels=[state[f"output_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in first],
+                layers_per_block=layers, attention_levels=[level for level, i in enumerate(first) if f"output_blocks.{i}.1.qkv.weight" in state], n_heads=n_heads, groups=32)
+
+
+def convert_latent_unet(state: dict[str, Tensor], sizes: dict) -> dict[str, Tensor]:
+    "State dict of the official UNet → `latent_unet`"
+    places = DECOMP_KEYS | decomp_places(len(sizes["channels"]), sizes["layers_per_block"], sizes["attention_levels"])
+    found = _from_official(state, places, lambda name: sizes["n_heads"])
+    return {k.removeprefix("denoiser."): v for k, v in found.items()}
+
+
+def convert_shift_decoder(state: dict[str, Tensor], sizes: dict) -> dict[str, Tensor]:
+    "The trained part of the official UNet → `ShiftDecoder`"
+    blocks = convert_latent_unet({rename(k, SHIFT_KEYS): v for k, v in state.items() if k.startswith(tuple(SHIFT_KEYS))}, sizes)
+    inner = lambda k: k.replace("cond_emb_layers.1.", "time_emb_proj.code.") if "cond_emb" in k else k.replace(".time_emb_proj.", ".time_emb_proj.time.")
+    own = {rename(k, FIELD_KEYS).removeprefix("fields."): v for k, v in state.items() if k.startswith(tuple(FIELD_KEYS))}
+    return {inner(k): v for k, v in blocks.items()} | own
+
+# %% ../nbs/convert.ipynb #disdiff-load-export
+def stored_schedule(state: dict[str, Tensor]) -> dict | None:
+    "Changes to the noise schedule that the file's `betas` ask for; None where it holds none"
+    if "betas" not in state: return None
+    betas = state["betas"].double()
+    start, end = (float(f"{betas[i].item():.6g}") for i in (0, -1))
+    known = dict(num_train_timesteps=len(betas), beta_start=start, beta_end=end)
+    return known if torch.allclose(torch.linspace(start ** 0.5, end ** 0.5, len(betas), dtype=torch.float64) ** 2, betas, rtol=1e-4) else dict(num_train_timesteps=len(betas), trained_betas=betas.tolist())
+
+
+def load_official_latent_diffusion(
+    path: str | Path,  # checkpoint of stage 2, or of stage 3 (then its frozen UNet, which has no average)
+    *,
+    ema: bool = True,
+    image_size: int = 64,
+    n_heads: int = 8,  # of every attention layer: the file does not tell
+    **options,  # further arguments of `LatentDiffusion`
+):
+    "`LatentDiffusion` with official weights, on the autoencoder that came with it"
+    from decomp_nb.components.latent_diffusion import LatentDiffusion
+    state = read_lightning(path)
+    unet = part_of(state, "model.diffusion_model.")
+    if "input_blocks.0.0.weight" not in unet: raise ValueError(f"{path} holds no latent diffusion model: model.diffusion_model.input_blocks.0.0.weight is missing")
+    unet = {k: v for k, v in (averaged(unet, state) if ema else unet).items() if k != "scale_factor" and not k.startswith((*SHIFT_KEYS, *FIELD_KEYS))}
+    space = latent_space(state)
+    sizes = latent_unet_sizes(unet, space.shape(image_size)[1], n_heads)
+    model = LatentDiffusion(image_size=image_size, denoiser_config=sizes, **{"scheduler_config": stored_schedule(state), **options})
+    load_strict(model.denoiser, convert_latent_unet(unet, sizes), f"{Path(path).name}, the UNet")
+    return model.stand_on(space).eval()
+
+
+def latent_space(state: dict[str, Tensor]):
+    "The frozen autoencoder of a stage-2 or stage-3 checkpoint, with its scale"
+    from decomp_nb.components.latents import KLLatents
+    vae = read_autoencoder(part_of(state, "first_stage_model."), 1 / float(state.get("scale_factor", 1.0)))
+    return (VQLatents if hasattr(vae, "quantize") else KLLatents)(vae)
+
+
+def load_official_disdiff(
+    path: str | Path,  # checkpoint of stage 3
+    *,
+    ema: bool = True,  # average of the shift decoder; the encoder never has one
+    n_heads: int = 8,  # of every attention layer: the file does not tell
+    **options,  # further arguments of `DisDiff`, such as dis_kind
+):
+    "`DisDiff` with official weights, on the frozen model and autoencoder that came with it; every size read off the shapes"
+    from decomp_nb.methods.disdiff import DisDiff
+    state, name = read_lightning(path), Path(path).name
+    if "cond_stage_model.encoder.0.weight" not in state: raise ValueError(f"{name} is no checkpoint of DisDiff: it has no encoder (cond_stage_model.encoder.0.weight)")
+    encoder = {f"layers.{k}": v for k, v in part_of(state, "cond_stage_model.encoder.").items()}
+    halvings = sum(v.ndim == 4 and v.shape[-1] == 4 for v in encoder.values())
+    out_dim, width = next(len(v) for k, v in encoder.items() if v.ndim == 2), len(encoder["layers.0.weight"])
+    base = load_official_latent_diffusion(path, ema=False, image_size=4 * 2 ** halvings, n_heads=n_heads)
+    unet = part_of(state, "model.diffusion_model.")
+    sizes, dim = dict(base.config.denoiser_config), unet["repre_embed.weight"].shape[1]
+    names = "orthogonal" if unet["part_latents.weight"].shape == (len(unet["part_emb.weight"]) // 2,) * 2 else "free"
+    model = DisDiff(**{**dict(image_size=base.config.image_size, n_factors=out_dim // dim, factor_dim=dim, denoiser_config=sizes, scheduler_config=base.config.scheduler_config,
+                              names=names, encoder_config=dict(width=width, norm="batch", skip_relu=True)), **options})
+    load_strict(model.encoder, encoder, f"{name}, the encoder")
+    load_strict(model.fields, convert_shift_decoder(averaged(unet, state) if ema else unet, sizes), f"{name}, the shift decoder")
+    return model.stand_on(base).eval()

@@ -1,0 +1,323 @@
+"DisDiff and what it stands on: fields, losses and their gradients, composition, options, and what is refused."
+import copy
+
+import pytest
+import torch
+
+from decomp_nb.components.adversarial import AdversarialAutoencoder, PatchDiscriminator, adaptive_weight, kl_model
+from decomp_nb.components.codebooks import VQLatents, vq_model
+from decomp_nb.components.latent_diffusion import LatentDiffusion, OfficialDDIM, climb, latent_sampler, look, mark_of, paint
+from decomp_nb.components.latents import KLLatents
+from decomp_nb.core import Factors, load_decomposer
+from decomp_nb.methods.disdiff import DisDiff, FactorEncoder, FactorNames, TwoConditions, code_line, disdiff_preset, moves_of
+
+UNET = dict(sample_size=8, in_channels=3, channels=[8, 16], layers_per_block=1, attention_levels=[1], n_heads=2, groups=4)
+
+
+def space(kind="vq", seed=0):
+    torch.manual_seed(seed)
+    if kind == "kl": return KLLatents(kl_model(2, width=8, layers_per_block=1, latent_channels=3, groups=4, attention=False))
+    return VQLatents(vq_model(2, width=8, layers_per_block=1, n_codes=16, groups=4, attention=False))
+
+
+def base(kind="vq", seed=0, **options):
+    torch.manual_seed(seed)
+    model = LatentDiffusion(**{"image_size": 16, "denoiser_config": UNET, **options})
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
+    return model.stand_on(space(kind))
+
+
+def disdiff(kind="vq", seed=0, alive=True, **options):
+    torch.manual_seed(seed)
+    model = DisDiff(**{"image_size": 16, "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, "denoiser_config": UNET, **options})
+    for p in model.fields.parameters() if alive and model.fields is not None else []:  # the last layer of every block begins at zero
+        if p.ndim > 1 and not p.any(): torch.nn.init.normal_(p, std=0.2)
+    return model.stand_on(base(kind)) if model.fields is not None else model.stand_on(space(kind))
+
+
+def batch(n=4, seed=1, model=None):
+    g = torch.Generator().manual_seed(seed)
+    return {"image": torch.rand(n, 3, 16, 16, generator=g) * 2 - 1, "noise": torch.randn(n, 3, 8, 8, generator=g), "timesteps": torch.tensor([5, 300, 600, 950])[:n],
+            "chosen": torch.tensor([0, 2, 1, 0])[:n]}
+
+
+def ask(model, x, t, f):
+    with torch.no_grad(): return model.predict(x, t, f)
+
+
+# --- fields ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_conditions_are_one_after_the_other():
+    layer = TwoConditions(6, 8)
+    time, code, h = torch.randn(2, 6), torch.randn(2, 6), torch.randn(2, 4)
+    (s, b), (s2, b2) = layer.time(time).chunk(2, -1), layer.code(code).chunk(2, -1)
+    scale, shift = layer(torch.cat([time, code], -1)).chunk(2, -1)
+    torch.testing.assert_close(h * (1 + scale) + shift, (h * (1 + s) + b) * (1 + s2) + b2)
+
+
+def test_names_are_orthogonal_and_stay_so():
+    names = FactorNames(5, 32)
+    torch.testing.assert_close(names.basis() @ names.basis().T, torch.eye(5), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="n_factors=20"): FactorNames(20, 32)
+    assert FactorNames(20, 32, "free", 4)().shape == (20, 32)
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_untrained_fields_are_zero_and_predict_is_the_frozen_model(kind):
+    model = disdiff(kind, alive=False).eval()
+    f, x, t = model.encode(batch()["image"]), torch.randn(4, 3, 8, 8), torch.tensor([1, 10, 500, 999])
+    torch.testing.assert_close(ask(model, x, t, f), ask(model.base, x, t, None))
+    assert model.diagnostics({"image": batch()["image"]})["code_spread"] >= 0
+
+
+def test_fields_add_up_and_weights_scale_them():
+    model = disdiff().eval()
+    with torch.no_grad(): f = model.encode(batch()["image"])
+    x, t = torch.randn(4, 3, 8, 8), torch.tensor([1, 10, 500, 999])
+    none = ask(model, x, t, model.null_factors(f))
+    torch.testing.assert_close(none, ask(model.base, x, t, None))
+    singles = [ask(model, x, t, model.only(f, i)) - none for i in range(3)]
+    torch.testing.assert_close(ask(model, x, t, f) - none, sum(singles), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ask(model, x, t, f * torch.tensor([2.0, 0.0, -1.0])) - none, 2 * singles[0] - singles[2], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.guided(f, 2.0)(x, t), ask(model, x, t, f * 2.0))
+    rows = torch.tensor([[1.0, 0, 0]] * 2 + [[0, 1.0, 0]] * 2)  # other factors in every picture
+    torch.testing.assert_close(ask(model, x, t, f * rows) - none, torch.cat([singles[0][:2], singles[1][2:]]), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ask(model, x, t, f.cat(f)) - none, 2 * sum(singles), rtol=1e-3, atol=1e-5)
+
+
+def test_a_factor_of_weight_zero_is_not_computed():
+    model = disdiff().eval()
+    seen = []
+    model.fields.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    with torch.no_grad():
+        f = model.encode(batch()["image"])
+        for g in (f, model.only(f, 1), model.only(f, [0, 2]), model.null_factors(f)): model.predict(torch.randn(4, 3, 8, 8), torch.tensor([3] * 4), g)
+    assert seen == [3, 1, 2, 0]
+
+
+def test_chunks_and_checkpoints_change_nothing():
+    torch.manual_seed(0)
+    losses = []
+    for chunk, lean in ((0, False), (1, False), (2, True)):
+        model = disdiff(dis_weight=1.0).train()
+        model.factor_chunk = chunk
+        if lean: model.enable_gradient_checkpointing()
+        out = model(batch())
+        out["loss"].backward()
+        losses.append((out["loss"].item(), model.fields.read.weight.grad.norm().item()))
+    for loss in losses[1:]: assert loss == pytest.approx(losses[0], rel=1e-4)
+
+
+# --- losses ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_moves():
+    z, before, after = torch.zeros(1, 2, 1), torch.tensor([[[3.0], [1.0]]]), torch.tensor([[[1.0], [2.0]]])
+    moves = moves_of(z, before, after)
+    assert moves.variant.tolist() == [[2.0, -1.0]] and moves.invariant.tolist() == [[2.0, 1.0]]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(dis_kind="IM"), dict(reads="latents"), dict(reads="latents", dis_kind="IM"), dict(dis_bound=0.1, dis_below=0.5), dict(names="free", loss="l2", coefficient="ddim"),
+                                     dict(encoder_config=dict(width=8, norm="batch", skip_relu=True)), dict(variant_weight=0.0), dict(dis_weight=0.0)])
+def test_training_reaches_what_is_trained_and_nothing_else(options):
+    model = disdiff(**options).train()
+    out = model(batch())
+    out["loss"].backward()
+    assert torch.isfinite(out["loss"]) and all(p.grad is not None and torch.isfinite(p.grad).all() for name, p in model.named_parameters() if "names.table" not in name or p.grad is not None)
+    assert model.encoder.layers[0].weight.grad.abs().sum() > 0 and all(p.grad is None for p in [*model.base.parameters(), *model.latents.parameters()])
+    assert {p for g in model.parameter_groups() for p in g["params"]} == set(model.parameters())
+    if model.config.dis_bound: assert out["dis_weight"].max() <= 0.1 and out["dis_weight"][-1] == 0 == out["disentangling"][-1]  # t = 950 is above half
+
+
+def test_the_target_of_the_variant_part_gets_no_gradient():
+    "The code of another slot than the chosen one is touched by the reconstruction only"
+    model = disdiff(dis_weight=1.0)
+    b, codes = batch(), torch.randn(4, 3, 4, requires_grad=True)
+    x_t, t = b["noise"], b["timesteps"]
+    seen = look(model.base.denoiser, x_t, t)
+    one = model.fields(seen, codes, torch.arange(3))[torch.arange(4), b["chosen"]]
+    model.disentangling(x_t, t, climb(model.base.denoiser, seen), one, codes, b["chosen"])["disentangling"].sum().backward()
+    touched = codes.grad.abs().sum(-1) > 0
+    assert torch.equal(touched, torch.nn.functional.one_hot(b["chosen"], 3).bool())
+
+
+def test_re_encoding_leaves_the_encoder_as_it_was():
+    model = disdiff(encoder_config=dict(width=8, norm="batch")).train()
+    model.encoder.layers[1].eval()
+    before = copy.deepcopy(model.encoder.state_dict())
+    model.recognise(torch.randn(2, 3, 8, 8))
+    assert model.encoder.training and not model.encoder.layers[1].training
+    assert all(torch.equal(v, before[k]) for k, v in model.encoder.state_dict().items())
+
+
+def test_injected_draws_decide_the_loss():
+    model = disdiff().train()
+    losses = [model(batch())["loss"].item() for _ in range(2)] + [model(batch() | {"chosen": torch.tensor([1, 1, 1, 1])})["loss"].item()]
+    assert losses[0] == losses[1] != losses[2]
+
+
+# --- use ---------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["official", "ddim", "ddpm", "dpm", "euler"])
+def test_every_scheduler_draws(sampler):
+    model = disdiff().eval()
+    images = model.reconstruct(batch(2)["image"], steps=4, scheduler=latent_sampler(sampler, model.scheduler), generator=torch.Generator().manual_seed(0))
+    assert images.shape == (2, 3, 16, 16) and images.abs().max() <= 1
+
+
+def test_decompose_swap_and_traverse():
+    model, x = disdiff().eval(), batch()["image"]
+    with torch.no_grad(): f = model.encode(x)
+    noise = torch.randn(4, 3, 8, 8)
+    options = dict(steps=3, noise=noise)
+    alone = model.decompose(f, **options)
+    torch.testing.assert_close(alone[:, 1], model.decode(model.only(f, 1), **options))
+    swapped = model.swap(x, x[:1], 2, **options)
+    torch.testing.assert_close(swapped[:1], model.decode(f, **options)[:1])  # from itself: nothing changes
+    torch.testing.assert_close(swapped, model.decode(f.replace(2, f.rows([0] * 4)), **options))
+    torch.testing.assert_close(model.swap(x, x.roll(1, 0), [0, 1], partial=True, **options), model.decode(model.only(f.replace([0, 1], f.rows([3, 0, 1, 2])), [0, 1]), **options))
+    line = code_line(torch.randn(50, 4), stops=5)
+    walk = model.traverse(f.rows(1), 0, line, **options)
+    assert walk.shape == (5, 3, 16, 16) and not torch.equal(walk[0], walk[-1])
+    torch.testing.assert_close(model.traverse(f.rows(1), 0, f.codes[1:2, 0], **options), model.decode(f.rows(1), steps=3, noise=noise[:1]))
+
+
+def test_dead_factors_show():
+    model = disdiff().eval()
+    strengths = model.strengths(batch()["image"])
+    assert strengths.shape == (3,) and (strengths > 0).all()
+    assert disdiff(alive=False).eval().strengths(batch()["image"]).abs().max() == 0
+
+
+def test_official_steps_and_noise():
+    model = disdiff()
+    ddim = OfficialDDIM(model.scheduler, eta=1.0)
+    ddim.set_timesteps(300)
+    assert len(ddim.timesteps) == 334 and ddim.timesteps[-1] == 1
+    with pytest.raises(ValueError, match="steps=0"): ddim.set_timesteps(0)
+    with pytest.raises(ValueError, match="official sampler"): latent_sampler("ddim", model.scheduler, eta=1.0)
+
+
+def test_saved_with_a_path_and_loaded(tmp_path):
+    from decomp_nb.convert import keep_with
+    model = disdiff().eval()
+    keep_with(model, tmp_path / "whole")
+    again = load_decomposer(tmp_path / "whole").eval()
+    x = batch()["image"]
+    torch.testing.assert_close(again.reconstruct(x, steps=2, noise=batch()["noise"]), model.reconstruct(x, steps=2, noise=batch()["noise"]))
+    half = copy.deepcopy(model.base).half()
+    assert mark_of(half) == mark_of(model.base)
+
+
+def test_tokens_are_the_other_conditioning():
+    unet = dict(sample_size=8, in_channels=3, out_channels=3, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+                down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
+    model = disdiff(conditioning="tokens", denoiser_config=unet, dis_weight=0.0, factor_dim=1, token_dim=8, loss="l2").train()
+    out = model(batch())
+    out["loss"].backward()
+    assert model.reader.to_token[2][0].weight.grad is not None and model.encode(batch()["image"]).codes.shape == (4, 3, 1)
+    model.eval()
+    f = model.encode(batch()["image"])
+    assert model.decode(f, steps=2).shape == (4, 3, 16, 16) and len(model.parameter_groups()) == 2
+    assert not torch.allclose(ask(model, torch.ones(4, 3, 8, 8), torch.tensor([500] * 4), f), ask(model, torch.ones(4, 3, 8, 8), torch.tensor([500] * 4), f * torch.tensor([0.0, 1, 1])))
+    assert DisDiff(**disdiff_preset("encdiff")).n_factors == 20
+    with pytest.raises(ValueError, match="no base"): model.base  # noqa: B018
+
+
+def test_published_sizes():
+    "Counts that the paper's code has: shift decoder 22.74 M, encoder 1.52 M, frozen UNet 29.42 M"
+    model = DisDiff(**disdiff_preset("shapes3d", image_size=64))
+    assert sum(p.numel() for p in model.fields.parameters()) == pytest.approx(22.74e6, abs=5e3)
+    assert sum(p.numel() for p in model.encoder.parameters()) == pytest.approx(1.52e6, abs=5e3)
+    assert [sum(p.numel() for p in m.parameters()) / 1e6 for m in (kl_model(), vq_model(4, width=32, n_codes=2048))] == pytest.approx([3.48, 3.48], abs=0.02)
+
+
+# --- refused -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "n_factors=1": dict(n_factors=1), "dis_kind='X'": dict(dis_kind="X"), "reads='pixels'": dict(reads="pixels"), "set dis_weight=0": dict(conditioning="tokens"),
+    "encoder_config: no option 'depth'": dict(encoder_config=dict(depth=3)), "no option 'heads'": dict(denoiser_config=UNET | {"heads": 2}), "names='none'": dict(names="none"),
+    "image_size: give it": dict(image_size=None), "not 24": dict(image_size=24),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refuses_options(message):
+    with pytest.raises(ValueError, match=message): disdiff(**REFUSED[message])
+
+
+MISMATCHES = {
+    "image_size=32, but the base": (dict(image_size=32), {}, {}),
+    "the base's UNet is another one": (dict(denoiser_config=UNET | {"channels": [16, 16]}), {}, {}),
+    "another noise schedule": ({}, dict(scheduler_config={"beta_end": 0.02}), {}),
+    "the base predicts 'v_prediction'": ({}, dict(scheduler_config={"prediction_type": "v_prediction"}), {}),
+    "is not the one that the fields were trained on": (dict(base_mark="00000000"), {}, {}),
+}
+
+
+@pytest.mark.parametrize("message", MISMATCHES)
+def test_refuses_a_base_that_does_not_fit(message):
+    ours, theirs, _ = MISMATCHES[message]
+    model = DisDiff(**{"image_size": 16, "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, "denoiser_config": UNET, **ours})
+    with pytest.raises(ValueError, match=message): model.stand_on(base(**theirs))
+
+
+def test_refuses_stages_that_do_not_belong_together(tmp_path):
+    "Another autoencoder than the one that stage 2 was trained with, one of another size, a path that holds something else, no path"
+    space("vq", seed=0).vae.save_pretrained(tmp_path / "ae")
+    space("vq", seed=5).vae.save_pretrained(tmp_path / "other")
+    vq_model(4, width=8, layers_per_block=1, n_codes=16, groups=4, attention=False).save_pretrained(tmp_path / "small")
+    model = LatentDiffusion(image_size=16, denoiser_config=UNET, latents_path=str(tmp_path / "ae"))
+    model.latents  # noqa: B018 - the mark of the autoencoder is noted
+    model.save_pretrained(tmp_path / "ldm")
+    build = lambda **o: DisDiff(**{"base_path": str(tmp_path / "ldm"), "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, **o})
+    fine = build(latents_path=str(tmp_path / "ae"))
+    assert fine.config.image_size == 16 and fine.latent_shape == (3, 8, 8) and fine.config.base_mark == mark_of(fine.base)
+    cases = {"is not the one that the denoiser was trained with": dict(latents_path=str(tmp_path / "other")), "but the denoiser was built for 3 channels of side 8": dict(latents_path=str(tmp_path / "small")),
+             "holds a VQModel": dict(base_path=str(tmp_path / "ae")), "give its run directory": dict(base_path="", denoiser_config=UNET, image_size=16), "image_size: give it": dict(base_path=None)}
+    for message, options in cases.items():
+        with pytest.raises(ValueError, match=message): build(**options).latents  # noqa: B018
+    with pytest.raises(FileNotFoundError, match="no LatentDiffusion there"): build(base_path=str(tmp_path / "nothing"))
+
+
+def test_refuses_half_a_set_and_other_pictures():
+    model = disdiff()
+    with pytest.raises(ValueError, match="known by their place"): model.predict(torch.randn(1, 3, 8, 8), torch.tensor([3]), Factors(torch.zeros(1, 2, 4)))
+    with pytest.raises(ValueError, match="built for"): model.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="preset 'shapes'"): disdiff_preset("shapes")
+    with pytest.raises(ValueError, match="not 20"): FactorEncoder(20)
+
+
+# --- first stage -------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_adversarial_training_moves_both(kind, tmp_path):
+    model = AdversarialAutoencoder(space(kind).vae.requires_grad_(True), width=8, layers=1, start=1, perceptual=lambda a, b: (a - b).square().mean((1, 2, 3))).train()
+    before = model({"image": batch()["image"]})
+    assert before["discriminator"] == 0 and "perceptual" in before
+    out = model({"image": batch()["image"]})
+    out["loss"].backward()
+    assert out["discriminator"] > 0 and model.discriminator.layers[0].weight.grad.abs().sum() > 0 and model.vae.decoder.conv_out.weight.grad.abs().sum() > 0
+    assert {g["name"] for g in model.parameter_groups()} == {"autoencoder", "discriminator"}
+    model.eval()
+    with torch.no_grad(): assert model({"image": batch()["image"]})["weight"] == 0  # nothing to weigh without gradients
+    model.save_pretrained(tmp_path)
+    assert not any("discriminator" in k for k in type(model.vae).from_pretrained(tmp_path).state_dict())
+
+
+def test_the_weight_is_bounded():
+    w = torch.ones(3, requires_grad=True)
+    assert adaptive_weight((w * 1e9).sum(), (w * 1e-9).sum(), w) == 1e4
+    with pytest.raises(ValueError, match="too small"): PatchDiscriminator(width=8)(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="multipliers"): kl_model(4, multipliers=[1])
+
+
+def test_paint_passes_gradients():
+    for kind in ("vq", "kl"):
+        z = torch.randn(1, 3, 8, 8, requires_grad=True)
+        paint(space(kind), z).sum().backward()
+        assert z.grad.abs().sum() > 0

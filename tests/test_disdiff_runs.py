@@ -1,0 +1,49 @@
+"The three stages of DisDiff, headless and in miniature: autoencoder → latent diffusion → factors → scores, and what does not fit together."
+import json
+
+import pytest
+import torch
+from test_runs import QUICK, execute
+
+from decomp_nb.components.codebooks import VQLatents, build_space
+from decomp_nb.components.latent_diffusion import LatentDiffusion
+from decomp_nb.methods.disdiff import DisDiff
+from decomp_nb.training.trainer import Run
+
+ROOMS = dict(data="shapes3d", data_options={"sizes": [3, 3, 3, 2, 2, 2]}, n_images=24)
+SMALL = dict(channels=[8, 16], layers_per_block=1, attention_levels=[1], n_heads=2, groups=4)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    execute("train_autoencoder", folder, kind="vqvae", out_dir=str(folder / "ae"), image_size=16, factor=2, width=8, multipliers=[1, 1], n_codes=16, free_steps=0, latent_channels=3,
+            adversarial=0.75, adversarial_width=8, adversarial_layers=1, eval_images=4, **ROOMS, **QUICK)
+    execute("train_latent_diffusion", folder, out_dir=str(folder / "ldm"), latents_path=str(folder / "ae"), image_size=16, eval_images=10, samples=2, sample_steps=2, **SMALL, **ROOMS, **QUICK)
+    execute("train_disdiff", folder, out_dir=str(folder / "dis"), base_path=str(folder / "ldm"), latents_path=str(folder / "ae"), preset="tiny", eval_images=48, sample_steps=2, **ROOMS, **QUICK)
+    return folder
+
+
+def test_each_stage_leaves_what_the_next_one_needs(stages):
+    ae, ldm, dis = (Run(stages / name) for name in ("ae", "ldm", "dis"))
+    assert isinstance(build_space(str(ae.path)), VQLatents) and {"lr/autoencoder", "lr/discriminator"} <= set(ae.metrics("train")[-1])
+    assert isinstance(ldm.model(), LatentDiffusion) and "noise_error" in json.loads((ldm.path / "scores.json").read_text())
+    assert set(json.loads((dis.path / "scores.json").read_text())) == {"DisDiff", "untrained", "PCA"}
+    assert dis.curve("eval/factor_vae")[0] == [2, 4] and {"variant_hits", "invariant_hits", "denoising"} <= set(dis.metrics("train")[-1])
+    assert {p.name for p in (dis.path / "pictures").glob("*.png")} >= {"swaps.png", "traversals.png"}
+
+
+def test_the_run_is_a_method_that_loads_by_itself(stages, tmp_path):
+    model = Run(stages / "dis").model().eval()
+    (stages / "dis" / "whole").rename(tmp_path / "elsewhere")
+    again = DisDiff.from_pretrained(tmp_path / "elsewhere").eval()
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    noise = torch.randn(2, *model.latent_shape)
+    torch.testing.assert_close(again.reconstruct(x, steps=2, noise=noise), model.reconstruct(x, steps=2, noise=noise))
+    assert again.config.base_path == "base" and model.encode(x).codes.shape == (2, 3, 4)
+
+
+def test_evaluation_reads_the_run(stages, tmp_path):
+    execute("eval_disentanglement", tmp_path, run_dir=str(stages / "dis"), n_images=40, seeds=1, metrics=["dci", "mig"])
+    found = json.loads((stages / "dis" / "eval_disentanglement.json").read_text())
+    assert found["model"] == "DisDiff" and {"untrained", "PCA"} <= set(found["scores"])
