@@ -10,6 +10,7 @@ _homes = {
     "methods.slot_diffusion": "SlotDiffusion",
     "methods.slate": "SLATE",
     "methods.slot_attention_ae": "SlotAttentionAE",
+    "methods.concepts": "Concepts load_official_concepts",
     "training.trainer": "Trainer Run",
     "training.config": "TrainConfig",
     "data.catalog": "open_dataset",

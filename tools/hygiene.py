@@ -340,7 +340,8 @@ def definitions_are_shown(root: Path = ROOT, wanted: float = 0.9):
 
 # --- layers --------------------------------------------------------------------------------------------------------------------------
 
-LAYERS = [{"core"}, {"data", "viz.pictures"}, {"components"}, {"methods"}, {"metrics", "training", "convert", "viz.mixer"}]
+LAYERS = [{"core"}, {"data", "viz.pictures"}, {"components"}, {"methods"}, {"metrics", "training", "convert", "viz.mixer",
+          "viz.attribution"}]
 STRANGERS = {("metrics", "methods"), ("metrics", "components")}  # metrics take arrays
 
 

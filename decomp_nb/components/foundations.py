@@ -128,8 +128,8 @@ class Foundation(nn.Module):
 
     @property
     def sampler(self):
-        "DDIM, from the model's own schedule"
-        return make_scheduler("ddim", self.schedule, clip_sample=isinstance(self.latents, Pixels))
+        "DDIM, from the model's own schedule, without clipping: under guidance it would clip x_0 but not the noise, and the picture drifts to the opposite of what was asked"
+        return make_scheduler("ddim", self.schedule, clip_sample=False, thresholding=False)
 
     def invert(self, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, steps: int = 50) -> Tensor:
         "The noise from which `sampler` paints `x0` again, given the same `predict`"
@@ -353,6 +353,12 @@ class DeepFloydIF(HubFoundation):
     def predict(self, x_t: Tensor, t: Tensor, told: Prompts) -> Tensor:
         answer = self.denoiser(x_t.to(self.denoiser.dtype), t, encoder_hidden_states=told.states.to(self.denoiser.dtype)).sample
         return answer[:, :x_t.shape[1]].to(x_t.dtype)
+
+    @property
+    def sampler(self): return make_scheduler("dpm", self.schedule, thresholding=True)  # x_0 in [−1,1], as its own pipeline does
+
+    def invert(self, predict, x0: Tensor, steps: int = 50) -> Tensor:
+        return invert(lambda x, t: predict(x, t.expand(len(x))), x0, super().sampler, steps)
 
 # %% ../../nbs/components/foundations.ipynb #open-export
 FAMILIES = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL, "StableDiffusion3Pipeline": StableDiffusion3, "IFPipeline": DeepFloydIF}
