@@ -25,27 +25,29 @@ def time_steps(
     step: Callable[[], object],
     steps: int = 3,  # counted
     warmup: int = 1,  # thrown away
+    processor: bool = False,  # seconds of this process on the processor, which other work on the machine does not lengthen
 ) -> list[float]:
     "Seconds of each counted call"
     import torch
+    clock = time.process_time if processor else time.perf_counter
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = []
     for i in range(warmup + steps):
         wait()
-        start = time.perf_counter()
+        start = clock()
         step()
         wait()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return seconds[warmup:]
 
 # %% ../../nbs/training/benchmark.ipynb #run-case-export
-def run_case(place: str, options: dict, steps: int, warmup: int, threads: int) -> dict:
+def run_case(place: str, options: dict, steps: int, warmup: int, threads: int, processor: bool = False) -> dict:
     "Build the case `module:function` with `options` and time it, in this process"
     import torch
     torch.set_num_threads(threads)
     module, _, name = place.partition(":")
     step, images = getattr(importlib.import_module(module), name)(**options)
-    seconds = time_steps(step, steps, warmup)
+    seconds = time_steps(step, steps, warmup, processor)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     median = statistics.median(seconds)
     return {"seconds": median, "all": seconds, "images_per_second": images / median, "peak_gib": peak / 2 ** 30}
@@ -59,10 +61,11 @@ def measure(
     threads: int = 0,  # of torch; 0 = as many as cores
     timeout: float = 900.0,  # seconds, after which the case counts as failed
     keep_memory: bool = True,  # `launch.KEEP_MEMORY`, as `decomp_nb run` sets it
+    processor: bool = False,  # seconds on the processor, summed over threads; for a machine that also does other things
     **options,  # of the function; must be JSON
 ) -> dict:
     "`seconds`, `images_per_second` and `peak_gib` of a step, in a process of its own; `error` where it failed"
-    order = json.dumps([place, options, steps, warmup, threads or os.cpu_count()])
+    order = json.dumps([place, options, steps, warmup, threads or os.cpu_count(), processor])
     code = "import sys, json; from decomp_nb.training.benchmark import run_case; print('\\n@' + json.dumps(run_case(*json.loads(sys.argv[1]))))"
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *KEEP_MEMORY)} | (KEEP_MEMORY if keep_memory else {})
     try: done = subprocess.run([sys.executable, "-c", code, order], capture_output=True, text=True, timeout=timeout, env=environment)
@@ -122,7 +125,7 @@ def sd_vae_config() -> dict:
 def slot_diffusion_step(
     preset: dict | None = None,  # arguments of `SlotDiffusion`; None = the published COCO setting, its vision transformer with random weights
     batch_size: int = 2,
-    image_size: int = 224,  # side of the pictures, for the published setting
+    image_size: int = 224,  # side of the pictures, for the published setting; a multiple of 32
     vae: dict | None = None,  # arguments of `vq_model`; None = the published ones
     *,
     latents: bool = False, features: bool = False,
