@@ -515,8 +515,8 @@ def separation(
     per_object, per_component = shown.sum(1), shown.sum(2)
     once = ((per_object == 1) & there).sum(1) / there.sum(1)
     enough = (per_component == 1).sum(1) == torch.minimum(there.sum(1), torch.tensor(components.shape[1]))
-    energy = (components - ground).square().sum(2)
-    outside = (energy * (masks == 0)[:, None]).sum((2, 3))  # paint where no object is
+    own = components.flatten(3).median(-1).values[..., None, None]  # a component may colour the ground as a whole, others colour it back: that is no ghost
+    outside = ((components - own).square().sum(2) * (masks == 0)[:, None]).sum((2, 3))  # paint where no object is
     typical = ((images - ground).square().sum(1) * (masks > 0)).sum((1, 2)) / there.sum(1)
     ghostless = (outside < threshold * typical[:, None]).all(1)
     return {"separated": (once == 1) & enough & ghostless, "once": once, "ghosts": ~ghostless}
