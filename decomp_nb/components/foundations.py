@@ -567,7 +567,7 @@ class WordMemory(Foundation):
         return cls(**load_file(Path(folder) / "memory.safetensors"), **{k: v for k, v in index.items() if k != "_class_name"})
 
 # %% ../../nbs/components/foundations.ipynb #picture-memory-export
-def picture_memory(size: int = 16, dim: int = 16, seed: int = 0, sigma: float = 0.08, beta: float = 1.0) -> WordMemory:
+def picture_memory(size: int = 16, dim: int = 16, seed: int = 2023, sigma: float = 0.08, beta: float = 1.0) -> WordMemory:
     "A `WordMemory` of 48 words: six shapes in eight colours on grey"
     from decomp_nb.data.scenes import PALETTE, SHAPES, coverage, object_distances, paint
     shapes, colours = list(SHAPES)[:6], list(PALETTE)[:8]

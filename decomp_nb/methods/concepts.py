@@ -348,7 +348,7 @@ class Concepts(Decomposer):
         self.raw_weights[known] = raw_of(solved, self.config.weights, self.config.temperature).to(self.raw_weights)
 
     @torch.no_grad()
-    def revive(self, twins: float = 0.9, dead: float = 0.2) -> list[int]:
+    def revive(self, twins: float = 0.85, dead: float = 0.2) -> list[int]:
         "Begin one superfluous word anew (a twin of another, by the cosine of their directions, or one with less than `dead` of its fair share): it takes over what the most overloaded word explains worst"
         weights, k = self.weights(), self.n_factors
         share = weights.abs().mean(0) / weights.abs().mean().clamp_min(1e-8)

@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .segmentation import ari
 
 # %% auto #0
 __all__ = ['clip_scores', 'threshold_accuracy', 'coverage', 'official_kl', 'word_class_table', 'matched', 'matched_accuracy',
-           'smoothed_kl', 'mutual_information_score', 'cluster_scores', 'representation_accuracy', 'pointing',
-           'overlap']
+           'smoothed_kl', 'mutual_information_score', 'cluster_scores', 'representation_accuracy', 'AttributeReader',
+           'train_reader', 'reader_accuracy', 'pointing', 'overlap']
 
 # %% ../../nbs/metrics/concepts.ipynb #official-export
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
@@ -84,6 +85,44 @@ def representation_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, t
     "Accuracy of logistic regression on weights `(n,k)`"
     from sklearn.linear_model import LogisticRegression
     return float(LogisticRegression(max_iter=1000).fit(train.numpy(), train_labels.numpy()).score(test.numpy(), test_labels.numpy()))
+
+# %% ../../nbs/metrics/concepts.ipynb #reader-export
+class AttributeReader(nn.Module):
+    "Names properties of pictures `(b,3,h,w)`: logits for each, by name"
+    def __init__(self, heads: Mapping[str, int], width: int = 24):
+        super().__init__()
+        down = lambda i, o: [nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(4, o), nn.SiLU(), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*down(3, width), *down(width, 2 * width), *down(2 * width, 4 * width), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.heads = nn.ModuleDict({name: nn.Linear(16 * width, n) for name, n in heads.items()})
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        seen = self.body(images)
+        return {name: head(seen) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, images: Tensor, batch_size: int = 100) -> dict[str, Tensor]:
+        "Class numbers `(b,)` of every property"
+        parts = [self(x) for x in images.split(batch_size)]
+        return {name: torch.cat([p[name].argmax(-1) for p in parts]) for name in self.heads}
+
+
+def train_reader(reader: AttributeReader, draw: Callable[[int], tuple[Tensor, Mapping[str, Tensor]]], steps: int = 400, learning_rate: float = 3e-3) -> AttributeReader:
+    "Train it; `draw(step)` gives pictures and the true class numbers"
+    optimiser = torch.optim.AdamW(reader.train().parameters(), learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps)
+    for step in range(steps):
+        images, true = draw(step)
+        sum(F.cross_entropy(logits, true[name]) for name, logits in reader(images).items()).backward()
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+    return reader.eval()
+
+
+def reader_accuracy(reader: AttributeReader, images: Tensor, true: Mapping[str, Tensor]) -> dict[str, float]:
+    "Share of right names for every property, and `joint`, all of a picture right"
+    right = {name: found == true[name] for name, found in reader.read(images).items()}
+    return {name: v.float().mean().item() for name, v in right.items()} | {"joint": torch.stack(list(right.values())).all(0).float().mean().item()}
 
 # %% ../../nbs/metrics/concepts.ipynb #where-export
 def pointing(maps: Tensor, masks: Tensor) -> Tensor:
