@@ -1,0 +1,222 @@
+"Concepts: the method's promises beyond parity, bad input, and its notebooks headless and in miniature."
+import json
+from pathlib import Path
+
+import papermill
+import pytest
+import torch
+import yaml
+from test_runs import QUICK, execute
+
+from decomp_nb.components.foundations import check_words, open_foundation, picture_memory, random_codes, tiny_foundation
+from decomp_nb.core import Factors, load_decomposer
+from decomp_nb.data.captioned import CaptionedScenes, NumberedPictures, class_folders, concept_task, scene_words
+from decomp_nb.methods.concepts import (Concepts, ScoreStatistics, compose, concepts_preset, edit, elimination, load_official_concepts, merge, onto_simplex, penalty, save,
+                                        score_statistics, select, solve_weights)
+from decomp_nb.training.config import TrainConfig
+from decomp_nb.training.trainer import Run, Trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    "A tiny pipeline of every family, and the exact memory"
+    root = tmp_path_factory.mktemp("foundations")
+    for family in ("sd", "sd-v", "sdxl", "sd3", "if"): tiny_foundation(root / family, family)
+    picture_memory().save_pretrained(root / "memory")
+    return root
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "if"])
+def test_prompts_are_those_of_the_pipeline(family, places):
+    "Our reading of a sentence is that of diffusers' own pipeline"
+    import diffusers
+    from diffusers.utils import logging
+    logging.disable_progress_bar()
+    cls = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline", "if": "IFPipeline"}[family]
+    pipe, base = getattr(diffusers, cls).from_pretrained(places / family), open_foundation(places / family)
+    text, options = "a photo of a red square", {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    if family == "sd3": told, null, pooled, null_pooled = pipe.encode_prompt(text, text, text, **options)
+    elif family == "sdxl": told, null, pooled, null_pooled = pipe.encode_prompt(text, **options)
+    else: (told, null), pooled, null_pooled = pipe.encode_prompt(text, **options), None, None
+    for ours, theirs in ((base.encode([text]), (told, pooled)), (base.null(), (null, null_pooled))):
+        for a, b in zip(ours, theirs): assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-5))
+
+
+@pytest.mark.parametrize("family", ["sd", "sd-v", "sdxl", "sd3", "if", "memory"])
+def test_every_family_learns_and_draws(family, places):
+    "Only words and weights have gradients; two vectors per word; encode, decode, edit and compose give pictures"
+    torch.manual_seed(0)
+    model = Concepts(str(places / family), 3, ["<one>", "<two>"], n_vectors=2, image_size=16, templates=["a photo of a {}", "{}"]).train()
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    out = model({"image": images, "index": torch.arange(3)})
+    out["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (model.codes, model.raw_weights))
+    assert all(p.grad is None for p in model.base.parameters()) and len(list(model.parameters())) == 2
+    model.eval()
+    factors = model.encode(images[:2], draws=2)
+    assert factors.weights.shape == (2, 2) and torch.allclose(factors.weights.sum(1), torch.ones(2), atol=1e-4)
+    assert model.decode(factors, steps=2).shape == compose(model, {"<one>": 3.0, "a red square": 1.0, "<two>": -1.0}, 2, steps=2).shape == (2, 3, 16, 16)
+    assert edit(model, images[:1], {"<one>": 0.0}, own=factors.weights[:1], steps=2).isfinite().all()
+
+
+def test_codes_of_each_picture_may_differ(places):
+    "A set of words per picture is answered like the same words one picture at a time"
+    model = Concepts(str(places / "sd"), 0, ["<one>", "<two>"], image_size=16).eval()
+    codes, x, t = random_codes(model.base, 4).view(2, 2, -1), torch.randn(2, *model.latent_shape), torch.tensor([10, 700])
+    f = Factors(codes, torch.rand(2, 2))
+    with torch.no_grad():
+        both = model.predict(x, t, f)
+        for i in range(2): torch.testing.assert_close(model.predict(x[i:i + 1], t[i:i + 1], f.rows(i)), both[i:i + 1], atol=1e-5, rtol=1e-4)
+        doubled = model.guided(f, 2.0)(x, t)
+        null = model.base.predict(x, t, model.base.null().rows([0, 0]))
+        torch.testing.assert_close(doubled, null + 2 * (both - null), atol=1e-4, rtol=1e-4)
+
+
+def test_closed_form_is_the_minimum_of_the_training_loss(places):
+    "The parabola predicts the loss that the model really has with these weights"
+    model = Concepts(str(places / "memory"), 4, n_concepts=3, image_size=16, templates="word", weights="free", timestep_sampling="high_noise")
+    images = model.base.pictures[:4]
+    stats = score_statistics(model, images, 8, generator=torch.Generator().manual_seed(0))
+    w = torch.rand(4, 3)
+    x0, total, dice = images, 0.0, torch.Generator().manual_seed(0)
+    for _ in range(8):
+        t = model.base.times(4, how="high_noise", strength=1.0, generator=dice)
+        noise = torch.randn(x0.shape, generator=dice)
+        with torch.no_grad():
+            said = model.predict(model.base.noise_at(x0, noise, t), t, Factors(model.codes.expand(4, -1, -1), w))
+        total = total + (said - noise).square().flatten(1).mean(1) / 8
+    torch.testing.assert_close(stats.loss(w), total, rtol=1e-3, atol=1e-4)
+    assert (stats.loss(solve_weights(stats, "ridge", ridge=0.0)) <= stats.loss(w) + 1e-6).all()
+    assert (stats.loss(solve_weights(stats, "nonnegative", ridge=0.0)) <= stats.loss(w) + 1e-6).all()
+
+
+def test_simplex_projection_is_the_nearest_point():
+    x = torch.randn(50, 4, dtype=torch.float64) * 2
+    p, others = onto_simplex(x), torch.distributions.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((300,))
+    assert torch.allclose(p.sum(1), torch.ones(50, dtype=torch.float64)) and (p >= 0).all()
+    assert ((x - p).norm(dim=1) <= torch.cdist(x, others).amin(1) + 1e-9).all()
+
+
+def test_superfluous_words_are_seen_and_merged():
+    "Two equal words are one; a word that nobody needs goes first"
+    d = torch.randn(3, 200)
+    d = torch.stack([d[0], d[1], d[0], d[2]])  # word 2 repeats word 0
+    gram = (d @ d.T / 200).expand(5, -1, -1)
+    target = 1.0 * d[0] + 1.0 * d[1]
+    stats = ScoreStatistics(gram, (d @ target / 200).expand(5, -1), (target @ target / 200).expand(5))
+    curve = elimination(stats, "nonnegative")
+    assert sorted(curve[2]["kept"]) in ([0, 1], [1, 2]) and curve[2]["explained"] > 0.99
+
+
+def test_merge_and_select(places):
+    model = Concepts(str(places / "memory"), 4, n_concepts=3, image_size=16, templates="word")
+    with torch.no_grad(): model.codes[2] = model.codes[0]
+    stats = score_statistics(model, model.base.pictures[:4], 8, generator=torch.Generator().manual_seed(0))
+    small = merge(model, stats)
+    assert len(small.tokens) == 2 and torch.allclose(small.weights().sum(1), torch.ones(4))
+    assert torch.equal(select(model, [1]).codes, model.codes[1:2])
+
+
+def config(folder, **options): return TrainConfig(out_dir=str(folder), cpu=True, trackers="", ema_decay=0.0, **{"max_steps": 4, "batch_size": 2, "save_every": 2, "eval_every": 0, "log_every": 1, **options})
+
+
+def test_resuming_continues_words_weights_and_statistics(places, tmp_path):
+    def new(**o): return Concepts(str(places / "sd"), 4, **{"n_concepts": 2, "image_size": 16, "refit_every": 2, "revive_every": 3, **o})
+    data = NumberedPictures(torch.rand(4, 3, 16, 16) * 2 - 1, new().latents, flip=True)
+    whole = Trainer(new(), data, config(tmp_path / "whole")).fit().model()
+    Trainer(new(), data, config(tmp_path / "cut", max_steps=2)).fit()
+    cut = Trainer(new(), data, config(tmp_path / "cut")).fit().model()
+    for name, value in whole.state_dict().items(): torch.testing.assert_close(cut.state_dict()[name], value, msg=name)
+    with pytest.raises(ValueError, match="tokens.*in the run"): Trainer(new(tokens=["<x>", "<y>"]), data, config(tmp_path / "cut")).fit()
+
+
+# --- bad input: one clear error each ------------------------------------------------------------------------------------------------------------------
+
+def test_bad_words(places, tmp_path):
+    for tokens, message in ((["red"], "'red' already is a word"), (["<a>", "<a>"], "given twice"), (["<a>", "x<a>x"], "part of"), (["two words"], "without spaces"), ([], "tokens is empty")):
+        with pytest.raises(ValueError, match=message): Concepts(str(places / "sd"), 2, tokens, image_size=16)
+    with pytest.raises(ValueError, match="initial_words has 1 entries for 2 tokens"): Concepts(str(places / "sd"), tokens=["<a>", "<b>"], initial_words=["red"])
+    with pytest.raises(ValueError, match="template 'no place'"): Concepts(str(places / "sd"), templates="no place")
+    with pytest.raises(ValueError, match="weights='equal'"): Concepts(str(places / "sd"), weights="equal").weights()
+    with pytest.raises(ValueError, match="penalty 'word_wish'"): penalty("word_wish", torch.ones(2, 2), torch.ones(1, 2, 3), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="only one"): penalty("word_energy", torch.ones(1, 2), torch.ones(1, 1, 3), torch.ones(1, 1))
+    assert check_words("<a>", lambda w: False) == ["<a>"]
+
+
+def test_bad_foundations(places, tmp_path):
+    mute = tiny_foundation(tmp_path / "mute")
+    index = json.loads((mute / "model_index.json").read_text())
+    (mute / "model_index.json").write_text(json.dumps(index | {"text_encoder": [None, None]}))
+    with pytest.raises(ValueError, match="no text encoder"): Concepts(str(mute))
+    with pytest.raises(FileNotFoundError, match="no foundation at"): Concepts("./nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="model_index.json"): Concepts(str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="learned_embeds.bin"): load_official_concepts(tmp_path / "empty", str(places / "sd"))
+    torch.save({"<a>,<b>": torch.zeros(2, 7)}, tmp_path / "learned_embeds.bin")
+    with pytest.raises(ValueError, match="another foundation"): load_official_concepts(tmp_path, str(places / "sd"))
+    torch.save({"<a>,<b>": torch.zeros(3, 7)}, tmp_path / "learned_embeds.bin")
+    with pytest.raises(ValueError, match="2 tokens, but 3 rows"): load_official_concepts(tmp_path, str(places / "sd"))
+
+
+def test_bad_folders(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty is empty"): class_folders(tmp_path, ["empty"])
+    with pytest.raises(ValueError, match="1 roots for 2 class folders"): class_folders([tmp_path], ["a", "b"])
+    with pytest.raises(FileNotFoundError, match="no class folder"): class_folders(tmp_path, ["cats"])
+    with pytest.raises(ValueError, match="task 'faces'"): concept_task("faces")
+    with pytest.raises(ValueError, match="only="): CaptionedScenes(5, only={"color": ["mauve"]})
+
+
+def test_saved_words_of_two_encoders(places, tmp_path):
+    from safetensors.torch import load_file
+    model = Concepts(str(places / "sdxl"), 0, ["<one>"], image_size=16)
+    save(model, tmp_path)
+    words = load_file(tmp_path / "words" / "one.safetensors")
+    assert {k: tuple(v.shape) for k, v in words.items()} == {"clip_l": (1, 16), "clip_g": (1, 24)}
+    assert torch.equal(load_decomposer(tmp_path).codes, model.codes)
+    with pytest.raises(ValueError, match="one row per word"): save(model, tmp_path, official=True)
+
+
+# --- notebooks ------------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def foundation_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text_to_image")
+    execute("train_text_to_image", folder, out_dir=str(folder / "run"), image_size=16, n_images=40, vae_factor=2, vae_width=8, vae_steps=3, widths=[16, 16], text_width=16, attention_heads=2,
+            sample_steps=2, judge_steps=3, judged=6, **QUICK)
+    return folder / "run"
+
+
+def test_train_text_to_image_writes_a_foundation(foundation_run):
+    base = open_foundation(foundation_run / "pipeline")
+    assert type(base).__name__ == "StableDiffusion" and {"red", "sketch", "star"} <= set(base.tokenizers[0].get_vocab()) | {w.removesuffix("</w>") for w in base.tokenizers[0].get_vocab()}
+    assert all(len(base.tokenizers[0](w, add_special_tokens=False).input_ids) == 1 for w in scene_words())
+    assert {"drawn", "judge on true pictures", "vae_psnr"} <= set(json.loads((foundation_run / "scores.json").read_text()))
+
+
+def test_train_concepts_on_it(foundation_run, tmp_path):
+    execute("train_concepts", tmp_path, out_dir=str(tmp_path / "run"), foundation=str(foundation_run / "pipeline"), preset="tiny", n_per_class=2, n_drawn=2, sample_steps=2, fit_draws=2, data="styles", **QUICK)
+    run = Run(tmp_path / "run")
+    assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4] and set(json.loads((run.path / "scores.json").read_text())) == {"learned", "closed form"}
+    model = run.model()
+    assert model.n_factors == 4 and len(list((run.path / "concepts" / "words").iterdir())) == 4
+
+
+def test_eval_concepts(tmp_path):
+    execute("eval_concepts", tmp_path, out_dir=str(tmp_path / "scores"), seeds=1, steps=6, n_per_class=2, n_drawn=1, sample_steps=2, judge_steps=2, held_out=2)
+    assert len(json.loads((tmp_path / "scores" / "scores.json").read_text())) == 6
+
+
+RECIPES = sorted((ROOT / "papermill_runs" / "recipes").glob("concepts_*.yaml")) + sorted((ROOT / "papermill_runs" / "recipes").glob("text_to_image_*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes(recipe):
+    values = yaml.safe_load(recipe.read_text())
+    notebook = "train_concepts" if recipe.stem.startswith("concepts") else "train_text_to_image"
+    assert set(values) <= set(papermill.inspect_notebook(str(ROOT / "nbs" / f"{notebook}.ipynb")))
+    assert values["out_dir"] == f"papermill_runs/out/{recipe.stem}"
+    if notebook == "train_concepts": concepts_preset(values["preset"], **values.get("model_options", {}))
