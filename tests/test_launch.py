@@ -133,7 +133,7 @@ RECIPES = sorted((ROOT / "papermill_runs" / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=[p.stem for p in RECIPES])
 def test_recipe_fits_its_notebook(recipe):
     methods = {p.stem.removeprefix("train_"): p for p in (ROOT / "nbs").glob("train_*.ipynb")}
-    methods |= {kind: methods["autoencoder"] for kind in ("vqvae", "dvae")}
+    methods |= {kind: methods["autoencoder"] for kind in ("vqvae", "dvae")} | {"compare": ROOT / "nbs" / "compare_slots.ipynb"}
     fitting = [m for m in methods if recipe.stem.startswith(f"{m}_")]
     assert fitting, f"{recipe.name}: recipes are called <method>_<data set>.yaml; methods: {', '.join(methods)}"
     accepted = parameters(methods[max(fitting, key=len)])
