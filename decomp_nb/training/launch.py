@@ -256,7 +256,7 @@ def execute(notebook: Path, output: Path, values: dict, kernels: Kernels) -> Non
     import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)  # names were checked here; its own reader stumbles over "=" in a remark
     papermill.execute_notebook(str(notebook), str(output), values, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                               kernel_manager_class=kernels.manager_class(), extra_arguments=["--log-level=40"])
+                               kernel_manager_class=kernels.manager_class(), extra_arguments=["--log-level=50"])  # a kernel that is told to stop says KeyboardInterrupt, as an error
 
 
 def verdict(error: BaseException | None, came: list, output: Path) -> int:
