@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .codebooks import codebook_loss, quantise
-from .latents import draw
+from .latents import draw, level_channels
 
 # %% auto #0
 __all__ = ['kl_model', 'PatchDiscriminator', 'hinge_loss', 'adaptive_weight', 'AdversarialAutoencoder']
@@ -32,12 +32,8 @@ def kl_model(
 ):
     "A diffusers `AutoencoderKL` with random weights; the defaults are DisDiff's first stage"
     from diffusers import AutoencoderKL
-    levels = factor.bit_length()
-    if factor < 1 or factor != 2 ** (levels - 1): raise ValueError(f"factor={factor}: must be a power of two, each halving is one level of the autoencoder")
-    multipliers = tuple(2 ** i for i in range(levels)) if multipliers is None else tuple(multipliers)
-    if len(multipliers) != levels: raise ValueError(f"multipliers={multipliers}: factor={factor} has {levels} levels")
-    if any(width * m % groups for m in multipliers): raise ValueError(f"width={width} times {multipliers} does not split into groups={groups}")
-    return AutoencoderKL(block_out_channels=tuple(width * m for m in multipliers), down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    channels = level_channels(factor, width, multipliers, groups)
+    return AutoencoderKL(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels),
                          layers_per_block=layers_per_block, latent_channels=latent_channels, norm_num_groups=groups, mid_block_add_attention=attention)
 
 # %% ../../nbs/components/adversarial.ipynb #patches-export

@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .latents import KLLatents, Pixels, build_latents
+from .latents import KLLatents, Pixels, build_latents, level_channels
 
 # %% auto #0
 __all__ = ['nearest_codes', 'quantise', 'codebook_loss', 'vq_model', 'spread_codes', 'PerceptualDistance', 'VggFeatures',
@@ -68,12 +68,8 @@ def vq_model(
 ):
     "A diffusers `VQModel` with random weights"
     from diffusers import VQModel
-    levels = factor.bit_length()
-    if factor < 1 or factor != 2 ** (levels - 1): raise ValueError(f"factor={factor}: must be a power of two, each halving is one level of the autoencoder")
-    multipliers = tuple(2 ** i for i in range(levels)) if multipliers is None else tuple(multipliers)
-    if len(multipliers) != levels: raise ValueError(f"multipliers={multipliers}: factor={factor} has {levels} levels")
-    if any(width * m % groups for m in multipliers): raise ValueError(f"width={width} times {multipliers} does not split into groups={groups}")
-    return VQModel(block_out_channels=tuple(width * m for m in multipliers), down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    channels = level_channels(factor, width, multipliers, groups)
+    return VQModel(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels),
                    layers_per_block=layers_per_block, latent_channels=code_dim, vq_embed_dim=code_dim, num_vq_embeddings=n_codes, norm_num_groups=groups,
                    mid_block_add_attention=attention, scaling_factor=1.0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Pixels', 'draw', 'KLLatents', 'small_vae', 'KLAutoencoder', 'build_latents', 'Cached', 'CachedLatents',
-           'cache_latents', 'CachedFeatures', 'cache_features']
+__all__ = ['Pixels', 'draw', 'KLLatents', 'level_channels', 'small_vae', 'KLAutoencoder', 'build_latents', 'Cached',
+           'CachedLatents', 'cache_latents', 'CachedFeatures', 'cache_features']
 
 # %% ../../nbs/components/latents.ipynb #pixels-export
 class Pixels(nn.Module):
@@ -91,6 +92,21 @@ class KLLatents(nn.Module):
         return draw(batch["latent_mean"].float(), batch["latent_logvar"].float(), noise) * self.vae.config.scaling_factor
 
 # %% ../../nbs/components/latents.ipynb #small-vae-export
+def level_channels(
+    factor: int,  # side of the picture / side of the latents: 2, 4, 8 …
+    width: int,  # channels at full resolution
+    multipliers: Sequence[int] | None = None,  # of the width, one per level; None: 1, 2, 4 …
+    groups: int = 8,  # of the group norms
+) -> tuple[int, ...]:
+    "Channels of every level of an autoencoder, from fine to coarse"
+    levels = factor.bit_length()
+    if factor < 1 or factor != 2 ** (levels - 1): raise ValueError(f"factor={factor}: must be a power of two, each halving is one level of the autoencoder")
+    multipliers = tuple(2 ** i for i in range(levels)) if multipliers is None else tuple(multipliers)
+    if len(multipliers) != levels: raise ValueError(f"multipliers={multipliers}: factor={factor} has {levels} levels")
+    if any(width * m % groups for m in multipliers): raise ValueError(f"width={width} times {multipliers} does not split into groups={groups}, the number of groups of the group norms")
+    return tuple(width * m for m in multipliers)
+
+
 def small_vae(
     factor: int = 4,  # side of the picture / side of the latents: 2, 4, 8 …
     *,
@@ -100,11 +116,8 @@ def small_vae(
 ):
     "A small `AutoencoderKL` with random weights"
     from diffusers import AutoencoderKL
-    levels = factor.bit_length()
-    if factor < 1 or factor != 2 ** (levels - 1): raise ValueError(f"factor={factor}: must be a power of two, each halving is one level of the autoencoder")
-    if width % 8: raise ValueError(f"width={width}: must be a multiple of 8, the number of groups of the group norms")
-    channels = tuple(width * min(2 ** i, 2) for i in range(levels))
-    return AutoencoderKL(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    channels = level_channels(factor, width, [min(2 ** i, 2) for i in range(factor.bit_length())])
+    return AutoencoderKL(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels),
                          norm_num_groups=8, latent_channels=latent_channels, layers_per_block=layers_per_block, mid_block_add_attention=False)
 
 # %% ../../nbs/components/latents.ipynb #training-export
