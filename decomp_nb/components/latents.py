@@ -175,6 +175,11 @@ def _fingerprint(data, network: nn.Module) -> str:
     return h.hexdigest()[:16]
 
 
+def _items(data, index: Sequence[int]) -> list[dict]:
+    "The items one by one, or all at once where the data set knows how"
+    return data.__getitems__(list(index)) if hasattr(data, "__getitems__") else [data[i] for i in index]
+
+
 class Cached:
     "A data set whose items carry something more, read from a memory-mapped file; `unpack(row)` of a sub-class names it"
     def __init__(self, data, path: str | Path):
@@ -185,9 +190,7 @@ class Cached:
 
     def __getitem__(self, i: int) -> dict: return self._with_row(self.data[i], i)
 
-    def __getitems__(self, index: list[int]) -> list[dict]:
-        many = getattr(self.data, "__getitems__", None)
-        return [self._with_row(item, i) for item, i in zip(many(index) if many else [self.data[i] for i in index], index)]
+    def __getitems__(self, index: list[int]) -> list[dict]: return [self._with_row(item, i) for item, i in zip(_items(self.data, index), index)]
 
     def _with_row(self, item: dict, i: int) -> dict:
         if self._rows is None: self._rows = np.load(self.path, mmap_mode="r")  # opened in the worker that reads it
@@ -221,7 +224,7 @@ def _store(
     partial_file = target.with_name(f".{name}-{os.getpid()}.npy")
     try:
         for start in range(0, len(data), batch_size):
-            images = torch.stack([data[i]["image"] for i in range(start, min(start + batch_size, len(data)))])
+            images = torch.stack([item["image"] for item in _items(data, range(start, min(start + batch_size, len(data))))])
             found = answer(images.to(device)).cpu().numpy()
             if store is None: store = np.lib.format.open_memmap(partial_file, "w+", dtype=dtype, shape=(len(data), *found.shape[1:]))
             store[start:start + len(images)] = found
