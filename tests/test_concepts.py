@@ -8,11 +8,12 @@ import torch
 import yaml
 from test_runs import QUICK, execute
 
-from decomp_nb.components.foundations import check_words, open_foundation, picture_memory, random_codes, tiny_foundation
+from decomp_nb.components.foundations import check_words, clip_tokenizer, open_foundation, picture_memory, random_codes, tiny_foundation
 from decomp_nb.core import Factors, load_decomposer
 from decomp_nb.data.captioned import CaptionedScenes, NumberedPictures, class_folders, concept_task, scene_words
 from decomp_nb.methods.concepts import (Concepts, ScoreStatistics, compose, concepts_preset, edit, elimination, load_official_concepts, merge, onto_simplex, penalty, save,
                                         score_statistics, select, solve_weights)
+from decomp_nb.metrics import concepts as metrics
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.trainer import Run, Trainer
 
@@ -178,6 +179,58 @@ def test_saved_words_of_two_encoders(places, tmp_path):
     assert {k: tuple(v.shape) for k, v in words.items()} == {"clip_l": (1, 16), "clip_g": (1, 24)}
     assert torch.equal(load_decomposer(tmp_path).codes, model.codes)
     with pytest.raises(ValueError, match="one row per word"): save(model, tmp_path, official=True)
+
+
+# --- judges -----------------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    "A random CLIP and a random ResNet-50 (its blocks, few channels) in the true layout"
+    from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetForImageClassification
+    root, words = tmp_path_factory.mktemp("judges"), clip_tokenizer(["a", "photo", "of", "red", "square", "castle"], 16)
+    torch.manual_seed(0)
+    body = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    CLIPModel(CLIPConfig(text_config=dict(vocab_size=len(words), max_position_embeddings=16, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, **body),
+                         vision_config=dict(image_size=32, patch_size=8, **body), projection_dim=8)).save_pretrained(root / "clip")
+    words.save_pretrained(str(root / "clip"))
+    labels = {0: "castle", 1: "red square, square", 2: "tench, Tinca tinca", 3: "squared paper"}
+    ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="bottleneck", id2label=labels)).save_pretrained(root / "resnet")
+    return root
+
+
+def test_clip_judge_is_clip(judges):
+    "Cosines of CLIP's own features of the resized middle square and of the sentences, and the official two numbers on them"
+    from transformers import AutoTokenizer, CLIPModel
+    judge, images = metrics.open_judge(str(judges / "clip"), ["red square", "castle"]), torch.rand(5, 3, 32, 48) * 2 - 1
+    model, tok = CLIPModel.from_pretrained(judges / "clip").eval(), AutoTokenizer.from_pretrained(judges / "clip")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    with torch.no_grad(): out = model(**tok(["a photo of red square", "a photo of castle"], padding=True, return_tensors="pt"), pixel_values=(images[..., 8:40] / 2 + 0.5 - mean) / std)
+    scores = judge.scores(images)
+    torch.testing.assert_close(scores, out.image_embeds @ out.text_embeds.T, atol=1e-5, rtol=1e-4)
+    assert judge.scores(torch.rand(2, 3, 64, 96)).shape == (2, 2) and judge.threshold == 0.3 and metrics.coverage(scores, judge.epsilon).sum() == 1
+    assert metrics.threshold_accuracy(scores, -1.0) == 1 and metrics.threshold_accuracy(scores, 1.01) == 0
+
+
+def test_resnet_judge_looks_at_the_middle(judges):
+    "Logits of the named labels in their order, of the middle 224 pixels, whatever lies around them; small pictures are enlarged"
+    from transformers import ResNetForImageClassification
+    judge, images = metrics.open_judge(str(judges / "resnet"), ["tench", "castle"]), torch.rand(2, 3, 240, 260) * 2 - 1
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad(): logits = ResNetForImageClassification.from_pretrained(judges / "resnet").eval()((images[..., 8:232, 18:242] / 2 + 0.5 - mean) / std).logits
+    torch.testing.assert_close(judge.scores(images), logits[:, [0, 2]], atol=1e-5, rtol=1e-4)
+    around = images.clone()
+    around[..., :8, :], around[..., 242:] = 1, -1
+    assert judge.names == ["castle", "tench"] and torch.equal(judge.scores(around), judge.scores(images)) and judge.scores(images[..., :32, :32]).shape == (2, 2)
+    assert judge.threshold == 10 and judge.epsilon == 1e-8
+
+
+def test_bad_judges(judges, tmp_path):
+    for name, message in (("unicorn", "in none of the 4 labels"), ("square", "in 2 labels")):
+        with pytest.raises(ValueError, match=message): metrics.open_judge(str(judges / "resnet"), [name])
+    with pytest.raises(FileNotFoundError, match="no judge at './nowhere'"): metrics.open_judge("./nowhere", ["castle"])
+    with pytest.raises(FileNotFoundError, match="names no model"): metrics.open_judge(str(tmp_path), ["castle"])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ValueError, match="is a vit"): metrics.open_judge(str(tmp_path), ["castle"])
 
 
 # --- notebooks ------------------------------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,8 @@ from .segmentation import ari
 # %% auto #0
 __all__ = ['clip_scores', 'threshold_accuracy', 'coverage', 'official_kl', 'word_class_table', 'matched', 'matched_accuracy',
            'smoothed_kl', 'mutual_information_score', 'cluster_scores', 'representation_accuracy', 'AttributeReader',
-           'train_reader', 'reader_accuracy', 'pointing', 'overlap']
+           'train_reader', 'reader_accuracy', 'Judge', 'reader_judge', 'clip_judge', 'resnet_judge', 'label_number',
+           'open_judge', 'pointing', 'overlap']
 
 # %% ../../nbs/metrics/concepts.ipynb #official-export
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
@@ -123,6 +126,69 @@ def reader_accuracy(reader: AttributeReader, images: Tensor, true: Mapping[str, 
     "Share of right names for every property, and `joint`, all of a picture right"
     right = {name: found == true[name] for name, found in reader.read(images).items()}
     return {name: v.float().mean().item() for name, v in right.items()} | {"joint": torch.stack(list(right.values())).all(0).float().mean().item()}
+
+# %% ../../nbs/metrics/concepts.ipynb #judge-export
+class Judge(NamedTuple):
+    "Somebody who looks at pictures"
+    scores: Callable[[Tensor], Tensor]  # pictures `(n,3,h,w)` in [−1,1] → scores `(n,K)`
+    names: list[str]  # the K classes, in the order of the scores
+    threshold: float  # of `threshold_accuracy`
+    epsilon: float = 0.0  # of `coverage`
+
+
+def reader_judge(reader: AttributeReader, head: str, names: Sequence[str]) -> Judge:
+    "A trained reader; a score is a probability"
+    return Judge(lambda images: torch.cat([reader(x)[head].detach().softmax(-1) for x in images.split(100)]), list(names), 0.5, 1e-8)
+
+
+def _fitted(images: Tensor, side: int, mean: Sequence[float], std: Sequence[float], resize: bool) -> Tensor:
+    "The middle square of `side` pixels in the numbers of a classifier; before that, with `resize` or where it is smaller, the shorter side of the picture becomes `side`"
+    h, w = images.shape[-2:]
+    if resize or min(h, w) < side:
+        images = F.interpolate(images, (max(side, round(side * h / min(h, w))), max(side, round(side * w / min(h, w)))), mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = ((n - side) // 2 for n in images.shape[-2:])
+    column = lambda v: torch.tensor(v, device=images.device).view(3, 1, 1)
+    return (images[..., top:top + side, left:left + side] / 2 + 0.5 - column(mean)) / column(std)
+
+
+@torch.no_grad()
+def clip_judge(path: str, names: Sequence[str], template: str = "a photo of {}", batch_size: int = 32) -> Judge:
+    "CLIP of transformers: cosines with the names in a sentence (official: ViT-B/32, threshold 0.3)"
+    from transformers import AutoTokenizer, CLIPModel
+    model, plain = CLIPModel.from_pretrained(path).eval(), lambda v: v if isinstance(v, Tensor) else v.pooler_output
+    words = AutoTokenizer.from_pretrained(path)([template.format(n) for n in names], padding=True, return_tensors="pt")
+    texts = plain(model.get_text_features(input_ids=words.input_ids, attention_mask=words.attention_mask))
+    look = torch.no_grad()(lambda x: plain(model.get_image_features(pixel_values=_fitted(x, model.config.vision_config.image_size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), True))))
+    return Judge(lambda images: torch.cat([clip_scores(look(x), texts) for x in images.split(batch_size)]), list(names), 0.3)
+
+
+def resnet_judge(path: str, names: Sequence[str], batch_size: int = 32) -> Judge:
+    "ResNet of transformers: logits of the labels that contain the names, in the order of the labels (official: ResNet-50 of ImageNet, threshold 10)"
+    from transformers import ResNetForImageClassification
+    model = ResNetForImageClassification.from_pretrained(path).eval()
+    chosen = sorted((label_number(model.config.id2label, n), n) for n in names)
+    index = [i for i, _ in chosen]
+    look = torch.no_grad()(lambda x: model(_fitted(x, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), False)).logits[:, index])
+    return Judge(lambda images: torch.cat([look(x) for x in images.split(batch_size)]), [n for _, n in chosen], 10.0, 1e-8)
+
+
+def label_number(labels: Mapping[int, str], name: str) -> int:
+    "The one label that contains `name`, in whatever case (\"castle\" → 483)"
+    found = [int(i) for i, label in labels.items() if name.lower() in label.lower()]
+    if len(found) == 1: return found[0]
+    told = f"is in {len(found)} labels ({', '.join(labels[i] for i in found[:3])} …): write more of it" if found else f"is in none of the {len(labels)} labels of this judge"
+    raise ValueError(f"class {name!r} {told}")
+
+# %% ../../nbs/metrics/concepts.ipynb #open-judge-export
+def open_judge(path: str, names: Sequence[str]) -> Judge:
+    "CLIP or ResNet by hub name or local folder"
+    from transformers import AutoConfig
+    try: kind = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as e:
+        hint = "its config.json names no model of transformers" if Path(path).is_dir() else "give a local folder or a hub name, such as 'openai/clip-vit-base-patch32' or 'microsoft/resnet-50'"
+        raise FileNotFoundError(f"no judge at {path!r}: {hint}") from e
+    if kind not in ("clip", "resnet"): raise ValueError(f"judge {path!r} is a {kind}: give a CLIP model or a ResNet")
+    return {"clip": clip_judge, "resnet": resnet_judge}[kind](path, names)
 
 # %% ../../nbs/metrics/concepts.ipynb #where-export
 def pointing(maps: Tensor, masks: Tensor) -> Tensor:
