@@ -243,8 +243,9 @@ def best_split(x: np.ndarray,  # codes `(k,n)`, float32
         c[k, :-1][values[1:] <= values[:-1] + close] = c[k, -1] = -1
         at[k] = c[k].argmax()
         gain[k] = c[k, at[k]]
-    k = int(gain.argmax())
-    if gain[k] < 0: return None
+    if gain.max() < 0: return None
+    best = np.flatnonzero(gain >= gain.max() * (1 - 1e-12))
+    k = int(best[m % len(best)])  # codes that split equally well, as happens in small nodes: scikit-learn draws lots; always the first would be unfair
     low, high = (float(x[k, order[k, at[k] + j]]) for j in (0, 1))
     middle = low / 2 + high / 2
     return Split(k, low if middle == high else middle, int(at[k]) + 1, float(gain[k]) * m)
