@@ -10,6 +10,7 @@ from test_runs import QUICK, execute
 
 from decomp_nb.components.diffusion import signal_and_noise
 from decomp_nb.components.text import tiny_pipeline
+from decomp_nb.components.vectors import SpatialSoftmax
 from decomp_nb.core import Factors, recombine, sample
 from decomp_nb.methods.decomp_diffusion import (DecompDiffusion, ddim_invert, decode_across, decomp_diffusion_preset, decomp_sampler, keep_mask, object_shares, orthogonality,
                                                 recombination_accuracy, separation, swap_across)
@@ -285,12 +286,42 @@ def test_scores_of_made_up_components():
     assert score(right) == 1 and score(image) == 0.5 and score(torch.full_like(image, -1.0)) == 0.5
 
 
+# --- an encoder that says where -----------------------------------------------------------------------------------------------------------------
+
+def test_factors_share_out_the_places():
+    torch.manual_seed(0)
+    layer = SpatialSoftmax(3, 6, groups=3, maps=2)
+    x = torch.full((1, 3, 9, 9), -1.0)
+    for channel, (row, column) in enumerate([(0, 0), (8, 8), (4, 2)]): x[0, channel, row, column] = 1.0
+    with torch.no_grad(): layer.to_maps.weight.copy_(20 * torch.eye(3).repeat_interleave(2, 0)[..., None, None])
+    looks = layer.maps_and_looks(x)[1].unflatten(-1, (9, 9))
+    near(looks.sum((-1, -2)), torch.ones(1, 3, 2))
+    for factor, (row, column) in enumerate([(0, 0), (8, 8), (4, 2)]): assert (looks[0, factor, :, row, column] > 0.99).all()
+    with torch.no_grad():  # the third factor would look at the first's place too, but somebody is there who wants it more
+        layer.to_maps.weight[4:] = torch.tensor([10.0, 0, 5])[:, None, None]
+        taken = layer.maps_and_looks(x)[1].unflatten(-1, (9, 9))[0, 2, 0]
+        alone = SpatialSoftmax(3, 2, maps=1)
+        alone.to_maps.weight[:] = layer.to_maps.weight[4:5]
+        free = alone.maps_and_looks(x)[1].unflatten(-1, (9, 9))[0, 0, 0]
+    assert free[0, 0] > 0.99 and taken[0, 0] < 0.01 and taken[4, 2] > 0.99
+
+
+def test_each_factor_reads_maps_of_its_own(images):
+    model = tiny(encoder_config={"readout": "spatial_softmax", "maps": 4})
+    before = model.encode(images).codes
+    with torch.no_grad(): model.encoder.last.to_vector.weight[:4] += 1  # rows of the first factor
+    changed = (model.encode(images).codes - before).abs().amax((0, 2))
+    assert changed[0] > 0.01 and (changed[1:] == 0).all()
+    assert "encoder.last.weight" in dict(tiny().named_parameters())  # names of official weights are as they were
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(n_factors=0), "n_factors=0"), (dict(composition="maximum"), "composition='maximum'"), (dict(data_range="byte"), "data_range='byte'"),
     (dict(encoder_config={"widht": 8}), "no option 'widht'"), (dict(denoiser_config={"chanels": 8}), "no option 'chanels'"),
-    (dict(encoder_config={"norm": "layer"}), "norm='layer'"), (dict(encoder_config={"end": "tanh"}), "end='tanh'"), (dict(denoiser_config={"head_dim": 7}), "head_dim=7"),
+    (dict(encoder_config={"norm": "layer"}), "norm='layer'"), (dict(encoder_config={"readout": "mean"}), "readout='mean'"), (dict(encoder_config={"readout": "spatial_softmax", "groups": 5}), "groups=5"),
+    (dict(encoder_config={"end": "tanh"}), "end='tanh'"), (dict(denoiser_config={"head_dim": 7}), "head_dim=7"),
     (dict(denoiser_config={"channels": [16, 18]}), "groups=4"), (dict(denoiser_config={"attention_levels": [4]}), "no level 4"),
     (dict(denoiser_config={"sample_size": 8}), r"\(3, 16, 16\).*3 channels of side 8"), (dict(scheduler_config={"prediction_type": "picture"}), "picture"),
     (dict(scheduler_config={"beta": 1}), "no option beta"), (dict(orthogonality=0.1, orthogonality_kind="cosine"), "orthogonality_kind='cosine'"),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .denoisers import check_halvings
 
 # %% auto #0
-__all__ = ['normalisation', 'ShortcutBlock', 'VectorEncoder', 'TimeBeside', 'vector_denoiser', 'place_channels', 'where',
-           'denoise_with', 'start_at_zero', 'build_with']
+__all__ = ['normalisation', 'ShortcutBlock', 'SpatialSoftmax', 'VectorEncoder', 'TimeBeside', 'vector_denoiser', 'place_channels',
+           'where', 'denoise_with', 'start_at_zero', 'build_with']
 
 # %% ../../nbs/components/vectors.ipynb #block-export
 def normalisation(kind: str, channels: int, groups: int = 8) -> nn.Module:
@@ -37,6 +37,41 @@ class ShortcutBlock(nn.Module):
         "`(b, c, h, w)` → the same shape"
         return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
 
+# %% ../../nbs/components/vectors.ipynb #places-export
+class SpatialSoftmax(nn.Module):
+    "Where each of a few maps is high, read by `groups` parts of the vector that compete for places; centred maps, coordinates in [−1,1]"
+    def __init__(
+        self,
+        channels: int,  # of the features
+        out_dim: int,  # width of the vector, all groups together
+        *,
+        groups: int = 1,  # parts of the vector, such as factors; each reads maps of its own
+        maps: int = 10,  # of each group
+        sharpness: float = 4.0,  # β: factor on the maps before the softmax
+    ):
+        super().__init__()
+        if out_dim % groups: raise ValueError(f"out_dim={out_dim} cannot be split into groups={groups} equal parts")
+        if maps < 1: raise ValueError(f"maps={maps} must be at least 1")
+        self.groups, self.sharpness = groups, sharpness
+        self.to_maps = nn.Conv2d(channels, groups * maps, 1)
+        self.to_vector = nn.Conv1d(3 * groups * maps, out_dim, 1, groups=groups)  # one linear layer for each group
+
+    def maps_and_looks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "Features `(b,c,h,w)` → centred maps and where they look, both `(b,groups,maps,h·w)`; looks add up to 1 over the places"
+        maps = self.to_maps(x).float().flatten(2)
+        maps = (maps - maps.mean(-1, keepdim=True)).unflatten(1, (self.groups, -1))
+        scaled = self.sharpness * maps
+        owned = scaled.logsumexp(2, keepdim=True).log_softmax(1)
+        return maps, (scaled + owned).softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "Features `(b,c,h,w)` → `(b,out_dim)`"
+        maps, looks = self.maps_and_looks(x)
+        rows, columns = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[-2:])
+        rows, columns = torch.cartesian_prod(rows, columns).T
+        read = torch.stack([(looks * what).sum(-1) for what in (rows, columns, maps)], -1)  # sums, not matrix products, which autocast would round
+        return self.to_vector(read.flatten(1)[..., None].to(x.dtype))[..., 0]
+
 # %% ../../nbs/components/vectors.ipynb #encoder-export
 class VectorEncoder(nn.Module):
     "CNN that ends in one vector per picture; `norm=\"batch\"`, `end=\"relu\"` is the encoder of Decomp Diffusion (Su et al. 2024)"
@@ -49,17 +84,21 @@ class VectorEncoder(nn.Module):
         levels: int = 3,  # halvings, each after a block
         norm: str = "group",  # "group", "batch" (official) or "none"
         end: str = "none",  # "none", or "relu" (official): no number below zero, some always zero
+        readout: str = "flatten",  # "flatten" (official), or "spatial_softmax"
+        groups: int = 1,  # of the spatial softmax: parts of the vector that share out the places, such as factors
+        maps: int = 10,  # of the spatial softmax, in each group
     ):
         super().__init__()
         if levels < 1 or image_size < 2 ** levels: raise ValueError(f"levels={levels}: give 1 to {max(image_size.bit_length() - 1, 1)} halvings for pictures of {image_size} pixels")
         if end not in ("none", "relu"): raise ValueError(f"end={end!r}: choose 'none' or 'relu'")
+        if readout not in ("flatten", "spatial_softmax"): raise ValueError(f"readout={readout!r}: choose 'flatten' or 'spatial_softmax'")
         self.image_size, self.out_dim, self.end = image_size, out_dim, end
         channels = [width * 2 ** i for i in range(levels + 1)]
         self.first = nn.Conv2d(3, width, 3, padding=1)
         self.blocks = nn.ModuleList(ShortcutBlock(c, norm) for c in channels[:-1])
         self.halve = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in channels[:-1])
         side = -(-image_size // 2 ** levels)  # a strided convolution rounds up
-        self.last = nn.Linear(channels[-1] * side ** 2, out_dim)
+        self.last = nn.Linear(channels[-1] * side ** 2, out_dim) if readout == "flatten" else SpatialSoftmax(channels[-1], out_dim, groups=groups, maps=maps)
 
     def forward(self, images: Tensor) -> Tensor:
         "`(b, 3, h, w)` → `(b, out_dim)`"
@@ -67,7 +106,7 @@ class VectorEncoder(nn.Module):
             raise ValueError(f"images have shape {tuple(images.shape)}, but this encoder was built for (b, 3, {self.image_size}, {self.image_size}): resize them, or build it with another image_size")
         x = F.relu(self.first(images))
         for block, halve in zip(self.blocks, self.halve): x = F.relu(halve(block(x)))
-        x = self.last(x.flatten(1))
+        x = self.last(x.flatten(1) if isinstance(self.last, nn.Linear) else x)
         return F.relu(x) if self.end == "relu" else x
 
 # %% ../../nbs/components/vectors.ipynb #time-export

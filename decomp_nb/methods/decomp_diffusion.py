@@ -204,7 +204,7 @@ class DecompDiffusion(Decomposer):
         self.factor_chunk = 0  # components evaluated per call of the denoiser; 0 = all
         self.component_backward = False  # recompute each chunk on the way back: activations of one chunk at a time
         self._schedule(scheduler_config)
-        self.encoder = build_with(VectorEncoder, "encoder_config", image_size, n_factors * factor_dim, **(encoder_config or {}))
+        self.encoder = build_with(VectorEncoder, "encoder_config", image_size, n_factors * factor_dim, **{"groups": n_factors, **(encoder_config or {})})
         self.denoiser = None if foundation else self._build_denoiser(denoiser_config or {})
         self.to_token = nn.Linear(factor_dim, self.unet.config.cross_attention_dim) if foundation else None
         self.component_logits = nn.Parameter(torch.zeros(n_factors)) if composition == "learned" else None
@@ -552,16 +552,16 @@ def decomp_diffusion_preset(
                     denoiser_config=dict(channels=list(channels), layers_per_block=layers, dropout=0.1,
                                          attention_levels=[i for i in range(len(channels)) if size // 2 ** i in (32, 16, 8)]))
     wide = (64, 128, 192)
-    def small(size: int, k: int, dim: int, channels: list[int], width: int = 16) -> dict:  # minutes on a CPU: patches, waves of the coordinates, mostly noisy pictures
-        return dict(image_size=size, n_factors=k, factor_dim=dim, patch_size=4, timestep_sampling="near_noise", timestep_strength=8.0, orthogonality=0.004,
-                    encoder_config=dict(width=width, levels=3),
+    def small(size: int, k: int, dim: int, channels: list[int], maps: int = 10) -> dict:  # minutes on a CPU: patches, waves of the coordinates, mostly noisy pictures, factors that share out the places
+        return dict(image_size=size, n_factors=k, factor_dim=dim, patch_size=size // 8, timestep_sampling="near_noise", timestep_strength=8.0, orthogonality=0.004,
+                    encoder_config=dict(width=16, levels=size // 32, readout="spatial_softmax", maps=maps),
                     denoiser_config=dict(channels=channels, layers_per_block=1, attention_levels=[], head_dim=32, groups=8, time_dim=32, scale_shift=True, coordinates=4))
     presets = {
         "clevr": published(64, 4, 32, wide), "clevr_toy": published(64, 4, 32, wide),
         "celebahq": published(64, 4, 128, wide), "faces": published(64, 4, 128, wide), "vkitti": published(64, 4, 128, wide), "comb_kitti": published(64, 4, 128, wide),
         "falcor3d": published(64, 4, 16, (64, 128)), "tetris": published(32, 3, 128, (64, 128), layers=1),
         "celebahq_128": published(128, 4, 128, (64, 128, 192, 256)), "celebahq_256": published(256, 4, 128, (64, 128, 192, 256, 256)),
-        "toy_squares": small(32, 3, 24, [64]), "tetrominoes": small(32, 3, 24, [96]), "clevr6": small(64, 6, 32, [64, 128], width=24),
+        "toy_squares": small(32, 3, 24, [64]), "tetrominoes": small(32, 3, 24, [96]), "clevr6": small(64, 6, 32, [128], maps=20),
         "tiny": dict(image_size=16, n_factors=3, factor_dim=4, encoder_config=dict(width=8, levels=2),
                      denoiser_config=dict(channels=[16, 16], layers_per_block=1, attention_levels=[1], head_dim=8, groups=4)),
         "latent": dict(image_size=128, n_factors=4, factor_dim=64, latents_path="stabilityai/stable-diffusion-2-1", encoder_config=dict(width=128, norm="batch", end="relu"),
