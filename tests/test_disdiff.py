@@ -211,10 +211,13 @@ def test_saved_with_a_path_and_loaded(tmp_path):
     assert mark_of(half) == mark_of(model.base)
 
 
+TOKENS = dict(conditioning="tokens", dis_weight=0.0, factor_dim=1, token_dim=8, loss="l2",
+              denoiser_config=dict(sample_size=8, in_channels=3, out_channels=3, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+                                   down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"]))
+
+
 def test_tokens_are_the_other_conditioning():
-    unet = dict(sample_size=8, in_channels=3, out_channels=3, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
-                down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
-    model = disdiff(conditioning="tokens", denoiser_config=unet, dis_weight=0.0, factor_dim=1, token_dim=8, loss="l2").train()
+    model = disdiff(**TOKENS).train()
     out = model(batch())
     out["loss"].backward()
     assert model.reader.to_token[2][0].weight.grad is not None and model.encode(batch()["image"]).codes.shape == (4, 3, 1)
@@ -224,6 +227,26 @@ def test_tokens_are_the_other_conditioning():
     assert not torch.allclose(ask(model, torch.ones(4, 3, 8, 8), torch.tensor([500] * 4), f), ask(model, torch.ones(4, 3, 8, 8), torch.tensor([500] * 4), f * torch.tensor([0.0, 1, 1])))
     assert DisDiff(**disdiff_preset("encdiff")).n_factors == 20
     with pytest.raises(ValueError, match="no base"): model.base  # noqa: B018
+
+
+@pytest.mark.parametrize("asked", ["epsilon", "v_prediction", "sample"])
+def test_codes_with_a_price(asked):
+    "They are drawn in training and cost what they tell; `encode` gives their means; the denoiser answers what its schedule asks for"
+    model, b = disdiff(**TOKENS, code_price=0.1, token_gain=1.7, reads="latents", scheduler_config={"prediction_type": asked}).train(), batch()
+    out = model(b | {"code_noise": torch.ones(4, 3, 1)})
+    out["loss"].backward()
+    assert all(p.grad is not None for p in model.encoder.parameters())
+    with torch.no_grad():
+        x0, t = model.latents.encode(b["image"]), b["timesteps"]
+        codes, doubt = model.codes(x0)
+        torch.testing.assert_close(model.encode(b["image"]).codes, codes)
+        told = torch.distributions.kl_divergence(torch.distributions.Normal(codes, (doubt / 2).exp()), torch.distributions.Normal(0.0, 1.0)).sum((1, 2))
+        a, s = (v[t].view(-1, 1, 1, 1) for v in (model.scheduler.alphas_cumprod.sqrt(), (1 - model.scheduler.alphas_cumprod).sqrt()))
+        target = {"epsilon": b["noise"], "v_prediction": a * b["noise"] - s * x0, "sample": x0}[asked]
+        answer = model.predict(a * x0 + s * b["noise"], t, Factors(codes + (doubt / 2).exp()))
+    torch.testing.assert_close(out["told"], told)
+    assert out["loss"].item() == pytest.approx((answer - target).square().mean().item() + 0.1 * told.mean().item(), rel=1e-4)
+    assert model.eval().reconstruct(b["image"], steps=2).shape == (4, 3, 16, 16)
 
 
 def test_published_sizes():
@@ -238,7 +261,7 @@ def test_published_sizes():
 
 
 REFUSED = {
-    "n_factors=1": dict(n_factors=1), "dis_kind='X'": dict(dis_kind="X"), "reads='pixels'": dict(reads="pixels"), "set dis_weight=0": dict(conditioning="tokens"),
+    "n_factors=1": dict(n_factors=1), "dis_kind='X'": dict(dis_kind="X"), "reads='pixels'": dict(reads="pixels"), "set dis_weight=0": dict(conditioning="tokens"), "code_price: fields": dict(code_price=0.1),
     "encoder_config: no option 'depth'": dict(encoder_config=dict(depth=3)), "no option 'heads'": dict(denoiser_config=UNET | {"heads": 2}), "names='none'": dict(names="none"),
     "image_size: give it": dict(image_size=None), "not 24": dict(image_size=24),
 }

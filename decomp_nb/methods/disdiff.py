@@ -19,9 +19,10 @@ from torch.func import functional_call
 
 from ..components.codebooks import build_space
 from ..components.denoisers import slot_denoiser
-from ..components.diffusion import make_scheduler, noise_at, sample_timesteps, signal_and_noise, to_x0
+from ..components.diffusion import diffusion_target, make_scheduler, noise_at, sample_timesteps, signal_and_noise, to_x0
 from ..components.latent_diffusion import (LATENT_SCHEDULE, LatentDiffusion, Look, climb, latent_sampler, latent_unet, look, mark_of, noise_loss,
                                                    paint)
+from ..components.latents import draw
 from ..components.slot_model import changed
 from ..components.vectors import build_with, normalisation
 from ..core import Decomposer, Factors
@@ -66,10 +67,18 @@ class FactorEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, ResidualConv(width, norm), normalisation(norm, width), nn.ReLU(), ResidualConv(width, norm),
                                     nn.Flatten(), nn.Linear(16 * width, out_dim))
 
+    @torch.no_grad()
+    def begin_sure(self) -> None:
+        "Start for an encoder whose second half of numbers says how unsure the first is: codes about one wide, drawn with a deviation of e⁻¹·⁵ = 0.22"
+        means, doubts = self.layers[-1].weight.chunk(2)
+        means *= 3
+        doubts *= 0.3
+        self.layers[-1].bias.chunk(2)[1].fill_(-3)
+
     def forward(self, x: Tensor) -> Tensor:
         "`(b,c,h,w)` → `(b,out_dim)`"
         if tuple(x.shape[1:]) != (self.in_channels, self.size, self.size):
-            raise ValueError(f"images have shape {tuple(x.shape)}, but this encoder was built for (b, {self.in_channels}, {self.size}, {self.size})")
+            raise ValueError(f"images (or their latents) have shape {tuple(x.shape)}, but this encoder was built for (b, {self.in_channels}, {self.size}, {self.size})")
         return self.layers(x)
 
 # %% ../../nbs/methods/disdiff.ipynb #projection-export
@@ -193,11 +202,20 @@ def choice_losses(moves: Moves, chosen: Tensor, temperature: float = 1.0) -> tup
 # %% ../../nbs/methods/disdiff.ipynb #tokens-export
 class TokenReader(nn.Module):
     "EncDiff's way (Yang et al. 2024): every code becomes a token, by a network of its own, and the denoiser reads all tokens by cross-attention"
-    def __init__(self, config: dict, n_factors: int, factor_dim: int, token_dim: int = 32):
+    def __init__(
+        self,
+        config: dict,  # of `slot_denoiser`
+        n_factors: int,
+        factor_dim: int,
+        token_dim: int = 32,
+        gain: float = 1.0,  # on the first weights of the little networks: with 1.7 tokens begin as large as their codes, with 1 a fifth of that
+    ):
         super().__init__()
         self.unet = slot_denoiser({"position": "none", **config, "cross_attention_dim": token_dim})
         self.to_token = nn.ModuleList(nn.Sequential(nn.Linear(factor_dim, token_dim), nn.SiLU(), nn.Linear(token_dim, token_dim), nn.SiLU(), nn.Linear(token_dim, token_dim))
                                       for _ in range(n_factors))
+        with torch.no_grad():
+            for p in self.to_token.parameters(): p *= gain
 
     def tokens(self, codes: Tensor) -> Tensor:
         "`(b,k,d)` → `(b,k,token_dim)`; k whole sets of N side by side"
@@ -228,6 +246,8 @@ class DisDiff(Decomposer):
         reads: str = "images",  # what the encoder reads: "images", or "latents" (no decoding in the loss: much faster)
         conditioning: str = "fields",  # "fields", or "tokens": a denoiser of its own that reads the codes by cross-attention (EncDiff)
         token_dim: int = 32,  # conditioning="tokens": width of a token
+        token_gain: float = 1.0,  # and how large tokens begin, see `TokenReader`
+        code_price: float = 0.0,  # of a nat of the codes: above 0 they are drawn, as in a VAE, and what tells little is not told
         start: str = "fresh",  # the shift decoder begins with random weights ("fresh", official) or as the base's own way up ("base": learns faster)
         names: str = "orthogonal",  # how the decoder is told which factor is meant: "orthogonal" or "free"
         coefficient: str = "pdae",  # of the fields in the reconstruction loss: "pdae" (official) or "ddim", as in sampling
@@ -248,6 +268,7 @@ class DisDiff(Decomposer):
         for name, (value, known) in checks.items():
             if value not in known: raise ValueError(f"{name}={value!r}: choose {' or '.join(map(repr, known))}")
         if n_factors < 2: raise ValueError(f"n_factors={n_factors}: to tell factors apart there must be two")
+        if code_price and conditioning != "tokens": raise ValueError("code_price: fields are judged by the codes themselves, not by draws of them; use conditioning='tokens'")
         if conditioning == "tokens" and dis_weight: raise ValueError("conditioning='tokens' has no single fields to compare: set dis_weight=0")
         self.factor_chunk = 0  # fields per pass of the decoder; 0 = all
         base = None
@@ -260,10 +281,11 @@ class DisDiff(Decomposer):
         self.sampler = latent_sampler("ddim", self.scheduler)
         fields = conditioning == "fields"
         self.fields = ShiftDecoder(self.config.denoiser_config or {}, n_factors, factor_dim, names) if fields else None
-        self.reader = None if fields else TokenReader(denoiser_config or {}, n_factors, factor_dim, token_dim)
+        self.reader = None if fields else TokenReader(denoiser_config or {}, n_factors, factor_dim, token_dim, token_gain)
         c, side = self.latent_shape[:2]
         place = dict(size=side, in_channels=c) if reads == "latents" else dict(size=self.config.image_size)
-        self.encoder = build_with(FactorEncoder, "encoder_config", out_dim=n_factors * factor_dim, **place, **(encoder_config or {}))
+        self.encoder = build_with(FactorEncoder, "encoder_config", out_dim=n_factors * factor_dim * (2 if code_price else 1), **place, **(encoder_config or {}))
+        if code_price: self.encoder.begin_sure()
         if base is not None:
             self.stand_on(base)
             if start == "base": self.fields.begin_as(base.denoiser)
@@ -325,7 +347,13 @@ class DisDiff(Decomposer):
     def encode(self, images: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None, z: Tensor | None = None) -> Factors:
         "N codes `(b,N,d)`, an ordered list; nothing random happens. `z`: latents, where they are known already"
         seen = images if self.config.reads == "images" else self.latents.encode(images) if z is None else z
-        return Factors(self.encoder(seen).unflatten(-1, (self.n_factors, self.factor_dim)))
+        return Factors(self.codes(seen)[0])
+
+    def codes(self, seen: Tensor) -> tuple[Tensor, Tensor | None]:
+        "Codes `(b,N,d)`, and with `code_price` the logarithm of the variance with which they are drawn in training"
+        found = self.encoder(seen)
+        if not self.config.code_price: return found.unflatten(-1, (self.n_factors, self.factor_dim)), None
+        return tuple(v.unflatten(-1, (self.n_factors, self.factor_dim)) for v in found.chunk(2, -1))
 
     def field_sum(self, seen: Look, factors: Factors) -> Tensor:
         "Σ wᵢ gᵢ `(b,c,h,w)`; factors of weight 0 cost nothing"
@@ -362,8 +390,9 @@ class DisDiff(Decomposer):
         noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
         t = batch["timesteps"] if "timesteps" in batch else sample_timesteps(
             len(x0), self.scheduler, how=self.config.timestep_sampling, strength=self.config.timestep_strength, device=x0.device)
-        x_t, factors = noise_at(self.scheduler, x0, noise, t), self.encode(batch["image"], z=x0)
-        if self.reader is not None: return noise_loss(self.reader(x_t, t, factors), noise, t, self.scheduler, self.config.loss)
+        x_t = noise_at(self.scheduler, x0, noise, t)
+        if self.reader is not None: return self.read_tokens(batch, x0, x_t, noise, t)
+        factors = self.encode(batch["image"], z=x0)
         with torch.no_grad():
             seen = look(self.base.denoiser, x_t, t)
             answer = climb(self.base.denoiser, seen)
@@ -376,6 +405,16 @@ class DisDiff(Decomposer):
         one = fields[torch.arange(len(x0), device=x0.device), chosen]
         apart = self.disentangling(x_t, t, answer, one, factors.codes, chosen)
         return parts | apart | {"loss": parts["loss"] + apart["disentangling"].mean()}
+
+    def read_tokens(self, batch: dict, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> dict:
+        "The loss with tokens: error of the denoiser's answer, and what the codes cost; `code_noise` `(b,N,d)` replaces their draw"
+        codes, doubt = self.codes(x0 if self.config.reads == "latents" else batch["image"])
+        drawn = codes if doubt is None else draw(codes, doubt, batch.get("code_noise"))
+        error = (self.reader(x_t, t, Factors(drawn)).float() - diffusion_target(self.scheduler, x0, noise, t).float())
+        parts = {"denoising": error.abs().mean() if self.config.loss == "l1" else error.square().mean()}
+        if doubt is None: return {"loss": parts["denoising"], "denoising": parts["denoising"].detach()}
+        told = 0.5 * (codes.square() + doubt.exp() - 1 - doubt).sum((1, 2))  # nats of every picture
+        return {"loss": parts["denoising"] + self.config.code_price * told.mean(), "denoising": parts["denoising"].detach(), "told": told.detach()}
 
     def disentangling(self, x_t: Tensor, t: Tensor, answer: Tensor, field: Tensor, codes: Tensor, chosen: Tensor) -> dict:
         "The disentangling loss of every picture `(b,)` and its parts; `field` `(b,c,h,w)` is that of the `chosen` factor"
@@ -525,7 +564,7 @@ def code_line(
 
 # %% ../../nbs/methods/disdiff.ipynb #preset-export
 def disdiff_preset(
-    name: str = "shapes3d",  # published: shapes3d, cars3d, mpi3d, celeba, each also with _kl; small: shapes3d_small (CPU), tiny (tests); encdiff
+    name: str = "shapes3d",  # published: shapes3d, cars3d, mpi3d, celeba, each also with _kl; small: shapes3d_small and shapes3d_tokens (CPU), tiny (tests); encdiff
     **changes,  # keys of `DisDiff`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `DisDiff` for a known setting; the base decides about the denoiser"
@@ -535,6 +574,11 @@ def disdiff_preset(
     presets |= {
         "shapes3d_small": dict(n_factors=6, factor_dim=8, encoder_config=dict(width=64), reads="latents", dis_bound=1.0, start="base", timestep_sampling="near_noise", timestep_strength=3.0),
         "tiny": dict(n_factors=3, factor_dim=4, encoder_config=dict(width=16), dis_bound=1.0),
+        "shapes3d_tokens": dict(image_size=32, n_factors=10, factor_dim=1, encoder_config=dict(width=64), reads="latents", conditioning="tokens", dis_weight=0.0, loss="l2",
+                                token_gain=1.7, code_price=0.001, timestep_sampling="near_noise", timestep_strength=2.0, scheduler_config=dict(prediction_type="sample"),
+                                denoiser_config=dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=[16, 48], layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
+                                                     mid_block_type=None, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+                                                     position="cartesian", attention_gain=3.0)),
         "encdiff": dict(image_size=64, n_factors=20, factor_dim=1, conditioning="tokens", dis_weight=0.0, loss="l2",
                         denoiser_config=dict(sample_size=16, in_channels=3, out_channels=3, block_out_channels=[64, 128, 256, 256], layers_per_block=2, norm_num_groups=32, attention_head_dim=8,
                                              down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)),
