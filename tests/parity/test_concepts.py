@@ -4,7 +4,6 @@ Each check reads what it is `given` (noise, times, sentences), computes everythi
 from the files, so another set of the same layout passes unchanged; cases that are not there are not asked for.
 """
 import copy
-import json
 import re
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
-from test_lsd import alter, close
+from recorded import Recorded as Arrays
+from recorded import close, every_alteration_fails, keys_of, once, run
 
 from decomp_nb.components.foundations import open_foundation
 from decomp_nb.core import sample
@@ -27,35 +27,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 SINGLE, COMPOSED, WEIGHTS, CHAIN, MAPS = 1e-5, 1e-4, 2e-4, 5e-4, 1e-6
 
 
-class Recorded:
-    "The arrays of one folder; remembers which were given to a computation. `altered` changes one array as it is read"
-    def __init__(self, folder: Path, altered: tuple[str, str] | None = None):
-        self.folder, self.altered, self.files, self.used = folder, altered, {}, set()
-
-    def names(self, file: str) -> list[str]:
-        if file not in self.files:
-            with np.load(self.folder / f"{file}.npz") as arrays: self.files[file] = {k: torch.from_numpy(np.asarray(arrays[k])) for k in arrays.files}
-        return sorted(self.files[file])
-
-    def array(self, file: str, name: str) -> torch.Tensor:
-        self.names(file)
-        return change(self.files[file][name]) if self.altered == (file, name) else self.files[file][name]
-
-    def given(self, file: str, name: str) -> torch.Tensor:
-        self.used.add((file, name))
-        return self.array(file, name).clone()
-
-    def json(self, name: str) -> dict: return json.loads((self.folder / f"{name}.json").read_text())
-
+class Recorded(Arrays):
+    "The arrays of the folder, and the pipeline beside them"
     @property
     def pipeline(self) -> str: return str(self.folder / "pipeline")
-
-
-def change(value):
-    "One entry changed"
-    if value.ndim == 0: return value + 1 if value.dtype != torch.bool else ~value
-    if value.dtype == torch.bool: return ~value
-    return alter(value.clone())
 
 
 @cache
@@ -340,28 +315,17 @@ def check_eval(r, case):
 
 
 KINDS = {"compose": check_compose, "ddim_inversion": check_inversion, "daam_given_attention": check_daam_given, "daam_trace": check_daam_trace}
-_FINISHED = {}
 
 
 def cases(folder: Path) -> list[str]: return sorted(p.stem for p in folder.glob("*.npz") if p.stem != "eval")
 
 
-def check_of(case: str): return KINDS.get(case, check_training)
+def check_of(case: str):
+    "Check of a case, with the case before every name"
+    return lambda r: ((case, *row) for row in KINDS.get(case, check_training)(r, case))
 
 
-def run(case, r) -> list:
-    made = []
-    for name, ours, tolerance in check_of(case)(r, case):
-        close(ours, r.array(case, name), tolerance, f"{case}/{name}")
-        made.append((name, ours, tolerance))
-    return made
-
-
-def finished(case, folder):
-    if (case, folder) not in _FINISHED:
-        recorded = Recorded(folder)
-        _FINISHED[case, folder] = run(case, recorded), {name for file, name in recorded.used if file == case}
-    return _FINISHED[case, folder]
+finished = once(check_of, Recorded)
 
 
 def pytest_generate_tests(metafunc):
@@ -381,19 +345,16 @@ def test_matches_official(case, golden): assert finished(case, golden("concept_d
 def test_every_array_is_compared(case, golden):
     "No array is left out: it is compared, or it is an input on which compared arrays depend"
     folder = golden("concept_discovery")
-    made, given = finished(case, folder)
-    compared, everything = {name for name, *_ in made}, set(Recorded(folder).names(case))
+    made, used = finished(case, folder)
+    compared, given = ({name for file, name in keys if file == case} for keys in (keys_of(made), used))
+    everything = set(Recorded(folder).names(case))
     assert everything <= compared | given, f"untouched: {sorted(everything - compared - given)}"
     inputs = {name.split("/")[-1] for name in given - compared if not name.startswith("attn/")}
     assert inputs <= INPUTS, inputs
 
 
 def test_altered_expectation_fails(case, golden):
-    "Changing any one of the compared arrays makes its comparison fail"
-    folder = golden("concept_discovery")
-    for name, ours, tolerance in finished(case, folder)[0]:
-        with pytest.raises(AssertionError, match=re.escape(f"{case}/{name}")):
-            close(ours, Recorded(folder, altered=(case, name)).array(case, name), tolerance, f"{case}/{name}")
+    every_alteration_fails(finished(case, golden("concept_discovery"))[0], golden("concept_discovery"), Recorded)
 
 
 def test_altered_input_fails(golden):
@@ -405,7 +366,7 @@ def test_altered_input_fails(golden):
             def given(self, file, name, what=what):
                 value = super().given(file, name)
                 return value if name != what else value + 0.1 if value.is_floating_point() else value // 2
-        with pytest.raises(AssertionError): run(case, Shifted(folder))
+        with pytest.raises(AssertionError): run(check_of(case), Shifted(folder))
 
 
 def test_evaluation_matches_official(golden): check_eval(Recorded(golden("concept_discovery")), "eval")

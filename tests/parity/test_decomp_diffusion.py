@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded import Recorded as Arrays
+from recorded import close, compared_and_given, every_alteration_fails, keys_of, once, run
 from safetensors.torch import load_file, save_file
-from test_lsd import Recorded as Arrays
-from test_lsd import close, watch
+from test_lsd import watch
 
 from decomp_nb import convert
 from decomp_nb.components.diffusion import noise_at
@@ -28,7 +29,7 @@ WEIGHTS = {"weights", "variant_weights"}
 
 class Recorded(Arrays):
     "Arrays of the folder, and the models that its weights make"
-    def settings(self, which: str = "main") -> dict: return self.json("config.json")[which]
+    def settings(self, which: str = "main") -> dict: return self.json("config")[which]
 
     def model(self, which: str = "main", **options): return copy.deepcopy(read_model(self.folder, which, **options)).eval()
 
@@ -146,7 +147,7 @@ def check_answers(r):
     yield "arrays", "out_composed", model.predict(x_t, t, f), SINGLE
     yield "arrays", "out_null", model.predict(x_t, t, Factors(torch.zeros_like(f.codes))), SINGLE
     close(model.predict(x_t, t, model.null_factors(f)), r.array("arrays", "out_null"), SINGLE, "one evaluation is enough for nothing")
-    seen, names = {}, r.json("config.json")["block_names"]
+    seen, names = {}, r.json("config")["block_names"]
     with watch(block_modules(model, names), seen): model._ask(x_t[:1], t[:1], f.codes[:1, 0])
     outputs = {name: seen[f"{name}.out"] for name in names}
     yield "arrays", "block_stats", torch.stack([torch.stack([v.mean(), v.std(), v.abs().max()]) for v in outputs.values()]), SINGLE
@@ -154,7 +155,7 @@ def check_answers(r):
         if not name.startswith("act/"): continue
         whole = outputs[name[4:]]
         yield "arrays", name, whole[:, :, ::4, ::4], SINGLE
-    for scale in r.json("config.json")["cfg_scales"]:
+    for scale in r.json("config")["cfg_scales"]:
         yield "arrays", f"cfg_{scale:g}", model.guided(f, scale)(x_t, t), CHAIN
 
 
@@ -239,7 +240,7 @@ def check_inversion(r):
 
 @torch.no_grad()
 def check_combinations(r):
-    model, images, start, config = r.model(), r.inputs()[0], r.given("arrays", "noise_T")[:1], r.json("config.json")
+    model, images, start, config = r.model(), r.inputs()[0], r.given("arrays", "noise_T")[:1], r.json("config")
     f, (a, b) = model.encode(images), (images[:1], images[1:2])
     (_, n), *_ = steps_of(r, r"ddim(\d+)_x0_components")
     options = dict(steps=int(n), noise=start, scheduler=decomp_sampler("ddim", model.scheduler))
@@ -266,7 +267,7 @@ def check_gradients(r):
         grads = {name: p.grad for name, p in model.named_parameters()}
         sizes = dict(encoder_config=model.config.encoder_config, denoiser_config=model.config.denoiser_config)
         official = convert.convert_decomp(grads, sizes, convert.decomp_heads(model), to_official=True)
-        norms = torch.stack([official[name].norm() for name in r.json("config.json")["param_names"]])
+        norms = torch.stack([official[name].norm() for name in r.json("config")["param_names"]])
         yield "arrays", "loss_x0_trainmode", out["per_image"], SINGLE
         recorded = r.array("arrays", "grad_norms")
         yield "arrays", "grad_norms", norms, max(SINGLE, 1e-4 * min(recorded.max().item(), 10))
@@ -277,7 +278,7 @@ def check_gradients(r):
 def check_training(r):
     model, (images, x0, noise, t) = r.model().train(), r.inputs()
     times, noises = r.given("arrays", "train_t"), r.given("arrays", "train_noise")
-    optimiser, losses = torch.optim.Adam(model.parameters(), r.json("config.json")["adam_lr"]), []
+    optimiser, losses = torch.optim.Adam(model.parameters(), r.json("config")["adam_lr"]), []
     for now, eps in zip(times, noises):
         loss = model({"image": images, "noise": eps, "timesteps": now})["loss"]
         optimiser.zero_grad()
@@ -311,23 +312,7 @@ CHECKS = dict(schedule=check_schedule, embeddings=check_embeddings, encoder=chec
               training=check_training, variant=check_variant)
 QUICK = ("schedule", "embeddings", "encoder", "losses", "posterior", "variant")  # repeated with altered data
 
-_FINISHED = {}
-
-
-def run(check, r) -> list:
-    made = []
-    for file, name, ours, tolerance in check(r):
-        close(ours, r.array(file, name), tolerance, f"{file}/{name}")
-        made.append((file, name, ours, tolerance))
-    return made
-
-
-def finished(group: str, folder: Path):
-    "Comparisons of a group and the arrays it was given, computed once per session"
-    if (group, folder) not in _FINISHED:
-        recorded = Recorded(folder)
-        _FINISHED[group, folder] = run(CHECKS[group], recorded), recorded.used
-    return _FINISHED[group, folder]
+finished = once(CHECKS.get, Recorded)
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------------------------------------
@@ -340,11 +325,8 @@ def test_matches_official(group, golden):
 
 def test_every_array_is_compared(golden):
     "No array of any file is left out: it is compared, or it is an input on which compared arrays depend"
-    folder, compared, given = golden("decomp_diffusion"), set(), set()
-    for group in CHECKS:
-        made, used = finished(group, folder)
-        compared |= {(file, name) for file, name, *_ in made}
-        given |= used
+    folder = golden("decomp_diffusion")
+    compared, given = compared_and_given(finished, CHECKS, folder)
     everything = {(path.stem, name) for path in folder.glob("*.safetensors") if path.stem not in WEIGHTS for name in Recorded(folder).names(path.stem)}
     assert everything == compared | given, f"untouched: {sorted(everything - compared - given)}"
     inputs = {name for _, name in given - compared}
@@ -355,23 +337,7 @@ def test_every_array_is_compared(golden):
 
 @pytest.mark.parametrize("group", CHECKS)
 def test_altered_expectation_fails(group, golden):
-    "Changing any one of the compared arrays makes its comparison fail"
-    folder = golden("decomp_diffusion")
-    for file, name, ours, tolerance in finished(group, folder)[0]:
-        with pytest.raises(AssertionError, match=re.escape(f"{file}/{name}")):
-            close(ours, Recorded(folder, altered=(file, name)).array(file, name), tolerance, f"{file}/{name}")
-
-
-class Shifted(Recorded):
-    "One of the inputs is another: numbers a tenth larger, integers one step away"
-    def __init__(self, folder, name):
-        super().__init__(folder)
-        self.name = name
-
-    def given(self, file, name):
-        value = super().given(file, name)
-        if (file, name) != self.name: return value
-        return value + 0.1 if value.is_floating_point() else torch.where(value > 0, value - 1, value + 1)
+    every_alteration_fails(finished(group, golden("decomp_diffusion"))[0], golden("decomp_diffusion"), Recorded)
 
 
 @pytest.mark.parametrize("group", QUICK)
@@ -379,11 +345,10 @@ def test_altered_file_and_other_input_fail(group, golden):
     "The same through a whole check: one expected number changed as it is read, or another input, and the check no longer passes"
     folder = golden("decomp_diffusion")
     made, used = finished(group, folder)
-    compared = [(file, name) for file, name, *_ in made]
-    with pytest.raises(AssertionError): run(CHECKS[group], Recorded(folder, altered=compared[-1]))
-    for given in sorted(used - set(compared)):
+    with pytest.raises(AssertionError): run(CHECKS[group], Recorded(folder, altered=made[-1][:2]))
+    for given in sorted(used - keys_of(made)):
         if group == "encoder" and given[1] in ("noise", "t"): continue  # read with the pictures, not used
-        with pytest.raises(AssertionError): run(CHECKS[group], Shifted(folder, given))
+        with pytest.raises(AssertionError): run(CHECKS[group], Recorded(folder, shifted=given))
 
 
 def test_keep_mask_matters(golden):

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from recorded import Recorded as Arrays
+from recorded import compared_and_given, every_alteration_fails, keys_of, load_arrays, once, run
 from safetensors.torch import load_file
 
 from decomp_nb import convert
@@ -31,18 +33,13 @@ VALUE, GRADIENT = 2e-4, 1e-3  # of the largest number of an array, as the README
 INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_factor", "ddim.eta1_noise", "ae.noise", "ae2.noise", "scale_factor", "z0"}
 
 
-class Recorded:
-    "The arrays of the folder, and the models that its weights make; `altered` changes one array as it is read"
-    def __init__(self, folder: Path, altered: str | None = None):
-        self.folder, self.altered, self.used, self.arrays = folder, altered, set(), read_arrays(folder)
-        self.config = json.loads((folder / "config.json").read_text())
+class Recorded(Arrays):
+    "The arrays of the one file `arrays.npz`, named without it, and the models that its weights make"
+    def __init__(self, folder: Path, altered: tuple[str, ...] = (), shifted: tuple[str, ...] = ()):
+        super().__init__(folder, altered, shifted)
+        self.config, self.arrays = self.json("config"), read_arrays(folder)
 
-    def array(self, name: str) -> torch.Tensor:
-        return alter(self.arrays[name]) if name == self.altered else self.arrays[name]
-
-    def given(self, name: str) -> torch.Tensor:
-        self.used.add(name)
-        return self.array(name).clone()
+    def read(self, name: str) -> torch.Tensor: return self.arrays[name]
 
     def names(self, prefix: str = "") -> list[str]: return [n for n in self.arrays if n.startswith(prefix)]
 
@@ -56,7 +53,7 @@ class Recorded:
     def images(self) -> torch.Tensor:
         return ((self.given("images_u8").float() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
 
-    def heads(self) -> dict: return dict(n_heads=self.config["heads"], image_size=self.arrays["images_u8"].shape[1])
+    def heads(self) -> dict: return dict(n_heads=self.config["heads"], image_size=self.read("images_u8").shape[1])
 
     def model(self, **options):
         return copy.deepcopy(read_model(self.file, self.config["heads"], tuple(options.items())))
@@ -75,20 +72,11 @@ class Recorded:
 
 
 @cache
-def read_arrays(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(folder / "arrays.npz").items()}
+def read_arrays(folder: Path) -> dict[str, torch.Tensor]: return load_arrays(folder, "arrays")
 
 
 @cache
 def read_model(file: Path, heads: int, options: tuple): return convert.load_official_disdiff(file, n_heads=heads, **dict(options))
-
-
-def alter(value: torch.Tensor) -> torch.Tensor:
-    "One number changed by a hundredth of the largest (integers: by one)"
-    value = value.clone()
-    flat = value.view(-1)
-    flat[len(flat) // 2] += 0.01 * float(flat.abs().max()) + 1e-12 if value.is_floating_point() else 1
-    return value
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, name: str) -> None:
@@ -336,23 +324,7 @@ CHECKS = dict(schedule=check_schedule, autoencoders=check_autoencoders, stage1=c
               moves=check_moves, training=check_training)
 QUICK = ("schedule", "autoencoders", "prior", "fields", "moves")  # repeated with altered inputs
 
-_FINISHED = {}
-
-
-def run(check, r) -> list:
-    made = []
-    for name, ours, tolerance in check(r):
-        close(ours, r.array(name), tolerance, name)
-        made.append((name, ours, tolerance))
-    return made
-
-
-def finished(group: str, folder: Path):
-    "Comparisons of a group and the arrays it was given, computed once per session"
-    if (group, folder) not in _FINISHED:
-        recorded = Recorded(folder)
-        _FINISHED[group, folder] = run(CHECKS[group], recorded), recorded.used
-    return _FINISHED[group, folder]
+finished = once(CHECKS.get, Recorded, close)
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------------------------------------
@@ -365,11 +337,8 @@ def test_matches_official(group, golden):
 
 def test_every_array_is_compared(golden):
     "No array is left out: it is compared, or it is an input on which compared arrays depend"
-    folder, compared, given = golden("disdiff"), set(), set()
-    for group in CHECKS:
-        made, used = finished(group, folder)
-        compared |= {name for name, *_ in made}
-        given |= used
+    folder = golden("disdiff")
+    compared, given = ({name for name, in keys} for keys in compared_and_given(finished, CHECKS, folder))
     everything = set(read_arrays(folder))
     assert everything == compared | given, f"untouched: {sorted(everything - compared - given)}"
     assert given - compared <= INPUTS, sorted(given - compared - INPUTS)
@@ -379,22 +348,7 @@ def test_every_array_is_compared(golden):
 
 @pytest.mark.parametrize("group", CHECKS)
 def test_altered_expectation_fails(group, golden):
-    "Changing any one of the compared arrays makes its comparison fail"
-    folder = golden("disdiff")
-    for name, ours, tolerance in finished(group, folder)[0]:
-        with pytest.raises(AssertionError, match=re.escape(name)): close(ours, Recorded(folder, altered=name).array(name), tolerance, name)
-
-
-class Shifted(Recorded):
-    "One of the inputs is another: numbers a tenth larger, integers one step away"
-    def __init__(self, folder, name):
-        super().__init__(folder)
-        self.name = name
-
-    def given(self, name):
-        value = super().given(name)
-        if name != self.name: return value
-        return value + 0.1 if value.is_floating_point() else torch.where(value > 0, value - 1, value + 1)
+    every_alteration_fails(finished(group, golden("disdiff"))[0], golden("disdiff"), Recorded, close)
 
 
 @pytest.mark.parametrize("group", QUICK)
@@ -402,10 +356,10 @@ def test_other_input_fails(group, golden):
     "The same through a whole check: another input, and the check no longer passes"
     folder = golden("disdiff")
     made, used = finished(group, folder)
-    with pytest.raises(AssertionError): run(CHECKS[group], Recorded(folder, altered=made[-1][0]))
-    for name in sorted(used - {name for name, *_ in made}):
+    with pytest.raises(AssertionError): run(CHECKS[group], Recorded(folder, altered=made[-1][:1]), close)
+    for name, in sorted(used - keys_of(made)):
         if (group, name) == ("moves", "noise") or name == "scale_factor": continue
-        with pytest.raises(AssertionError): run(CHECKS[group], Shifted(folder, name))
+        with pytest.raises(AssertionError): run(CHECKS[group], Recorded(folder, shifted=(name,)), close)
 
 
 def test_altered_weight_fails(golden):

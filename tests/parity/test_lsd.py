@@ -20,7 +20,9 @@ from lsd_metrics import (  # noqa: F401 - pytest collects them here: one file pr
     test_every_metric_is_compared,
     test_metrics_match_official,
 )
-from safetensors.torch import load_file, save_file
+from recorded import Recorded as Arrays
+from recorded import close, compared_and_given, every_alteration_fails, keys_of, once, run
+from safetensors.torch import save_file
 
 from decomp_nb import convert
 from decomp_nb.components import denoisers, diffusion
@@ -33,26 +35,8 @@ SINGLE, CHAIN = 1e-5, 1e-4  # absolute tolerance of single forwards; of sampling
 ELSEWHERE = {"metrics", "probe"}  # files that lsd_metrics.py compares
 
 
-class Recorded:
-    "The arrays of one folder; remembers which were given to a computation. `altered` changes one array as it is read"
-    def __init__(self, folder: Path, altered: tuple[str, str] | None = None):
-        self.folder, self.altered, self.files, self.used = folder, altered, {}, set()
-
-    def names(self, file: str) -> list[str]:
-        if file not in self.files: self.files[file] = load_file(self.folder / f"{file}.safetensors")
-        return sorted(self.files[file])
-
-    def array(self, file: str, name: str) -> torch.Tensor:
-        self.names(file)
-        value = self.files[file][name]
-        return alter(value) if self.altered == (file, name) else value
-
-    def given(self, file: str, name: str) -> torch.Tensor:
-        self.used.add((file, name))
-        return self.array(file, name).clone()
-
-    def json(self, name: str) -> dict: return json.loads((self.folder / name).read_text())
-
+class Recorded(Arrays):
+    "The arrays of the folder, and the official files beside them"
     def checkpoint(self) -> Path:
         found = sorted(self.folder.glob("checkpoint-*"))
         assert len(found) == 1, f"expected one checkpoint folder in {self.folder}, found {found}"
@@ -74,13 +58,6 @@ def read_model(folder: Path) -> convert.OfficialLSD: return convert.read_officia
 
 @cache
 def read_vae(folder: Path) -> AutoencoderKL: return AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
-
-
-def alter(value: torch.Tensor) -> torch.Tensor:
-    "The array with one entry changed by a hundredth (integers: by one)"
-    value = value.clone()
-    value.view(-1)[value.numel() // 2] += 0.01 if value.is_floating_point() else 1
-    return value
 
 
 # --- the checks: generators of (file, array, our value, tolerance) ---------------------------------------------------------------------------------
@@ -172,10 +149,10 @@ def check_unet(r: Recorded):
 
 def check_train(r: Recorded):
     given, names = lambda name: r.given("train", name), r.names("train")
-    model, vae, scheduler, meta = r.model(), r.vae(), r.scheduler(), r.json("meta.json")["train"]
+    model, vae, scheduler, meta = r.model(), r.vae(), r.scheduler(), r.json("meta")["train"]
     parts = {"multiheadstevesa": (model.slots, convert.convert_lsd_slot_attention), "unetencoder": (model.encoder, convert.convert_lsd_encoder),
              "unet2dconditionmodelwithpos": (model.denoiser, convert.convert_lsd_unet)}
-    alias = {short: (*parts[folder], r.json(f"{r.checkpoint().name}/{folder}/config.json")) for short, folder in meta["alias"].items()}
+    alias = {short: (*parts[folder], r.json(f"{r.checkpoint().name}/{folder}/config")) for short, folder in meta["alias"].items()}
     images, t, noise = given("pixel_values"), given("timesteps"), given("noise")
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
@@ -243,13 +220,13 @@ def check_sampling(r: Recorded):
     with torch.no_grad():
         z = r.given("train", "vae_mean") + r.given("train", "vae_std") * r.given("train", "vae_eps")
         yield "sampling", "vae_recon", vae.decode(z).sample, SINGLE
-    for run in sorted({name.rpartition(".")[0] for name in names if "." in name}):
-        kind, steps, scale = re.fullmatch(r"(ddpm|dpm)(\d+)(?:_cfg([\d.]+))?", run).groups()
+    for walk in sorted({name.rpartition(".")[0] for name in names if "." in name}):
+        kind, steps, scale = re.fullmatch(r"(ddpm|dpm)(\d+)(?:_cfg([\d.]+))?", walk).groups()
         scheduler, steps = r.scheduler(kind), int(steps)
         planned = diffusion.make_scheduler(kind, scheduler)
         planned.set_timesteps(steps)
-        yield "sampling", f"{run}.timesteps", planned.timesteps, 0
-        if f"{run}.init_latents" not in names: continue
+        yield "sampling", f"{walk}.timesteps", planned.timesteps, 0
+        if f"{walk}.init_latents" not in names: continue
         outputs, latents = [], []
 
         def predict(x, t):
@@ -259,14 +236,14 @@ def check_sampling(r: Recorded):
             negative, positive = both.chunk(2)
             return negative + float(scale) * (positive - negative)
 
-        noise = iter(given(f"{run}.variance_noise")) if f"{run}.variance_noise" in names else iter(())
+        noise = iter(given(f"{walk}.variance_noise")) if f"{walk}.variance_noise" in names else iter(())
         with injected_noise(noise), torch.no_grad():
-            last = sample(predict, given(f"{run}.init_latents"), scheduler, steps, callback=lambda state: latents.append(state["x"].clone()))
+            last = sample(predict, given(f"{walk}.init_latents"), scheduler, steps, callback=lambda state: latents.append(state["x"].clone()))
             images = (vae.decode(last / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-        yield "sampling", f"{run}.init_noise_sigma", torch.as_tensor(planned.init_noise_sigma, dtype=torch.float32), SINGLE
-        yield "sampling", f"{run}.unet_out", torch.stack(outputs), CHAIN
-        yield "sampling", f"{run}.latents", torch.stack(latents), CHAIN
-        yield "sampling", f"{run}.images", images, CHAIN
+        yield "sampling", f"{walk}.init_noise_sigma", torch.as_tensor(planned.init_noise_sigma, dtype=torch.float32), SINGLE
+        yield "sampling", f"{walk}.unet_out", torch.stack(outputs), CHAIN
+        yield "sampling", f"{walk}.latents", torch.stack(latents), CHAIN
+        yield "sampling", f"{walk}.images", images, CHAIN
 
 
 CHECKS = dict(schedule=check_schedule, backbone=check_backbone, pos_modules=check_pos_modules, slot_attn=check_slot_attn,
@@ -274,12 +251,6 @@ CHECKS = dict(schedule=check_schedule, backbone=check_backbone, pos_modules=chec
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------------------------------------
-
-def close(ours, recorded, tolerance: float, what: str) -> None:
-    "Same shape, same kind of number, within an absolute tolerance; NaN never passes"
-    ours, recorded = torch.as_tensor(ours), torch.as_tensor(recorded)
-    torch.testing.assert_close(ours, recorded, rtol=0, atol=tolerance, check_dtype=recorded.dtype == torch.int64, msg=lambda text: f"{what}: {text}")
-
 
 @contextmanager
 def watch(modules: dict, seen: dict):
@@ -302,24 +273,7 @@ def injected_noise(noise):
     finally: scheduling_ddpm.randn_tensor = original
 
 
-def run(check, r: Recorded) -> list:
-    "Compute and compare; returns the comparisons"
-    made = []
-    for file, name, ours, tolerance in check(r):
-        close(ours, r.array(file, name), tolerance, f"{file}/{name}")
-        made.append((file, name, ours, tolerance))
-    return made
-
-
-_FINISHED = {}
-
-
-def finished(group: str, folder: Path) -> tuple[list, set]:
-    "Comparisons of a group and the arrays it was given, computed once per session"
-    if (group, folder) not in _FINISHED:
-        recorded = Recorded(folder)
-        _FINISHED[group, folder] = run(CHECKS[group], recorded), recorded.used
-    return _FINISHED[group, folder]
+finished = once(CHECKS.get, Recorded)
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------------------------------------
@@ -333,11 +287,7 @@ def test_matches_official(group, golden):
 def test_every_array_is_compared(golden):
     "No array of any file is left out: it is compared, or it is an input on which compared arrays depend"
     folder = golden("lsd")
-    compared, given = set(), set()
-    for group in CHECKS:
-        made, used = finished(group, folder)
-        compared |= {(file, name) for file, name, *_ in made}
-        given |= used
+    compared, given = compared_and_given(finished, CHECKS, folder)
     files = {path.stem for path in folder.glob("*.safetensors")} - ELSEWHERE
     everything = {(file, name) for file in files for name in Recorded(folder).names(file)}
     assert everything == compared | given, f"untouched: {sorted(everything - compared - given)}"
@@ -349,11 +299,7 @@ def test_every_array_is_compared(golden):
 
 @pytest.mark.parametrize("group", CHECKS)
 def test_altered_expectation_fails(group, golden):
-    "Changing any one of the compared arrays makes its comparison fail"
-    folder = golden("lsd")
-    for file, name, ours, tolerance in finished(group, folder)[0]:
-        with pytest.raises(AssertionError, match=re.escape(f"{file}/{name}")):
-            close(ours, Recorded(folder, altered=(file, name)).array(file, name), tolerance, f"{file}/{name}")
+    every_alteration_fails(finished(group, golden("lsd"))[0], golden("lsd"), Recorded)
 
 
 @pytest.mark.parametrize("group", CHECKS)
@@ -361,7 +307,7 @@ def test_altered_file_fails(group, golden):
     "The same through the whole check: the first array that is compared and no input too, altered as it is read from the file"
     folder = golden("lsd")
     made, used = finished(group, folder)
-    file, name = [(file, name) for file, name, *_ in made if (file, name) not in used][0]
+    file, name = next((file, name) for file, name, *_ in made if (file, name) not in used)
     with pytest.raises(AssertionError, match=re.escape(f"{file}/{name}")): run(CHECKS[group], Recorded(folder, altered=(file, name)))
 
 
@@ -370,7 +316,7 @@ def test_altered_input_fails(group, golden):
     "What the check is given matters: with an input altered, what we compute no longer matches"
     folder = golden("lsd")
     made, used = finished(group, folder)
-    for file, name in sorted(used - {(file, name) for file, name, *_ in made}):
+    for file, name in sorted(used - keys_of(made)):
         with pytest.raises(AssertionError): run(CHECKS[group], Recorded(folder, altered=(file, name)))
 
 
@@ -379,7 +325,7 @@ def test_parameter_counts(golden):
     model, vae = Recorded(folder).model(), Recorded(folder).vae()
     count = lambda module: sum(p.numel() for p in module.parameters())
     ours = dict(backbone=count(model.encoder), slot_attn=count(model.slots), unet=count(model.denoiser), vae=count(vae))
-    assert ours == Recorded(folder).json("meta.json")["params"]
+    assert ours == Recorded(folder).json("meta")["params"]
 
 
 @pytest.mark.parametrize("part", ["multiheadstevesa", "unetencoder", "unet2dconditionmodelwithpos"])

@@ -8,11 +8,12 @@ import re
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
+from recorded import Recorded as Arrays
+from recorded import compared_and_given, every_alteration_fails, once, run
 from safetensors.torch import load_file
 
 from decomp_nb import convert
@@ -32,42 +33,13 @@ VIDEO = {"predictor", "savi", "steve", "savi_ldm_encoder", "slotformer"}  # file
 VIDEO_METRICS = re.compile(r"(gt_|pred_)?video(_\w+)?")  # of metrics.npz: (t,h,w) label maps, compared below like images
 
 
-class Recorded:
-    "The arrays of the folder; remembers which were given to a computation. `altered` changes one array as it is read"
-    def __init__(self, folder: Path, altered: tuple[str, str] | None = None):
-        self.folder, self.altered, self.files, self.used = folder, altered, {}, set()
-
-    def names(self, file: str) -> list[str]:
-        if file not in self.files:
-            with np.load(self.folder / f"{file}.npz") as found: self.files[file] = {k: torch.from_numpy(np.array(found[k])) for k in found.files}
-        return sorted(self.files[file])
-
-    def array(self, file: str, name: str) -> torch.Tensor:
-        self.names(file)
-        value = self.files[file][name]
-        return alter(value) if self.altered == (file, name) else value
-
-    def given(self, file: str, name: str) -> torch.Tensor:
-        self.used.add((file, name))
-        return self.array(file, name).clone()
-
-    def json(self, name: str) -> dict: return json.loads((self.folder / f"{name}.json").read_text())
-
+class Recorded(Arrays):
+    "The arrays of the folder, and the models that its weights make"
     def weights(self, name: str) -> dict[str, torch.Tensor]: return {k: v.clone() for k, v in read_part(self.folder, name).items()}
 
     def model(self, name: str):
         "A whole official model, through a `.pth` file and the strict loader"
         return read_model(self.folder, name)
-
-
-def alter(value: torch.Tensor) -> torch.Tensor:
-    "The array with one entry changed by a hundredth of its size and more (integers: by one)"
-    value = value.clone()
-    flat = value.view(-1)
-    at = value.numel() // 2
-    if value.is_floating_point() and flat[at].isnan(): at = int((~flat.isnan()).nonzero()[0]) if (~flat.isnan()).any() else at
-    flat[at] = (1.0 if flat[at].isnan() else flat[at] + 0.01 + 0.01 * flat.abs().nan_to_num().max()) if value.is_floating_point() else flat[at] + 1
-    return value
 
 
 @cache
@@ -391,31 +363,7 @@ CHECKS = {name[len("check_"):]: f for name, f in list(globals().items()) if name
 def decimal(digits: str) -> float: return float(f"{digits[0]}.{digits[1:]}") if len(digits) > 1 else float(digits)
 
 
-def close(ours, recorded, tolerance: tuple[float, float], what: str) -> None:
-    "Same shape, same kind of number, within relative and absolute tolerance; NaN only where NaN is"
-    ours, recorded = torch.as_tensor(ours), torch.as_tensor(recorded)
-    rtol, atol = tolerance
-    torch.testing.assert_close(ours.to(recorded.dtype) if recorded.is_floating_point() else ours, recorded, rtol=rtol, atol=atol, equal_nan=True, check_dtype=not recorded.is_floating_point(),
-                               msg=lambda text: f"{what}: {text}")
-
-
-def run(check, r: Recorded) -> list:
-    made = []
-    for file, name, ours, tolerance in check(r):
-        close(ours, r.array(file, name), tolerance, f"{file}/{name}")
-        made.append((file, name, ours, tolerance))
-    return made
-
-
-_FINISHED = {}
-
-
-def finished(group: str, folder: Path) -> tuple[list, set]:
-    "Comparisons of a group and the arrays it was given, computed once per session"
-    if (group, folder) not in _FINISHED:
-        recorded = Recorded(folder)
-        _FINISHED[group, folder] = run(CHECKS[group], recorded), recorded.used
-    return _FINISHED[group, folder]
+finished = once(CHECKS.get, Recorded)
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------------------------------------
@@ -429,11 +377,7 @@ def test_matches_official(group, golden):
 def test_every_array_is_compared(golden):
     "No array of any image file is left out: it is compared, or it is an input on which compared arrays depend"
     folder = golden("slotdiffusion")
-    compared, given = set(), set()
-    for group in CHECKS:
-        made, used = finished(group, folder)
-        compared |= {(file, name) for file, name, *_ in made}
-        given |= used
+    compared, given = compared_and_given(finished, CHECKS, folder)
     files = {path.stem for path in folder.glob("*.npz")} - VIDEO
     everything = {(file, name) for file in files for name in Recorded(folder).names(file)}
     assert everything == compared | given, f"untouched: {sorted(everything - compared - given)}"
@@ -445,11 +389,7 @@ def test_every_array_is_compared(golden):
 
 @pytest.mark.parametrize("group", CHECKS)
 def test_altered_expectation_fails(group, golden):
-    "Changing any one of the compared arrays makes its comparison fail"
-    folder = golden("slotdiffusion")
-    for file, name, ours, tolerance in finished(group, folder)[0]:
-        with pytest.raises(AssertionError, match=re.escape(f"{file}/{name}")):
-            close(ours, Recorded(folder, altered=(file, name)).array(file, name), tolerance, f"{file}/{name}")
+    every_alteration_fails(finished(group, golden("slotdiffusion"))[0], golden("slotdiffusion"), Recorded)
 
 
 @pytest.mark.parametrize("group", ["slot_attention", "resnet_gn", "dvae", "slot_mixing", "gumbel_tau", "metrics"])
@@ -457,7 +397,7 @@ def test_altered_file_fails(group, golden):
     "The same through the whole check: the first array that is compared and no input too, altered as it is read from the file"
     folder = golden("slotdiffusion")
     made, used = finished(group, folder)
-    file, name = [(file, name) for file, name, *_ in made if (file, name) not in used][0]
+    file, name = next((file, name) for file, name, *_ in made if (file, name) not in used)
     with pytest.raises(AssertionError, match=re.escape(f"{file}/{name}")): run(CHECKS[group], Recorded(folder, altered=(file, name)))
 
 

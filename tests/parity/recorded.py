@@ -1,0 +1,107 @@
+"""What the parity tests share: arrays recorded from official programs, comparisons that remember what was used, and ways to spoil a number.
+
+A *check* is a function of `Recorded` that yields (key …, our value, tolerance). The key names a recorded array, mostly by file and name.
+"""
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class Recorded:
+    "The arrays of one folder; remembers which were given to a computation. One array can be `altered` as it is read, or `shifted` where it is given"
+    def __init__(self, folder: Path, altered: tuple[str, ...] = (), shifted: tuple[str, ...] = ()):
+        self.folder, self.altered, self.shifted, self.files, self.used = folder, altered, shifted, {}, set()
+
+    def load(self, file: str) -> dict[str, Tensor]:
+        if file not in self.files: self.files[file] = load_arrays(self.folder, file)
+        return self.files[file]
+
+    def names(self, file: str) -> list[str]: return sorted(self.load(file))
+
+    def read(self, *key: str) -> Tensor:
+        file, name = key
+        return self.load(file)[name]
+
+    def array(self, *key: str) -> Tensor: return alter(self.read(*key)) if key == self.altered else self.read(*key)
+
+    def given(self, *key: str) -> Tensor:
+        self.used.add(key)
+        value = self.array(*key).clone()
+        return shift(value) if key == self.shifted else value
+
+    def json(self, name: str) -> dict: return json.loads((self.folder / f"{name}.json").read_text())
+
+
+def load_arrays(folder: Path, file: str) -> dict[str, Tensor]:
+    "`file.npz`, else `file.safetensors` (which beside an npz holds weights)"
+    if not (folder / f"{file}.npz").is_file(): return load_file(folder / f"{file}.safetensors")
+    with np.load(folder / f"{file}.npz") as found: return {k: torch.from_numpy(np.array(found[k])) for k in found.files}
+
+
+def alter(value: Tensor) -> Tensor:
+    "The array with one entry changed: by a hundredth of the largest and a hundredth more, integers by one"
+    value = value.clone()
+    flat, at = value.view(-1), value.numel() // 2
+    if value.dtype == torch.bool: flat[at] = ~flat[at]
+    elif not value.is_floating_point(): flat[at] += 1
+    else:
+        known = (~flat.isnan()).nonzero()
+        if flat[at].isnan() and len(known): at = int(known[0])
+        flat[at] = 1.0 if flat[at].isnan() else flat[at] + 0.01 + 0.01 * flat.abs().nan_to_num().max()
+    return value
+
+
+def shift(value: Tensor) -> Tensor:
+    "Another input: numbers a tenth larger, integers one step away"
+    return value + 0.1 if value.is_floating_point() else torch.where(value > 0, value - 1, value + 1)
+
+
+def close(ours, recorded, tolerance: float | tuple[float, float], what: str) -> None:
+    "Same shape and kind of number, within an absolute tolerance, or (relative, absolute); NaN only where NaN is"
+    ours, recorded = torch.as_tensor(ours), torch.as_tensor(recorded)
+    floating = recorded.is_floating_point()
+    rtol, atol = tolerance if isinstance(tolerance, tuple) else (0, tolerance)
+    torch.testing.assert_close(ours.to(recorded.dtype) if floating else ours, recorded, rtol=rtol, atol=atol, equal_nan=True,
+                               check_dtype=recorded.dtype == torch.int64, msg=lambda text: f"{what}: {text}")
+
+
+def run(check: Callable, r: Recorded, close: Callable = close) -> list[tuple]:
+    "Compute and compare; returns the comparisons"
+    made = []
+    for *key, ours, tolerance in check(r):
+        close(ours, r.array(*key), tolerance, "/".join(key))
+        made.append((*key, ours, tolerance))
+    return made
+
+
+def once(check_of: Callable, kind: type[Recorded], close: Callable = close) -> Callable:
+    "`finished(group, folder)` → comparisons of a group and the keys it was given, computed once per session"
+    @cache
+    def finished(group: str, folder: Path) -> tuple[list[tuple], set[tuple]]:
+        r = kind(folder)
+        return run(check_of(group), r, close), r.used
+    return finished
+
+
+def keys_of(made: list[tuple]) -> set[tuple]: return {tuple(key) for *key, _, _ in made}
+
+
+def compared_and_given(finished: Callable, groups, folder: Path) -> tuple[set, set]:
+    "Keys of all groups together"
+    done = [finished(group, folder) for group in groups]
+    return set().union(*(keys_of(made) for made, _ in done)), set().union(*(used for _, used in done))
+
+
+def every_alteration_fails(made: list[tuple], folder: Path, kind: type[Recorded], close: Callable = close) -> None:
+    "Changing any one of the compared arrays makes its comparison fail"
+    for *key, ours, tolerance in made:
+        what = "/".join(key)
+        with pytest.raises(AssertionError, match=re.escape(what)): close(ours, kind(folder, altered=tuple(key)).array(*key), tolerance, what)
