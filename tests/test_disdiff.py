@@ -249,6 +249,16 @@ def test_codes_with_a_price(asked):
     assert model.eval().reconstruct(b["image"], steps=2).shape == (4, 3, 16, 16)
 
 
+def test_codes_begin_at_principal_components():
+    model, x = disdiff(**TOKENS, code_price=0.1, reads="latents", encoder_config={"width": 8, "linear": True}), torch.rand(60, 3, 16, 16) * 2 - 1
+    z = model.latents.encode(x).flatten(1)
+    wanted = torch.pca_lowrank(z, 10, niter=20)[0][:, :3] * len(z) ** 0.5
+    codes = model.begin_at_components(x).encode(x).codes[..., 0]
+    assert (codes.T @ wanted / len(z)).diagonal().abs().min() > 0.97 and (model.codes(z.view(60, 3, 8, 8))[1] + 3).abs().max() < 1
+    with pytest.raises(ValueError, match="linear"): disdiff().begin_at_components(x)
+    with pytest.raises(ValueError, match="2 pictures have no 3"): model.begin_at_components(x[:2])
+
+
 def test_published_sizes():
     "Counts that the paper's code has: shift decoder 22.74 M, encoder 1.52 M, frozen UNet 29.42 M"
     model = DisDiff(**disdiff_preset("shapes3d", image_size=64))

@@ -28,7 +28,7 @@ def test_each_stage_leaves_what_the_next_one_needs(stages):
     ae, ldm, dis = (Run(stages / name) for name in ("ae", "ldm", "dis"))
     assert isinstance(build_space(str(ae.path)), VQLatents) and {"lr/autoencoder", "lr/discriminator"} <= set(ae.metrics("train")[-1])
     assert isinstance(ldm.model(), LatentDiffusion) and "noise_error" in json.loads((ldm.path / "scores.json").read_text())
-    assert set(json.loads((dis.path / "scores.json").read_text())) == {"DisDiff", "untrained", "PCA"}
+    assert set(json.loads((dis.path / "scores.json").read_text())) == {"DisDiff", "untrained", "PCA", "PCA of the latents"}
     assert dis.curve("eval/factor_vae")[0] == [2, 4] and {"variant_hits", "invariant_hits", "denoising"} <= set(dis.metrics("train")[-1])
     assert {p.name for p in (dis.path / "pictures").glob("*.png")} >= {"swaps.png", "traversals.png"}
 

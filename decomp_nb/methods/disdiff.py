@@ -55,6 +55,7 @@ class FactorEncoder(nn.Module):
         width: int = 128,
         norm: str = "group",  # "group", "batch" (official) or "none"
         skip_relu: bool = False,  # leave out the ReLU after the third halving, as the official code does
+        linear: bool = False,  # add a linear reading of the input, which can begin at its principal components
     ):
         super().__init__()
         halvings = (size // 4).bit_length() - 1
@@ -66,6 +67,7 @@ class FactorEncoder(nn.Module):
         if not halvings: layers = [nn.Conv2d(in_channels, width, 3, padding=1)]
         self.layers = nn.Sequential(*layers, ResidualConv(width, norm), normalisation(norm, width), nn.ReLU(), ResidualConv(width, norm),
                                     nn.Flatten(), nn.Linear(16 * width, out_dim))
+        self.linear = nn.Linear(in_channels * size ** 2, out_dim) if linear else None
 
     @torch.no_grad()
     def begin_sure(self) -> None:
@@ -75,11 +77,22 @@ class FactorEncoder(nn.Module):
         doubts *= 0.3
         self.layers[-1].bias.chunk(2)[1].fill_(-3)
 
+    @torch.no_grad()
+    def begin_at_components(self, x: Tensor, n: int) -> None:
+        "Let the first n numbers begin as the principal components of `x` `(b,c,h,w)`, each one wide; the CNN is small beside them at first"
+        if self.linear is None: raise ValueError("this encoder reads nothing linearly: build it with encoder_config={'linear': True}")
+        if len(x) <= n: raise ValueError(f"{len(x)} pictures have no {n} principal components: give more")
+        flat = x.flatten(1).double()
+        values, axes = torch.linalg.eigh(flat.T.cov())
+        read = (axes[:, -n:] / values[-n:].clamp_min(1e-12).sqrt()).flip(1).T
+        self.linear.weight.zero_()[:n], self.linear.bias.zero_()[:n] = read.float(), -(read @ flat.mean(0)).float()
+        self.layers[-1].weight[:n] *= 0.03
+
     def forward(self, x: Tensor) -> Tensor:
         "`(b,c,h,w)` → `(b,out_dim)`"
         if tuple(x.shape[1:]) != (self.in_channels, self.size, self.size):
             raise ValueError(f"images (or their latents) have shape {tuple(x.shape)}, but this encoder was built for (b, {self.in_channels}, {self.size}, {self.size})")
-        return self.layers(x)
+        return self.layers(x) if self.linear is None else self.layers(x) + self.linear(x.flatten(1))
 
 # %% ../../nbs/methods/disdiff.ipynb #projection-export
 class TwoConditions(nn.Module):
@@ -406,6 +419,13 @@ class DisDiff(Decomposer):
         apart = self.disentangling(x_t, t, answer, one, factors.codes, chosen)
         return parts | apart | {"loss": parts["loss"] + apart["disentangling"].mean()}
 
+    @torch.no_grad()
+    def begin_at_components(self, images: Tensor) -> DisDiff:
+        "Let the codes begin as principal components of what the encoder reads of these pictures; needs `encoder_config={'linear': True}`"
+        seen = torch.cat([self.latents.encode(x.to(self.device)) for x in images.split(100)]) if self.config.reads == "latents" else images.to(self.device)
+        self.encoder.begin_at_components(seen, self.n_factors * self.factor_dim)
+        return self
+
     def read_tokens(self, batch: dict, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> dict:
         "The loss with tokens: error of the denoiser's answer, and what the codes cost; `code_noise` `(b,N,d)` replaces their draw"
         codes, doubt = self.codes(x0 if self.config.reads == "latents" else batch["image"])
@@ -574,8 +594,8 @@ def disdiff_preset(
     presets |= {
         "shapes3d_small": dict(n_factors=6, factor_dim=8, encoder_config=dict(width=64), reads="latents", dis_bound=1.0, start="base", timestep_sampling="near_noise", timestep_strength=3.0),
         "tiny": dict(n_factors=3, factor_dim=4, encoder_config=dict(width=16), dis_bound=1.0),
-        "shapes3d_tokens": dict(image_size=32, n_factors=10, factor_dim=1, encoder_config=dict(width=64), reads="latents", conditioning="tokens", dis_weight=0.0, loss="l2",
-                                token_gain=1.7, code_price=0.001, timestep_sampling="near_noise", timestep_strength=2.0, scheduler_config=dict(prediction_type="sample"),
+        "shapes3d_tokens": dict(image_size=32, n_factors=12, factor_dim=1, encoder_config=dict(width=64, linear=True), reads="latents", conditioning="tokens", dis_weight=0.0, loss="l2",
+                                token_gain=1.7, code_price=0.0015, timestep_sampling="near_noise", timestep_strength=2.0, scheduler_config=dict(prediction_type="sample"),
                                 denoiser_config=dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=[16, 48], layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
                                                      mid_block_type=None, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
                                                      position="cartesian", attention_gain=3.0)),
