@@ -263,6 +263,14 @@ def test_eval_concepts(tmp_path):
     assert len(json.loads((tmp_path / "scores" / "scores.json").read_text())) == 6
 
 
+def test_eval_concepts_with_clip_and_maps(foundation_run, judges, tmp_path):
+    execute("eval_concepts", tmp_path, out_dir=str(tmp_path / "scores"), foundation=str(foundation_run / "pipeline"), judge=str(judges / "clip"), class_names="red square,castle,red,a photo,square",
+            seeds=1, steps=3, batch_size=2, n_per_class=1, n_drawn=1, sample_steps=2, held_out=1, located=4, located_steps=2)
+    found = json.loads((tmp_path / "scores" / "attribution.json").read_text())
+    assert {"given, 1 thing", "given, 2 things", "drawn, 1 thing", "discovered words"} == set(found) and found["given, 2 things"]["pictures"] == 4
+    assert 0 < found["given, 1 thing"]["anywhere"] < 0.5 and all(0 <= v <= 1 for k, v in found["given, 2 things"].items() if k != "pictures")
+
+
 RECIPES = sorted((ROOT / "papermill_runs" / "recipes").glob("concepts_*.yaml")) + sorted((ROOT / "papermill_runs" / "recipes").glob("text_to_image_*.yaml"))
 
 

@@ -24,7 +24,8 @@ SCENE_FACTORS: dict[str, tuple[str, ...]] = {
     "shape": SCENE_SHAPES, "color": SCENE_COLORS,
     "background": ("black", "grey", "white", "sand"), "light": ("plain", "dim", "warm", "cold"), "style": ("flat", "sketch", "pixel", "dotted")}
 _GROUNDS = torch.tensor([[0.05, 0.05, 0.05], [0.45, 0.45, 0.45], [0.92, 0.92, 0.92], [0.80, 0.70, 0.50]])
-_LIGHTS = torch.tensor([[1.0, 1.0, 1.0], [0.45, 0.45, 0.5], [1.0, 0.78, 0.5], [0.6, 0.8, 1.0]])
+_LIGHTS = torch.tensor([[1.0, 1.0, 1.0], [0.35, 0.35, 0.35], [0.65, 0.65, 0.65], [0.65, 0.65, 0.65]])  # how much of the scene is left
+_HAZE = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.35, 0.18, 0.04], [0.07, 0.18, 0.35]])  # and what lies over it: seen on black too
 
 
 def scene_words() -> list[str]:
@@ -36,11 +37,11 @@ def apply_style(images: Tensor, style: Tensor) -> Tensor:
     "Draw RGB pictures `(b,3,h,w)` in [0,1] in the manner `style` `(b,)`: 0 flat, 1 sketch, 2 pixel, 3 dotted"
     size = images.shape[-1]
     edge = (images - F.avg_pool2d(F.pad(images, (1,) * 4, mode="replicate"), 3, 1)).abs().amax(1, keepdim=True)
-    lines = 1 - (1 - 0.8 * images) * (edge * 6).clamp(0, 1)
+    lines = (0.45 + 0.55 * images) * (1 - (edge * 6).clamp(0, 0.9))  # pale colours, dark outlines
     coarse = F.interpolate(F.avg_pool2d(images, size // 8), size=(size, size), mode="nearest")
-    grid = (pixel_centres(size, images.device) * 8 % 1 - 0.5).square()
-    dots = ((0.16 - grid[:, None] - grid) * 12 + 0.5).clamp(0, 1)
-    kinds = torch.stack([images, lines, coarse, 0.95 + (coarse - 0.95) * dots], 1)
+    paper = pixel_centres(size, images.device) * 8 % 1 < 0.5
+    paper = (paper[:, None] & paper).float()
+    kinds = torch.stack([images, lines, coarse, images + (0.95 - images) * paper], 1)
     return kinds[torch.arange(len(images), device=images.device), style]
 
 # %% ../../nbs/data/captioned.ipynb #caption-export
@@ -50,11 +51,11 @@ def write_captions(factors: Mapping[str, Tensor], keys: Tensor) -> list[str]:
     dice = uniform(keys, "caption", 10)
     out = []
     for i, roll in enumerate(dice.tolist()):
-        things = [f"{name('color', c)} {name('shape', s)}" if roll[0] < 0.7 else name("shape", s) if roll[0] < 0.85 else name("color", c)
+        things = [f"{name('color', c)} {name('shape', s)}" if roll[0] < 0.8 else name("shape", s) if roll[0] < 0.92 else name("color", c)
                   for c, s, there in zip(factors["color"][i], factors["shape"][i], factors["visibility"][i]) if there]
         scene = {"background": f"on {name('background', factors['background'][i])}", "light": f"in {name('light', factors['light'][i])} light", "style": f"{name('style', factors['style'][i])} style"}
-        said = [scene[f] for f, r in zip(scene, roll[1:4]) if r < 0.5]
-        if roll[4] < 0.25:  # one word, or the name of one property
+        said = [scene[f] for f, r in zip(scene, roll[1:4]) if r < 0.65]
+        if roll[4] < 0.2:  # one word, or the name of one property
             alone = [*things[:1], name("background", factors["background"][i]), *(f"{name(f, factors[f][i])} {f}" for f in ("light", "style"))]
             things, said = [alone[int(roll[5] * len(alone))]], []
         opening = ("", "a ", "a photo of a ", "a photo of ", "a picture of a ")[int(roll[6] * 5)]
@@ -71,12 +72,13 @@ class CaptionedScenes(torch.utils.data.Dataset):
         size: int = 32,
         split: str = "train", seed: int = 0,
         n_objects: tuple[int, int] = (1, 2),
+        sparse: float = 0.0,  # share of scenes that have the smallest number of objects, whatever the dice say
         only: Mapping[str, Sequence[str]] | None = None,  # factor → names that it may have
         held_out: Sequence[tuple[str, str]] = (("red", "star"), ("blue", "heart"), ("yellow", "square")),  # pairs of colour and shape that training never shows
     ):
         if n < 1 or size < 16: raise ValueError(f"n={n}, size={size}: at least one scene of at least 16 pixels")
         self.n, self.size, self.split, self.seed, self.n_objects = n, size, split, seed, tuple(n_objects)
-        self.only, self.max_objects = dict(only or {}), self.n_objects[1]
+        self.only, self.max_objects, self.sparse = dict(only or {}), self.n_objects[1], sparse
         for f, names in self.only.items():
             bad = [v for v in names if v not in SCENE_FACTORS.get(f, ())]
             if f not in SCENE_FACTORS or bad or not names: raise ValueError(f"only={{{f!r}: {list(names)!r}}}: factors are {', '.join(SCENE_FACTORS)}" + (f"; {f} is one of {', '.join(SCENE_FACTORS[f])}" if f in SCENE_FACTORS else ""))
@@ -94,22 +96,23 @@ class CaptionedScenes(torch.utils.data.Dataset):
         found = {"shape": pick("shape", k), "color": pick("color", k), **{f: pick(f) for f in ("background", "light", "style")}}
         for c, s in self.held_out: found["color"] = torch.where((found["color"] == c) & (found["shape"] == s), (found["color"] + 1) % len(SCENE_COLORS), found["color"])
         low, high = self.n_objects
-        found["visibility"] = (torch.arange(high) < low + integers(keys, "captioned/count", high - low + 1, 1)).long()
+        more = integers(keys, "captioned/count", high - low + 1, 1) * (uniform(keys, "captioned/sparse", 1) >= self.sparse)
+        found["visibility"] = (torch.arange(high) < low + more).long()
         return keys, found
 
     def batch(self, indices) -> dict:
         "Many scenes at once: stacked tensors and a list of captions"
         keys, f = self.factors(indices)
         b, k = f["shape"].shape
-        side = uniform(keys, "captioned/size", k, low=0.34, high=0.46) if k > 1 else uniform(keys, "captioned/size", k, low=0.4, high=0.6)
         slot = torch.linspace(0.27, 0.73, k) if k > 1 else torch.tensor([0.5])
         alone = f["visibility"].sum(1, keepdim=True) == 1
+        side = torch.where(alone, uniform(keys, "captioned/size", k, low=0.4, high=0.6), uniform(keys, "captioned/size", k, low=0.34, high=0.46))
         place = {"shape": f["shape"] + 1, "visibility": f["visibility"].float(), "rotation": torch.zeros(b, k), "size": side,
                  "x": torch.where(alone, uniform(keys, "captioned/x", k, low=0.35, high=0.65), slot + uniform(keys, "captioned/x", k, low=-0.05, high=0.05)),
                  "y": uniform(keys, "captioned/y", k, low=0.35, high=0.65)}
         alpha = coverage(object_distances(place, self.size, SCENE_SHAPES), True)
         rgb = torch.tensor(list(PALETTE.values()))[f["color"]]
-        flat = paint(_GROUNDS[f["background"]][..., None, None].expand(-1, -1, self.size, self.size), rgb, alpha) * _LIGHTS[f["light"]][..., None, None]
+        flat = paint(_GROUNDS[f["background"]][..., None, None].expand(-1, -1, self.size, self.size), rgb, alpha) * _LIGHTS[f["light"]][..., None, None] + _HAZE[f["light"]][..., None, None]
         image = (apply_style(flat, f["style"]) * 255).round() / 127.5 - 1
         labels = {name: f[name] * f["visibility"] for name in ("shape", "color")} | {"visibility": f["visibility"].float()}
         return {"image": image, "masks": label_map(alpha), "labels": labels, **{name: f[name] for name in ("background", "light", "style")},
