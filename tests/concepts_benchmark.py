@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-SIZES = {  # sides of pictures and latents, widths of the UNet (the `deaf` finest levels without text), width and layers of the text model, its dictionary, tokens of a sentence
-    "embedded": dict(image=16, factor=1, widths=(32, 48, 96), deaf=1, text=64, layers=2, dictionary=64, tokens=24),  # the captioned scenes' foundation
-    "dictionary": dict(image=16, factor=1, widths=(32, 48, 96), deaf=1, text=768, layers=2, dictionary=49408, tokens=77),  # with a dictionary like Stable Diffusion's
-    "larger": dict(image=128, factor=8, widths=(96, 192, 384), deaf=0, text=768, layers=6, dictionary=49408, tokens=77),
+SIZES = {  # sides of pictures and latents, widths of the UNet, width and layers of the text model, its dictionary, tokens of a sentence
+    "small": dict(image=32, factor=4, widths=(48, 96), text=96, layers=2, dictionary=64, tokens=24),  # about the size of the embedded foundation
+    "dictionary": dict(image=32, factor=4, widths=(48, 96), text=768, layers=2, dictionary=49408, tokens=77),  # the same with a dictionary like Stable Diffusion's
+    "larger": dict(image=128, factor=8, widths=(96, 192, 384), text=768, layers=6, dictionary=49408, tokens=77),
 }
 
 
@@ -21,16 +21,15 @@ def foundation(size: str):
 
     from decomp_nb.components.foundations import StableDiffusion, clip_tokenizer
     from decomp_nb.components.latents import KLLatents, small_vae
-    from decomp_nb.components.text_to_image import clear_vae, text_unet
+    from decomp_nb.components.text_to_image import text_unet
     s = SIZES[size]
     torch.manual_seed(0)
     tok = clip_tokenizer(["a", "photo", "of"], s["tokens"])
     text = CLIPTextModel(CLIPTextConfig(vocab_size=max(s["dictionary"], len(tok) + 16), hidden_size=s["text"], intermediate_size=4 * s["text"], num_hidden_layers=s["layers"], num_attention_heads=8,
                                         max_position_embeddings=s["tokens"], bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
-    vae = clear_vae() if s["factor"] == 1 else small_vae(s["factor"], width=32)
-    unet = text_unet(s["image"] // s["factor"], vae.config.latent_channels, s["widths"], s["text"], deaf=s["deaf"])
+    unet = text_unet(s["image"] // s["factor"], 4, s["widths"], s["text"])
     schedule = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return StableDiffusion(unet, KLLatents(vae), schedule, [tok], [text])
+    return StableDiffusion(unet, KLLatents(small_vae(s["factor"], width=32)), schedule, [tok], [text])
 
 
 def concepts(size: str, n_words: int, n_images: int):
@@ -42,7 +41,7 @@ def concepts(size: str, n_words: int, n_images: int):
         return method.Concepts("random", n_images, n_concepts=n_words, image_size=SIZES[size]["image"], weights="free", init_weight=5.0, weights_lr_scale=1.0).train()
 
 
-def ours(size: str = "embedded", batch_size: int = 2, accumulation: int = 8, n_words: int = 5, *, latents: bool = True, whole: bool = False):
+def ours(size: str = "small", batch_size: int = 2, accumulation: int = 8, n_words: int = 5, *, latents: bool = True, whole: bool = False):
     "An optimiser step as `Concepts` and `Trainer` make it; `latents`: encoded once before; `whole`: all pictures of the step in one call"
     n = batch_size * accumulation
     model = concepts(size, n_words, n)
@@ -58,7 +57,7 @@ def ours(size: str = "embedded", batch_size: int = 2, accumulation: int = 8, n_w
     return step, n
 
 
-def official(size: str = "embedded", batch_size: int = 2, accumulation: int = 8, n_words: int = 5, *, latents: bool = False, rows: bool = False, sentences: bool = False, calls: bool = False):
+def official(size: str = "small", batch_size: int = 2, accumulation: int = 8, n_words: int = 5, *, latents: bool = False, rows: bool = False, sentences: bool = False, calls: bool = False):
     "An optimiser step of the official loop. Levers: `latents` encoded once before; only the new `rows` are trained; distinct `sentences` are read once; the UNet's `calls` are one"
     base, n = foundation(size), batch_size * accumulation
     tokens = [f"<c{i + 1}>" for i in range(n_words)]

@@ -16,6 +16,7 @@ from decomp_nb.methods.concepts import (Concepts, ScoreStatistics, compose, conc
 from decomp_nb.metrics import concepts as metrics
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.trainer import Run, Trainer
+from decomp_nb.viz.attribution import attribute
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +133,14 @@ def test_resuming_continues_words_weights_and_statistics(places, tmp_path):
     cut = Trainer(new(), data, config(tmp_path / "cut")).fit().model()
     for name, value in whole.state_dict().items(): torch.testing.assert_close(cut.state_dict()[name], value, msg=name)
     with pytest.raises(ValueError, match="tokens.*in the run"): Trainer(new(tokens=["<x>", "<y>"]), data, config(tmp_path / "cut")).fit()
+
+
+def test_maps_of_chosen_layers(places):
+    "One attention layer can be listened to alone; one that is not there is an error that names those that are"
+    base, images = open_foundation(places / "sd"), torch.rand(2, 3, 16, 16) * 2 - 1
+    maps = [attribute(base, "a red square", "red square", images=images, steps=1, layers=layers)[1] for layers in (None, [0], [1])]
+    assert all(m.shape == (2, 16, 16) for m in maps) and not torch.allclose(maps[1], maps[2]) and not torch.allclose(maps[0], maps[1])
+    with pytest.raises(ValueError, match="there are layers"): attribute(base, "a red square", "red", images=images, steps=1, layers=[99])
 
 
 # --- bad input: one clear error each ------------------------------------------------------------------------------------------------------------------

@@ -167,3 +167,9 @@ def test_packaging_takes_every_module_and_the_weights(tmp_path):
     assert modules(built) == modules(ROOT / "decomp_nb"), "a folder of modules has no __init__.py"
     weights = {p.relative_to(built) for p in (built / "weights").rglob("*") if p.is_file()}
     assert weights == {p.relative_to(tmp_path / "decomp_nb") for p in (tmp_path / "decomp_nb/weights").rglob("*") if p.is_file()}
+
+
+def test_weights_are_small():
+    "What comes with the package stays a small download: 12 MiB for one set of weights, 24 in all"
+    size = {f.name: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) / 2**20 for f in (ROOT / "decomp_nb/weights").iterdir() if f.is_dir()}
+    assert size and all(v <= 12 for v in size.values()) and sum(size.values()) <= 24, size

@@ -157,6 +157,7 @@ def attribute(
     guidance_scale: float = 7.5,  # of drawing
     steps: int = 25,
     exact: bool = False,
+    layers: Sequence[int] | None = None,  # numbers of the layers that are listened to, in the order of `listening_layers`; None for all, as DAAM
 ) -> tuple[Tensor, Tensor]:
     "Pictures `(n,3,h,w)`, and where each one's word is in it `(n,h,w)` in [0,1]"
     if (images is None) == (noise is None): raise ValueError("give either images, to look at, or noise, to draw from")
@@ -174,7 +175,7 @@ def attribute(
     with trace(base, guided=guided) as record:
         if images is None: images = base.latents.decode(sample(predict, x, base.sampler, steps))
         else: base.invert(predict, x, steps)
-    maps = record.maps(tuple(x.shape[-2:]), exact=exact)
+    maps = record.maps(tuple(x.shape[-2:]), exact=exact, layers=layers)
     chosen = torch.stack([m[token_places(base, p, w)].mean(0) for m, p, w in zip(maps, prompts, words)])
     return images, expand(chosen, tuple(images.shape[-2:]))
 
