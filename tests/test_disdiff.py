@@ -259,6 +259,11 @@ def test_codes_begin_at_principal_components():
     with pytest.raises(ValueError, match="2 pictures have no 3"): model.begin_at_components(x[:2])
 
 
+def test_encoding_draws_nothing():
+    model, x = disdiff("kl", reads="latents").eval(), batch()["image"]
+    assert torch.equal(model.encode(x).codes, model.encode(x).codes)
+
+
 def test_published_sizes():
     "Counts that the paper's code has: shift decoder 22.74 M, encoder 1.52 M, frozen UNet 29.42 M"
     model = DisDiff(**disdiff_preset("shapes3d", image_size=64))

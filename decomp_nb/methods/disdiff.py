@@ -359,7 +359,7 @@ class DisDiff(Decomposer):
 
     def encode(self, images: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None, z: Tensor | None = None) -> Factors:
         "N codes `(b,N,d)`, an ordered list; nothing random happens. `z`: latents, where they are known already"
-        seen = images if self.config.reads == "images" else self.latents.encode(images) if z is None else z
+        seen = images if self.config.reads == "images" else self.latents.encode(images, images.new_zeros(())) if z is None else z
         return Factors(self.codes(seen)[0])
 
     def codes(self, seen: Tensor) -> tuple[Tensor, Tensor | None]:
