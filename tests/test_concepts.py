@@ -267,14 +267,14 @@ def test_train_concepts_on_it(foundation_run, tmp_path):
     assert model.n_factors == 4 and len(list((run.path / "concepts" / "words").iterdir())) == 4
 
 
-def test_eval_concepts(tmp_path):
-    execute("eval_concepts", tmp_path, out_dir=str(tmp_path / "scores"), seeds=1, steps=6, n_per_class=2, n_drawn=1, sample_steps=2, judge_steps=2, held_out=2)
+def test_eval_concepts(places, tmp_path):
+    execute("eval_concepts", tmp_path, out_dir=str(tmp_path / "scores"), foundation=str(places / "memory"), seeds=1, fit_draws=2, steps=6, n_per_class=2, n_drawn=1, sample_steps=2, judge_steps=2, held_out=2)
     assert len(json.loads((tmp_path / "scores" / "scores.json").read_text())) == 6
 
 
 def test_eval_concepts_with_clip_and_maps(foundation_run, judges, tmp_path):
     execute("eval_concepts", tmp_path, out_dir=str(tmp_path / "scores"), foundation=str(foundation_run / "pipeline"), judge=str(judges / "clip"), class_names="red square,castle,red,a photo,square",
-            seeds=1, steps=3, batch_size=2, n_per_class=1, n_drawn=1, sample_steps=2, held_out=1, located=4, located_steps=2)
+            seeds=1, steps=3, batch_size=2, n_per_class=1, n_drawn=1, sample_steps=2, fit_draws=2, held_out=1, located=4, located_steps=2)
     found = json.loads((tmp_path / "scores" / "attribution.json").read_text())
     assert {"given, 1 thing", "given, 2 things", "drawn, 1 thing", "discovered words"} == set(found) and found["given, 2 things"]["pictures"] == 4
     assert 0 < found["given, 1 thing"]["anywhere"] < 0.5 and all(0 <= v <= 1 for k, v in found["given, 2 things"].items() if k != "pictures")
