@@ -69,7 +69,7 @@ def official_picture(model, images, noise, steps: int = 50):
 def picture(
     preset: str | dict = "clevr",
     batch_size: int = 1,
-    steps: int = 50,
+    sample_steps: int = 50,
     *,
     sdpa: bool = False, one_run: bool = False, bf16: bool = False, channels_last: bool = False, solver_steps: int = 0,
 ):
@@ -84,6 +84,6 @@ def picture(
     @torch.no_grad()
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            if one_run: return model.decomposition(model.encode(images), steps=solver_steps or steps, noise=noise, scheduler=scheduler)
-            return official_picture(model, images, noise, steps)
+            if one_run: return model.decomposition(model.encode(images), steps=solver_steps or sample_steps, noise=noise, scheduler=scheduler)
+            return official_picture(model, images, noise, sample_steps)
     return step, batch_size

@@ -233,7 +233,7 @@ def test_the_official_loop_draws_the_same_pictures(images):
     near(torch.cat([parts, whole[:, None]], 1), model.latents.decode(slow.flatten(0, 1)).unflatten(0, (2, -1)), 1e-4)
     for case in (decomp_benchmark.train_step, decomp_benchmark.picture):
         for levers in ({}, dict(sdpa=True, bf16=True, channels_last=True, **(dict(one_run=True) if case is decomp_benchmark.picture else dict(fused=True, lean=True)))):
-            step, n = case(decomp_diffusion_preset("tiny"), 1, **({"steps": 2} if case is decomp_benchmark.picture else {}), **levers)
+            step, n = case(decomp_diffusion_preset("tiny"), 1, **({"sample_steps": 2} if case is decomp_benchmark.picture else {}), **levers)
             with torch.enable_grad(): step()
 
 
