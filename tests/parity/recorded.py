@@ -17,6 +17,8 @@ from torch import Tensor
 
 class Recorded:
     "The arrays of one folder; remembers which were given to a computation. One array can be `altered` as it is read, or `shifted` where it is given"
+    absolute, relative = 0.01, 0.0  # how far an altered number moves: so much, and so much of the largest
+
     def __init__(self, folder: Path, altered: tuple[str, ...] = (), shifted: tuple[str, ...] = ()):
         self.folder, self.altered, self.shifted, self.files, self.used = folder, altered, shifted, {}, set()
 
@@ -30,7 +32,7 @@ class Recorded:
         file, name = key
         return self.load(file)[name]
 
-    def array(self, *key: str) -> Tensor: return alter(self.read(*key)) if key == self.altered else self.read(*key)
+    def array(self, *key: str) -> Tensor: return alter(self.read(*key), self.absolute, self.relative) if key == self.altered else self.read(*key)
 
     def given(self, *key: str) -> Tensor:
         self.used.add(key)
@@ -46,8 +48,8 @@ def load_arrays(folder: Path, file: str) -> dict[str, Tensor]:
     with np.load(folder / f"{file}.npz") as found: return {k: torch.from_numpy(np.array(found[k])) for k in found.files}
 
 
-def alter(value: Tensor) -> Tensor:
-    "The array with one entry changed: by a hundredth of the largest and a hundredth more, integers by one"
+def alter(value: Tensor, absolute: float = 0.01, relative: float = 0.0) -> Tensor:
+    "The array with one entry changed: by `absolute` and `relative` of the largest, integers by one"
     value = value.clone()
     flat, at = value.view(-1), value.numel() // 2
     if value.dtype == torch.bool: flat[at] = ~flat[at]
@@ -55,7 +57,7 @@ def alter(value: Tensor) -> Tensor:
     else:
         known = (~flat.isnan()).nonzero()
         if flat[at].isnan() and len(known): at = int(known[0])
-        flat[at] = 1.0 if flat[at].isnan() else flat[at] + 0.01 + 0.01 * flat.abs().nan_to_num().max()
+        flat[at] = 1.0 if flat[at].isnan() else flat[at] + absolute + relative * flat.abs().nan_to_num().max()
     return value
 
 
@@ -70,7 +72,7 @@ def close(ours, recorded, tolerance: float | tuple[float, float], what: str) -> 
     floating = recorded.is_floating_point()
     rtol, atol = tolerance if isinstance(tolerance, tuple) else (0, tolerance)
     torch.testing.assert_close(ours.to(recorded.dtype) if floating else ours, recorded, rtol=rtol, atol=atol, equal_nan=True,
-                               check_dtype=recorded.dtype == torch.int64, msg=lambda text: f"{what}: {text}")
+                               check_dtype=not floating, msg=lambda text: f"{what}: {text}")
 
 
 def run(check: Callable, r: Recorded, close: Callable = close) -> list[tuple]:

@@ -35,6 +35,8 @@ INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_f
 
 class Recorded(Arrays):
     "The arrays of the one file `arrays.npz`, named without it, and the models that its weights make"
+    absolute, relative = 1e-12, 0.01  # tolerances are shares of the largest number
+
     def __init__(self, folder: Path, altered: tuple[str, ...] = (), shifted: tuple[str, ...] = ()):
         super().__init__(folder, altered, shifted)
         self.config, self.arrays = self.json("config"), read_arrays(folder)

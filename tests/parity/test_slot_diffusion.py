@@ -35,6 +35,8 @@ VIDEO_METRICS = re.compile(r"(gt_|pred_)?video(_\w+)?")  # of metrics.npz: (t,h,
 
 class Recorded(Arrays):
     "The arrays of the folder, and the models that its weights make"
+    relative = 0.01  # tolerances are relative
+
     def weights(self, name: str) -> dict[str, torch.Tensor]: return {k: v.clone() for k, v in read_part(self.folder, name).items()}
 
     def model(self, name: str):
