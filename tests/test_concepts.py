@@ -1,4 +1,5 @@
 "Concepts: the method's promises beyond parity, bad input, and its notebooks headless and in miniature."
+import itertools
 import json
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from test_runs import QUICK, execute
 from decomp_nb.components.foundations import check_words, clip_tokenizer, open_foundation, picture_memory, random_codes, tiny_foundation
 from decomp_nb.core import Factors, load_decomposer
 from decomp_nb.data.captioned import CaptionedScenes, NumberedPictures, class_folders, concept_task, scene_words
-from decomp_nb.methods.concepts import (Concepts, ScoreStatistics, compose, concepts_preset, edit, elimination, load_official_concepts, merge, onto_simplex, penalty, save,
-                                        score_statistics, select, solve_weights)
+from decomp_nb.methods.concepts import (Concepts, ScoreStatistics, begin_at_pictures, compose, concepts_preset, edit, elimination, load_official_concepts, medoids, merge, onto_simplex, penalty,
+                                        save, score_statistics, select, solve_weights)
 from decomp_nb.metrics import concepts as metrics
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.trainer import Run, Trainer
@@ -100,6 +101,34 @@ def test_simplex_projection_is_the_nearest_point():
     p, others = onto_simplex(x), torch.distributions.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((300,))
     assert torch.allclose(p.sum(1), torch.ones(50, dtype=torch.float64)) and (p >= 0).all()
     assert ((x - p).norm(dim=1) <= torch.cdist(x, others).amin(1) + 1e-9).all()
+
+
+def test_medoids_are_the_best_columns():
+    "As good as the best of all choices; more columns than there are is refused"
+    cost = torch.rand(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for k in (1, 2, 3):
+        best = min(cost[:, list(c)].amin(1).sum() for c in itertools.combinations(range(7), k))
+        assert cost[:, medoids(cost, k)].amin(1).sum() <= best * 1.02 and len(set(medoids(cost, k))) == k
+    with pytest.raises(ValueError, match="k=8"): medoids(cost, 8)
+
+
+@pytest.mark.parametrize("weights", ["softmax", "free", "nonnegative"])
+def test_words_begin_at_pictures_of_different_classes(places, weights):
+    "One word for each kind of picture, weights to match, the same again from the same seed; fewer candidates than pictures; bad input"
+    hidden = ["red-square", "blue-circle", "green-heart"]
+    model = Concepts(str(places / "memory"), 12, n_concepts=3, image_size=16, templates="word", timestep_sampling="high_noise", weights=weights)
+    labels = torch.arange(3).repeat(4)
+    images = model.base.pictures[[model.base.vocabulary.index(hidden[i]) for i in labels]]
+    start = lambda **o: begin_at_pictures(model, images, generator=torch.Generator().manual_seed(1), **o)
+    chosen = start()
+    assert sorted(labels[chosen].tolist()) == [0, 1, 2]
+    assert (labels[chosen][model.weights().argmax(1)] == labels).all() and torch.allclose(model.weights().sum(1), torch.ones(12), atol=1e-4)
+    codes = model.codes.detach().clone()
+    assert start() == chosen and torch.equal(model.codes, codes) and model.codes.grad is None and model.codes.requires_grad
+    assert all(p.grad is None for p in model.base.parameters())
+    assert len(set(start(steps=2, draws=1, candidates=5, batch_size=4))) == 3
+    with pytest.raises(ValueError, match="11 pictures for a model of 12"): begin_at_pictures(model, images[:11])
+    with pytest.raises(ValueError, match="2 pictures cannot begin 3 words"): begin_at_pictures(Concepts(str(places / "memory"), 2, n_concepts=3, image_size=16), images[:2])
 
 
 def test_superfluous_words_are_seen_and_merged():

@@ -24,9 +24,9 @@ from ..core import Decomposer, Factors, sample
 # %% auto #0
 __all__ = ['WEIGHTS', 'PENALTIES', 'OBJECT_TEMPLATES', 'STYLE_TEMPLATES', 'weights_of', 'raw_of', 'compose_scores', 'penalty',
            'ScoreStatistics', 'direction_cosines', 'onto_simplex', 'solve_weights', 'templates_of', 'Concepts',
-           'score_statistics', 'elimination', 'enough_words', 'select', 'merge', 'recipe_factors', 'compose',
-           'official_ddim', 'portraits', 'edit', 'read_official', 'load_official_concepts', 'save',
-           'official_arguments', 'official_plan', 'concepts_preset', 'published_folders']
+           'score_statistics', 'medoids', 'begin_at_pictures', 'elimination', 'enough_words', 'select', 'merge',
+           'recipe_factors', 'compose', 'official_ddim', 'portraits', 'edit', 'read_official', 'load_official_concepts',
+           'save', 'official_arguments', 'official_plan', 'concepts_preset', 'published_folders']
 
 # %% ../../nbs/methods/concepts.ipynb #weights-export
 WEIGHTS = ("softmax", "free", "nonnegative", "sparse")
@@ -398,6 +398,69 @@ def score_statistics(
 def _like(latents, images: Tensor, generator) -> Tensor | None:
     return None if isinstance(latents, Pixels) else torch.randn(len(images), *latents.shape(images.shape[-1]), generator=generator).to(images)
 
+# %% ../../nbs/methods/concepts.ipynb #medoids-export
+def medoids(
+    cost: Tensor,  # `(n,m)`: of every row with every column
+    k: int,  # columns to choose
+) -> list[int]:
+    "k columns such that the cheapest of them for every row cost least in all: chosen one by one, then exchanged as long as that helps (Kaufman and Rousseeuw 1990)"
+    if not 1 <= k <= cost.shape[1]: raise ValueError(f"k={k}: there are {cost.shape[1]} columns to choose from")
+    def place(others):
+        "The best column beside the others, and the whole cost with it"
+        least = cost[:, others].amin(1, keepdim=True) if others else torch.full_like(cost[:, :1], torch.inf)
+        total = torch.minimum(cost, least).sum(0)
+        total[others] = torch.inf
+        return int(total.argmin()), float(total.min())
+    chosen = []
+    for _ in range(k): chosen.append(place(chosen)[0])
+    spent, better = torch.inf, True
+    while better:
+        better = False
+        for i in range(k):
+            column, total = place(chosen[:i] + chosen[i + 1:])
+            if total < spent - 1e-9: chosen[i], spent, better = column, total, True
+    return chosen
+
+# %% ../../nbs/methods/concepts.ipynb #begin-export
+def begin_at_pictures(
+    model: Concepts,
+    images: Tensor,  # `(n,3,h,w)` in [−1,1], in the order of the model's weights
+    *,
+    steps: int = 60,  # of textual inversion, all pictures at once
+    learning_rate: float = 0.02,
+    draws: int = 8,  # of time and noise, to compare the words
+    candidates: int = 64,  # at most so many pictures get a word, taken at random
+    share: float = 0.9,  # of a picture's weight that goes to the word that tells it best
+    batch_size: int = 64,  # pictures per call of the denoiser
+    generator: torch.Generator | None = None,
+) -> list[int]:
+    "Give every picture a word of its own, and begin with the M words that tell all pictures best; which pictures they are of"
+    n, k = len(images), model.n_factors
+    if n != len(model.raw_weights): raise ValueError(f"{n} pictures for a model of {len(model.raw_weights)}: give the training pictures, all of them and in their order")
+    if n < k: raise ValueError(f"{n} pictures cannot begin {k} words: give more pictures, or ask for fewer words")
+    device = model.codes.device
+    who = torch.randperm(n, generator=generator)[:max(candidates, k)].sort().values
+    with torch.no_grad(): x0 = torch.cat([model.latents.encode(part.to(device), _like(model.latents, part, generator)) for part in images[who].split(batch_size)])
+    words = nn.Parameter(random_codes(model.base, len(who), generator or torch.Generator().manual_seed(model.config.seed)).to(device))
+    optimiser = torch.optim.Adam([words], lr=learning_rate)
+    for _ in range(steps):
+        for rows in torch.arange(len(who)).split(batch_size):
+            x, noise = x0[rows], torch.randn(len(rows), *x0.shape[1:], generator=generator).to(x0)
+            t = model.base.times(len(rows), how=model.config.timestep_sampling, strength=model.config.timestep_strength, generator=generator, device=device)
+            said = model.base.predict(model.base.noise_at(x, noise, t), t, model.base.encode_each(words[rows], model.templates[0]))
+            (said - model.base.target(x, noise, t)).square().mean((1, 2, 3)).sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    words = words.detach()
+    told = score_statistics(model, images, draws, codes=words, generator=generator, batch_size=max(1, 8 * batch_size // (1 + len(who))))
+    cost = told.power[:, None] - 2 * told.pull + told.gram.diagonal(dim1=1, dim2=2)
+    chosen = medoids(cost, k)
+    owner = F.one_hot(cost[:, chosen].argmin(1), k).to(words)
+    with torch.no_grad():
+        model.codes.copy_(words[chosen])
+        model.raw_weights.copy_(raw_of(share * owner + (1 - share) / k, model.config.weights, model.config.temperature))
+    return who[chosen].tolist()
+
 # %% ../../nbs/methods/concepts.ipynb #elimination-export
 def elimination(statistics: ScoreStatistics, how: str = "simplex") -> list[dict]:
     "From all words down to one: `kept` (which are left) and `explained` (mean over the pictures), the least missed word going first"
@@ -595,7 +658,7 @@ def concepts_preset(
 ) -> dict:
     "Arguments of `Concepts` for a known setting (without `n_images`)"
     published = dict(foundation="stabilityai/stable-diffusion-2-1-base", image_size=512, weights="free", weights_lr_scale=1.0)
-    presets = {"small": dict(n_concepts=5, image_size=16, templates="a photo of {}", timestep_sampling="uniform", refit_every=10, revive_every=75),
+    presets = {"small": dict(n_concepts=5, image_size=16, templates="a photo of {}", timestep_sampling="uniform", refit_every=10),
                "tiny": dict(n_concepts=2, image_size=16, templates="a photo of a {}")}
     for key, (_, tokens) in _PUBLISHED.items():
         thing = key.startswith("imagenet")
