@@ -96,6 +96,15 @@ def test_closed_form_is_the_minimum_of_the_training_loss(places):
     assert (stats.loss(solve_weights(stats, "nonnegative", ridge=0.0)) <= stats.loss(w) + 1e-6).all()
 
 
+def test_paired_statistics_use_the_same_draws(places):
+    "The same picture in another batch has the same parabola; unpaired, it has not"
+    model = Concepts(str(places / "sd"), 0, n_concepts=2, image_size=16)
+    images = (torch.rand(1, 3, 16, 16) * 2 - 1).repeat(3, 1, 1, 1)
+    model.latents.encode = lambda x, noise=None, encode=model.latents.encode: encode(x, torch.zeros(()))  # the posterior's mean
+    told = lambda **o: score_statistics(model, images, 3, generator=torch.Generator().manual_seed(0), batch_size=2, **o).pull
+    assert torch.allclose(told(paired=True)[0], told(paired=True)[2], atol=1e-5) and not torch.allclose(told()[0], told()[2], atol=1e-3)
+
+
 def test_simplex_projection_is_the_nearest_point():
     x = torch.randn(50, 4, dtype=torch.float64) * 2
     p, others = onto_simplex(x), torch.distributions.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((300,))

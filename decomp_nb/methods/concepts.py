@@ -377,20 +377,25 @@ def score_statistics(
     codes: Tensor | None = None,  # words `(k,d)` to explain them with; None for the model's own
     generator: torch.Generator | None = None,
     batch_size: int = 8,
+    paired: bool = False,  # the same times and noise for all pictures, spread evenly over the times: pictures compare better
 ) -> ScoreStatistics:
     "What closed-form weights, the choice of M and the comparison of words are computed from"
     codes, parts = model.codes if codes is None else codes, []
     told, k = model.told(codes), len(codes)
+    times_of = lambda n: model.base.times(n, how=model.config.timestep_sampling, strength=model.config.timestep_strength, generator=generator, device=codes.device)
+    if paired:
+        times = times_of(64 * draws).sort().values[32::64]  # quantiles
+        noises = torch.randn(draws, *model.latent_shape, generator=generator).to(codes)
     for part in images.to(codes).split(batch_size):
         x0 = model.latents.encode(part, None if generator is None else _like(model.latents, part, generator))
         total = [0.0, 0.0, 0.0]
-        for _ in range(draws):
-            t = model.base.times(len(part), how=model.config.timestep_sampling, strength=model.config.timestep_strength, generator=generator, device=x0.device)
-            noise = torch.randn(x0.shape, generator=generator).to(x0)
+        for i in range(draws):
+            if paired: t, noise = (v.expand(len(part), *v.shape[1:]) for v in (times[i:i + 1], noises[i:i + 1]))
+            else: t, noise = times_of(len(part)), torch.randn(x0.shape, generator=generator).to(x0)
             x_t, target = model.base.noise_at(x0, noise, t), model.base.target(x0, noise, t)
             null, said = model.spread(told, 1 + torch.arange(k, device=x0.device).expand(len(part), k), x_t, t)
             d, r = (said - null[:, None]).flatten(2), (target - null).flatten(1)
-            for i, v in enumerate((d @ d.mT, (d @ r[..., None])[..., 0], r.square().sum(-1))): total[i] = total[i] + v / (d.shape[-1] * draws)
+            for j, v in enumerate((d @ d.mT, (d @ r[..., None])[..., 0], r.square().sum(-1))): total[j] = total[j] + v / (d.shape[-1] * draws)
         parts.append(total)
     return ScoreStatistics(*(torch.cat(v) for v in zip(*parts)))
 
@@ -426,40 +431,57 @@ def begin_at_pictures(
     model: Concepts,
     images: Tensor,  # `(n,3,h,w)` in [−1,1], in the order of the model's weights
     *,
-    steps: int = 60,  # of textual inversion, all pictures at once
-    learning_rate: float = 0.02,
-    draws: int = 8,  # of time and noise, to compare the words
+    steps: int = 100,  # of textual inversion, all pictures at once
+    refine: int = 20,  # steps in which the words that were chosen learn all of their pictures, before the second choice; 0: one choice only
+    learning_rate: float = 0.01,  # of words; their mixtures learn ten times as fast
+    draws: int = 16,  # of time and noise, to compare the words
     candidates: int = 64,  # at most so many pictures get a word, taken at random
     share: float = 0.9,  # of a picture's weight that goes to the word that tells it best
     batch_size: int = 64,  # pictures per call of the denoiser
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    "Give every picture a word of its own, and begin with the M words that tell all pictures best; which pictures they are of"
-    n, k = len(images), model.n_factors
+    "Give every picture a word of its own, and begin with the M words that tell all pictures best; for each of them the picture that it tells best"
+    n, k, base = len(images), model.n_factors, model.base
     if n != len(model.raw_weights): raise ValueError(f"{n} pictures for a model of {len(model.raw_weights)}: give the training pictures, all of them and in their order")
     if n < k: raise ValueError(f"{n} pictures cannot begin {k} words: give more pictures, or ask for fewer words")
     device = model.codes.device
+    with torch.no_grad(): x0 = torch.cat([model.latents.encode(part.to(device), _like(model.latents, part, generator)) for part in images.split(batch_size)])
+
+    def learn(pictures, words, parameters, rate, steps):
+        "Textual inversion: the rows of `words()` learn these pictures, all under the same noise, so that only pictures make words differ"
+        optimiser = torch.optim.Adam(parameters, lr=rate)
+        for _ in range(steps):
+            draw = base.times(1, how=model.config.timestep_sampling, strength=model.config.timestep_strength, generator=generator, device=device), torch.randn(1, *x0.shape[1:], generator=generator).to(x0)
+            for rows in torch.arange(len(pictures)).split(batch_size):
+                x, (t, noise) = x0[pictures[rows]], (v.expand(len(rows), *v.shape[1:]) for v in draw)
+                said = base.predict(base.noise_at(x, noise, t), t, base.encode_each(words()[rows], model.templates[0]))
+                (said - base.target(x, noise, t)).square().mean((1, 2, 3)).sum().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        return words().detach()
+
+    def costs(words):
+        "Loss `(n,m)` of every picture under every word, with the same draws whichever the words are"
+        told = score_statistics(model, images, draws, codes=words, generator=torch.Generator().manual_seed(model.config.seed), paired=True, batch_size=max(1, 8 * batch_size // (1 + len(words))))
+        return told.power[:, None] - 2 * told.pull + told.gram.diagonal(dim1=1, dim2=2)
+
     who = torch.randperm(n, generator=generator)[:max(candidates, k)].sort().values
-    with torch.no_grad(): x0 = torch.cat([model.latents.encode(part.to(device), _like(model.latents, part, generator)) for part in images[who].split(batch_size)])
-    words = nn.Parameter(random_codes(model.base, len(who), generator or torch.Generator().manual_seed(model.config.seed)).to(device))
-    optimiser = torch.optim.Adam([words], lr=learning_rate)
-    for _ in range(steps):
-        for rows in torch.arange(len(who)).split(batch_size):
-            x, noise = x0[rows], torch.randn(len(rows), *x0.shape[1:], generator=generator).to(x0)
-            t = model.base.times(len(rows), how=model.config.timestep_sampling, strength=model.config.timestep_strength, generator=generator, device=device)
-            said = model.base.predict(model.base.noise_at(x, noise, t), t, model.base.encode_each(words[rows], model.templates[0]))
-            (said - model.base.target(x, noise, t)).square().mean((1, 2, 3)).sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    words = words.detach()
-    told = score_statistics(model, images, draws, codes=words, generator=generator, batch_size=max(1, 8 * batch_size // (1 + len(who))))
-    cost = told.power[:, None] - 2 * told.pull + told.gram.diagonal(dim1=1, dim2=2)
+    tables = [table.detach().to(device) for table in base.dictionary()[1]]
+    mixtures = [torch.zeros(len(who), base.n_vectors, len(table), device=device, requires_grad=True) for table in tables]
+    pool = learn(who, lambda: torch.cat([m.softmax(-1) @ table for m, table in zip(mixtures, tables)], -1).flatten(1), mixtures, 10 * learning_rate, steps)
+    cost = costs(pool)
     chosen = medoids(cost, k)
-    owner = F.one_hot(cost[:, chosen].argmin(1), k).to(words)
+    if refine:
+        free, owner = pool[chosen].clone().requires_grad_(), cost[:, chosen].argmin(1)
+        learn(torch.arange(n), lambda: free[owner], [free], learning_rate, refine)
+        pool, cost = torch.cat([pool, free.detach()]), torch.cat([cost, costs(free.detach())], 1)
+        chosen = medoids(cost, k)
+    cost = cost[:, chosen]
+    owner = F.one_hot(cost.argmin(1), k).to(cost)
     with torch.no_grad():
-        model.codes.copy_(words[chosen])
+        model.codes.copy_(pool[chosen])
         model.raw_weights.copy_(raw_of(share * owner + (1 - share) / k, model.config.weights, model.config.temperature))
-    return who[chosen].tolist()
+    return (cost - 1e6 * owner).argmin(0).tolist()
 
 # %% ../../nbs/methods/concepts.ipynb #elimination-export
 def elimination(statistics: ScoreStatistics, how: str = "simplex") -> list[dict]:
