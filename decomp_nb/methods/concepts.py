@@ -680,7 +680,7 @@ def concepts_preset(
 ) -> dict:
     "Arguments of `Concepts` for a known setting (without `n_images`)"
     published = dict(foundation="stabilityai/stable-diffusion-2-1-base", image_size=512, weights="free", weights_lr_scale=1.0)
-    presets = {"small": dict(n_concepts=5, image_size=16, templates="a photo of {}", timestep_sampling="uniform", refit_every=10),
+    presets = {"small": dict(n_concepts=5, image_size=16, templates="a photo of {}", timestep_sampling="uniform"),
                "tiny": dict(n_concepts=2, image_size=16, templates="a photo of a {}")}
     for key, (_, tokens) in _PUBLISHED.items():
         thing = key.startswith("imagenet")
