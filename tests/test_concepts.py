@@ -63,6 +63,9 @@ def test_every_family_learns_and_draws(family, places):
     assert factors.weights.shape == (2, 2) and torch.allclose(factors.weights.sum(1), torch.ones(2), atol=1e-4)
     assert model.decode(factors, steps=2).shape == compose(model, {"<one>": 3.0, "a red square": 1.0, "<two>": -1.0}, 2, steps=2).shape == (2, 3, 16, 16)
     assert edit(model, images[:1], {"<one>": 0.0}, own=factors.weights[:1], steps=2).isfinite().all()
+    before = model.codes.detach().clone()
+    begun = begin_at_pictures(model, images, steps=1, refine=1, draws=1, batch_size=2)
+    assert set(begun) <= {0, 1, 2} and model.codes.isfinite().all() and not torch.equal(model.codes, before) and all(p.grad is None for p in model.base.parameters())
 
 
 def test_codes_of_each_picture_may_differ(places):
