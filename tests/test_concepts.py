@@ -300,14 +300,15 @@ def test_train_text_to_image_writes_a_foundation(foundation_run):
     assert {"drawn", "judge on true pictures", "vae_psnr"} <= set(json.loads((foundation_run / "scores.json").read_text()))
 
 
-def test_train_concepts_on_it(foundation_run, tmp_path):
-    "Photographs in class folders, a foundation by path: words begin at pictures, files for everybody come out"
+@pytest.mark.parametrize("data", ["photos", "styles"])
+def test_train_concepts_on_it(data, foundation_run, tmp_path):
+    "Photographs in class folders or an embedded task, a foundation by path: words begin at pictures, files for everybody come out"
     from PIL import Image
     pictures = CaptionedScenes(8, size=24, n_objects=(1, 1)).batch(range(8))["image"]
     for i, picture in enumerate(pictures):
         (tmp_path / "photos" / "abcd"[i // 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).byte().numpy()).save(tmp_path / "photos" / "abcd"[i // 2] / f"{i}.png")
-    options = dict(out_dir=str(tmp_path / "run"), foundation=str(foundation_run / "pipeline"), preset="tiny", n_per_class=2, n_drawn=2, sample_steps=2, fit_draws=2, begin_steps=3, data=str(tmp_path / "photos"))
+    options = dict(out_dir=str(tmp_path / "run"), foundation=str(foundation_run / "pipeline"), preset="tiny", n_per_class=2, n_drawn=2, sample_steps=2, fit_draws=2, begin_steps=3, data=str(tmp_path / data) if data == "photos" else data)
     execute("train_concepts", tmp_path, **options, **QUICK)
     run = Run(tmp_path / "run")
     assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4] and set(json.loads((run.path / "scores.json").read_text())) == {"learned", "closed form"}

@@ -437,22 +437,22 @@ def begin_at_pictures(
     draws: int = 16,  # of time and noise, to compare the words
     candidates: int = 64,  # at most so many pictures get a word, taken at random
     share: float = 0.9,  # of a picture's weight that goes to the word that tells it best
-    batch_size: int = 64,  # pictures per call of the denoiser
+    batch_size: int = 10,  # pictures of a training step: no call of the denoiser is asked for more answers than such a step, (M + 1) for each, or those for one picture
     generator: torch.Generator | None = None,
 ) -> list[int]:
     "Give every picture a word of its own, and begin with the M words that tell all pictures best; for each of them the picture that it tells best"
     n, k, base = len(images), model.n_factors, model.base
     if n != len(model.raw_weights): raise ValueError(f"{n} pictures for a model of {len(model.raw_weights)}: give the training pictures, all of them and in their order")
-    if n < k: raise ValueError(f"{n} pictures cannot begin {k} words: give more pictures, or ask for fewer words")
-    device = model.codes.device
-    with torch.no_grad(): x0 = torch.cat([model.latents.encode(part.to(device), _like(model.latents, part, generator)) for part in images.split(batch_size)])
+    if n < k: raise ValueError(f"{n} pictures cannot begin {k} words: give more pictures, ask for fewer words, or begin at random")
+    device, answers = model.codes.device, batch_size * (k + 1)
+    with torch.no_grad(): x0 = torch.cat([model.latents.encode(part.to(device), _like(model.latents, part, generator)) for part in images.split(answers)])
 
     def learn(pictures, words, parameters, rate, steps):
         "Textual inversion: the rows of `words()` learn these pictures, all under the same noise, so that only pictures make words differ"
         optimiser = torch.optim.Adam(parameters, lr=rate)
         for _ in range(steps):
             draw = base.times(1, how=model.config.timestep_sampling, strength=model.config.timestep_strength, generator=generator, device=device), torch.randn(1, *x0.shape[1:], generator=generator).to(x0)
-            for rows in torch.arange(len(pictures)).split(batch_size):
+            for rows in torch.arange(len(pictures)).split(answers):
                 x, (t, noise) = x0[pictures[rows]], (v.expand(len(rows), *v.shape[1:]) for v in draw)
                 said = base.predict(base.noise_at(x, noise, t), t, base.encode_each(words()[rows], model.templates[0]))
                 (said - base.target(x, noise, t)).square().mean((1, 2, 3)).sum().backward()
@@ -462,7 +462,7 @@ def begin_at_pictures(
 
     def costs(words):
         "Loss `(n,m)` of every picture under every word, with the same draws whichever the words are"
-        told = score_statistics(model, images, draws, codes=words, generator=torch.Generator().manual_seed(model.config.seed), paired=True, batch_size=max(1, 8 * batch_size // (1 + len(words))))
+        told = score_statistics(model, images, draws, codes=words, generator=torch.Generator().manual_seed(model.config.seed), paired=True, batch_size=max(1, answers // (1 + len(words))))
         return told.power[:, None] - 2 * told.pull + told.gram.diagonal(dim1=1, dim2=2)
 
     who = torch.randperm(n, generator=generator)[:max(candidates, k)].sort().values
