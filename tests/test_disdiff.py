@@ -1,5 +1,6 @@
 "DisDiff and what it stands on: fields, losses and their gradients, composition, options, and what is refused."
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from decomp_nb.components.codebooks import VQLatents, vq_model
 from decomp_nb.components.latent_diffusion import LatentDiffusion, OfficialDDIM, climb, latent_sampler, look, mark_of, paint
 from decomp_nb.components.latents import KLLatents
 from decomp_nb.core import Factors, load_decomposer
-from decomp_nb.methods.disdiff import DisDiff, FactorEncoder, FactorNames, TwoConditions, code_line, disdiff_preset, moves_of
+from decomp_nb.methods.disdiff import DisDiff, FactorEncoder, FactorNames, TwoConditions, code_arc, code_line, disdiff_preset, edges, moves_of, turn_cost
 
 UNET = dict(sample_size=8, in_channels=3, channels=[8, 16], layers_per_block=1, attention_levels=[1], n_heads=2, groups=4)
 
@@ -249,14 +250,87 @@ def test_codes_with_a_price(asked):
     assert model.eval().reconstruct(b["image"], steps=2).shape == (4, 3, 16, 16)
 
 
-def test_codes_begin_at_principal_components():
-    model, x = disdiff(**TOKENS, code_price=0.1, reads="latents", encoder_config={"width": 8, "linear": True}), torch.rand(60, 3, 16, 16) * 2 - 1
-    z = model.latents.encode(x).flatten(1)
-    wanted = torch.pca_lowrank(z, 10, niter=20)[0][:, :3] * len(z) ** 0.5
-    codes = model.begin_at_components(x).encode(x).codes[..., 0]
-    assert (codes.T @ wanted / len(z)).diagonal().abs().min() > 0.97 and (model.codes(z.view(60, 3, 8, 8))[1] + 3).abs().max() < 1
-    with pytest.raises(ValueError, match="linear"): disdiff().begin_at_components(x)
-    with pytest.raises(ValueError, match="2 pictures have no 3"): model.begin_at_components(x[:2])
+DIRECTIONS = TOKENS | dict(directions=True, factor_dim=2, code_price=0.1, token_gain=1.7)
+
+
+def test_directions_are_turned_and_pay():
+    "Codes of length √2, turned in training by noise of a width per factor; one price for all pictures, a part of it for factors that see edges"
+    model, b = disdiff(**DIRECTIONS, n_structure=1, structure_price=0.25).train(), batch()
+    out = model(b | {"code_noise": torch.ones(4, 3)})
+    out["loss"].backward()
+    assert all(p.grad is not None for p in model.encoder.parameters()) and model.compass.log_width.grad.abs().min() > 0
+    with torch.no_grad():
+        told = model.compass.told
+        torch.testing.assert_close(out["told"], told.sum().expand(4))
+        price = out["loss"] - out["denoising"]
+    assert price.item() == pytest.approx(0.1 * (told[:2].sum() + 0.25 * told[2]).item(), rel=1e-3)
+    model.eval()
+    codes = model.encode(b["image"]).codes
+    torch.testing.assert_close(codes.norm(dim=-1), torch.full((4, 3), 2 ** 0.5))
+    drawn = model.compass.draw(codes, torch.full((4, 3), 2.0))
+    torch.testing.assert_close((drawn * codes).sum(-1) / 2, (2 * model.compass.sigma).cos().expand(4, 3))  # turned by twice σ
+    with torch.no_grad(): model.compass.log_width[1] = 1.0  # nothing to tell
+    silent = model.encode(b["image"]).codes
+    assert (silent[:, 1] == 0).all() and torch.equal(silent[:, [0, 2]], codes[:, [0, 2]]) and model.diagnostics(b)["silent_factors"] == pytest.approx(1 / 3)
+    assert model.train()(b)["loss"].isfinite() and model.compass.sigma.max().item() == pytest.approx(model.compass.widest)  # it can be heard again
+    assert model.eval().reconstruct(b["image"], steps=2).shape == (4, 3, 16, 16)
+
+
+def test_price_of_a_turn():
+    "The divergence of a wrapped normal from the uniform distribution, computed on a grid"
+    angles = torch.linspace(-math.pi, math.pi, 20001, dtype=torch.double)[:-1]
+    for s in (0.05, 0.3, 0.8, 1.19, 1.21, 1.5, 2.0):
+        p = sum(torch.exp(-(angles + 2 * math.pi * k) ** 2 / (2 * s * s)) for k in range(-6, 7)) / (s * math.sqrt(2 * math.pi))
+        exact = (p * (p.clamp_min(1e-300) * 2 * math.pi).log()).mean() * 2 * math.pi
+        assert turn_cost(torch.tensor(s)).item() == pytest.approx(exact.item(), abs=0.03)
+
+
+def test_the_price_rises_and_the_rise_is_saved(tmp_path):
+    model, b = disdiff(**DIRECTIONS, price_steps=4).train(), batch()
+    prices = []
+    for _ in range(6):
+        prices.append(model.price)
+        model(b)
+    assert prices == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
+    model.eval()(b)
+    model.save_pretrained(tmp_path)
+    assert int(DisDiff.from_pretrained(tmp_path).steps) == 6
+
+
+@pytest.mark.parametrize("options", [DIRECTIONS, TOKENS | {"code_price": 0.1}, TOKENS, {}])
+def test_form_does_not_see_hues(options):
+    "Codes of the last factors stay where they are when colours change places; with doubts too the halves are in order"
+    model, x = disdiff(**options, n_structure=1).eval(), batch()["image"]
+    a, b = model.encode(x).codes, model.encode(x.flip(1)).codes
+    torch.testing.assert_close(a[:, 2], b[:, 2])
+    assert (a[:, :2] - b[:, :2]).abs().max() > 1e-3 and edges(x).min() >= 0 and edges(x).max() < 1
+    if "code_price" in options and "directions" not in options:
+        moved = model.codes(x.flip(1))[1] - model.codes(x)[1]
+        assert moved[:, 2].abs().max() == 0 and moved[:, :2].abs().max() > 0
+
+
+def test_an_adopted_encoder_stays_as_it_is():
+    "Fields stand on directions that another model found; only fields learn, and the disentangling loss asks the same encoder"
+    kind = dict(directions=True, factor_dim=2, n_structure=1)
+    giver, model = disdiff(**DIRECTIONS | kind, seed=3).train(), disdiff(**kind)
+    for _ in range(3): giver(batch())
+    model.adopt_encoder(giver.eval()).train()
+    x = batch()["image"]
+    torch.testing.assert_close(model.encode(x).codes, giver.encode(x).codes)
+    out = model(batch() | {"chosen": torch.tensor([0, 1, 2, 0])})
+    out["loss"].backward()
+    assert out["disentangling"].mean() > 0 and all(p.grad is None for p in model.encoder.parameters()) and any(p.grad is not None and p.grad.any() for p in model.fields.parameters())
+    torch.testing.assert_close(model.train().encode(x).codes, giver.encode(x).codes)  # and its running means are not touched
+    torch.testing.assert_close(model.recognise(model.latents.encode(x))[1], model.encode(paint(model.latents, model.latents.encode(x))).codes)
+    with pytest.raises(ValueError, match="another one: n_factors is 3 there and 4 here"): disdiff(**kind | {"n_factors": 4}).adopt_encoder(giver)
+
+
+def test_arcs_of_directions():
+    "Stops lie on the circle, within the arc that the data fill"
+    around = lambda a: torch.stack([a.cos(), a.sin()], -1) * 2 ** 0.5
+    stops = code_arc(around(torch.linspace(2.5, 4.0, 50)), 4)  # over the seam at π
+    torch.testing.assert_close(stops, around(torch.linspace(2.5, 4.0, 4)), atol=1e-4, rtol=0)
+    assert code_arc(around(torch.linspace(0, 6.2, 60)), 5).norm(dim=1).allclose(torch.full((5,), 2 ** 0.5))
 
 
 def test_encoding_draws_nothing():
@@ -278,7 +352,8 @@ def test_published_sizes():
 REFUSED = {
     "n_factors=1": dict(n_factors=1), "dis_kind='X'": dict(dis_kind="X"), "reads='pixels'": dict(reads="pixels"), "set dis_weight=0": dict(conditioning="tokens"), "code_price: fields": dict(code_price=0.1),
     "encoder_config: no option 'depth'": dict(encoder_config=dict(depth=3)), "no option 'heads'": dict(denoiser_config=UNET | {"heads": 2}), "names='none'": dict(names="none"),
-    "image_size: give it": dict(image_size=None), "not 24": dict(image_size=24),
+    "directions=True: a direction is a pair": dict(directions=True),
+    "n_structure=3: of 3": dict(n_structure=3), "latents have no edges": dict(n_structure=1, reads="latents"), "image_size: give it": dict(image_size=None), "not 24": dict(image_size=24),
 }
 
 

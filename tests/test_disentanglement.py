@@ -84,6 +84,9 @@ def test_vectors_and_tensors():
     truth = grid()
     vectors = torch.tensor(truth)[:, :, None] * torch.tensor([1.0, -2.0, 0.5])
     for how in ("pca", "mean"): assert dis.mcc(dis.reduce_codes(vectors, how), truth) > 0.999
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not dis.reduce_codes(torch.cat([vectors, torch.zeros(60, 1, 3)], 1))[:, 3].any()  # a factor that says nothing
     flat = dis.reduce_codes(vectors, "flatten")
     found = dis.dci(flat, truth, flat, truth)
     assert flat.shape == (60, 9) and dis.completeness(dis.group_importance(found.importance, 3)) > 0.98

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +29,10 @@ from ..components.vectors import build_with, normalisation
 from ..core import Decomposer, Factors
 
 # %% auto #0
-__all__ = ['ResidualConv', 'FactorEncoder', 'TwoConditions', 'FactorNames', 'ShiftDecoder', 'field_coefficient', 'Moves',
-           'moves_of', 'choice_losses', 'TokenReader', 'DisDiff', 'read_set', 'find_base', 'check_base',
-           'latent_unet_config', 'code_line', 'disdiff_preset']
+__all__ = ['ResidualConv', 'FactorEncoder', 'edges', 'SplitEncoder', 'TwoConditions', 'FactorNames', 'ShiftDecoder',
+           'field_coefficient', 'Moves', 'moves_of', 'choice_losses', 'TokenReader', 'turned', 'turn_cost',
+           'Directions', 'DisDiff', 'read_set', 'find_base', 'check_base', 'latent_unet_config', 'code_line',
+           'code_arc', 'disdiff_preset']
 
 # %% ../../nbs/methods/disdiff.ipynb #encoder-export
 class ResidualConv(nn.Module):
@@ -55,7 +57,6 @@ class FactorEncoder(nn.Module):
         width: int = 128,
         norm: str = "group",  # "group", "batch" (official) or "none"
         skip_relu: bool = False,  # leave out the ReLU after the third halving, as the official code does
-        linear: bool = False,  # add a linear reading of the input, which can begin at its principal components
     ):
         super().__init__()
         halvings = (size // 4).bit_length() - 1
@@ -67,7 +68,6 @@ class FactorEncoder(nn.Module):
         if not halvings: layers = [nn.Conv2d(in_channels, width, 3, padding=1)]
         self.layers = nn.Sequential(*layers, ResidualConv(width, norm), normalisation(norm, width), nn.ReLU(), ResidualConv(width, norm),
                                     nn.Flatten(), nn.Linear(16 * width, out_dim))
-        self.linear = nn.Linear(in_channels * size ** 2, out_dim) if linear else None
 
     @torch.no_grad()
     def begin_sure(self) -> None:
@@ -77,22 +77,49 @@ class FactorEncoder(nn.Module):
         doubts *= 0.3
         self.layers[-1].bias.chunk(2)[1].fill_(-3)
 
-    @torch.no_grad()
-    def begin_at_components(self, x: Tensor, n: int) -> None:
-        "Let the first n numbers begin as the principal components of `x` `(b,c,h,w)`, each one wide; the CNN is small beside them at first"
-        if self.linear is None: raise ValueError("this encoder reads nothing linearly: build it with encoder_config={'linear': True}")
-        if len(x) <= n: raise ValueError(f"{len(x)} pictures have no {n} principal components: give more")
-        flat = x.flatten(1).double()
-        values, axes = torch.linalg.eigh(flat.T.cov())
-        read = (axes[:, -n:] / values[-n:].clamp_min(1e-12).sqrt()).flip(1).T
-        self.linear.weight.zero_()[:n], self.linear.bias.zero_()[:n] = read.float(), -(read @ flat.mean(0)).float()
-        self.layers[-1].weight[:n] *= 0.03
-
     def forward(self, x: Tensor) -> Tensor:
         "`(b,c,h,w)` → `(b,out_dim)`"
         if tuple(x.shape[1:]) != (self.in_channels, self.size, self.size):
             raise ValueError(f"images (or their latents) have shape {tuple(x.shape)}, but this encoder was built for (b, {self.in_channels}, {self.size}, {self.size})")
-        return self.layers(x) if self.linear is None else self.layers(x) + self.linear(x.flatten(1))
+        return self.layers(x)
+
+# %% ../../nbs/methods/disdiff.ipynb #edges-export
+def edges(
+    images: Tensor,  # `(b,c,h,w)` in [−1,1]
+    soft: float = 0.05,  # change of colour from pixel to pixel that counts half
+) -> Tensor:
+    "How strongly colours change at every place, whichever they are, `(b,1,h,w)` in [0,1)"
+    x = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    across, down = (x[..., 1:-1, 2:] - x[..., 1:-1, :-2]) / 2, (x[..., 2:, 1:-1] - x[..., :-2, 1:-1]) / 2
+    change = (across.square() + down.square()).sum(1, keepdim=True).sqrt()
+    return change / (change + soft)
+
+
+class SplitEncoder(nn.Module):
+    "Two `FactorEncoder`s: one sees pictures and writes the first codes, the other sees `edges` and writes the last ones"
+    def __init__(
+        self,
+        size: int,  # side of the pictures
+        dims: tuple[int, int],  # numbers that each of the two writes
+        halves: int = 1,  # 2: each writes means, then doubts; both means come first
+        *,
+        width: int = 128,  # this and the next two as in `FactorEncoder`
+        norm: str = "group",
+        skip_relu: bool = False,
+    ):
+        super().__init__()
+        self.halves, options = halves, dict(width=width, norm=norm, skip_relu=skip_relu)
+        self.colour, self.form = FactorEncoder(size, dims[0] * halves, **options), FactorEncoder(size, dims[1] * halves, in_channels=1, **options)
+
+    def begin_sure(self) -> None:
+        "As `FactorEncoder.begin_sure`, for both"
+        self.colour.begin_sure()
+        self.form.begin_sure()
+
+    def forward(self, images: Tensor) -> Tensor:
+        "`(b,3,h,w)` → `(b, halves · sum(dims))`"
+        written = zip(self.colour(images).chunk(self.halves, -1), self.form(2 * edges(images) - 1).chunk(self.halves, -1), strict=True)
+        return torch.cat([part for both in written for part in both], -1)
 
 # %% ../../nbs/methods/disdiff.ipynb #projection-export
 class TwoConditions(nn.Module):
@@ -241,6 +268,53 @@ class TokenReader(nn.Module):
         if factors.weights is not None: tokens = tokens * factors.weights[..., None].to(tokens)
         return self.unet(x, t, encoder_hidden_states=tokens.to(x.dtype)).sample
 
+# %% ../../nbs/methods/disdiff.ipynb #directions-export
+def turned(directions: Tensor, angles: Tensor) -> Tensor:
+    "Pairs `(…,2)` turned by `angles` `(…)`, in radians"
+    x, y = directions.unbind(-1)
+    return torch.stack([x * angles.cos() - y * angles.sin(), x * angles.sin() + y * angles.cos()], -1)
+
+
+def turn_cost(sigma: Tensor) -> Tensor:
+    "Nats that a direction tells when it is turned by normal noise of this width: divergence of a wrapped normal from the uniform distribution"
+    return torch.where(sigma < 1.2, 0.5 * math.log(2 * math.pi) - 0.5 - sigma.clamp_min(1e-6).log(), (-sigma.square()).exp())
+
+
+class Directions(nn.Module):
+    "Makes pairs of numbers directions, of length √2 (each number has variance 1, as free codes do), and knows how sure each of the N is"
+    FAST = 5.0  # widths are one number a factor, and learn this much faster than weights
+
+    def __init__(self, n_factors: int, widest: float = 1.1):
+        super().__init__()
+        self.widest = widest  # σ of a factor that has nothing to tell: little enough noise for it to be heard again
+        self.centre = nn.BatchNorm1d(2 * n_factors, affine=False, momentum=0.05)  # pairs must lie around the origin before they are directions
+        self.log_width = nn.Parameter(torch.full((n_factors,), -1.5 / self.FAST))
+
+    @property
+    def sigma(self) -> Tensor:
+        "Width of the noise of every factor `(N,)`, in radians"
+        return (self.FAST * self.log_width).exp()
+
+    @property
+    def told(self) -> Tensor:
+        "Nats that every factor tells `(N,)`"
+        return turn_cost(self.sigma)
+
+    @property
+    def silent(self) -> Tensor:
+        "Which factors tell next to nothing `(N,)`: less than 0.42 nats"
+        return self.sigma > 1
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        "`(b,2N)` → `(b,N,2)`"
+        return F.normalize(self.centre(pairs).unflatten(-1, (-1, 2)), dim=-1) * 2 ** 0.5
+
+    def draw(self, directions: Tensor, noise: Tensor | None = None) -> Tensor:
+        "As they are drawn in training: each turned by σᵢ times `noise` `(b,N)`"
+        with torch.no_grad(): self.log_width.clamp_(-4 / self.FAST, math.log(self.widest) / self.FAST)  # a silent factor stays within reach of its gradient
+        noise = torch.randn_like(directions[..., 0]) if noise is None else noise
+        return turned(directions, self.sigma * noise)
+
 # %% ../../nbs/methods/disdiff.ipynb #class-export
 class DisDiff(Decomposer):
     "Unsupervised disentanglement of diffusion models: CNN → N codes, each of which steers a frozen denoiser by a gradient field of its own (Yang et al., NeurIPS 2023)"
@@ -250,6 +324,8 @@ class DisDiff(Decomposer):
         image_size: int | None = None,  # side of the pictures; None: the base's
         n_factors: int = 6,  # N
         factor_dim: int = 32,  # width of a code
+        n_structure: int = 0,  # how many of the N, the last ones, see only the `edges` of the picture and so cannot tell a hue
+        directions: bool = False,  # codes are directions: two numbers of fixed length (`Directions`); needs factor_dim=2
         base_path: str | None = None,  # frozen `LatentDiffusion`: run directory or folder
         base_mark: str = "",  # of its weights, filled in by itself
         denoiser_config: dict | None = None,  # of its UNet (`latent_unet`); None: read from base_path. With conditioning="tokens": of `slot_denoiser`
@@ -261,6 +337,8 @@ class DisDiff(Decomposer):
         token_dim: int = 32,  # conditioning="tokens": width of a token
         token_gain: float = 1.0,  # and how large tokens begin, see `TokenReader`
         code_price: float = 0.0,  # of a nat of the codes: above 0 they are drawn, as in a VAE, and what tells little is not told
+        structure_price: float = 1.0,  # share of it that the last `n_structure` factors pay
+        price_steps: int = 0,  # training steps over which the price rises from 0
         start: str = "fresh",  # the shift decoder begins with random weights ("fresh", official) or as the base's own way up ("base": learns faster)
         names: str = "orthogonal",  # how the decoder is told which factor is meant: "orthogonal" or "free"
         coefficient: str = "pdae",  # of the fields in the reconstruction loss: "pdae" (official) or "ddim", as in sampling
@@ -283,7 +361,11 @@ class DisDiff(Decomposer):
         if n_factors < 2: raise ValueError(f"n_factors={n_factors}: to tell factors apart there must be two")
         if code_price and conditioning != "tokens": raise ValueError("code_price: fields are judged by the codes themselves, not by draws of them; use conditioning='tokens'")
         if conditioning == "tokens" and dis_weight: raise ValueError("conditioning='tokens' has no single fields to compare: set dis_weight=0")
+        if directions and factor_dim != 2: raise ValueError(f"directions=True: a direction is a pair, so factor_dim=2, not {factor_dim}")
+        if not 0 <= n_structure < n_factors: raise ValueError(f"n_structure={n_structure}: of {n_factors} factors some have to see the picture itself")
+        if n_structure and reads != "images": raise ValueError("n_structure: latents have no edges; use reads='images'")
         self.factor_chunk = 0  # fields per pass of the decoder; 0 = all
+        self.adopted = False  # whether the encoder is another model's and no longer trained
         base = None
         if conditioning == "fields" and base_path and (denoiser_config is None or image_size is None):
             base = self._load_base()
@@ -297,8 +379,14 @@ class DisDiff(Decomposer):
         self.reader = None if fields else TokenReader(denoiser_config or {}, n_factors, factor_dim, token_dim, token_gain)
         c, side = self.latent_shape[:2]
         place = dict(size=side, in_channels=c) if reads == "latents" else dict(size=self.config.image_size)
-        self.encoder = build_with(FactorEncoder, "encoder_config", out_dim=n_factors * factor_dim * (2 if code_price else 1), **place, **(encoder_config or {}))
-        if code_price: self.encoder.begin_sure()
+        halves = 2 if code_price and not directions else 1  # free codes say for every picture how unsure they are
+        if n_structure:
+            dims = ((n_factors - n_structure) * factor_dim, n_structure * factor_dim)
+            self.encoder = build_with(SplitEncoder, "encoder_config", dims=dims, halves=halves, **place, **(encoder_config or {}))
+        else: self.encoder = build_with(FactorEncoder, "encoder_config", out_dim=n_factors * factor_dim * halves, **place, **(encoder_config or {}))
+        if halves == 2: self.encoder.begin_sure()
+        self.compass = Directions(n_factors) if directions else None
+        if price_steps: self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         if base is not None:
             self.stand_on(base)
             if start == "base": self.fields.begin_as(base.denoiser)
@@ -360,11 +448,13 @@ class DisDiff(Decomposer):
     def encode(self, images: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None, z: Tensor | None = None) -> Factors:
         "N codes `(b,N,d)`, an ordered list; nothing random happens. `z`: latents, where they are known already"
         seen = images if self.config.reads == "images" else self.latents.encode(images, images.new_zeros(())) if z is None else z
-        return Factors(self.codes(seen)[0])
+        codes, doubt = self.codes(seen)
+        return Factors(codes if self.compass is None else codes * ~self.compass.silent[:, None])
 
     def codes(self, seen: Tensor) -> tuple[Tensor, Tensor | None]:
-        "Codes `(b,N,d)`, and with `code_price` the logarithm of the variance with which they are drawn in training"
+        "Codes `(b,N,d)`, and with `code_price` the logarithm of the variance with which they are drawn in training (None for directions, whose widths are not told by pictures)"
         found = self.encoder(seen)
+        if self.compass is not None: return self.compass(found), None
         if not self.config.code_price: return found.unflatten(-1, (self.n_factors, self.factor_dim)), None
         return tuple(v.unflatten(-1, (self.n_factors, self.factor_dim)) for v in found.chunk(2, -1))
 
@@ -419,22 +509,26 @@ class DisDiff(Decomposer):
         apart = self.disentangling(x_t, t, answer, one, factors.codes, chosen)
         return parts | apart | {"loss": parts["loss"] + apart["disentangling"].mean()}
 
-    @torch.no_grad()
-    def begin_at_components(self, images: Tensor) -> DisDiff:
-        "Let the codes begin as principal components of what the encoder reads of these pictures; needs `encoder_config={'linear': True}`"
-        seen = torch.cat([self.latents.encode(x.to(self.device)) for x in images.split(100)]) if self.config.reads == "latents" else images.to(self.device)
-        self.encoder.begin_at_components(seen, self.n_factors * self.factor_dim)
-        return self
+    @property
+    def price(self) -> float:
+        "Of a nat, in the next training step"
+        c = self.config
+        return c.code_price * (min(1.0, int(self.steps) / c.price_steps) if c.price_steps else 1.0)
 
     def read_tokens(self, batch: dict, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> dict:
-        "The loss with tokens: error of the denoiser's answer, and what the codes cost; `code_noise` `(b,N,d)` replaces their draw"
+        "The loss with tokens: error of the denoiser's answer, and what the codes cost; `code_noise` `(b,N,d)`, or `(b,N)` for directions, replaces their draw"
         codes, doubt = self.codes(x0 if self.config.reads == "latents" else batch["image"])
-        drawn = codes if doubt is None else draw(codes, doubt, batch.get("code_noise"))
+        if not self.config.code_price: drawn, told = codes, None
+        elif self.compass is not None: drawn, told = self.compass.draw(codes, batch.get("code_noise")), self.compass.told.expand(len(codes), -1)
+        else: drawn, told = draw(codes, doubt, batch.get("code_noise")), 0.5 * (codes.square() + doubt.exp() - 1 - doubt).sum(2)
         error = (self.reader(x_t, t, Factors(drawn)).float() - diffusion_target(self.scheduler, x0, noise, t).float())
         parts = {"denoising": error.abs().mean() if self.config.loss == "l1" else error.square().mean()}
-        if doubt is None: return {"loss": parts["denoising"], "denoising": parts["denoising"].detach()}
-        told = 0.5 * (codes.square() + doubt.exp() - 1 - doubt).sum((1, 2))  # nats of every picture
-        return {"loss": parts["denoising"] + self.config.code_price * told.mean(), "denoising": parts["denoising"].detach(), "told": told.detach()}
+        if told is None: return {"loss": parts["denoising"], "denoising": parts["denoising"].detach()}
+        share = torch.ones(self.n_factors, device=told.device)
+        if self.config.n_structure: share[-self.config.n_structure:] = self.config.structure_price
+        loss = parts["denoising"] + self.price * (told * share).sum(1).mean()
+        if self.training and self.config.price_steps: self.steps += 1
+        return {"loss": loss, "denoising": parts["denoising"].detach(), "told": told.sum(1).detach()}
 
     def disentangling(self, x_t: Tensor, t: Tensor, answer: Tensor, field: Tensor, codes: Tensor, chosen: Tensor) -> dict:
         "The disentangling loss of every picture `(b,)` and its parts; `field` `(b,c,h,w)` is that of the `chosen` factor"
@@ -459,16 +553,35 @@ class DisDiff(Decomposer):
     def recognise(self, z: Tensor) -> tuple[Tensor | None, Tensor]:
         "What the encoder, frozen, finds in predicted latents: the decoded pictures (None where it reads latents) and their codes `(b,N,d)`"
         seen = z if self.config.reads == "latents" else paint(self.latents, z)
-        modes = {m: m.training for m in self.encoder.modules()}
-        self.encoder.eval()
-        codes = functional_call(self.encoder, self.encoder.state_dict(), (seen,))  # a state dict is detached: only `z` gets a gradient
+        judges = [self.encoder] if self.compass is None else [self.encoder, self.compass]
+        modes = {m: m.training for judge in judges for m in judge.modules()}
+        codes = seen
+        for judge in judges: codes = functional_call(judge.eval(), judge.state_dict(), (codes,))  # a state dict is detached: only `z` gets a gradient
         for m, mode in modes.items(): m.training = mode
-        return None if seen is z else seen, codes.unflatten(-1, (self.n_factors, self.factor_dim))
+        return None if seen is z else seen, codes if self.compass is not None else codes.unflatten(-1, (self.n_factors, self.factor_dim))
+
+    def adopt_encoder(self, other: DisDiff) -> DisDiff:
+        "Find factors as `other` does, for good: its encoder is copied and no longer trained; the rest learns what to do with its codes"
+        same = ("n_factors", "factor_dim", "n_structure", "directions", "reads", "encoder_config")
+        if wrong := [f"{k} is {other.config[k]} there and {self.config[k]} here" for k in same if other.config[k] != self.config[k]]: raise ValueError(f"this encoder is another one: {'; '.join(wrong)}")
+        for name in ("encoder", "compass"):
+            if (mine := getattr(self, name)) is not None: mine.requires_grad_(False).load_state_dict(getattr(other, name).state_dict())
+        self.adopted = True
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> DisDiff:
+        "As of any module; an adopted encoder stays as it is"
+        super().train(mode)
+        if self.adopted:
+            for judge in (self.encoder, self.compass):
+                if judge is not None: judge.eval()
+        return self
 
     def parameter_groups(self) -> list[dict]:
         "Two groups, so that `encoder_lr_scale` can slow the encoder down"
         rest = self.fields if self.reader is None else self.reader
-        return [{"name": "encoder", "params": [*self.encoder.parameters()], "lr_scale": 1.0}, {"name": "decoder", "params": [*rest.parameters()], "lr_scale": 1.0}]
+        judge = [*self.encoder.parameters(), *(self.compass.parameters() if self.compass is not None else ())]
+        return [{"name": "encoder", "params": judge, "lr_scale": 1.0}, {"name": "decoder", "params": [*rest.parameters()], "lr_scale": 1.0}]
 
     # --- what one does with it
 
@@ -523,7 +636,8 @@ class DisDiff(Decomposer):
 
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
-        "Signs of collapse: `weak_factors` (share whose field is below a tenth of the strongest), `code_spread` (smallest share of a factor in the spread of codes, times N)"
+        "Signs of collapse: `weak_factors` (share whose field is below a tenth of the strongest), `code_spread` (smallest share of a factor in the spread of codes, times N); of directions `silent_factors` and all their `nats`"
+        if self.compass is not None: return {"silent_factors": self.compass.silent.float().mean().item(), "nats": self.compass.told.sum().item()}
         if self.reader is not None: return {}
         found, spread = self.strengths(batch["image"][:4]), self.encode(batch["image"]).codes.var(0).sum(-1)
         return {"weak_factors": (found < 0.1 * found.max()).float().mean().item(), "code_spread": (self.n_factors * spread.min() / spread.sum().clamp_min(1e-12)).item()}
@@ -582,6 +696,19 @@ def code_line(
     low, high = (float(x) for x in (places.min().clamp_min(-reach * places.std()), places.max().clamp_max(reach * places.std())))
     return mean + torch.linspace(low, high, stops).to(codes)[:, None] * axis
 
+
+@torch.no_grad()
+def code_arc(
+    codes: Tensor,  # `(n,2)`: directions of one factor over many pictures
+    stops: int = 7,
+) -> Tensor:
+    "Directions `(stops,2)` from end to end of the arc that the data fill: once around, but for the widest gap"
+    angles = torch.atan2(codes[:, 1], codes[:, 0]).sort().values
+    gaps = torch.diff(angles, append=angles[:1] + 2 * math.pi)
+    start, gap = angles[(gaps.argmax() + 1) % len(angles)], gaps.max()
+    stops = start + torch.linspace(0, 1, stops) * (2 * math.pi - gap).to(codes)
+    return torch.stack([stops.cos(), stops.sin()], -1) * codes.norm(dim=1).mean()
+
 # %% ../../nbs/methods/disdiff.ipynb #preset-export
 def disdiff_preset(
     name: str = "shapes3d",  # published: shapes3d, cars3d, mpi3d, celeba, each also with _kl; small: shapes3d_small and shapes3d_tokens (CPU), tiny (tests); encdiff
@@ -594,8 +721,8 @@ def disdiff_preset(
     presets |= {
         "shapes3d_small": dict(n_factors=6, factor_dim=8, encoder_config=dict(width=64), reads="latents", dis_bound=1.0, start="base", timestep_sampling="near_noise", timestep_strength=3.0),
         "tiny": dict(n_factors=3, factor_dim=4, encoder_config=dict(width=16), dis_bound=1.0),
-        "shapes3d_tokens": dict(image_size=32, n_factors=12, factor_dim=1, encoder_config=dict(width=64, linear=True), reads="latents", conditioning="tokens", dis_weight=0.0, loss="l2",
-                                token_gain=1.7, code_price=0.0015, timestep_sampling="near_noise", timestep_strength=2.0, scheduler_config=dict(prediction_type="sample"),
+        "shapes3d_tokens": dict(image_size=32, n_factors=8, factor_dim=2, n_structure=4, directions=True, encoder_config=dict(width=64), conditioning="tokens", dis_weight=0.0, loss="l2", token_gain=1.7,
+                                code_price=0.004, structure_price=0.1, price_steps=1500, timestep_sampling="near_noise", timestep_strength=10.0, scheduler_config=dict(prediction_type="sample"),
                                 denoiser_config=dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=[16, 48], layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
                                                      mid_block_type=None, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
                                                      position="cartesian", attention_gain=3.0)),

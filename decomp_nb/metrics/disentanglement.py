@@ -35,8 +35,8 @@ def reduce_codes(
     if how == "mean": return codes.mean(2)
     if how != "pca": raise ValueError(f"reduce={how!r} is unknown: use 'pca', 'norm', 'mean' or 'flatten'")
     from sklearn.decomposition import PCA
-    return np.concatenate([PCA(1, svd_solver="full" if len(codes) < codes.shape[2] else "covariance_eigh").fit_transform(codes[:, i])
-                           for i in range(codes.shape[1])], 1)
+    solver, moves = "full" if len(codes) < codes.shape[2] else "covariance_eigh", np.ptp(codes, axis=0).any(-1)  # a factor that never moves has no component
+    return np.concatenate([PCA(1, svd_solver=solver).fit_transform(codes[:, i]) if moves[i] else np.zeros_like(codes[:, i, :1]) for i in range(codes.shape[1])], 1)
 
 
 def _numbers(values, name: str, dims: tuple[int, ...]) -> np.ndarray:
