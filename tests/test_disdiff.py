@@ -10,7 +10,7 @@ from decomp_nb.components.codebooks import VQLatents, vq_model
 from decomp_nb.components.latent_diffusion import LatentDiffusion, OfficialDDIM, climb, latent_sampler, look, mark_of, paint
 from decomp_nb.components.latents import KLLatents
 from decomp_nb.core import Factors, load_decomposer
-from decomp_nb.methods.disdiff import DisDiff, FactorEncoder, FactorNames, TwoConditions, code_arc, code_line, disdiff_preset, edges, moves_of, turn_cost
+from decomp_nb.methods.disdiff import DisDiff, FactorEncoder, FactorNames, TwoConditions, code_arc, code_line, disdiff_preset, edges, independent_circles, moves_of, turn_cost
 
 UNET = dict(sample_size=8, in_channels=3, channels=[8, 16], layers_per_block=1, attention_levels=[1], n_heads=2, groups=4)
 
@@ -307,6 +307,32 @@ def test_form_does_not_see_hues(options):
     if "code_price" in options and "directions" not in options:
         moved = model.codes(x.flip(1))[1] - model.codes(x)[1]
         assert moved[:, 2].abs().max() == 0 and moved[:, :2].abs().max() > 0
+
+
+def test_circles_are_found_and_codes_begin_there():
+    "Two circles and a line, mixed linearly: the two circles come back, surest first, and codes turn with them"
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 4000, generator=g) * 2 * math.pi
+    hidden = torch.stack([3 * a.cos(), 3 * a.sin(), b.cos(), b.sin(), torch.randn(4000, generator=g), torch.randn(4000, generator=g)], 1)
+    x = hidden @ torch.randn(6, 12, generator=g) + 2
+    weights, offsets = independent_circles(x, 3)
+    pairs = (x @ weights.T + offsets).unflatten(1, (-1, 2))
+    assert pairs.shape[1] == 2 and pairs.flatten(1).std(0).allclose(torch.ones(4), atol=0.02)
+    turn = torch.atan2(pairs[..., 1], pairs[..., 0])
+    same = lambda u, v: max(torch.polar(torch.ones(4000), u - s * v).mean().abs().item() for s in (1, -1))
+    assert sorted([same(turn[:, 0], a) > 0.99, same(turn[:, 1], a) > 0.99]) == [False, True] and sorted([same(turn[:, 0], b) > 0.99, same(turn[:, 1], b) > 0.99]) == [False, True]
+    with pytest.raises(ValueError, match="40 pictures are too few"): independent_circles(x[:40], 2)
+
+    images = torch.rand(200, 3, 16, 16, generator=g) * 0.2  # two places whose colour turns
+    for place, angle in ((slice(0, 8), a[:200]), (slice(8, 16), b[:200])): images[:, :2, place] += torch.stack([angle.cos(), angle.sin()], 1)[:, :, None, None]
+    model = disdiff(**DIRECTIONS | {"n_factors": 4, "encoder_config": {"width": 8, "glance": 4}}, n_structure=1)
+    assert model.begin_at_circles(images) == 2
+    for _ in range(50): model.train().codes(images)  # centred
+    assert model.compass.silent.tolist() == [False, False, True, False]  # nothing turns for the third; the fourth sees edges
+    turn = torch.atan2(*model.eval().encode(images).codes.unbind(-1))
+    assert all(max(torch.polar(torch.ones(200), turn[:, m] - s * v).mean().abs().item() for s in (1, -1) for m in (0, 1)) > 0.99 for v in (a[:200], b[:200]))
+    with pytest.raises(ValueError, match="glance"): disdiff(**DIRECTIONS).begin_at_circles(images)
+    with pytest.raises(ValueError, match="set directions=True"): disdiff(encoder_config={"width": 8, "glance": 4}).begin_at_circles(images)
 
 
 def test_an_adopted_encoder_stays_as_it_is():

@@ -31,8 +31,8 @@ from ..core import Decomposer, Factors
 # %% auto #0
 __all__ = ['ResidualConv', 'FactorEncoder', 'edges', 'SplitEncoder', 'TwoConditions', 'FactorNames', 'ShiftDecoder',
            'field_coefficient', 'Moves', 'moves_of', 'choice_losses', 'TokenReader', 'turned', 'turn_cost',
-           'Directions', 'DisDiff', 'read_set', 'find_base', 'check_base', 'latent_unet_config', 'code_line',
-           'code_arc', 'disdiff_preset']
+           'Directions', 'independent_circles', 'DisDiff', 'read_set', 'find_base', 'check_base', 'latent_unet_config',
+           'code_line', 'code_arc', 'disdiff_preset']
 
 # %% ../../nbs/methods/disdiff.ipynb #encoder-export
 class ResidualConv(nn.Module):
@@ -57,6 +57,7 @@ class FactorEncoder(nn.Module):
         width: int = 128,
         norm: str = "group",  # "group", "batch" (official) or "none"
         skip_relu: bool = False,  # leave out the ReLU after the third halving, as the official code does
+        glance: int = 0,  # also read the picture linearly, shrunk to this side (0: no); such a reading can begin at `independent_circles`
     ):
         super().__init__()
         halvings = (size // 4).bit_length() - 1
@@ -68,6 +69,7 @@ class FactorEncoder(nn.Module):
         if not halvings: layers = [nn.Conv2d(in_channels, width, 3, padding=1)]
         self.layers = nn.Sequential(*layers, ResidualConv(width, norm), normalisation(norm, width), nn.ReLU(), ResidualConv(width, norm),
                                     nn.Flatten(), nn.Linear(16 * width, out_dim))
+        self.glance = nn.Linear(in_channels * glance ** 2, out_dim) if glance else None
 
     @torch.no_grad()
     def begin_sure(self) -> None:
@@ -81,7 +83,23 @@ class FactorEncoder(nn.Module):
         "`(b,c,h,w)` → `(b,out_dim)`"
         if tuple(x.shape[1:]) != (self.in_channels, self.size, self.size):
             raise ValueError(f"images (or their latents) have shape {tuple(x.shape)}, but this encoder was built for (b, {self.in_channels}, {self.size}, {self.size})")
-        return self.layers(x)
+        return self.layers(x) if self.glance is None else self.layers(x) + self.glance(self.shrunk(x))
+
+    def shrunk(self, x: Tensor) -> Tensor:
+        "What the linear reading sees `(b,D)`"
+        side = math.isqrt(self.glance.in_features // self.in_channels)
+        return F.adaptive_avg_pool2d(x, side).flatten(1)
+
+    @torch.no_grad()
+    def begin_at_circles(self, x: Tensor) -> int:
+        "Let pairs of numbers begin as `independent_circles` of these pictures `(n,c,h,w)`, and all others where the CNN has them; how many were found"
+        if self.glance is None: raise ValueError("this encoder reads nothing linearly: build it with encoder_config={'glance': 8}")
+        weights, offsets = independent_circles(self.shrunk(x), self.out_dim // 2)
+        found = len(weights)
+        for p in self.glance.parameters(): p.zero_()
+        for p in self.layers[-1].parameters(): p[:found] = 0
+        self.glance.weight[:found], self.glance.bias[:found] = weights, offsets
+        return found // 2
 
 # %% ../../nbs/methods/disdiff.ipynb #edges-export
 def edges(
@@ -103,18 +121,23 @@ class SplitEncoder(nn.Module):
         dims: tuple[int, int],  # numbers that each of the two writes
         halves: int = 1,  # 2: each writes means, then doubts; both means come first
         *,
-        width: int = 128,  # this and the next two as in `FactorEncoder`
+        width: int = 128,  # this and the next ones as in `FactorEncoder`
         norm: str = "group",
         skip_relu: bool = False,
+        glance: int = 0,  # of the one that sees pictures
     ):
         super().__init__()
         self.halves, options = halves, dict(width=width, norm=norm, skip_relu=skip_relu)
-        self.colour, self.form = FactorEncoder(size, dims[0] * halves, **options), FactorEncoder(size, dims[1] * halves, in_channels=1, **options)
+        self.colour, self.form = FactorEncoder(size, dims[0] * halves, glance=glance, **options), FactorEncoder(size, dims[1] * halves, in_channels=1, **options)
 
     def begin_sure(self) -> None:
         "As `FactorEncoder.begin_sure`, for both"
         self.colour.begin_sure()
         self.form.begin_sure()
+
+    def begin_at_circles(self, images: Tensor) -> int:
+        "As `FactorEncoder.begin_at_circles`, for the one that sees pictures"
+        return self.colour.begin_at_circles(images)
 
     def forward(self, images: Tensor) -> Tensor:
         "`(b,3,h,w)` → `(b, halves · sum(dims))`"
@@ -315,6 +338,26 @@ class Directions(nn.Module):
         noise = torch.randn_like(directions[..., 0]) if noise is None else noise
         return turned(directions, self.sigma * noise)
 
+# %% ../../nbs/methods/disdiff.ipynb #circles-export
+def independent_circles(
+    x: Tensor,  # `(n,D)`
+    n_pairs: int,  # how many to look for; 2 · n_pairs principal components are searched
+    least: float = 0.05,  # how strongly, negatively, the squares of a pair must be correlated
+) -> tuple[Tensor, Tensor]:
+    "Pairs of linear readings that move in circles: weights `(2m,D)` and offsets `(2m,)` of m ≤ n_pairs pairs, the surest first; each reading has variance 1"
+    from sklearn.decomposition import FastICA
+    if len(x) <= 20 * n_pairs: raise ValueError(f"{len(x)} pictures are too few to find {n_pairs} circles: give thousands")
+    ica = FastICA(2 * n_pairs, whiten="unit-variance", fun="cube", random_state=0, max_iter=500, tol=1e-3)
+    together = torch.corrcoef(torch.as_tensor(ica.fit_transform(x.double().cpu().numpy())).square().T)
+    order = []
+    for _ in range(n_pairs):
+        i, j = divmod(int(together.argmin()), 2 * n_pairs)
+        if together[i, j] > -least: break
+        order += [i, j]
+        together[[i, j]] = together[:, [i, j]] = 0
+    weights, mean = torch.as_tensor(ica.components_[order]).float(), torch.as_tensor(ica.mean_).float()
+    return weights, -weights @ mean
+
 # %% ../../nbs/methods/disdiff.ipynb #class-export
 class DisDiff(Decomposer):
     "Unsupervised disentanglement of diffusion models: CNN → N codes, each of which steers a frozen denoiser by a gradient field of its own (Yang et al., NeurIPS 2023)"
@@ -508,6 +551,14 @@ class DisDiff(Decomposer):
         one = fields[torch.arange(len(x0), device=x0.device), chosen]
         apart = self.disentangling(x_t, t, answer, one, factors.codes, chosen)
         return parts | apart | {"loss": parts["loss"] + apart["disentangling"].mean()}
+
+    def begin_at_circles(self, images: Tensor) -> int:
+        "Let the first codes begin as the `independent_circles` of what the encoder reads of these pictures (thousands, from all of the data), and those for which there is no circle begin silent; how many were found. Needs `directions` and `encoder_config={'glance': 8}`"
+        if self.compass is None: raise ValueError("begin_at_circles: only codes that are directions have circles; set directions=True")
+        seen = torch.cat([self.latents.encode(x.to(self.device)) for x in images.split(100)]) if self.config.reads == "latents" else images.to(self.device)
+        found = self.encoder.begin_at_circles(seen)
+        with torch.no_grad(): self.compass.log_width[found:self.n_factors - self.config.n_structure] = math.log(self.compass.widest) / self.compass.FAST
+        return found
 
     @property
     def price(self) -> float:
@@ -721,8 +772,8 @@ def disdiff_preset(
     presets |= {
         "shapes3d_small": dict(n_factors=6, factor_dim=8, encoder_config=dict(width=64), reads="latents", dis_bound=1.0, start="base", timestep_sampling="near_noise", timestep_strength=3.0),
         "tiny": dict(n_factors=3, factor_dim=4, encoder_config=dict(width=16), dis_bound=1.0),
-        "shapes3d_tokens": dict(image_size=32, n_factors=8, factor_dim=2, n_structure=4, directions=True, encoder_config=dict(width=64), conditioning="tokens", dis_weight=0.0, loss="l2", token_gain=1.7,
-                                code_price=0.004, structure_price=0.1, price_steps=1500, timestep_sampling="near_noise", timestep_strength=10.0, scheduler_config=dict(prediction_type="sample"),
+        "shapes3d_tokens": dict(image_size=32, n_factors=8, factor_dim=2, n_structure=4, directions=True, encoder_config=dict(width=40, glance=8), conditioning="tokens", dis_weight=0.0, loss="l2", token_gain=1.7,
+                                code_price=0.004, structure_price=0.1, price_steps=600, timestep_sampling="near_noise", timestep_strength=10.0, scheduler_config=dict(prediction_type="sample"),
                                 denoiser_config=dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=[16, 48], layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
                                                      mid_block_type=None, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
                                                      position="cartesian", attention_gain=3.0)),
