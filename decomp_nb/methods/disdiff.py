@@ -5,13 +5,16 @@
 # %% ../../nbs/methods/disdiff.ipynb #imports-export
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
@@ -347,8 +350,15 @@ def independent_circles(
     "Pairs of linear readings that move in circles: weights `(2m,D)` and offsets `(2m,)` of m ≤ n_pairs pairs, the surest first; each reading has variance 1"
     from sklearn.decomposition import FastICA
     if len(x) <= 20 * n_pairs: raise ValueError(f"{len(x)} pictures are too few to find {n_pairs} circles: give thousands")
-    ica = FastICA(2 * n_pairs, whiten="unit-variance", fun="cube", random_state=0, max_iter=500, tol=1e-3)
-    together = torch.corrcoef(torch.as_tensor(ica.fit_transform(x.double().cpu().numpy())).square().T)
+    seen = x.double().cpu().numpy()
+    for start in range(5):  # a start may end in numbers that are no sources
+        with warnings.catch_warnings(), np.errstate(all="ignore"), contextlib.suppress(ValueError):
+            warnings.simplefilter("ignore")  # cosine and sine may be exchanged for any other diameters of the circle: it never quite comes to rest
+            ica = FastICA(2 * n_pairs, whiten="unit-variance", fun="cube", random_state=start, max_iter=500, tol=1e-3)
+            sources = torch.as_tensor(ica.fit_transform(seen))
+            if sources.T.cov().allclose(torch.eye(2 * n_pairs).double(), atol=0.01): break
+    else: return x.new_zeros(0, x.shape[1]), x.new_zeros(0)
+    together = torch.corrcoef(sources.square().T)
     order = []
     for _ in range(n_pairs):
         i, j = divmod(int(together.argmin()), 2 * n_pairs)
@@ -688,10 +698,10 @@ class DisDiff(Decomposer):
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
         "Signs of collapse: `weak_factors` (share whose field is below a tenth of the strongest), `code_spread` (smallest share of a factor in the spread of codes, times N); of directions `silent_factors` and all their `nats`"
-        if self.compass is not None: return {"silent_factors": self.compass.silent.float().mean().item(), "nats": self.compass.told.sum().item()}
-        if self.reader is not None: return {}
+        voices = {} if self.compass is None else {"silent_factors": self.compass.silent.float().mean().item(), "nats": self.compass.told.sum().item()}
+        if self.reader is not None: return voices
         found, spread = self.strengths(batch["image"][:4]), self.encode(batch["image"]).codes.var(0).sum(-1)
-        return {"weak_factors": (found < 0.1 * found.max()).float().mean().item(), "code_spread": (self.n_factors * spread.min() / spread.sum().clamp_min(1e-12)).item()}
+        return voices | {"weak_factors": (found < 0.1 * found.max()).float().mean().item(), "code_spread": (self.n_factors * spread.min() / spread.sum().clamp_min(1e-12)).item()}
 
 # %% ../../nbs/methods/disdiff.ipynb #helpers-export
 def read_set(factors: Factors, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -770,7 +780,7 @@ def disdiff_preset(
     presets = {data: official | ({"dis_weight": 0.01} if data == "mpi3d" else {}) for data in ("shapes3d", "cars3d", "mpi3d", "celeba")}
     presets |= {f"{data}_kl": official | {"dis_kind": "IM", "dis_weight": 1.0} for data in ("shapes3d", "cars3d", "mpi3d", "celeba")}
     presets |= {
-        "shapes3d_small": dict(n_factors=6, factor_dim=8, encoder_config=dict(width=64), reads="latents", dis_bound=1.0, start="base", timestep_sampling="near_noise", timestep_strength=3.0),
+        "shapes3d_small": dict(n_factors=8, factor_dim=2, n_structure=4, directions=True, encoder_config=dict(width=40, glance=8), dis_bound=1.0, start="base", timestep_sampling="near_noise", timestep_strength=3.0),
         "tiny": dict(n_factors=3, factor_dim=4, encoder_config=dict(width=16), dis_bound=1.0),
         "shapes3d_tokens": dict(image_size=32, n_factors=8, factor_dim=2, n_structure=4, directions=True, encoder_config=dict(width=40, glance=8), conditioning="tokens", dis_weight=0.0, loss="l2", token_gain=1.7,
                                 code_price=0.004, structure_price=0.1, price_steps=600, timestep_sampling="near_noise", timestep_strength=10.0, scheduler_config=dict(prediction_type="sample"),
