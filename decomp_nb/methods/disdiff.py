@@ -5,7 +5,6 @@
 # %% ../../nbs/methods/disdiff.ipynb #imports-export
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
@@ -14,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
@@ -348,16 +346,13 @@ def independent_circles(
     least: float = 0.05,  # how strongly, negatively, the squares of a pair must be correlated
 ) -> tuple[Tensor, Tensor]:
     "Pairs of linear readings that move in circles: weights `(2m,D)` and offsets `(2m,)` of m ≤ n_pairs pairs, the surest first; each reading has variance 1"
-    from sklearn.decomposition import FastICA
+    from sklearn.decomposition import PCA, FastICA
     if len(x) <= 20 * n_pairs: raise ValueError(f"{len(x)} pictures are too few to find {n_pairs} circles: give thousands")
-    seen = x.double().cpu().numpy()
-    for start in range(5):  # a start may end in numbers that are no sources
-        with warnings.catch_warnings(), np.errstate(all="ignore"), contextlib.suppress(ValueError):
-            warnings.simplefilter("ignore")  # cosine and sine may be exchanged for any other diameters of the circle: it never quite comes to rest
-            ica = FastICA(2 * n_pairs, whiten="unit-variance", fun="cube", random_state=start, max_iter=500, tol=1e-3)
-            sources = torch.as_tensor(ica.fit_transform(seen))
-            if sources.T.cov().allclose(torch.eye(2 * n_pairs).double(), atol=0.01): break
-    else: return x.new_zeros(0, x.shape[1]), x.new_zeros(0)
+    pca = PCA(2 * n_pairs, whiten=True, svd_solver="covariance_eigh")  # FastICA's own whitening loses components where the first number, a pixel of the sky, is constant
+    ica = FastICA(whiten=False, fun="cube", random_state=0, max_iter=500, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cosine and sine may be exchanged for any two diameters of the circle: it need not come to rest
+        sources = torch.as_tensor(ica.fit_transform(pca.fit_transform(x.double().cpu().numpy())))
     together = torch.corrcoef(sources.square().T)
     order = []
     for _ in range(n_pairs):
@@ -365,8 +360,8 @@ def independent_circles(
         if together[i, j] > -least: break
         order += [i, j]
         together[[i, j]] = together[:, [i, j]] = 0
-    weights, mean = torch.as_tensor(ica.components_[order]).float(), torch.as_tensor(ica.mean_).float()
-    return weights, -weights @ mean
+    weights = torch.as_tensor(ica.components_[order] @ (pca.components_ / pca.explained_variance_[:, None] ** 0.5)).float()
+    return weights, -weights @ torch.as_tensor(pca.mean_).float()
 
 # %% ../../nbs/methods/disdiff.ipynb #class-export
 class DisDiff(Decomposer):
@@ -563,10 +558,11 @@ class DisDiff(Decomposer):
         return parts | apart | {"loss": parts["loss"] + apart["disentangling"].mean()}
 
     def begin_at_circles(self, images: Tensor) -> int:
-        "Let the first codes begin as the `independent_circles` of what the encoder reads of these pictures (thousands, from all of the data), and those for which there is no circle begin silent; how many were found. Needs `directions` and `encoder_config={'glance': 8}`"
+        "Let the first codes begin as the `independent_circles` of what the encoder reads of these pictures (thousands, from all of the data), and, if there are any, those left over begin silent; how many were found. Needs `directions` and `encoder_config={'glance': 8}`"
         if self.compass is None: raise ValueError("begin_at_circles: only codes that are directions have circles; set directions=True")
         seen = torch.cat([self.latents.encode(x.to(self.device)) for x in images.split(100)]) if self.config.reads == "latents" else images.to(self.device)
         found = self.encoder.begin_at_circles(seen)
+        if not found: return 0
         with torch.no_grad(): self.compass.log_width[found:self.n_factors - self.config.n_structure] = math.log(self.compass.widest) / self.compass.FAST
         return found
 
