@@ -290,7 +290,8 @@ def test_the_price_rises_and_the_rise_is_saved(tmp_path):
     prices = []
     for _ in range(6):
         prices.append(model.price)
-        model(b)
+        out = model(b)
+        assert (out["loss"] - out["denoising"]).item() == pytest.approx(prices[-1] * out["told"][0].item(), abs=1e-5)  # nobody steps: what is told stays
     assert prices == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
     model.eval()(b)
     model.save_pretrained(tmp_path)
@@ -304,6 +305,9 @@ def test_form_does_not_see_hues(options):
     a, b = model.encode(x).codes, model.encode(x.flip(1)).codes
     torch.testing.assert_close(a[:, 2], b[:, 2])
     assert (a[:, :2] - b[:, :2]).abs().max() > 1e-3 and edges(x).min() >= 0 and edges(x).max() < 1
+    flat = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    edges(flat).sum().backward()
+    assert flat.grad.isfinite().all() and edges(flat).max() < 1e-3  # fields are judged through this slope
     if "code_price" in options and "directions" not in options:
         moved = model.codes(x.flip(1))[1] - model.codes(x)[1]
         assert moved[:, 2].abs().max() == 0 and moved[:, :2].abs().max() > 0
@@ -333,6 +337,14 @@ def test_circles_are_found_and_codes_begin_there():
     assert all(max(torch.polar(torch.ones(2000), turn[:, m] - s * v).mean().abs().item() for s in (1, -1) for m in (0, 1)) > 0.99 for v in (a[:2000], b[:2000]))
     with pytest.raises(ValueError, match="glance"): disdiff(**DIRECTIONS).begin_at_circles(images)
     with pytest.raises(ValueError, match="set directions=True"): disdiff(encoder_config={"width": 8, "glance": 4}).begin_at_circles(images)
+
+
+@pytest.mark.parametrize("options", [DIRECTIONS, DIRECTIONS | {"code_price": 0.0}, {"directions": True, "factor_dim": 2}])
+def test_whatever_is_trained_has_a_gradient(options):
+    "Several processes wait for ever for a gradient that never comes"
+    model = disdiff(**options, n_structure=1).train()
+    model(batch())["loss"].backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_an_adopted_encoder_stays_as_it_is():

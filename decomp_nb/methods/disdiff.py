@@ -110,7 +110,7 @@ def edges(
     "How strongly colours change at every place, whichever they are, `(b,1,h,w)` in [0,1)"
     x = F.pad(images, (1, 1, 1, 1), mode="replicate")
     across, down = (x[..., 1:-1, 2:] - x[..., 1:-1, :-2]) / 2, (x[..., 2:, 1:-1] - x[..., :-2, 1:-1]) / 2
-    change = (across.square() + down.square()).sum(1, keepdim=True).sqrt()
+    change = ((across.square() + down.square()).sum(1, keepdim=True) + 1e-12).sqrt()  # a root has no slope at 0, where the picture is flat
     return change / (change + soft)
 
 
@@ -433,7 +433,7 @@ class DisDiff(Decomposer):
             self.encoder = build_with(SplitEncoder, "encoder_config", dims=dims, halves=halves, **place, **(encoder_config or {}))
         else: self.encoder = build_with(FactorEncoder, "encoder_config", out_dim=n_factors * factor_dim * halves, **place, **(encoder_config or {}))
         if halves == 2: self.encoder.begin_sure()
-        self.compass = Directions(n_factors) if directions else None
+        self.compass = Directions(n_factors).requires_grad_(code_price > 0) if directions else None  # widths learn by their price alone
         if price_steps: self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         if base is not None:
             self.stand_on(base)
