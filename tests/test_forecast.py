@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_trainer import assert_same_run, rows
-from training_toys import Denoiser, Slower, train
+from training_toys import Slower, train
 
 from decomp_nb.training import trainer as trainer_module
 from decomp_nb.training.forecast import Plan
