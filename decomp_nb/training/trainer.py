@@ -40,16 +40,16 @@ from .precision import NAMES, Precision, settle_precision
 
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'WAIT', 'mix', 'epoch_order', 'micro_batch', 'Stream', 'seed_everything', 'random_state',
-           'set_random_state', 'preserve_random_state', 'Positions', 'stream_loader', 'parameter_groups',
-           'make_optimizer', 'lr_factor', 'evaluation_mode', 'clock', 'short', 'metric_label', 'progress_line',
-           'progress', 'read_metrics', 'append_metrics', 'rewind_metrics', 'write_text', 'atomic_folder', 'sync',
-           'remove_folder', 'checksum', 'seal', 'defect', 'list_checkpoints', 'newest_checkpoint', 'prune_checkpoints',
-           'explain_disk_errors', 'trainable', 'restorable', 'save_weights', 'load_weights', 'fingerprint',
-           'model_record', 'versions', 'git_commit', 'difference', 'Run', 'summary', 'load_run', 'stop_signals',
-           'Meter', 'read_losses', 'Stopwatch', 'check_data', 'check_writable', 'read_record', 'check_model',
-           'find_resume', 'tracker_names', 'fresh_accelerate', 'connect', 'agree_on_precision', 'make_accelerator',
-           'Engine', 'save_state', 'load_state', 'gather_states', 'sums', 'display_path', 'first_lines',
-           'make_forecast', 'Session', 'hardware', 'Reporter', 'Keeper', 'Trainer']
+           'set_random_state', 'preserve_random_state', 'Positions', 'workers_at_most', 'stream_loader',
+           'parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode', 'clock', 'short', 'metric_label',
+           'progress_line', 'progress', 'read_metrics', 'append_metrics', 'rewind_metrics', 'write_text',
+           'atomic_folder', 'sync', 'remove_folder', 'checksum', 'seal', 'defect', 'list_checkpoints',
+           'newest_checkpoint', 'prune_checkpoints', 'explain_disk_errors', 'trainable', 'restorable', 'save_weights',
+           'load_weights', 'fingerprint', 'model_record', 'versions', 'git_commit', 'difference', 'Run', 'summary',
+           'load_run', 'stop_signals', 'Meter', 'read_losses', 'Stopwatch', 'check_data', 'check_writable',
+           'read_record', 'check_model', 'find_resume', 'tracker_names', 'fresh_accelerate', 'connect',
+           'agree_on_precision', 'make_accelerator', 'Engine', 'save_state', 'load_state', 'gather_states', 'sums',
+           'display_path', 'first_lines', 'make_forecast', 'Session', 'hardware', 'Reporter', 'Keeper', 'Trainer']
 
 # %% ../../nbs/training/trainer.ipynb #trainer-order-export
 def mix(*numbers: int) -> int:
@@ -161,6 +161,12 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "S
 def _outlive_stop_signals(worker: int) -> None:
     "A loader worker works on after a stop signal, at most for a minute, so that its training process can finish the step"
     for number in STOP_SIGNALS: signal.signal(number, lambda *_: signal.alarm(60))
+
+def workers_at_most(wanted: int, cores: int | None = None) -> int:
+    "`wanted` loader workers, but no more than there are cores for this process: others would only wait"
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores)
 
 def stream_loader(
     data,                  # data set with `len` and `[i]`
@@ -1089,8 +1095,8 @@ class Trainer(Keeper):
         "For every optimiser step its micro-batches, on the device"
         parts, where = self.config.grad_accumulation, self.accelerator
         positions = Positions(self.seen, where.process_index, where.num_processes, parts, self.config.batch_size)
-        pin = where.device.type == "cuda"
-        self.loader = iter(stream_loader(self.data, positions, self.config.seed, self.config.num_workers, pin_memory=pin))
+        pin, workers = where.device.type == "cuda", workers_at_most(self.config.num_workers)
+        self.loader = iter(stream_loader(self.data, positions, self.config.seed, workers, pin_memory=pin))
         while True: yield map(self.engine.place, itertools.islice(self.loader, parts))
 
     def train_step(self, micro_batches: Iterable[Any]) -> None:
