@@ -2,6 +2,7 @@
 
 A *check* is a function of `Recorded` that yields (key …, our value, tolerance). The key names a recorded array, mostly by file and name.
 """
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -125,3 +126,12 @@ def every_alteration_fails(made: list[tuple], folder: Path, kind: type[Recorded]
     for *key, ours, tolerance in made:
         what = "/".join(key)
         with pytest.raises(AssertionError, match=re.escape(what)): close(ours, kind(folder, altered=tuple(key)).array(*key), tolerance, what)
+
+
+@cache
+def parity(name: str):
+    "Another parity module, found by its path: `tests/` holds files of the same name"
+    place = importlib.util.spec_from_file_location(f"parity_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module

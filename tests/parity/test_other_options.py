@@ -1,0 +1,130 @@
+"""The parity checks on sets recorded with other options than the ones at hand.
+
+Such a set is made here, small: weights of a model of ours in the official layout, arrays by formulas written down anew from the official papers and code, then the very check
+that reads the recorded sets. What only one option shows (an odd number of components, steps near the clean end) is so compared without its recording.
+"""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from recorded import close, parity, run
+from safetensors.torch import save_file
+
+from decomp_nb import convert
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
+
+
+def rng(seed: int = 0) -> torch.Generator: return torch.Generator().manual_seed(seed)
+
+
+def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    "No layer silent: every weight moved away from its start"
+    g = rng(seed)
+    with torch.no_grad():
+        for p in model.parameters(): p += 0.05 * torch.randn(p.shape, generator=g)
+    return model.eval()
+
+
+# --- Decomp Diffusion: an odd number of components, times near both ends -------------------------------------------------------------------------------
+
+def cosine_bars() -> torch.Tensor:
+    "ᾱ of the official schedule, float64"
+    level = lambda s: torch.cos((s + 0.008) / 1.008 * torch.pi / 2) ** 2
+    i = torch.arange(1000, dtype=torch.float64)
+    betas = (1 - level((i + 1) / 1000) / level(i / 1000)).clamp_max(0.999)
+    return (1 - betas).cumprod(0)
+
+
+@torch.no_grad()
+def drawn_by_hand(answer, x: torch.Tensor, steps: int) -> torch.Tensor:
+    "Official DDIM without noise: the clean picture is clipped, and ε is read off it"
+    bars = cosine_bars()
+    for i in reversed(range(steps)):
+        t = i * (1000 // steps)
+        now, before = bars[t], bars[t - 1000 // steps] if i else torch.tensor(1.0, dtype=torch.float64)
+        clean = answer(x, torch.full((len(x),), t)).clamp(-1, 1)
+        noise = (x.double() - now.sqrt() * clean) / (1 - now).sqrt()
+        x = (before.sqrt() * clean + (1 - before).sqrt() * noise).float()
+    return x
+
+
+def mean_of(parts):
+    "Composed answer of `(model, vector)` pairs: the mean of what each model says to its vector"
+    def answer(x, t): return torch.stack([model._ask(x, t, code.expand(len(x), -1)) for model, code in parts]).mean(0)
+    return answer
+
+
+@torch.no_grad()
+def odd_set(folder: Path, k: int = 3):
+    "A folder in the layout of the recorded one, with k components; only what combinations and posteriors need"
+    from decomp_nb.methods.decomp_diffusion import DecompDiffusion
+    Recorded = parity("test_decomp_diffusion").Recorded
+    unet = dict(channels=(16, 16), layers_per_block=1, attention_levels=(1,), groups=16, n_heads=2, head_dim=0, resample="resnet")
+    model = DecompDiffusion(image_size=16, n_factors=k, factor_dim=8, data_range="unit", encoder_config=dict(width=4, norm="batch", end="relu"), denoiser_config=unet)
+    convert.save_official_decomp_diffusion(shake(model), folder / "model_1.pt")
+    save_file(convert.read_weights(folder / "model_1.pt"), folder / "weights.safetensors")
+    config = dict(main=dict(image_size=16, num_heads=2, num_head_channels=-1, num_heads_upsample=-1), slice_custom_indices="0,1,1", cross_indices="1,0,1",
+                  cross_model2="every floating tensor of weights.safetensors times 0.9.")
+    (folder / "config.json").write_text(json.dumps(config))
+    r, x0, noise = Recorded(folder), torch.rand(2, 3, 16, 16, generator=rng(1)), torch.randn(2, 3, 16, 16, generator=rng(2))
+    save_file({"x0": x0}, folder / "arrays.safetensors")
+    model, other = r.model(), r.model(scale=0.9)
+    (first, second), theirs = (model.encode(x0 * 2 - 1).codes, other.encode(x0 * 2 - 1).codes[1])
+    arrays = {"x0": x0, "noise": noise, "noise_T": noise.clone(), "t": torch.tensor([2, 996]), "ddim5_x0_components": torch.zeros(1)}
+    for name, mask in (("slice_default", [1, 0, 0]), ("slice_custom", [0, 1, 1])):
+        chosen = torch.where(torch.tensor(mask)[:, None] > 0, first, second)
+        arrays |= {f"{name}_latent": chosen.flatten()[None], name: drawn_by_hand(mean_of([(model, c) for c in chosen]), noise[:1], 5)}
+    arrays["add"] = drawn_by_hand(mean_of([(model, c) for c in (*first, *second)]), noise[:1], 5)
+    arrays["cross"] = drawn_by_hand(mean_of([(model, first[0]), (other, theirs[1]), (model, first[2])]), noise[:1], 5)
+    save_file(arrays | posteriors(model, arrays, (first, second)), folder / "arrays.safetensors")
+    return Recorded(folder)
+
+
+def posteriors(model, arrays, codes) -> dict[str, torch.Tensor]:
+    "Mean, clean picture and log variance of one step of the whole process, for both readings of the answer, in float64"
+    bars, t = cosine_bars(), arrays["t"]
+    column = lambda v: v[:, None, None, None]
+    now, before = column(bars[t]), column(bars[t - 1])
+    beta, x_t = 1 - now / before, (now.sqrt() * arrays["x0"] + (1 - now).sqrt() * arrays["noise"])
+    said = torch.cat([mean_of([(model, c) for c in own])(x_t[i:i + 1].float(), t[i:i + 1]) for i, own in enumerate(codes)]).double()
+    out = {}
+    for kind, clean in (("x0", said), ("eps", (x_t - (1 - now).sqrt() * said) / now.sqrt())):
+        clean = clean.clamp(-1, 1)
+        mean = beta * before.sqrt() / (1 - now) * clean + (1 - before) * (1 - beta).sqrt() / (1 - now) * x_t
+        out |= {f"pmv_{kind}_mean": mean.float(), f"pmv_{kind}_pred_xstart": clean.float()}
+    share = (beta + 1) / 2
+    out["pmv_log_variance"] = (share * beta.log() + (1 - share) * (beta * (1 - before) / (1 - now)).log()).flatten().float()
+    return out
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory): return odd_set(tmp_path_factory.mktemp("odd"))
+
+
+def test_combinations_of_an_odd_number_of_components(odd):
+    check_combinations = parity("test_decomp_diffusion").check_combinations
+    made = {name: tolerance for _, name, _, tolerance in run(check_combinations, odd)}
+    assert set(made) == {"slice_default", "slice_default_latent", "slice_custom", "slice_custom_latent", "add", "cross"}
+    spoilt = type(odd)(odd.folder, altered=("arrays", "slice_default"))
+    with pytest.raises(AssertionError, match="slice_default"): run(check_combinations, spoilt)
+
+
+def test_combinations_without_the_official_default(odd, monkeypatch):
+    "The official default fails for an odd number, so a recording may lack it"
+    check_combinations = parity("test_decomp_diffusion").check_combinations
+    r = type(odd)(odd.folder)
+    r.files["arrays"] = {k: v for k, v in r.load("arrays").items() if not k.startswith(("slice_default", "cross"))}
+    assert [name for _, name, *_ in run(check_combinations, r)] == ["slice_custom_latent", "slice_custom", "add"]
+
+
+def test_posteriors_near_both_ends(odd):
+    "1 − ᾱ is as small as 10⁻⁴ at one of these times, ᾱ as small as 10⁻⁵ at the other"
+    checks = parity("test_decomp_diffusion")
+    made = {name: (ours, tolerance) for _, name, ours, tolerance in run(checks.check_posterior, odd)}
+    assert made["pmv_x0_mean"][1] == checks.SINGLE < made["pmv_eps_pred_xstart"][1] <= checks.SEEN
+    for name, (ours, tolerance) in made.items():
+        if name.endswith("mean"): close(ours[:1], odd.read("arrays", name)[:1], 2e-5, f"{name} beside the clean end")
+        spoilt = type(odd)(odd.folder, altered=("arrays", name)).array("arrays", name)
+        with pytest.raises(AssertionError, match=name): close(ours, spoilt, tolerance, name)
