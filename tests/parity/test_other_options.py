@@ -4,12 +4,14 @@ Such a set is made here, small: weights of a model of ours in the official layou
 that reads the recorded sets. What only one option shows (an odd number of components, steps near the clean end) is so compared without its recording.
 """
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from recorded import close, parity, run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from decomp_nb import convert
 
@@ -128,3 +130,69 @@ def test_posteriors_near_both_ends(odd):
         if name.endswith("mean"): close(ours[:1], odd.read("arrays", name)[:1], 2e-5, f"{name} beside the clean end")
         spoilt = type(odd)(odd.folder, altered=("arrays", name)).array("arrays", name)
         with pytest.raises(AssertionError, match=name): close(ours, spoilt, tolerance, name)
+
+
+# --- DisDiff on a KL autoencoder, with the draw of its latents recorded ----------------------------------------------------------------------------------
+
+SETTINGS = ("images_u8", "t", "sampled_concept")  # what the recorded set and ours have in common
+
+
+@torch.no_grad()
+def kl_set(folder: Path, golden: Path):
+    "The recorded weights with the other autoencoder in front, and what the frozen model says about a draw of its latents"
+    checks = parity("test_disdiff")
+    recorded = checks.Recorded(golden)
+    if recorded.kind == "kl": pytest.skip("the recorded set has a KL autoencoder itself")
+    state, vae = load_file(recorded.file), load_file(golden / "ae2_kl.safetensors")
+    channels = len(vae["post_quant_conv.weight"])
+    state = {k: v for k, v in state.items() if not k.startswith("first_stage_model.")} | {f"first_stage_model.{k}": v for k, v in vae.items()}
+    for i, (name, axis) in enumerate({"input_blocks.0.0.weight": 1, "out.2.weight": 0, "out.2.bias": 0, "shift_out.2.weight": 0, "shift_out.2.bias": 0}.items()):
+        old = state[f"model.diffusion_model.{name}"].float()
+        shape = [channels if i == axis else n for i, n in enumerate(old.shape)]
+        state[f"model.diffusion_model.{name}"] = 0.2 * torch.randn(shape, generator=rng(i))
+    given = {name: recorded.read(name) for name in SETTINGS}
+    latent = convert.load_official_autoencoder(golden / "ae2_kl.safetensors").encode(recorded.images).latent_dist
+    posterior_noise, noise = (torch.randn(latent.mean.shape, generator=rng(seed)) for seed in (7, 8))
+    z = latent.mean + latent.std * posterior_noise
+    state["scale_factor"] = 1 / z.std()
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "disdiff.safetensors")
+    (folder / "config.json").write_text(json.dumps(recorded.config | dict(first_stage="kl")))
+    np.savez(folder / "arrays.npz", **{k: v.numpy() for k, v in given.items()})
+    model = convert.load_official_latent_diffusion(folder / "disdiff.safetensors", **recorded.heads())
+    bars = (1 - torch.linspace(0.0015 ** 0.5, 0.0155 ** 0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)[given["t"]][:, None, None, None]
+    z0 = z / z.std()
+    z_t = (bars.sqrt() * z0 + (1 - bars).sqrt() * noise).float()
+    answer = model.predict(z_t, given["t"])
+    told = {"z0": z0, "z0_posterior_noise": posterior_noise, "noise": noise, "z_t": z_t, "scale_factor": 1 / z.std(), "ldm.eps": answer, "ldm.loss": (answer - noise).abs().mean()}
+    bound = checks.noise_loss(answer, noise, given["t"], model.scheduler)["bound"]
+    np.savez(folder / "arrays.npz", **{k: v.numpy() for k, v in (given | told | {"ldm.loss_vlb": bound}).items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory, golden): return kl_set(tmp_path_factory.mktemp("kl"), golden("disdiff"))
+
+
+def test_a_recorded_draw_of_the_latents_is_used(kl):
+    "z_0 and its scale are then computed from the pictures, and the training step makes the same draw"
+    checks = parity("test_disdiff")
+    r = checks.Recorded(kl)
+    made = {name for name, *_ in run(checks.check_prior, r, checks.close)}
+    assert {"z0", "scale_factor", "ldm.eps", "ldm.loss"} <= made and ("z0_posterior_noise",) in r.used and "z0_posterior_noise" in checks.INPUTS
+    batch = checks.train_batch(r, r.model())
+    assert torch.equal(batch["latent_noise"], r.read("z0_posterior_noise")) and "latent_mean" not in batch
+    for name in ("z0", "scale_factor", "ldm.loss"):
+        with pytest.raises(AssertionError, match=name): run(checks.check_prior, checks.Recorded(kl, altered=(name,)), checks.close)
+    with pytest.raises(AssertionError): run(checks.check_prior, checks.Recorded(kl, shifted=("z0_posterior_noise",)), checks.close)
+
+
+def test_without_the_draw_its_result_is_given(kl, tmp_path):
+    checks = parity("test_disdiff")
+    for name in ("disdiff.safetensors", "config.json"): shutil.copy(kl / name, tmp_path / name)
+    with np.load(kl / "arrays.npz") as arrays: np.savez(tmp_path / "arrays.npz", **{k: arrays[k] for k in arrays.files if k != "z0_posterior_noise"})
+    r = checks.Recorded(tmp_path)
+    made = {name for name, *_ in run(checks.check_prior, r, checks.close)}
+    assert "z0" not in made and {("z0",), ("scale_factor",)} <= r.used
+    batch = checks.train_batch(r, r.model())
+    model = r.model().latents
+    checks.close(model.from_batch(batch), r.read("z0"), checks.VALUE, "z0")
