@@ -196,3 +196,56 @@ def test_without_the_draw_its_result_is_given(kl, tmp_path):
     batch = checks.train_batch(r, r.model())
     model = r.model().latents
     checks.close(model.from_batch(batch), r.read("z0"), checks.VALUE, "z0")
+
+
+# --- Concepts: a learning rate that warms up while gradients accumulate ----------------------------------------------------------------------------------
+
+def warmed_up_set(folder: Path, golden: Path, case: str, warmup: int):
+    "The recorded run `case` again, with its pictures, noise and times, but with a learning rate that rises over `warmup` optimiser steps; the rate is set by hand"
+    checks = parity("test_concepts")
+    for part in ("pipeline", "images"): (folder / part).symlink_to(golden / part)
+    recorded = checks.Recorded(golden)
+    settings = recorded.json(case)
+    settings["effective_args"] |= dict(lr_scheduler="constant_with_warmup", lr_warmup_steps=warmup)
+    (folder / f"{case}.json").write_text(json.dumps(settings))
+    np.savez(folder / f"{case}.npz", **{k: v.numpy() for k, v in recorded.load(case).items()})
+    r = checks.Recorded(folder)
+    model, flags, templates = checks.trained_case(r, case)
+    base, order, arrays = model.base, checks.call_order(r, case, model), dict(r.load(case))
+    rows, weights, others = model.codes, model.raw_weights, checks.other_rows(base).requires_grad_()
+    base.null = lambda: base.encode([""])
+    optimiser = torch.optim.AdamW([rows, weights], **settings["optimizer_kwargs"])
+    accumulation, full = flags["gradient_accumulation_steps"], optimiser.param_groups[0]["lr"]
+    column = lambda w: w.detach().clone()[:, :, None, None, None]
+    for number, m in enumerate(checks.micro_batches(r, case)):
+        arrays |= {f"{m}/weights_before": column(weights), f"{m}/placeholder_rows_before": rows.detach().clone()}
+        out = model(checks.batch_of(r, case, m, templates[m]))
+        (out["loss"] / accumulation).backward()
+        arrays |= {f"{m}/composed_score": out["composed"], f"{m}/mse_loss": out["mse"], f"{m}/loss": out["loss"].detach(), f"{m}/weights_grad_accum": column(weights.grad)}
+        arrays |= {f"{m}/placeholder_rows_grad_accum": rows.grad.clone(), f"{m}/other_rows_grad_absmax": others.grad.abs().max()}
+        if number: arrays[f"{m}/unet_out_sum"] = out["answers"].transpose(0, 1)[order].double().sum((1, 2, 3, 4))
+        others.grad = None
+        if not settings["sync"][number]: continue
+        optimiser.param_groups[0]["lr"] = full * min(1, number / (warmup * accumulation))
+        optimiser.step()
+        optimiser.zero_grad()
+    arrays |= {"weights_final": column(weights), "placeholder_rows_final": rows.detach().clone()}
+    np.savez(folder / f"{case}.npz", **{k: v.numpy() for k, v in arrays.items()})
+    return r
+
+
+def test_learning_rate_warms_up_while_gradients_accumulate(golden, tmp_path):
+    checks = parity("test_concepts")
+    case, folder = "train_conj", golden("concept_discovery")
+    if not (folder / f"{case}.npz").is_file(): pytest.skip(f"no {case} in {folder}")
+    recorded = checks.Recorded(folder).read(case, "placeholder_rows_final")
+    r = warmed_up_set(tmp_path, folder, case, warmup=3)
+    assert r.json(case)["effective_args"]["gradient_accumulation_steps"] > 1
+    fresh = checks.Recorded(tmp_path)
+    assert (fresh.read(case, "placeholder_rows_final") - recorded).abs().max() > 100 * checks.COMPOSED  # another rate, another end
+    made = run(checks.check_of(case), fresh)
+    assert {name for _, name, *_ in made} >= {"placeholder_rows_final", "weights_final", "m00/loss"}
+    wrong = fresh.json(case)
+    wrong["effective_args"]["lr_warmup_steps"] = 6
+    (tmp_path / f"{case}.json").write_text(json.dumps(wrong))
+    with pytest.raises(AssertionError): run(checks.check_of(case), checks.Recorded(tmp_path))
