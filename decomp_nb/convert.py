@@ -52,7 +52,7 @@ def check_grid(name: str, stored: Tensor) -> None:
 
 
 def official_grid(height: int, width: int | None = None) -> Tensor:
-    "Grid of cell centres `(1, 4, h, w)`, to the last bit as the official class computes it: from the edges of the cells"
+    "Grid of cell centres `(1, 4, h, w)` as the official class computes it, from the edges of the cells"
     def centres(n):
         edges = torch.linspace(0, 1, n + 1)
         return 0.5 * (edges[:-1] + edges[1:])
@@ -122,11 +122,11 @@ def check_computed(name: str, stored: Tensor) -> None:
     "A stored table of positions must be the one that we compute"
     if name.endswith(".pe"): check_grid(name, stored)
     elif not torch.allclose(stored.float(), official_sines(*stored.shape[-2:], stored.shape[1]), atol=1e-3):
-        raise ValueError(f"{name} is not the table of sines and cosines (column, then row): these weights mean other positions")
+        raise ValueError(f"{name} is not the table of sines and cosines (column, row): the weights mean other positions")
 
 
 def table_beside(key: str, state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    "What the official class stores beside the position weight `key` (its official name): grid or sines, by name; empty for other keys"
+    "Grid or sines, by name, that the official class stores beside the position weight `key`; empty for other keys"
     if not key.endswith(tuple(f".pos_emb.1{end}" for end in BESIDE)): return {}
     layer, _, end = key.partition(".pos_emb.1")
     level = unet_level(key, len(config["block_out_channels"]))
