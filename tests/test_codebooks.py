@@ -41,7 +41,8 @@ def test_writing_with_kept_keys_costs_a_fraction():
         with FlopCounterMode(display=False) as counter: words = write(slots)
         work.append((counter.get_total_flops(), words))
     likeliest = writer.generate(slots, return_logits=True)[1].topk(2, dim=-1).values
-    sure = ((likeliest[..., 0] - likeliest[..., 1]) > 1e-4).cumprod(1).bool()  # before the first word that a rounding decides: all of them with this start
+    clear = (likeliest[..., 0] - likeliest[..., 1]) > 1e-4  # all of them with this start
+    sure = clear.cumprod(1).bool()  # before the first word that a rounding decides
     assert torch.equal(work[0][1][sure], work[1][1][sure]) and sure.float().mean() > 0.5
     assert work[1][0] > 50 * work[0][0], f"only {work[1][0] / work[0][0]:.0f} times less"
 

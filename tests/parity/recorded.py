@@ -77,7 +77,7 @@ def processor() -> str:
 
 
 def recorded_like_here(versions: dict[str, str], cpu: str = "AVX512") -> bool:
-    "Whether these packages run here in the recorded versions, on a processor like the recording's: only then do last bits agree, and what hangs on them"
+    "Whether these packages run here in the recorded versions, on a processor like the recording's: last bits agree"
     from importlib.metadata import PackageNotFoundError, version
     names = {"sklearn": "scikit-learn"}
     try: same = all(version(names.get(name, name)) == recorded for name, recorded in versions.items())

@@ -175,7 +175,9 @@ def check_losses(r):
 
 
 def posterior_tolerance(largest: float, abar: torch.Tensor, kind: str) -> float:
-    "Relative where numbers are larger than a noisy picture's; where ε is read as a picture its rounding errors grow by √(1/ᾱ − 1), of which the tolerance holds ten anyway"
+    """Relative where numbers are larger than a noisy picture's.
+
+    Where ε is read as a picture its rounding errors grow by √(1/ᾱ − 1); ten of that the tolerance holds anyway."""
     grown = (1 / abar.min() - 1).sqrt().item() / 10 if kind == "eps" else 1.0
     return max(SINGLE, SINGLE * largest / USUAL, min(SINGLE * grown, SEEN))
 
@@ -190,11 +192,24 @@ def check_posterior(r):
         ancestral = decomp_sampler("ddpm", model.scheduler)
         ancestral.set_timesteps(model.scheduler.config.num_train_timesteps)
         with injected_noise(iter([torch.zeros_like(x_t[:1])] * len(t))):
-            steps = [ancestral.step(said[i:i + 1], now, x_t[i:i + 1]) for i, now in enumerate(t)]
-        for name, values in {"mean": [s.prev_sample for s in steps], "pred_xstart": [s.pred_original_sample for s in steps]}.items():
+            steps = [ancestral.step(said[i : i + 1], now, x_t[i : i + 1]) for i, now in enumerate(t)]
+        for name, values in {
+            "mean": [s.prev_sample for s in steps],
+            "pred_xstart": [s.pred_original_sample for s in steps],
+        }.items():
             largest = r.read("arrays", f"pmv_{kind}_{name}").abs().max().item()
-            yield "arrays", f"pmv_{kind}_{name}", torch.cat(values), posterior_tolerance(largest, model.scheduler.alphas_cumprod[t], kind)
-    yield "arrays", "pmv_log_variance", torch.stack([ancestral.log_variance(now) for now in t]).float(), SINGLE
+            yield (
+                "arrays",
+                f"pmv_{kind}_{name}",
+                torch.cat(values),
+                posterior_tolerance(largest, model.scheduler.alphas_cumprod[t], kind),
+            )
+    yield (
+        "arrays",
+        "pmv_log_variance",
+        torch.stack([ancestral.log_variance(now) for now in t]).float(),
+        SINGLE,
+    )
 
 
 @torch.no_grad()
@@ -248,9 +263,12 @@ def check_inversion(r):
 
 
 def combination_masks(r, k: int) -> dict[str, list[int] | str | None]:
-    "Recorded combination → its mask. The official default is half ones, half zeros and fails for an odd k; recorded all the same, k // 2 come from the first picture"
+    """Recorded combination → its mask.
+
+    The official default is half ones, half zeros and fails for an odd k; recorded all the same, k // 2 are ones."""
     found = {"slice_custom": r.json("config")["slice_custom_indices"]}
-    if "slice_default" in r.names("arrays"): found["slice_default"] = None if k % 2 == 0 else [1] * (k // 2) + [0] * (k - k // 2)
+    if "slice_default" in r.names("arrays"):
+        found["slice_default"] = None if k % 2 == 0 else [1] * (k // 2) + [0] * (k - k // 2)
     return found
 
 

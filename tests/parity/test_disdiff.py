@@ -30,7 +30,9 @@ from decomp_nb.core import Factors, sample
 from decomp_nb.methods.disdiff import choice_losses, field_coefficient, moves_of
 
 VALUE, GRADIENT = 2e-4, 1e-3  # of the largest number of an array, as the README of the data says
-INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_factor", "ddim.eta1_noise", "ae.noise", "ae2.noise", "scale_factor", "z0", "z0_posterior_noise"}
+INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_factor", "ddim.eta1_noise"}
+INPUTS |= {"ae.noise", "ae2.noise"}
+INPUTS |= {"scale_factor", "z0", "z0_posterior_noise"}  # of a KL autoencoder
 
 
 class Recorded(Arrays):
@@ -170,7 +172,9 @@ def check_prior(r):
     found = noise_loss(answer, noise, t, model.scheduler)
     yield "ldm.loss", found["loss"], VALUE
     yield "ldm.loss_vlb", found["bound"], VALUE
-    if r.z0_is_told: close(model({"image": r.images, "noise": noise, "timesteps": t, **r.draws})["loss"], found["loss"], 1e-5, "the training step")
+    if not r.z0_is_told: return
+    batch = {"image": r.images, "noise": noise, "timesteps": t, **r.draws}
+    close(model(batch)["loss"], found["loss"], 1e-5, "the training step")
 
 
 @torch.no_grad()
@@ -280,7 +284,9 @@ def as_official(r, model, values: dict, name: str) -> torch.Tensor:
 def train_batch(r, model):
     z0, noise, t, _ = r.noised(model)
     batch = {"image": r.images, "noise": noise, "timesteps": t, "chosen": r.given("sampled_concept"), **r.draws}
-    if not r.z0_is_told: batch |= {"latent_mean": z0 / model.latents.vae.config.scaling_factor, "latent_logvar": torch.full_like(z0, -60.0), "latent_noise": torch.zeros_like(z0)}
+    if not r.z0_is_told:
+        mean = z0 / model.latents.vae.config.scaling_factor
+        batch |= {"latent_mean": mean, "latent_logvar": torch.full_like(z0, -60.0), "latent_noise": torch.zeros_like(z0)}
     return batch
 
 

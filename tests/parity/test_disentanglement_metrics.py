@@ -16,8 +16,9 @@ from recorded import processor, recorded_like_here
 from decomp_nb.metrics import disentanglement as dis
 
 EXACT, SCORE, SOLVER = 0.0, 1e-6, 0.02  # SOLVER: readers that iterate, as the README of the data says
-# The same trees where another processor rounds exp and log differently: equal splits change their order. Weights that differ by one part in 10¹⁵ move
-# importances by 0.0044 (0.006 per code), disentanglement by 0.0013, completeness by 0.001, informativeness by 0.0025 (most of 10 tries); thrice that, rounded.
+# The same trees where another processor rounds exp and log differently: equal splits change their order. Weights that
+# differ by one part in 10¹⁵ move importances by 0.0044 (0.006 per code), disentanglement by 0.0013, completeness by
+# 0.001, informativeness by 0.0025 (most of 10 tries); thrice that, rounded.
 TIES = {"importance": 0.018, "disentanglement": 0.004, "completeness": 0.003, "informativeness": 0.0075}
 TREES = {"importance": 0.03, "disentanglement": 0.01, "completeness": 0.01, "informativeness": 0.02}  # another order among exactly equal splits
 OFFICIAL = dict(train=10_000, test=5_000, batch=64)  # "official sizes" of the end-to-end wrapper
@@ -146,10 +147,12 @@ def trees(folder: Path, boosting: str) -> Iterator:
 
 
 def tree_tolerance(folder: Path, boosting: str, kind: str) -> float:
-    "Bits where everything is as it was recorded, the reach of ties where only processor or number libraries differ, that of other trees else"
+    "Last bits where all is as recorded, the reach of ties on another processor or numpy, else that of other trees"
     import sklearn
+
     versions = read(folder)[1]["versions"]
-    if boosting != "sklearn" or versions["sklearn"] != sklearn.__version__: return TREES[kind]
+    if boosting != "sklearn" or versions["sklearn"] != sklearn.__version__:
+        return TREES[kind]
     cpu = versions.get("cpu", "AVX512")
     packages = {name: version for name, version in versions.items() if name != "cpu"}
     return SCORE if recorded_like_here(packages, cpu) else TIES[kind]
@@ -226,7 +229,7 @@ def test_altered_value_fails(check, golden):
         with pytest.raises(AssertionError, match=re.escape(name)): compare(ours, expected, tolerance, name)
 
 
-# --- ties ------------------------------------------------------------------------------------------------------------------------------------------
+# --- ties ---------------------------------------------------------------------------------------------------
 
 def test_bits_are_asked_for_only_where_they_were_recorded():
     here = {"numpy": np.__version__}
@@ -239,16 +242,31 @@ def test_bits_are_asked_for_only_where_they_were_recorded():
 def test_ties_do_not_hide_other_trees(golden, monkeypatch):
     "Splits in another order stay within the loose tolerances; trees of another depth, or features mixed up, do not"
     import sklearn.ensemble
+
     folder = golden("disdiff")
     x, y, test_x, test_y = samples(folder)
-    y, test_y, expected = y[:, :2], test_y[:, :2], expectation(folder, "dci.importance")[:, :2]  # every factor has trees of its own
+    y, test_y, expected = (
+        y[:, :2],
+        test_y[:, :2],
+        expectation(folder, "dci.importance")[:, :2],
+    )  # every factor has trees of its own
     build = sklearn.ensemble.GradientBoostingClassifier
 
     class LastBits(build):
-        def fit(self, codes, labels): return super().fit(codes, labels, 1 + 1e-15 * np.random.RandomState(0).randn(len(codes)))
+        def fit(self, codes, labels):
+            return super().fit(codes, labels, 1 + 1e-15 * np.random.RandomState(0).randn(len(codes)))
+
     monkeypatch.setattr(sklearn.ensemble, "GradientBoostingClassifier", LastBits)
-    compare(dis.dci(x, y, test_x, test_y, boosting="sklearn").importance, expected, TIES["importance"], "importance")
-    monkeypatch.setattr(sklearn.ensemble, "GradientBoostingClassifier", lambda **options: build(**options, max_depth=2))
+    compare(
+        dis.dci(x, y, test_x, test_y, boosting="sklearn").importance,
+        expected,
+        TIES["importance"],
+        "importance",
+    )
+    monkeypatch.setattr(
+        sklearn.ensemble, "GradientBoostingClassifier", lambda **options: build(**options, max_depth=2)
+    )
     wrong = dis.dci(x, y, test_x, test_y, boosting="sklearn").importance
     for fault in (wrong, expected[::-1]):
-        with pytest.raises(AssertionError, match="importance"): compare(fault, expected, TIES["importance"], "importance")
+        with pytest.raises(AssertionError, match="importance"):
+            compare(fault, expected, TIES["importance"], "importance")
