@@ -12,7 +12,9 @@ import nbformat as nbf
 import pytest
 
 from decomp_nb.training.config import TrainConfig
-from decomp_nb.training.launch import gather_values, main, parameters, sbatch_script
+from decomp_nb.training.launch import main
+from decomp_nb.training.parameters import gather_values, parameters
+from decomp_nb.training.slurm import sbatch_script
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-c", "import sys; from decomp_nb.training.launch import main; sys.exit(main())"]

@@ -18,7 +18,7 @@ import readme
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
-from decomp_nb.training.launch import kinds, parse_parameters
+from decomp_nb.training.parameters import kinds, parse_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = "https://colab.research.google.com"
