@@ -17,7 +17,7 @@ from decomp_nb.training.parameters import gather_values, parameters
 from decomp_nb.training.slurm import sbatch_script
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = [sys.executable, "-c", "import sys; from decomp_nb.training.launch import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-m", "decomp_nb"]
 PATIENCE = 300  # seconds; a busy machine starts kernels slowly
 PARAMETERS = """\
 steps: int = 2  # lines to print
@@ -264,7 +264,7 @@ def test_slurm_job_saves_and_goes_back_into_the_queue(toy, tmp_path, capsys):
     write_notebook(toy, SAVES)
     assert main(["run", "toy.ipynb", "--sbatch", "jobs/job.sbatch", "-p", "steps", "7", "--array", "0-3"]) == 0
     assert "sbatch jobs/job.sbatch" in capsys.readouterr().out
-    fake(tmp_path / "bin", "decomp_nb", f'exec {sys.executable} -c "{COMMAND[2]}" "$@"')
+    fake(tmp_path / "bin", "decomp_nb", f'exec {sys.executable} -m decomp_nb "$@"')
     fake(tmp_path / "bin", "scontrol", 'echo "$@" > scontrol.txt')
     task = {"SLURM_JOB_ID": "102", "SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": "2",
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
