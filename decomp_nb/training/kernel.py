@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 # %% auto #0
-__all__ = ['FORWARDED', 'STOPPED', 'KEEP_MEMORY', 'own_kernel_spec', 'check_kernel', 'printed_lines', 'run_directory',
-           'relative_path', 'Kernels', 'forward_signals', 'execute', 'start_failure', 'exit_code', 'wait_for',
-           'run_notebook']
+__all__ = ['FORWARDED', 'START_TIMEOUT', 'STOPPED', 'KEEP_MEMORY', 'own_kernel_spec', 'check_kernel', 'printed_lines',
+           'run_directory', 'relative_path', 'Kernels', 'forward_signals', 'execute', 'start_failure', 'exit_code',
+           'wait_for', 'run_notebook']
 
 # %% ../../nbs/training/kernel.ipynb #kernel-own-spec
 def own_kernel_spec():
@@ -128,6 +128,9 @@ def forward_signals(send: Callable[[int], bool]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 # %% ../../nbs/training/kernel.ipynb #kernel-execute
+START_TIMEOUT = 60  # seconds that a kernel may take to answer
+
+
 def execute(notebook: Path, output: Path, values: dict, kernels: Kernels, kernel: str = "") -> None:
     "papermill, with the kernel's text on this terminal as it comes"
     import papermill
@@ -136,7 +139,7 @@ def execute(notebook: Path, output: Path, values: dict, kernels: Kernels, kernel
         str(notebook), str(output), values,
         kernel_name=kernel or "python3", language="python", kernel_manager_class=kernels.manager_class(kernel),
         on_notebook_start=kernels.note_ready, extra_arguments=["--log-level=50"],  # an asked-for stop is no error
-        progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+        start_timeout=START_TIMEOUT, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
 
 
 def start_failure(error: BaseException, kernels: Kernels, kernel: str) -> str:

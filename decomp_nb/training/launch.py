@@ -17,6 +17,7 @@ from .config import project_root
 from .kernel import STOPPED, relative_path, run_directory, run_notebook
 from .parameters import Parameters, check_trackers, gather_values, parameters
 from .processes import Job, Layout, asked_for_gpus, count_gpus, run_as_rank, run_ranks, started_by_another
+from .rendezvous import parse_address
 from .slurm import Allocation, sbatch_script
 
 # %% auto #0
@@ -158,7 +159,7 @@ def read_layout(args: argparse.Namespace) -> Layout:
     node = int(os.environ.get("SLURM_NODEID", -1)) if args.node_rank is None else args.node_rank
     if not 0 <= node < args.nodes:
         raise ValueError(f"--nodes {args.nodes}: --node-rank must number this machine, from 0 to {args.nodes - 1}")
-    if not args.rendezvous:
+    if not args.rendezvous or parse_address(args.rendezvous)[1] == 0:
         raise ValueError(f"--nodes {args.nodes}: --rendezvous HOST:PORT must name the address of machine 0")
     return Layout(args.nproc, args.nodes, node, args.rendezvous, args.rendezvous_timeout, args.device)
 

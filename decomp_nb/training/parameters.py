@@ -23,7 +23,7 @@ from .config import TrainConfig, check_range, nearest
 __all__ = ['TYPES', 'BOOLEANS', 'NOTHING', 'YAML_12', 'Parameter', 'Parameters', 'read_cells', 'parameters_source',
            'read_comments', 'read_assignment', 'parse_parameters', 'parameters', 'union_members', 'allowed_types',
            'read_literal', 'read_text', 'first_reading', 'coerce', 'is_training', 'check_ranges', 'check_values',
-           'check_together', 'check_trackers', 'yaml_loader', 'read_recipe', 'gather_values']
+           'check_together', 'check_trackers', 'yaml_loader', 'read_yaml', 'read_recipe', 'gather_values']
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parameter
 class Parameter(NamedTuple):
@@ -253,6 +253,11 @@ def yaml_loader() -> type:
     Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
     return Loader
 
+
+def read_yaml(text: str) -> Any:
+    "The value of a YAML text, by the rules of YAML 1.2; nothing but plain values is built"
+    return yaml_loader()(text).get_single_data()
+
 # %% ../../nbs/training/parameters.ipynb #parameters-read-recipe
 def read_recipe(path: str | Path) -> dict:
     "Parameters from a YAML file, `name: value` a line"
@@ -261,7 +266,7 @@ def read_recipe(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), yaml_loader()) or {}
+        recipe = read_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(recipe, dict):

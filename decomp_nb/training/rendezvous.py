@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import socket
@@ -22,7 +23,7 @@ from .parameters import read_cells
 
 # %% auto #0
 __all__ = ['SILENCE', 'parse_address', 'open_store', 'digest', 'code_digest', 'last_checkpoint', 'run_record', 'differences',
-           'Board', 'wait_for_all', 'agree', 'Watch', 'leave', 'interface_address', 'interface_towards']
+           'Board', 'wait_for_all', 'exchange', 'agree', 'Watch', 'leave', 'interface_address', 'interface_towards']
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-address
 def parse_address(text: str) -> tuple[str, int]:
@@ -56,8 +57,7 @@ def digest(texts: list[str]) -> str:
 
 def code_digest() -> str:
     "Fingerprint of every module of the package"
-    import decomp_nb
-    folder = Path(decomp_nb.__file__).parent
+    folder = Path(importlib.util.find_spec("decomp_nb").submodule_search_locations[0])
     files = sorted(folder.rglob("*.py"))
     return digest([text for file in files for text in (str(file.relative_to(folder)), file.read_text(encoding="utf-8"))])
 
@@ -70,13 +70,10 @@ def last_checkpoint(out_dir: str) -> str:
 
 def run_record(notebook: Path, values: dict, out_dir: str = "") -> dict[str, Any]:
     "What has to be equal on all machines"
-    import torch
-
-    from decomp_nb import __version__
-    from decomp_nb.training.trainer import git_commit
+    from decomp_nb.training.trainer import git_commit, versions
     sources = ["".join(cell["source"]) for cell in read_cells(notebook)]
-    record = {"version of decomp_nb": __version__, "git commit": git_commit(), "code of decomp_nb": code_digest(),
-              "torch": torch.__version__, f"notebook {notebook.name}": digest(sources)}
+    record = {f"version of {name}": version for name, version in versions().items() if name != "python"}
+    record |= {"git commit": git_commit(), "code of decomp_nb": code_digest(), f"notebook {notebook.name}": digest(sources)}
     record |= {f"parameter {name}": value for name, value in values.items()}
     return record | ({"last checkpoint in out_dir": last_checkpoint(out_dir)} if out_dir else {})
 
@@ -144,14 +141,22 @@ def wait_for_all(board: Board, key: str) -> list[str]:
     return values
 
 
+def exchange(board: Board, entry: dict[str, Any]) -> list[dict]:
+    "Give one's own entry and get those of all"
+    try:
+        if board.store.add(f"taken/{board.index}", 1) > 1:
+            message = f"two machines were started as {board.word} {board.index}"
+            board.fail(message)
+            raise ValueError(message)
+        board.write("record", json.dumps(entry))
+        return [json.loads(text) for text in wait_for_all(board, "record")]
+    except RuntimeError:  # torch's errors about connections
+        raise ConnectionError(f"{board.names[0]}, which serves the rendezvous, ended before all had met") from None
+
+
 def agree(board: Board, record: dict[str, Any]) -> None:
     "Wait for all and compare; a `ValueError` says what differs and where"
-    if board.store.add(f"taken/{board.index}", 1) > 1:
-        message = f"two machines were started as {board.word} {board.index}"
-        board.fail(message)
-        raise ValueError(message)
-    board.write("record", json.dumps({"host": socket.gethostname(), "record": record}))
-    entries = [json.loads(text) for text in wait_for_all(board, "record")]
+    entries = exchange(board, {"host": socket.gethostname(), "record": record})
     board.names = [f"{board.word} {i} ({entry['host']})" for i, entry in enumerate(entries)]
     found = differences([entry["record"] for entry in entries], board.names)
     if found:
