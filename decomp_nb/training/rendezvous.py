@@ -45,9 +45,10 @@ def open_store(host: str, port: int, serve: bool, timeout: float):
         where = f"rendezvous {host}:{port}"
         if serve:
             reason = str(error).splitlines()[0]
-            raise ConnectionError(f"{where} cannot be served here: {reason}; is the port free, and the host this machine?") from None
-        raise ConnectionError(f"{where}: nobody answered within {timeout:g} s. Was the command started on machine 0 "
-                              "(--node-rank 0), is the address right, is the port open?") from None
+            raise ConnectionError(f"{where} cannot be served here: {reason}; "
+                                  "is the port free, and the host this machine?") from None
+        raise ConnectionError(f"{where}: nobody answered within {timeout:g} s. Was the command started on "
+                              "machine 0 (--node-rank 0), is the address right, is the port open?") from None
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-record
 def digest(texts: list[str]) -> str:
@@ -59,7 +60,8 @@ def code_digest() -> str:
     "Fingerprint of every module of the package"
     folder = Path(importlib.util.find_spec("decomp_nb").submodule_search_locations[0])
     files = sorted(folder.rglob("*.py"))
-    return digest([text for file in files for text in (str(file.relative_to(folder)), file.read_text(encoding="utf-8"))])
+    names = [str(file.relative_to(folder)) for file in files]
+    return digest(names + [file.read_text(encoding="utf-8") for file in files])
 
 
 def last_checkpoint(out_dir: str) -> str:
@@ -73,7 +75,8 @@ def run_record(notebook: Path, values: dict, out_dir: str = "") -> dict[str, Any
     from decomp_nb.training.trainer import git_commit, versions
     sources = ["".join(cell["source"]) for cell in read_cells(notebook)]
     record = {f"version of {name}": version for name, version in versions().items() if name != "python"}
-    record |= {"git commit": git_commit(), "code of decomp_nb": code_digest(), f"notebook {notebook.name}": digest(sources)}
+    record |= {"git commit": git_commit(), "code of decomp_nb": code_digest()}
+    record[f"notebook {notebook.name}"] = digest(sources)
     record |= {f"parameter {name}": value for name, value in values.items()}
     return record | ({"last checkpoint in out_dir": last_checkpoint(out_dir)} if out_dir else {})
 
