@@ -10,7 +10,7 @@ from test_natural_data import coco  # noqa: F401, a fixture
 from decomp_nb.data.scenes import Scenes
 from decomp_nb.methods.lsd import LSD, lsd_preset
 from decomp_nb.training.config import TrainConfig
-from decomp_nb.training.launch import parse_parameters
+from decomp_nb.training.parameters import parse_parameters
 from decomp_nb.training.trainer import Trainer
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from .launch import KEEP_MEMORY
+from .kernel import KEEP_MEMORY
 
 # %% auto #0
 __all__ = ['time_steps', 'run_case', 'measure', 'lsd_step', 'sd_vae_config', 'slot_diffusion_step']
@@ -60,7 +60,7 @@ def measure(
     warmup: int = 1,
     threads: int = 0,  # of torch; 0 = as many as cores
     timeout: float = 900.0,  # seconds, after which the case counts as failed
-    keep_memory: bool = True,  # `launch.KEEP_MEMORY`, as `decomp_nb run` sets it
+    keep_memory: bool = True,  # `kernel.KEEP_MEMORY`, as `decomp_nb run` sets it
     processor: bool = False,  # seconds on the processor, summed over threads; for a machine that also does other things
     **options,  # of the function; must be JSON
 ) -> dict:
