@@ -15,6 +15,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from .rehearsal import VARIABLE
+
 # %% auto #0
 __all__ = ['FORWARDED', 'KEEP_MEMORY', 'run_directory', 'shown', 'Kernels', 'forward_signals', 'execute', 'verdict',
            'run_notebook']
@@ -104,7 +106,8 @@ def verdict(error: BaseException | None, came: list, output: Path) -> int:
     else:
         print(str(error), file=sys.stderr)  # papermill's error carries the traceback of the failing cell
         code = 1
-    print(f"notebook up to there: {shown(output)}", file=sys.stderr)
+    if VARIABLE not in os.environ:
+        print(f"notebook up to there: {shown(output)}", file=sys.stderr)
     return code
 
 # %% ../../nbs/training/kernel.ipynb #kernel-memory

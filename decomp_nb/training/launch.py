@@ -16,6 +16,7 @@ from .config import project_root
 from .kernel import run_directory, run_notebook, shown
 from .parameters import gather_values, parameters
 from .processes import run_ranks
+from .rehearsal import rehearse_notebook
 from .slurm import write_sbatch
 
 # %% auto #0
@@ -54,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("-f", action="append", default=[], metavar="RECIPE", help="take parameters from a YAML file; -p wins over it")
     run.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine, one per GPU")
     run.add_argument("--timeout", type=float, default=0, metavar="S", help="after S seconds ask the notebook to save and stop")
+    run.add_argument("--check", action="store_true", help="rehearse: one step, one evaluation, one checkpoint; print what the run will take")
     run.add_argument("--help-notebook", action="store_true", help="list what the notebook accepts and stop")
     run.add_argument("--quiet-end", action="store_true", help=argparse.SUPPRESS)
     slurm = run.add_argument_group("Slurm: write a batch script instead of running")
@@ -90,11 +92,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         notebook, output = Path(args.notebook), Path(args.output) if args.output else default_output(args.notebook)
         check_paths(notebook, output, args.nproc)
+
+        def start(output: Path, values: dict) -> int:
+            if args.nproc > 1: return run_ranks(args.nproc, notebook, output, values, args.timeout)
+            return run_notebook(notebook, output, values, args.timeout)
+        if args.check:
+            return rehearse_notebook(start, accepted, values, args.nproc)
         output.parent.mkdir(parents=True, exist_ok=True)
-        if args.nproc > 1:
-            code = run_ranks(args.nproc, notebook, output, values, args.timeout)
-        else:
-            code = run_notebook(notebook, output, values, args.timeout)
+        code = start(output, values)
     except (ValueError, OSError) as error:
         print(f"decomp_nb: error: {error}", file=sys.stderr)
         return 2

@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from .config import TrainConfig, project_root, resolve_out_dir
+from .rehearsal import rehearse, rehearsing
 
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'mix', 'epoch_order', 'micro_batch', 'Stream', 'seed_everything', 'random_state', 'set_random_state',
@@ -974,6 +975,7 @@ class Trainer(Keeper):
 
     def fit(self) -> Run:
         "Check everything, then train; a stop signal saves and raises `SystemExit(0)`, Ctrl-C saves and raises `KeyboardInterrupt`"
+        if rehearsing(self.run.path): rehearse(self)
         try:
             self.start()
             with stop_signals() as received:
