@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -167,7 +168,7 @@ def play(trainer: Trainer, seconds: float = 2.0, most: int = 10) -> Timings:
         times.append(timed(lambda: trainer.train_step(next(batches)), device))
         if trainer.accelerator.num_processes > 1 or sum(times) > seconds: break  # several processes must agree: one step
     trainer.log()
-    timings = Timings(min(times), timed(trainer.evaluate, device), timed(trainer.save, device))
+    timings = Timings(statistics.median(times), timed(trainer.evaluate, device), timed(trainer.save, device))
     reached = trainer.step
     trainer.release()
     trainer.start()
