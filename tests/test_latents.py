@@ -8,9 +8,10 @@ from diffusers import AutoencoderDC, AutoencoderTiny
 from decomp_nb.components.codebooks import build_space
 from decomp_nb.components.latent_diffusion import LatentDiffusion, paint
 from decomp_nb.components.latents import DCAutoencoder, DeterministicLatents, KLLatents, build_latents, cache_latents, small_dc, small_vae
+from decomp_nb.components.text import tiny_pipeline
 from decomp_nb.components.text_to_image import TextToImage
 from decomp_nb.data.scenes import Scenes
-from decomp_nb.methods.lsd import LSD, lsd_preset
+from decomp_nb.methods.lsd import LSD, StableLSD, lsd_preset
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.trainer import Trainer
 
@@ -119,3 +120,16 @@ def test_a_trained_dc_autoencoder_is_plain_diffusers(tmp_path):
     with pytest.raises(ValueError, match="only the first may have 0"): small_dc(8, layers=[1, 0, 1, 1])
     with pytest.raises(ValueError, match="4 levels"): small_dc(8, multipliers=[1, 2, 4])
     with pytest.raises(ValueError, match="must divide"): small_dc(8, latent_channels=12)
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_a_frozen_denoiser_takes_pictures_of_any_side(image_size, tmp_path):
+    "Stable-LSD is published with pictures of 256 pixels and a UNet whose config says 768"
+    tiny_pipeline(tmp_path, sample_size=8)
+    encoder = dict(kind="conv", image_size=image_size, channels=[8, 8], stride=2, kernel=3, groups=4)
+    model = StableLSD(str(tmp_path), encoder, dict(n_slots=3, slot_dim=16, hidden_dim=16), image_size=image_size)
+    assert model.latent_shape == (4, image_size // 4, image_size // 4)
+    assert model({"image": torch.rand(2, 3, image_size, image_size)})["loss"].isfinite()
+    small_vae(4, width=8, latent_channels=3).save_pretrained(tmp_path / "vae")
+    other = StableLSD(str(tmp_path), encoder, dict(n_slots=3, slot_dim=16, hidden_dim=16), image_size=image_size)
+    with pytest.raises(ValueError, match="built for 4 channels"): _ = other.latents

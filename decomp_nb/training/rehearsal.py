@@ -57,9 +57,9 @@ def fewer(name: str, value: Any) -> Any:
 
 
 def fewer_images(values: Mapping[str, Any], processes: int = 1) -> int:
-    "Training pictures of a rehearsal: enough for three steps of all processes, at least 64"
+    "Training pictures of a rehearsal: enough for three steps of all processes, at least 256"
     step = values.get("batch_size", 16) * values.get("grad_accumulation", 1) * processes
-    needed, given = max(64, 3 * step), values["n_images"]
+    needed, given = max(256, 3 * step), values["n_images"]
     return min(given, needed) if given > 0 else needed
 
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-changes-export
