@@ -30,7 +30,7 @@ from decomp_nb.methods import disdiff
 from decomp_nb.methods.concepts import published_folders
 from decomp_nb.training.config import resolve_out_dir
 from decomp_nb.training.launch import make_parser
-from decomp_nb.training.parameters import gather_values, parameters
+from decomp_nb.training.parameters import check_values, gather_values, parameters
 from decomp_nb.training.rehearsal import smaller
 from decomp_nb.training.trainer import Run, append_metrics, read_losses
 
@@ -290,22 +290,21 @@ def command(recipe: Path):
     return make_parser().parse_args(own[0])
 
 
-def given(recipe: Path) -> tuple[Path, dict]:
-    "Notebook of a recipe, and the parameters that it and the command line in its head set"
+def given(recipe: Path, changes: dict) -> tuple[Path, dict]:
+    "Notebook of a recipe, and the parameters that it, the command line in its head and `changes` set"
     args = command(recipe)
     notebook = ROOT / args.notebook
     pairs = [pair for pair in args.p if pair[0] != "data"]  # the folder that a user has elsewhere
-    return notebook, gather_values(parameters(notebook), [recipe], pairs)
+    return notebook, gather_values(parameters(notebook), [recipe], pairs) | check_values(parameters(notebook), changes, "changed")
 
 
-def settings(recipe: Path) -> tuple[Path, dict]:
-    "Notebook of a recipe, and all parameters, made as small as a rehearsal makes them; widths stay"
-    notebook, values = given(recipe)
+def settings(notebook: Path, values: dict) -> dict:
+    "All parameters, made as small as a rehearsal makes them; widths stay"
     accepted = parameters(notebook)
     values |= dict(batch_size=2, grad_accumulation=1) if "grad_accumulation" in accepted else {}
     values |= dict(batch_size=2) if "batch_size" in accepted else {}
     values |= dict(begin_steps=0) if "begin_steps" in accepted else {}
-    return notebook, {name: p.default for name, p in accepted.items()} | values | smaller(accepted, values)
+    return {name: p.default for name, p in accepted.items()} | values | smaller(accepted, values)
 
 
 class Farm:
@@ -317,11 +316,11 @@ class Farm:
         "Run directories that these parameters name as input"
         return [v for k, v in values.items() if isinstance(v, str) and v.startswith("papermill_runs/out/") and k != "out_dir"]
 
-    def rehearse(self, recipe: Path, until: str = "", **stand_ins) -> dict:
+    def rehearse(self, recipe: Path, changes: dict | None = None, until: str = "", **stand_ins) -> dict:
         "Names of the recipe's notebook where its training would begin"
-        notebook, values = settings(recipe)
-        for out_dir in self.needed(given(recipe)[1]): self.stage(out_dir)
-        space = play(notebook, values, until, **stand_ins)
+        notebook, values = given(recipe, changes or {})
+        for out_dir in self.needed(values): self.stage(out_dir)
+        space = play(notebook, settings(notebook, values), until, **stand_ins)
         if "trainer" in space: keep(space["trainer"].model, self.project / values["out_dir"])
         return space
 

@@ -45,3 +45,23 @@ def test_recipe(recipe, farm):
 def test_recipe_of_a_comparison(recipe, farm):
     space = farm.rehearse(recipe, until="fit", Trainer=OneStep)
     assert set(space["finished"]) == {(method, seed) for method in space["methods"] for seed in space["seeds"]}
+
+
+BROKEN = {
+    "a preset that is gone": ("lsd_shapes", dict(preset="shapez"), ValueError, "preset 'shapez'"),
+    "a parameter that was renamed": ("lsd_shapes", dict(n_slotz=7), ValueError, "unknown parameter 'n_slotz'"),
+    "data that is not there": ("lsd_clevr", dict(data="../shared/data/clevrr"), FileNotFoundError, "no data set"),
+    "an option that the data set does not know": ("slot_diffusion_voc", dict(data_options={"slid": True}), ValueError, "Did you mean 'slide'"),
+    "latents of another shape": ("slot_diffusion_textured_vq", dict(model_options={}), ValueError, "built for 48 channels"),
+    "an autoencoder of another kind": ("slot_diffusion_textured_vq", dict(latents_path="papermill_runs/out/dvae_textured"), ValueError, "holds a DVAE"),
+    "a stage that nobody makes": ("slate_clevr", dict(dvae_path="papermill_runs/out/dvae_klevr"), AssertionError, "made by 0 recipes"),
+    "pictures that a cache cannot keep": ("slot_diffusion_coco", dict(cache_latents=True), AssertionError, "random flips"),
+    "a warm-up longer than the run": ("lsd_shapes", dict(max_steps=10), ValueError, "warmup_steps"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_recipe_is_found(case, farm):
+    stem, changes, error, message = BROKEN[case]
+    recipe = next(r for r in RECIPES if r.stem == stem)
+    with pytest.raises(error, match=message): farm.rehearse(recipe, changes)

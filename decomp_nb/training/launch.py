@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             print(accepted)
             return 0
         values = gather_values(accepted, args.f, args.p)
+        if args.check and args.sbatch:
+            raise ValueError("--check rehearses here and now, --sbatch writes a script for later: one of them")
         if args.sbatch:
             write_sbatch(args, accepted, argv)
             return 0

@@ -88,7 +88,7 @@ def tell_changes(accepted: Parameters, values: Mapping[str, Any], changes: Mappi
 @contextmanager
 def scratch(out_dir: str | Path) -> Iterator[Path]:
     "A folder beside `out_dir` for everything that a rehearsal writes; gone afterwards. An `OSError` where it cannot be made"
-    beside = next(folder for folder in resolve_out_dir(out_dir).parents if folder.is_dir())
+    beside = next(folder for folder in resolve_out_dir(out_dir).parents if folder.exists())
     try:
         made = tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=beside)
     except OSError as error:
