@@ -29,7 +29,7 @@ from decomp_nb.data.factors import Shapes3D
 from decomp_nb.methods import disdiff
 from decomp_nb.methods.concepts import published_folders
 from decomp_nb.training.config import resolve_out_dir
-from decomp_nb.training.launch import make_parser
+from decomp_nb.training.launch import make_parser, take_parameters
 from decomp_nb.training.parameters import check_values, gather_values, parameters
 from decomp_nb.training.rehearsal import smaller
 from decomp_nb.training.trainer import Run, append_metrics, read_losses
@@ -287,7 +287,10 @@ def command(recipe: Path):
     "The parsed command line that runs a recipe itself"
     own = [words for words in commands(recipe) if str(recipe.relative_to(ROOT)) in words]
     assert len(own) == 1, f"the head of {recipe.name} does not say how it is run"
-    return make_parser().parse_args(own[0])
+    pairs, rest = take_parameters(own[0])
+    args = make_parser().parse_args(rest)
+    args.p = pairs
+    return args
 
 
 def given(recipe: Path, changes: dict) -> tuple[Path, dict]:

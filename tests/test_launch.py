@@ -1,4 +1,6 @@
 "Runs as jobs: parameters are refused by name, progress is live, signals reach the notebook, ranks live and die together."
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -12,63 +14,10 @@ import nbformat as nbf
 import pytest
 
 from decomp_nb.training.config import TrainConfig
-from decomp_nb.training.launch import main
-from decomp_nb.training.parameters import gather_values, parameters
+from decomp_nb.training.launch import main, take_parameters
+from decomp_nb.training.parameters import gather_values, parameters, parse_parameters
 from decomp_nb.training.slurm import sbatch_script
-
-ROOT = Path(__file__).resolve().parents[1]
-COMMAND = [sys.executable, "-c", "import sys; from decomp_nb.training.launch import main; sys.exit(main())"]
-PATIENCE = 300  # seconds; a busy machine starts kernels slowly
-PARAMETERS = """\
-steps: int = 2  # lines to print
-lr: float = 1e-3  # learning rate
-name: str = 'toy'  # text
-out_dir: str = 'runs/toy'  # run directory
-"""
-# what the trainer does: on a signal, save and end the notebook
-SAVES = """
-import os, signal, sys, time
-def save(number, frame):
-    open(f'saved-{os.environ.get("RANK", 0)}', 'w').write(str(number))
-    sys.exit(0)
-for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, save)
-globals().get('meet', int)()
-print('waiting', os.getpid(), flush=True)
-while True: time.sleep(0.05)
-"""
-
-
-def write_notebook(path: Path, *sources: str, parameters: str = PARAMETERS) -> Path:
-    "A notebook with a parameters cell and then `sources`"
-    cells = [nbf.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbf.v4.new_code_cell, sources)]
-    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    nbf.write(nbf.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
-    return path
-
-
-def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
-    "The command in `folder`, its output piped as text"
-    return subprocess.Popen([*COMMAND, *map(str, words)], cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process: subprocess.Popen, word: str) -> str:
-    "The first line of its output that begins with `word`"
-    for line in process.stdout:
-        if line.startswith(word):
-            return line
-    raise AssertionError(f"ended without saying {word!r}: {process.stderr.read()}")
-
-
-def alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
-def text_of(notebook: Path) -> str:
-    "All stream output of an executed notebook"
-    return "".join(o.get("text", "") for c in nbf.read(notebook, 4).cells for o in c.get("outputs", []))
-
+from launch_toys import COMMAND, PATIENCE, ROOT, SAVES, alive, fake, slurm_environment, start, text_of, wait_for, write_notebook
 
 # --- before anything starts ----------------------------------------------------------------------------------------------------------
 
@@ -99,12 +48,19 @@ def test_lists_what_a_notebook_accepts(toy, capsys):
     (["out.txt"], ["out.txt", ".ipynb"]),
     (["toy.ipynb"], ["is the notebook itself"]),
     (["--nproc", "0"], ["--nproc 0"]),
+    (["-p", "lr", "inf"], ["'lr'", "not a finite number"]),
+    (["-f", "twice.yaml"], ["twice.yaml", "'steps' is set twice"]),
+    (["--kernel", "fortran"], ["--kernel fortran", "there are:", f"runs in {sys.executable}"]),
+    (["--nodes", "2", "--rendezvous", "localhost:29500"], ["--node-rank must number this machine, from 0 to 1"]),
+    (["--nodes", "2", "--node-rank", "0"], ["--rendezvous HOST:PORT must name"]),
+    (["--nodes", "2", "--node-rank", "0", "--rendezvous", "localhost"], ["'localhost': expected HOST:PORT"]),
 ])
 def test_refuses_before_it_starts(toy, capsys, words, expected):
     Path("wrong.yaml").write_text("step: 3")
     Path("type.yaml").write_text("name: 3")
     Path("list.yaml").write_text("- steps")
     Path("broken.yaml").write_text("steps: [3")
+    Path("twice.yaml").write_text("steps: 3\nsteps: 4")
     before = toy.read_bytes()
     assert main(["run", "toy.ipynb", *words]) == 2
     said = capsys.readouterr().err
@@ -124,9 +80,89 @@ def test_refuses_what_is_no_run_notebook(toy, capsys):
 def test_limits_of_training_options_are_known(toy, capsys):
     write_notebook(Path("train.ipynb"), "1", parameters=TrainConfig().parameters_cell({"dataset": ("shapes", "which images")}))
     assert set(TrainConfig.names()) < set(parameters("train.ipynb"))
-    for words, expected in [(["batch_size", "0"], "batch_size: 0 is below 1"), (["lr_schedule", "cosin"], "did you mean 'cosine'")]:
+    for words, expected in [(["batch_size", "0"], "batch_size: 0 is below 1"), (["lr_schedule", "cosin"], "did you mean 'cosine'"),
+                            (["learning_rate", "inf"], "not a finite number"), (["trackers", "no_such"], "'no_such' is not installed")]:
         assert main(["run", "train.ipynb", "-p", *words]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_a_short_run_is_no_mistake():
+    "`-p max_steps 3` is what everybody tries first: fewer steps than the warm-up has"
+    accepted = parse_parameters(TrainConfig(lr_schedule="cosine", warmup_steps=50).parameters_cell())
+    assert gather_values(accepted, [], [("max_steps", "3")]) == {"max_steps": 3}
+
+
+ODD = parse_parameters("seed: int = 0\nlr: float = 1e-3\nprecision: str = 'auto'\ncpu: bool = False\noptions: dict = {}\n"
+                       "sizes: tuple = (1, 2)\nlate: str = ''\nlimit: int | None = 3")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("seed: 010", {"seed": 10}),  # eight in YAML 1.1
+    ("precision: no", {"precision": "no"}),  # False
+    ("late: 1:30", {"late": "1:30"}),  # ninety
+    ("late: 2026-01-02", {"late": "2026-01-02"}),  # a date
+    ("lr: 3e-4", {"lr": 3e-4}),  # text
+    ("cpu: yes", {"cpu": True}),
+    ("sizes: [3, 4]", {"sizes": (3, 4)}),
+    ("limit: ~", {"limit": None}),
+    ("options: {masks: true, pad: null, word: no}", {"options": {"masks": True, "pad": None, "word": "no"}}),
+])
+def test_recipes_mean_what_they_say(tmp_path, text, expected):
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert gather_values(ODD, [tmp_path / "recipe.yaml"], []) == expected
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("lr", "-1e-4", -1e-4), ("seed", "010", 10), ("precision", "", ""), ("precision", "no", "no"), ("cpu", "no", False),
+    ("options", '{"masks": true, "pad": null}', {"masks": True, "pad": None}), ("options", "{'a': (1, None)}", {"a": (1, None)}),
+])
+def test_words_of_the_command_line(name, text, expected):
+    pairs, rest = take_parameters(["run", "a.ipynb", "-p", name, text, "--nproc", "2"])
+    assert rest == ["run", "a.ipynb", "--nproc", "2"]
+    assert gather_values(ODD, [], pairs) == {name: expected}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk"])
+def test_consoles_that_are_not_utf8(toy, encoding):
+    write_notebook(toy, "1", parameters="lr: float = 1.0  # rises as 1 − (1 + step)^(−2/3), ½ of ε")
+    done = subprocess.run([*COMMAND, "params", "toy.ipynb"], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0 and done.stdout.decode(encoding).startswith("lr  float  1.0  rises as 1 "), done.stderr
+
+
+@pytest.mark.parametrize("module", ["decomp_nb", "decomp_nb.training.launch"])
+def test_python_m_is_the_command(toy, module):
+    done = subprocess.run([sys.executable, "-m", module, "run", "toy.ipynb", "-p", "steps", "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and "'steps' expects int" in done.stderr
+
+
+def test_a_missing_package_is_named(toy, capsys, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ipykernel" else there(name, *rest))
+    assert main(["run", "toy.ipynb"]) == 2
+    assert f"ipykernel is missing in {sys.executable}; install it: pip install ipykernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, expected", [("false", "died before"), ("sleep", "in 2 seconds"), ("no-such-program", "no-such-program")])
+def test_a_kernel_that_does_not_start(toy, capsys, monkeypatch, tmp_path, program, expected):
+    (tmp_path / "kernels/broken").mkdir(parents=True)
+    spec = {"argv": [program, "1000"], "display_name": "broken", "language": "python"}
+    (tmp_path / "kernels/broken/kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setattr("decomp_nb.training.kernel.START_TIMEOUT", 2)
+    begin = time.monotonic()
+    assert main(["run", "toy.ipynb", "out.ipynb", "--kernel", "broken"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("decomp_nb: error: the kernel 'broken' (--kernel) did not start:") and expected in said, said
+    assert said.count("\n") == 1 and time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize("visible, device", [("7", "auto"), ("", "gpu")])
+def test_gpus_that_are_not_there(toy, capsys, monkeypatch, visible, device):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", int)
+    for words in ([], ["--nproc", "2"]):
+        assert main(["run", "toy.ipynb", "--device", device, *words]) == 2
+        assert "GPUs were asked for, but torch" in capsys.readouterr().err
 
 
 RECIPES = sorted((ROOT / "papermill_runs" / "recipes").glob("*.yaml"))
@@ -147,16 +183,21 @@ def test_recipe_fits_its_notebook(recipe):
 
 
 def test_run_is_live_and_names_its_results(tmp_path):
+    "Also where another environment has installed the kernel `python3`, and on a console without UTF-8"
+    (tmp_path / "kernels/python3").mkdir(parents=True)
+    (tmp_path / "kernels/python3/kernel.json").write_text('{"argv": ["false"], "display_name": "other", "language": "python"}')
     work = "import os, time\nos.makedirs(out_dir)\nfor i in range(steps): print('step', i, name, repr(lr), flush=True); time.sleep(1)"
-    write_notebook(tmp_path / "toy.ipynb", work, "print('run directory:', out_dir)")
+    write_notebook(tmp_path / "toy.ipynb", work, "import sys\nprint('½', sys.executable)", "print('run directory:', out_dir)")
     (tmp_path / "settings.ini").write_text("[DEFAULT]")
     (tmp_path / "deep").mkdir()
     (tmp_path / "recipe.yaml").write_text("lr: 3e-4\nsteps: 9\n")
-    process = start(tmp_path / "deep", "run", "../toy.ipynb", "-f", "../recipe.yaml", "-p", "steps", "3", "-p", "name", "007")
+    process = start(tmp_path / "deep", "run", "../toy.ipynb", "-f", "../recipe.yaml", "-p", "steps", "3", "-p", "name", "007",
+                    JUPYTER_PATH=str(tmp_path), PYTHONIOENCODING="ascii")
     assert wait_for(process, "step").split() == ["step", "0", "007", "0.0003"]
     assert process.poll() is None, "the first line came only when everything was over"
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and err == ""
+    assert f"\\xbd {sys.executable}" in out
     first, second = out.splitlines()[-2:]
     executed = tmp_path / "deep" / first.removeprefix("executed notebook: ")
     assert executed.parent.samefile(tmp_path / "papermill_runs/out") and re.fullmatch(r"toy-\d{8}-\d{6}\.ipynb", executed.name)
@@ -253,22 +294,13 @@ time.sleep(120)
 # --- Slurm ---------------------------------------------------------------------------------------------------------------------------
 
 
-def fake(folder: Path, name: str, script: str) -> None:
-    "An executable that stands in for a cluster's command"
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
-    (folder / name).chmod(0o755)
-
-
 def test_slurm_job_saves_and_goes_back_into_the_queue(toy, tmp_path, capsys):
     write_notebook(toy, SAVES)
-    assert main(["run", "toy.ipynb", "--sbatch", "jobs/job.sbatch", "-p", "steps", "7", "--array", "0-3"]) == 0
+    assert main(["run", "toy.ipynb", "--sbatch", "jobs/job.sbatch", "-p", "steps", "7", "--array", "0-3", "--gpus", "0"]) == 0
     assert "sbatch jobs/job.sbatch" in capsys.readouterr().out
-    fake(tmp_path / "bin", "decomp_nb", f'exec {sys.executable} -c "{COMMAND[2]}" "$@"')
-    fake(tmp_path / "bin", "scontrol", 'echo "$@" > scontrol.txt')
-    task = {"SLURM_JOB_ID": "102", "SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": "2",
-            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    job = subprocess.Popen(["bash", "jobs/job.sbatch"], env=os.environ | task, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    task = {"SLURM_JOB_ID": "102", "SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": "2"}
+    job = subprocess.Popen(["bash", "jobs/job.sbatch"], env=slurm_environment(tmp_path / "bin") | task, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
     wait_for(job, "waiting")
     job.send_signal(signal.SIGUSR1)
     _, err = job.communicate(timeout=PATIENCE)
@@ -280,10 +312,10 @@ def test_slurm_job_saves_and_goes_back_into_the_queue(toy, tmp_path, capsys):
 
 def test_slurm_job_hands_on_the_exit_code(toy, tmp_path):
     Path("job.sbatch").write_text(sbatch_script("toy.ipynb", parameters("toy.ipynb"), {}))
+    environment = slurm_environment(tmp_path / "bin")
     fake(tmp_path / "bin", "decomp_nb", 'echo "$@"; exit 3')
     fake(tmp_path / "bin", "scontrol", "touch scontrol.txt")
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
-    job = subprocess.run(["bash", "job.sbatch"], env=env | {"PATH": f"{tmp_path / 'bin'}:{env['PATH']}"}, capture_output=True, text=True)
+    job = subprocess.run(["bash", "job.sbatch"], env=environment, capture_output=True, text=True)
     assert job.returncode == 3 and not Path("scontrol.txt").exists()
     assert job.stdout.split()[:3] == ["run", "toy.ipynb", "papermill_runs/out/toy-local.ipynb"]
 
@@ -292,7 +324,7 @@ def test_committed_batch_script_is_what_its_header_says(tmp_path, monkeypatch):
     script = (ROOT / "papermill_runs" / "slurm.sbatch").read_text()
     command = re.search(r"^# Written by: decomp_nb (.+)$", script, re.M)[1]
     words = command.split()
-    target = words.index("--sbatch") + 1
+    target = words.index("-o") + 1
     monkeypatch.chdir(tmp_path)
     for name in [words[1], *(words[i + 1] for i, w in enumerate(words) if w == "-f")]:
         Path(name).parent.mkdir(parents=True, exist_ok=True)

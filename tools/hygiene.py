@@ -18,7 +18,7 @@ import readme
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
-from decomp_nb.training.parameters import kinds, parse_parameters
+from decomp_nb.training.parameters import allowed_types, parse_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 COLAB = "https://colab.research.google.com"
@@ -170,7 +170,7 @@ def parameters_are_literals(nb: Notebook):
             continue
         try:
             for p in parse_parameters(source(cell)).values():
-                kinds(p.type)
+                allowed_types(p.type)
                 if not p.help:
                     yield f"parameter {p.name!r} has no help comment on its line"
         except ValueError as error:

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import io
 import json
+import math
+import re
 import tokenize
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .config import TrainConfig, check_range, nearest
 
 # %% auto #0
-__all__ = ['KINDS', 'Parameter', 'Parameters', 'parameters_source', 'parse_parameters', 'parameters', 'kinds', 'read_text',
-           'coerce', 'check_values', 'read_recipe', 'gather_values']
+__all__ = ['TYPES', 'BOOLEANS', 'NOTHING', 'YAML_12', 'Parameter', 'Parameters', 'read_cells', 'parameters_source',
+           'read_comments', 'read_assignment', 'parse_parameters', 'parameters', 'union_members', 'allowed_types',
+           'read_literal', 'read_text', 'first_reading', 'coerce', 'is_training', 'check_ranges', 'check_values',
+           'check_together', 'check_trackers', 'yaml_loader', 'read_yaml', 'read_recipe', 'gather_values']
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parameter
 class Parameter(NamedTuple):
     "One line of a parameters cell: `name: type = default  # help`"
     name: str
     type: str
-    default: object
+    default: Any
     help: str
 
 
@@ -34,45 +39,66 @@ class Parameters(dict):
 
     def __str__(self) -> str:
         rows = [(p.name, p.type, repr(p.default), p.help) for p in self.values()]
-        wide = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r, wide)), r[3]]).rstrip() for r in rows)
+        columns = list(zip(*rows))[:3]
+        widths = [max(map(len, column)) for column in columns]
+        return "\n".join("  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows)
 
     def _repr_markdown_(self) -> str:
-        clean = lambda text: text.replace("|", "\\|")
-        rows = [f"| `{p.name}` | {clean(p.type)} | `{clean(repr(p.default))}` | {clean(p.help)} |" for p in self.values()]
-        return "\n".join(["| Parameter | Type | Default | Meaning |", "|---|---|---|---|", *rows])
+        lines = ["| Parameter | Type | Default | Meaning |", "|---|---|---|---|"]
+        for p in self.values():
+            kind, default, help = (text.replace("|", "\\|") for text in (p.type, repr(p.default), p.help))
+            lines.append(f"| `{p.name}` | {kind} | `{default}` | {help} |")
+        return "\n".join(lines)
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parameters
+def read_cells(notebook: Path) -> list[dict]:
+    "Cells of a notebook file; a `ValueError` names a file that is none"
+    try:
+        return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{notebook} is not a notebook: {error}") from None
+
+
 def parameters_source(notebook: str | Path) -> str:
     "Source of the one cell tagged `parameters`"
     path = Path(notebook)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.ipynb")], 1, 0.4)
-        raise FileNotFoundError(f"no notebook at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a notebook: {error}") from None
-    tagged = [c for c in cells if c.get("cell_type") == "code" and "parameters" in c.get("metadata", {}).get("tags", [])]
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise FileNotFoundError(f"no notebook at {path}{hint}")
+    code = [cell for cell in read_cells(path) if cell.get("cell_type") == "code"]
+    tagged = [cell for cell in code if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{path} has {len(tagged)} cells tagged 'parameters'; a notebook to run needs exactly one")
     return "".join(tagged[0]["source"])
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parse-parameters
+def read_comments(source: str) -> dict[int, str]:
+    "Line number → remark behind `#`"
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+
+
+def read_assignment(node: ast.stmt) -> tuple[str, str, Any]:
+    "(name, type, default) of `name: type = literal`; `AttributeError` or `ValueError` for any other statement"
+    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+    default = ast.literal_eval(node.value)
+    kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__
+    return target.id, kind, default
+
+
 def parse_parameters(source: str) -> Parameters:
     "Read lines `name: type = literal  # help`; anything else is an error that names the line"
-    remarks = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline)
-               if t.type == tokenize.COMMENT}
+    comments = read_comments(source)
     found = Parameters()
     for node in ast.parse(source).body:
         try:
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            name, default = target.id, ast.literal_eval(node.value)
+            name, kind, default = read_assignment(node)
         except (AttributeError, ValueError):
             line = source.splitlines()[node.lineno - 1]
-            raise ValueError(f"parameters cell, line {node.lineno}: expected `name: type = literal  # help`, got `{line}`") from None
-        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__
-        found[name] = Parameter(name, kind, default, remarks.get(node.end_lineno, ""))
+            expected = "expected `name: type = literal  # help`"
+            raise ValueError(f"parameters cell, line {node.lineno}: {expected}, got `{line}`") from None
+        found[name] = Parameter(name, kind, default, comments.get(node.end_lineno, ""))
     return found
 
 
@@ -80,65 +106,157 @@ def parameters(notebook: str | Path) -> Parameters:
     "The parameters that a notebook declares"
     return parse_parameters(parameters_source(notebook))
 
-# %% ../../nbs/training/parameters.ipynb #parameters-kinds
-KINDS = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict, "None": type(None)}
+# %% ../../nbs/training/parameters.ipynb #parameters-allowed-types
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict,
+         "None": type(None)}
 
 
-def kinds(annotation: str) -> list[type]:
+def union_members(node: ast.expr) -> list[str]:
+    "Names of the types in an annotation: `int | None` → int, None"
+    if isinstance(node, ast.BinOp):
+        return union_members(node.left) + union_members(node.right)
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Optional":
+        return union_members(node.slice) + ["None"]
+    return [ast.unparse(node.value if isinstance(node, ast.Subscript) else node)]
+
+
+def allowed_types(annotation: str) -> list[type]:
     "Plain types that an annotation allows: `int | None` → int, NoneType"
-    def walk(node):
-        if isinstance(node, ast.BinOp):
-            return walk(node.left) + walk(node.right)
-        if isinstance(node, ast.Subscript):
-            return walk(node.slice) + [type(None)] if ast.unparse(node.value) == "Optional" else walk(node.value)
-        return [KINDS[ast.unparse(node)]]
+    names = union_members(ast.parse(annotation, mode="eval").body)
+    for name in names:
+        if name not in TYPES:
+            raise ValueError(f"type {name} is not one of {', '.join(TYPES)}")
+    return [TYPES[name] for name in names]
+
+# %% ../../nbs/training/parameters.ipynb #parameters-read-text
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NOTHING = {"none": None, "null": None}
+
+
+def read_literal(text: str) -> Any:
+    "A value written in JSON or in Python; `ValueError` or `SyntaxError` if it is neither"
     try:
-        return walk(ast.parse(annotation, mode="eval").body)
-    except KeyError as error:
-        raise ValueError(f"type {error.args[0]} is not one of {', '.join(KINDS)}") from None
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
+
+
+def read_text(text: str, kind: type) -> Any:
+    "Text as a value of one type; `ValueError`, `KeyError` or `SyntaxError` if it cannot be read so"
+    if kind is bool:
+        return BOOLEANS[text.lower()]
+    if kind is type(None):
+        return NOTHING[text.lower()]
+    if kind in (int, float, str):
+        return kind(text)
+    value = read_literal(text)
+    if kind is tuple and type(value) is list:
+        value = tuple(value)
+    if type(value) is not kind:
+        raise ValueError(text)
+    return value
 
 # %% ../../nbs/training/parameters.ipynb #parameters-coerce
-def read_text(text: str, allowed: list[type]):
-    "Text as the first type of `allowed` that can read it; the text itself if none can"
-    words = {bool: {"true": True, "false": False}, type(None): {"none": None, "null": None}}
-    for kind in allowed:
+def first_reading(text: str, allowed: list[type]) -> Any:
+    "Text as the first of `allowed` that can read it, text itself last; the text unchanged if none can"
+    for kind in [kind for kind in allowed if kind is not str]:
         try:
-            if kind in words:
-                return words[kind][text.lower()]
-            value = kind(text) if kind in (int, float, str) else ast.literal_eval(text)
+            return read_text(text, kind)
         except (ValueError, KeyError, SyntaxError):
             continue
-        if type(value) is kind:
-            return value
     return text
 
 
-def coerce(parameter: Parameter, value: object) -> object:
+def coerce(parameter: Parameter, value: Any) -> Any:
     "`value` in the type that the parameter declares; an error names the parameter, its type and the value"
-    allowed = sorted(kinds(parameter.type), key=lambda kind: kind is str)  # text is the last resort
+    allowed = allowed_types(parameter.type)
     if isinstance(value, str):
-        value = read_text(value, allowed)
+        value = first_reading(value, allowed)
     if type(value) is int and float in allowed and int not in allowed:
         value = float(value)
+    if type(value) is list and tuple in allowed and list not in allowed:
+        value = tuple(value)  # YAML and JSON know no tuples
     if type(value) not in allowed:
-        raise ValueError(f"parameter {parameter.name!r} expects {parameter.type}, got {value!r} ({type(value).__name__})")
+        given = f"{value!r} ({type(value).__name__})"
+        raise ValueError(f"parameter {parameter.name!r} expects {parameter.type}, got {given}")
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError(f"parameter {parameter.name!r}: {value} is not a finite number")
     return value
 
 # %% ../../nbs/training/parameters.ipynb #parameters-check-values
+def is_training(accepted: Parameters) -> bool:
+    "Whether a notebook declares all training options, as train notebooks do"
+    return accepted.keys() >= set(TrainConfig.names())
+
+
+def check_ranges(values: dict) -> None:
+    "Every training option within its own limits"
+    for field in fields(TrainConfig):
+        if field.name in values:
+            check_range(field, values[field.name])
+
+
 def check_values(accepted: Parameters, values: dict, source: str) -> dict:
     "Values in their declared types; unknown names are refused, with the nearest known one"
     for name in values:
         if name not in accepted:
-            raise ValueError(f"unknown parameter {name!r} ({source}){nearest(str(name), list(accepted))} Allowed: {', '.join(accepted)}")
+            hint = nearest(str(name), list(accepted))
+            raise ValueError(f"unknown parameter {name!r} ({source}){hint} Allowed: {', '.join(accepted)}")
     try:
         values = {name: coerce(accepted[name], value) for name, value in values.items()}
-        if accepted.keys() >= set(TrainConfig.names()):  # a train notebook: the limits of its options are known too
-            for field in fields(TrainConfig):
-                if field.name in values:
-                    check_range(field, values[field.name])
+        if is_training(accepted):
+            check_ranges(values)
     except ValueError as error:
         raise ValueError(f"{error} ({source})") from None
     return values
+
+# %% ../../nbs/training/parameters.ipynb #parameters-together
+def check_together(accepted: Parameters, values: dict) -> None:
+    "Raise what `TrainConfig.validate` finds in a train notebook's values and defaults"
+    if not is_training(accepted):
+        return
+    options = {name: values.get(name, accepted[name].default) for name in TrainConfig.names()}
+    options["warmup_steps"] = min(options["warmup_steps"], options["max_steps"])  # a short run warms up for less
+    TrainConfig(**options).validate()
+
+
+def check_trackers(trackers: str) -> None:
+    "Trackers are optional packages: refuse one that is missing before the training starts, not after the model is built"
+    for name in re.split(r"[,\s]+", trackers):
+        if name and importlib.util.find_spec(name) is None:
+            raise ValueError(f"trackers: {name!r} is not installed; install it (pip install {name}) or leave it out")
+
+# %% ../../nbs/training/parameters.ipynb #parameters-yaml
+YAML_12 = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+
+
+def yaml_loader() -> type:
+    "PyYAML's safe loader with the types of YAML 1.2"
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict = {}
+
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.YAMLError(f"{name!r} is set twice")
+            return super().construct_mapping(node, deep)
+    for name, pattern in YAML_12.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"), None)
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    return Loader
+
+
+def read_yaml(text: str) -> Any:
+    "The value of a YAML text, by the rules of YAML 1.2; nothing but plain values is built"
+    return yaml_loader()(text).get_single_data()
 
 # %% ../../nbs/training/parameters.ipynb #parameters-read-recipe
 def read_recipe(path: str | Path) -> dict:
@@ -148,7 +266,7 @@ def read_recipe(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = read_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(recipe, dict):
@@ -157,8 +275,10 @@ def read_recipe(path: str | Path) -> dict:
 
 
 def gather_values(accepted: Parameters, recipes: list, pairs: list) -> dict:
-    "Recipes in their order, then `-p` pairs; each checked where it comes from"
+    "Recipes in their order, then `-p` pairs; each checked where it comes from, then all together"
     values = {}
     for recipe in recipes:
         values |= check_values(accepted, read_recipe(recipe), f"in {recipe}")
-    return values | check_values(accepted, dict(pairs), "from -p")
+    values |= check_values(accepted, dict(pairs), "from -p")
+    check_together(accepted, values)
+    return values
