@@ -57,7 +57,7 @@ class Plan:
         "Position of `step` on the schedule, at most `total`; `step` itself while nothing is squeezed"
         if self.end == self.total and self.position == self.step:
             return step
-        done, left = step - self.step, self.end - self.step
+        done, left = max(step - self.step, 0), self.end - self.step
         rise = max(self.warmup - self.position, 0.0)
         rise_steps = min(rise, left / 2)
         if done < rise_steps:
