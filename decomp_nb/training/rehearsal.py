@@ -205,6 +205,7 @@ def rehearse(trainer: Trainer) -> NoReturn:
     try:
         timings = play(trainer)
         if trainer.accelerator.is_main_process: print(report(trainer, timings), flush=True)
+        trainer.accelerator.wait_for_everyone()
     finally: trainer.release()
     warnings.filterwarnings("ignore", "To exit: use")  # IPython's advice to whoever raises SystemExit
     raise SystemExit(0)
