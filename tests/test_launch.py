@@ -142,10 +142,10 @@ def test_a_missing_package_is_named(toy, capsys, monkeypatch):
     assert f"ipykernel is missing in {sys.executable}; install it: pip install ipykernel" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program, expected", [("false", "died before"), ("sleep", "in 2 seconds"), ("no-such-program", "no-such-program")])
-def test_a_kernel_that_does_not_start(toy, capsys, monkeypatch, tmp_path, program, expected):
+@pytest.mark.parametrize("program, expected", [("exit 1", "died before"), ("sleep 1000", "in 2 seconds"), ("", "no-such-program")])
+def test_a_kernel_that_does_not_start_is_an_error(toy, capsys, monkeypatch, tmp_path, program, expected):
     (tmp_path / "kernels/broken").mkdir(parents=True)
-    spec = {"argv": [program, "1000"], "display_name": "broken", "language": "python"}
+    spec = {"argv": ["sh", "-c", program] if program else ["no-such-program"], "display_name": "broken", "language": "python"}
     (tmp_path / "kernels/broken/kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setattr("decomp_nb.training.kernel.START_TIMEOUT", 2)

@@ -22,8 +22,8 @@ from .rehearsal import VARIABLE
 
 # %% auto #0
 __all__ = ['FORWARDED', 'START_TIMEOUT', 'STOPPED', 'KEEP_MEMORY', 'own_kernel_spec', 'check_kernel', 'printed_lines',
-           'run_directory', 'relative_path', 'Kernels', 'forward_signals', 'execute', 'start_failure', 'exit_code',
-           'wait_for', 'run_notebook']
+           'run_directory', 'relative_path', 'Kernels', 'forward_signals', 'execute', 'check_started', 'exit_code',
+           'Worker', 'wait_for', 'tell_failure', 'run_notebook']
 
 # %% ../../nbs/training/kernel.ipynb #kernel-own-spec
 def own_kernel_spec():
@@ -144,13 +144,15 @@ def execute(notebook: Path, output: Path, values: dict, kernels: Kernels, kernel
         start_timeout=START_TIMEOUT, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
 
 
-def start_failure(error: BaseException, kernels: Kernels, kernel: str) -> str:
-    "Message about a kernel that did not start; empty when that was not the reason"
+def check_started(error: BaseException, kernels: Kernels, kernel: str) -> None:
+    "Raise a `ValueError` if `error` came because the kernel did not start"
     if kernels.ready or not kernels:
-        return ""
+        return
     asked = f"kernel {kernel!r} (--kernel)" if kernel else f"kernel of {sys.executable}"
-    hint = f"without --kernel the notebook runs in {sys.executable}" if kernel else "try: python -m ipykernel_launcher"
-    return f"the {asked} did not start: {error}; {hint}"
+    hint = "python -m ipykernel_launcher tells more"
+    if kernel:
+        hint = f"without --kernel the notebook runs in {sys.executable}"
+    raise ValueError(f"the {asked} did not start: {error}; {hint}")
 
 # %% ../../nbs/training/kernel.ipynb #kernel-exit-code
 STOPPED = 75  # a signal came, the notebook saved and ended: start it again to go on (the "try again" of sysexits.h)
@@ -171,11 +173,31 @@ def exit_code(error: BaseException | None, came: list, output: Path) -> tuple[in
     return 1, f"{error}{kept}"  # papermill's error carries the traceback of the failing cell
 
 # %% ../../nbs/training/kernel.ipynb #kernel-memory
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}  # glibc, bytes
+KEEP_MEMORY = {  # glibc's own names; bytes
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**28)}
 
-# %% ../../nbs/training/kernel.ipynb #kernel-run-notebook
-def wait_for(worker: threading.Thread, kernels: Kernels, timeout: float, grace: float) -> bool:
-    "Wait for the thread; after `timeout` seconds ask the kernel to save, `grace` seconds later end it. Whether it was late"
+# %% ../../nbs/training/kernel.ipynb #kernel-worker
+class Worker(threading.Thread):
+    "A thread that calls a function and keeps its error"
+
+    def __init__(self, function: Callable, *arguments):
+        super().__init__(daemon=True)
+        self.function, self.arguments = function, arguments
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        "What the thread does"
+        try:
+            self.function(*self.arguments)
+        except BaseException as error:  # for the main thread
+            self.error = error
+
+
+def wait_for(worker: Worker, kernels: Kernels, timeout: float, grace: float) -> bool:
+    """Wait for the thread; after `timeout` seconds ask the kernel to save, `grace` seconds later end it.
+    Returns whether it was late"""
     started, late = time.monotonic(), False
     while worker.is_alive():
         worker.join(0.1)
@@ -187,6 +209,14 @@ def wait_for(worker: threading.Thread, kernels: Kernels, timeout: float, grace: 
     return late
 
 
+def tell_failure(message: str, report: Path | None) -> None:
+    "Into a file where there is one, else on stderr"
+    if report:
+        report.write_text(message, encoding="utf-8")
+    else:
+        print(message, file=sys.stderr)
+
+# %% ../../nbs/training/kernel.ipynb #kernel-run-notebook
 def run_notebook(
     notebook: Path,  # the notebook to run; left as it is
     output: Path,  # the executed copy, also kept when a cell fails
@@ -198,26 +228,18 @@ def run_notebook(
 ) -> int:
     "Execute a notebook; returns 0, 1, `STOPPED`, 124 after a timeout, or 128 + signal when stopped unsaved"
     check_kernel(kernel)
-    kernels, failed = Kernels(), []
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)  # read when a process starts, so the kernel must inherit it
-
-    def work() -> None:
-        try:
-            execute(notebook, output, values, kernels, kernel)
-        except BaseException as error:  # handed to the main thread
-            failed.append(error)
     output.parent.mkdir(parents=True, exist_ok=True)
-    worker = threading.Thread(target=work, daemon=True)
+    kernels = Kernels()
+    worker = Worker(execute, notebook, output, values, kernels, kernel)
     with forward_signals(kernels.send) as came:
         worker.start()
         late = wait_for(worker, kernels, timeout, grace)
-    error = failed[0] if failed else None
-    if error and not came and (message := start_failure(error, kernels, kernel)):
-        raise ValueError(message)
-    code, message = exit_code(error, came or [signal.SIGTERM] * late, output)
-    if message and report:
-        report.write_text(message, encoding="utf-8")
-    elif message:
-        print(message, file=sys.stderr)
+    signals = came or [signal.SIGTERM] * late
+    if worker.error and not signals:
+        check_started(worker.error, kernels, kernel)
+    code, message = exit_code(worker.error, signals, output)
+    if message:
+        tell_failure(message, report)
     return 124 if late else code

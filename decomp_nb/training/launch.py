@@ -16,7 +16,8 @@ from pathlib import Path
 from .config import project_root
 from .kernel import STOPPED, relative_path, run_directory, run_notebook
 from .parameters import Parameters, check_trackers, gather_values, parameters
-from .processes import Job, Layout, asked_for_gpus, count_gpus, run_as_rank, run_ranks, started_by_another
+from .processes import (
+    Job, Layout, asked_for_gpus, count_gpus, run_as_rank, run_ranks, started_by_another)
 from .rehearsal import rehearse_notebook
 from .rendezvous import parse_address
 from .slurm import Allocation, sbatch_script
@@ -69,11 +70,13 @@ def add_run_arguments(run: argparse.ArgumentParser) -> None:
     "Arguments of `decomp_nb run`"
     add_values(run)
     output = "executed notebook (default: papermill_runs/out/<notebook>-<date-time>.ipynb)"
+    check = "rehearse: one step, evaluation and checkpoint; say what the run will take"
+    timeout = "after S seconds ask the notebook to save and stop"
     stopped = f"exit code when a signal came and the notebook saved (default 0; batch scripts take {STOPPED})"
     run.add_argument("output", nargs="?", help=output)
-    run.add_argument("--timeout", type=float, default=0, metavar="S", help="after S seconds ask the notebook to save and stop")
+    run.add_argument("--timeout", type=float, default=0, metavar="S", help=timeout)
     run.add_argument("--kernel", default="", metavar="NAME", help="run in this installed kernel (default: this Python)")
-    run.add_argument("--check", action="store_true", help="rehearse: one step, evaluation and checkpoint; say what the run will take")
+    run.add_argument("--check", action="store_true", help=check)
     run.add_argument("--help-notebook", action="store_true", help="list what the notebook accepts and stop")
     run.add_argument("--code-when-stopped", type=int, default=0, metavar="N", help=stopped)
     run.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # set for a rank: where to write why it failed
@@ -81,19 +84,20 @@ def add_run_arguments(run: argparse.ArgumentParser) -> None:
 # %% ../../nbs/training/launch.ipynb #launch-machine-arguments
 def add_machine_arguments(run: argparse.ArgumentParser) -> None:
     "Arguments of `decomp_nb run` about processes and machines"
-    group = run.add_argument_group("processes and machines")
-    group.add_argument("--nproc", type=int, default=1, metavar="N", help="processes on this machine, one per GPU")
-    group.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto", help="gpu: refuse to run without one")
-    group.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; start the same command on each")
-    group.add_argument("--node-rank", type=int, metavar="R", help="number of this machine, from 0 (default: SLURM_NODEID)")
-    group.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="address of machine 0, as the others reach it")
-    group.add_argument("--rendezvous-timeout", type=float, default=60, metavar="S", help="wait S seconds for the others")
+    add = run.add_argument_group("processes and machines").add_argument
+    add("--nproc", type=int, default=1, metavar="N", help="processes on this machine, one per GPU")
+    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="gpu: refuse to run without one")
+    add("--nodes", type=int, default=1, metavar="N", help="machines; start the same command on each")
+    add("--node-rank", type=int, metavar="R", help="number of this machine, from 0 (default: SLURM_NODEID)")
+    add("--rendezvous", default="", metavar="HOST:PORT", help="address of machine 0, as the others reach it")
+    add("--rendezvous-timeout", type=float, default=60, metavar="S", help="wait S seconds for the others")
 
 # %% ../../nbs/training/launch.ipynb #launch-slurm-arguments
 JOB_HELP = {
     "nodes": "machines", "gpus": "GPUs of each machine, one process each", "cpus": "processor cores for each process",
-    "time": "time limit of one attempt", "memory": "memory of each machine, as 120G", "partition": "", "account": "", "qos": "",
-    "constraint": "properties of the machines, as 'a100|h100'", "array": "as 0-4: one task per number, which becomes its seed",
+    "time": "time limit of one attempt", "memory": "memory of each machine, as 120G",
+    "partition": "", "account": "", "qos": "", "constraint": "properties of the machines, as 'a100|h100'",
+    "array": "as 0-4: one task per number, which becomes its seed",
     "container": "image: a .sif file for Apptainer, anything else for pyxis"}
 REPEATED = {"module": ("modules", "module to load"), "setup": ("setup", "shell line before the run"),
             "option": ("options", "further #SBATCH option, as --option=--exclusive")}
@@ -180,7 +184,8 @@ def run_job(layout: Layout, job: Job, report: Path | None) -> int:
     if report or not started_by_another():
         return run_here(layout, job, report) if layout.world_size == 1 else run_ranks(layout, job)
     if layout.world_size > 1:
-        raise ValueError("RANK is set: torchrun or accelerate has started the processes already; leave out --nproc and --nodes")
+        raise ValueError("RANK is set: torchrun or accelerate has started the processes already; "
+                         "leave out --nproc and --nodes")
     return run_as_rank(layout, job)
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .kernel import STOPPED, forward_signals, run_notebook
-from .rendezvous import Board, Watch, agree, interface_towards, leave, open_store, parse_address, run_record
+from .rendezvous import (
+    Board, Watch, agree, interface_towards, leave, open_store, parse_address, run_record)
 
 # %% auto #0
 __all__ = ['GOOD_ENDS', 'CONSEQUENCE', 'Layout', 'Job', 'asked_for_gpus', 'count_gpus', 'count_cores', 'rank_environment', 'Rank',
@@ -90,7 +91,8 @@ def rank_environment(layout: Layout, rank: int, address: tuple[str, int], gpus: 
     host, port = address
     environment = {
         "RANK": rank, "LOCAL_RANK": rank - layout.ranks.start, "GROUP_RANK": layout.node,
-        "WORLD_SIZE": layout.world_size, "LOCAL_WORLD_SIZE": layout.processes, "MASTER_ADDR": host, "MASTER_PORT": port,
+        "WORLD_SIZE": layout.world_size, "LOCAL_WORLD_SIZE": layout.processes,
+        "MASTER_ADDR": host, "MASTER_PORT": port,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, count_cores() // layout.processes)),
         "TORCHELASTIC_USE_AGENT_STORE": True,  # the store is there already: rank 0 need not serve one
         "TORCHELASTIC_RESTART_COUNT": 0}
@@ -127,7 +129,8 @@ def start_rank(number: int, command: list, environment: dict[str, str], output: 
         return Rank(number, process, output, log, report)
     environment["PYTHONIOENCODING"] = "utf-8"
     with log.open("wb") as file:
-        process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
     return Rank(number, process, output, log, report)
 
 # %% ../../nbs/training/processes.ipynb #processes-start-ranks
@@ -140,7 +143,8 @@ def start_ranks(layout: Layout, job: Job, address: tuple[str, int], gpus: int, f
     for number in layout.ranks:
         executed = folder / f"rank{number}.ipynb" if number else job.output
         command = [sys.executable, "-m", "decomp_nb", "run", job.notebook, executed, *options]
-        ranks.append(start_rank(number, command, rank_environment(layout, number, address, gpus), executed, folder))
+        environment = rank_environment(layout, number, address, gpus)
+        ranks.append(start_rank(number, command, environment, executed, folder))
     return ranks
 
 
@@ -178,7 +182,8 @@ def wait_for_ranks(ranks: list[Rank], trouble: Callable[[], str] = str, patience
     return failed
 
 # %% ../../nbs/training/processes.ipynb #processes-cause
-CONSEQUENCE = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|nccl|gloo|remote process|TCPStore", re.I)
+CONSEQUENCE = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|nccl|gloo|remote process|TCPStore", re.IGNORECASE)
 
 
 def is_consequence(reason: str) -> bool:
@@ -266,8 +271,8 @@ def join_store(layout: Layout) -> Board:
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port:
-        raise ValueError("RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT are not: set them as torchrun does, "
-                         "or unset the former to run on one process")
+        raise ValueError("RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT are not: set them as torchrun "
+                         "does, or unset the former to run on one process")
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = open_store(host, int(port), rank == 0 and not served, layout.timeout)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the kernels use the store that is there now

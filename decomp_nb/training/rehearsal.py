@@ -15,17 +15,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from .config import resolve_out_dir
-from .forecast import duration, outlook, Plan, steps_within
+from .forecast import Plan, duration, outlook, steps_within
 from .parameters import Parameters
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from decomp_nb.training.trainer import Trainer
 
 # %% auto #0
 __all__ = ['VARIABLE', 'SMALLER', 'fewer', 'fewer_images', 'smaller', 'tell_changes', 'scratch', 'rehearse_notebook',
@@ -70,7 +64,7 @@ def smaller(
 ) -> dict[str, Any]:
     "The parameters that a rehearsal changes, with their new values; where it writes is not among them"
     if "out_dir" not in accepted:
-        raise ValueError("--check: this notebook has no out_dir, so a rehearsal would leave its results among real ones")
+        raise ValueError("--check: this notebook has no out_dir: a rehearsal would leave its results among real ones")
     whole = {name: parameter.default for name, parameter in accepted.items()} | dict(values)
     wanted = {name: fewer(name, value) for name, value in whole.items()}
     if "n_images" in whole: wanted["n_images"] = fewer_images(whole, processes)
@@ -87,12 +81,13 @@ def tell_changes(accepted: Parameters, values: Mapping[str, Any], changes: Mappi
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-scratch-export
 @contextmanager
 def scratch(out_dir: str | Path) -> Iterator[Path]:
-    "A folder beside `out_dir` for everything that a rehearsal writes; gone afterwards. An `OSError` where it cannot be made"
+    "A folder beside `out_dir` for all that a rehearsal writes, gone afterwards; `OSError` where it cannot be made"
     beside = next(folder for folder in resolve_out_dir(out_dir).parents if folder.exists())
     try:
         made = tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=beside)
     except OSError as error:
-        raise OSError(error.errno, f"out_dir: cannot write to {beside}: {error.strerror}; choose another") from error
+        message = f"out_dir: cannot write to {beside}: {error.strerror}; choose another"
+        raise OSError(error.errno, message) from error
     with made as folder:
         os.environ[VARIABLE] = str(Path(folder, "run"))
         try: yield Path(folder)
@@ -121,20 +116,21 @@ def rehearsing(run_dir: str | Path) -> bool:
     return os.environ.get(VARIABLE) == str(run_dir)
 
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-numbers-export
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    "Trained and frozen parameters, those of a Decomposer's foundations included"
+def count_parameters(model: Any) -> tuple[int, int]:
+    "Trained and frozen parameters of a module, those of a Decomposer's foundations included"
     parts = [model, *getattr(model, "foundations", dict)().values()]
     sizes = {id(p): (p.numel(), p.requires_grad) for part in parts for p in part.parameters()}
     trained = sum(n for n, learns in sizes.values() if learns)
     return trained, sum(n for n, _ in sizes.values()) - trained
 
 
-def peak_memory(device: torch.device) -> str:
-    "The most memory that this process has had, in GiB; '' where the system does not tell"
+def peak_memory(device: Any) -> str:
+    "The most memory that this process has had (on the device, if a GPU); '' where the system does not tell"
     if device.type == "cuda":
         import torch
-        used, there = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-        return f"{used / 2**30:.1f} of {there / 2**30:.0f} GiB on {torch.cuda.get_device_name(device)}"
+        used = torch.cuda.max_memory_reserved(device)
+        there = torch.cuda.get_device_properties(device)
+        return f"{used / 2**30:.1f} of {there.total_memory / 2**30:.0f} GiB on {there.name}"
     try: import resource
     except ImportError: return ""  # Windows
     unit = 1 if sys.platform == "darwin" else 2**10
@@ -149,7 +145,7 @@ class Timings:
     checkpoint: float
 
 
-def timed(action: Callable[[], Any], device: torch.device) -> float:
+def timed(action: Callable[[], Any], device: Any) -> float:
     "Seconds that `action()` takes, with what it leaves to a GPU"
     began = time.perf_counter()
     action()
@@ -159,36 +155,43 @@ def timed(action: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def play(trainer: Trainer, seconds: float = 2.0, most: int = 10) -> Timings:
+def play(
+    trainer: Any,  # a `Trainer` that has not begun
+    seconds: float = 2.0,  # how long steps are timed …
+    most: int = 10,  # … at most so many
+) -> Timings:
     "Warm-up, timed steps, evaluation, checkpoint; then one step from that checkpoint"
     trainer.start()
     batches, device, times = trainer.batches(), trainer.accelerator.device, []
     trainer.train_step(next(batches))
     for _ in range(most):
         times.append(timed(lambda: trainer.train_step(next(batches)), device))
-        if trainer.accelerator.num_processes > 1 or sum(times) > seconds: break  # several processes must agree: one step
+        alone = trainer.accelerator.num_processes == 1  # several processes must agree: one step
+        if not alone or sum(times) > seconds: break
     trainer.log()
     timings = Timings(statistics.median(times), timed(trainer.evaluate, device), timed(trainer.save, device))
     reached = trainer.step
     trainer.release()
     trainer.start()
-    if trainer.step != reached: raise RuntimeError(f"the checkpoint of step {reached} was resumed at step {trainer.step}")
+    if trainer.step != reached:
+        raise RuntimeError(f"the checkpoint of step {reached} was resumed at step {trainer.step}")
     trainer.train_step(next(trainer.batches()))
     trainer.log()
     return timings
 
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-report-export
-def whole_run(trainer: Trainer, timings: Timings) -> str:
+def whole_run(trainer: Any, timings: Timings) -> str:
     "'4,500 steps in about 13 minutes', or how far the time limit gets"
     config = trainer.config
-    steps, pauses, limit = config.max_steps, [(config.save_every, timings.checkpoint)], 60 * config.max_minutes
+    steps, limit = config.max_steps, 60 * config.max_minutes
+    pauses = [(config.save_every, timings.checkpoint)]
     needed = duration(0, steps, timings.step, pauses)
     if not limit or needed <= limit: return outlook(Plan.whole(steps), timings.step, needed)
     end = steps_within(limit, 0, steps, timings.step, pauses)
     return outlook(Plan(steps, end), timings.step, limit, falls=config.lr_schedule != "constant")
 
 
-def report(trainer: Trainer, timings: Timings) -> str:
+def report(trainer: Any, timings: Timings) -> str:
     "What the rehearsal found, a line each"
     trained, frozen = count_parameters(trainer.model)
     evaluation = f"{timings.evaluation:.2g} s for an evaluation of the smaller set, " if trainer.hook else ""
@@ -200,7 +203,7 @@ def report(trainer: Trainer, timings: Timings) -> str:
     return "\n".join(f"{name:12}{line}" for name, line in lines.items() if line)
 
 
-def rehearse(trainer: Trainer) -> NoReturn:
+def rehearse(trainer: Any) -> NoReturn:
     "Play the training of a rehearsal, report, and end the notebook with `SystemExit(0)`"
     try:
         timings = play(trainer)

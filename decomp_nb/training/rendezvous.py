@@ -22,8 +22,9 @@ from .config import resolve_out_dir
 from .parameters import read_cells
 
 # %% auto #0
-__all__ = ['SILENCE', 'parse_address', 'open_store', 'digest', 'code_digest', 'last_checkpoint', 'run_record', 'differences',
-           'Board', 'wait_for_all', 'exchange', 'agree', 'Watch', 'leave', 'interface_address', 'interface_towards']
+__all__ = ['SILENCE', 'parse_address', 'port_is_free', 'somebody_answers', 'open_store', 'digest', 'code_digest',
+           'last_checkpoint', 'run_record', 'differences', 'Board', 'wait_for_all', 'exchange', 'agree', 'Watch',
+           'leave', 'interface_address', 'interface_towards']
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-address
 def parse_address(text: str) -> tuple[str, int]:
@@ -34,20 +35,43 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def port_is_free(port: int) -> bool:
+    "Whether this process may serve a port; 0 stands for any"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+def somebody_answers(host: str, port: int, timeout: float) -> bool:
+    "Whether a connection to host:port succeeds within `timeout` seconds"
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, port), timeout=min(left, 5)).close()
+            return True
+        time.sleep(min(left, 0.2))
+    return False
+
+# %% ../../nbs/training/rendezvous.ipynb #rendezvous-store
 def open_store(host: str, port: int, serve: bool, timeout: float):
-    "The `TCPStore` at host:port: served from this process, or reached within `timeout` seconds"
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its own lines about every failed try
+    """The `TCPStore` at host:port: served from this process, or reached within `timeout` seconds.
+    Sockets are tried first, because torch prints a page of addresses for every failed try"""
+    where = f"rendezvous {host}:{port}"
+    if serve and not port_is_free(port):
+        raise ConnectionError(f"{where} cannot be served here: something else uses the port; take another one")
+    if not serve and not somebody_answers(host, port, timeout):
+        raise ConnectionError(f"{where}: nobody answered within {timeout:g} s. Was the command started on "
+                              "machine 0 (--node-rank 0), is the address right, is the port open?")
     from torch.distributed import TCPStore
     seconds = timedelta(seconds=timeout)
     try:
         return TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=seconds)
-    except (RuntimeError, OSError) as error:
-        where = f"rendezvous {host}:{port}"
-        if serve:
-            reason = str(error).splitlines()[0]
-            raise ConnectionError(f"{where} cannot be served here: {reason}; is the port free, and the host this machine?") from None
-        raise ConnectionError(f"{where}: nobody answered within {timeout:g} s. Was the command started on machine 0 "
-                              "(--node-rank 0), is the address right, is the port open?") from None
+    except RuntimeError as error:
+        raise ConnectionError(f"{where}: {str(error).splitlines()[0]}") from None
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-record
 def digest(texts: list[str]) -> str:
@@ -59,7 +83,8 @@ def code_digest() -> str:
     "Fingerprint of every module of the package"
     folder = Path(importlib.util.find_spec("decomp_nb").submodule_search_locations[0])
     files = sorted(folder.rglob("*.py"))
-    return digest([text for file in files for text in (str(file.relative_to(folder)), file.read_text(encoding="utf-8"))])
+    names = [str(file.relative_to(folder)) for file in files]
+    return digest(names + [file.read_text(encoding="utf-8") for file in files])
 
 
 def last_checkpoint(out_dir: str) -> str:
@@ -73,7 +98,8 @@ def run_record(notebook: Path, values: dict, out_dir: str = "") -> dict[str, Any
     from decomp_nb.training.trainer import git_commit, versions
     sources = ["".join(cell["source"]) for cell in read_cells(notebook)]
     record = {f"version of {name}": version for name, version in versions().items() if name != "python"}
-    record |= {"git commit": git_commit(), "code of decomp_nb": code_digest(), f"notebook {notebook.name}": digest(sources)}
+    record |= {"git commit": git_commit(), "code of decomp_nb": code_digest()}
+    record[f"notebook {notebook.name}"] = digest(sources)
     record |= {f"parameter {name}": value for name, value in values.items()}
     return record | ({"last checkpoint in out_dir": last_checkpoint(out_dir)} if out_dir else {})
 

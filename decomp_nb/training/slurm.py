@@ -82,9 +82,9 @@ SBATCH = """\
 {directives}
 
 # Written by: {made_by}
-# Two minutes before the time limit Slurm sends USR1 to this script; a cluster that takes the job away sends TERM, to this
-# script or to its tasks. The run saves a checkpoint and ends, the job goes back into the queue, and because its names
-# depend only on the job, it finds the checkpoint and goes on. A run that saved and is not finished ends with code {stopped}.
+# Two minutes before the time limit Slurm sends USR1 to this script; a cluster that takes the job away sends TERM,
+# to this script or to its tasks. The run saves a checkpoint and ends (with code {stopped}), the job goes back into
+# the queue, and because its names depend only on the job, it finds the checkpoint and goes on.
 cd "${{SLURM_SUBMIT_DIR:-.}}" || exit 1
 [ -d .venv/bin ] && PATH="$PWD/.venv/bin:$PATH"
 {setup}job="${{SLURM_JOB_ID:-local}}"
