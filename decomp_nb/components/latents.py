@@ -99,17 +99,17 @@ class KLLatents(nn.Module):
 
 # %% ../../nbs/components/latents.ipynb #deterministic-export
 class DeterministicLatents(KLLatents):
-    "Latents of a frozen autoencoder without a posterior, diffusers' `AutoencoderTiny` or `AutoencoderDC`, scaled"
+    "Scaled latents of a frozen autoencoder without a posterior: diffusers' `AutoencoderTiny` or `AutoencoderDC`"
     @torch.no_grad()
     def sizes(self) -> tuple[int, int]:
-        "Channels and factor, measured on one picture; a `ValueError` where the decoder does not undo the encoder's factor"
+        "Channels and factor, measured on one picture; `ValueError` where the decoder does not undo the encoder's"
         side = 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
-        picture = torch.zeros(1, self.vae.config.in_channels, side, side, dtype=self.vae.dtype, device=self.vae.device)
+        picture = next(self.vae.parameters()).new_zeros(1, self.vae.config.in_channels, side, side)
         z = self.vae.encode(picture, return_dict=False)[0]
         painted = self.vae.decode(z, return_dict=False)[0]
         if painted.shape[-1] != side:
-            raise ValueError(f"{type(self.vae).__name__}: a picture of side {side} comes back with side {painted.shape[-1]}; "
-                             "its encoder and decoder have different numbers of levels")
+            raise ValueError(f"{type(self.vae).__name__}: a picture of side {side} comes back with side "
+                             f"{painted.shape[-1]}; its encoder and decoder have different numbers of levels")
         return z.shape[1], side // z.shape[-1]
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ def small_dc(
     latent_channels: int = 8,
     width: int = 32,  # channels at full resolution
     multipliers: Sequence[int] | None = None,  # of the width, one per level; None: 1, 2, 2 … and 4 at the end
-    layers: Sequence[int] | None = None,  # residual blocks of each level, from fine to coarse; None: 0, 1, 2, 2 …
+    layers: Sequence[int] | None = None,  # residual blocks of each level, from the finest; None: 0, 1, 2, 2 …
 ):
     "A small `AutoencoderDC` with random weights, made of convolutions alone"
     from diffusers import AutoencoderDC
@@ -201,16 +201,18 @@ def small_dc(
     channels = level_channels(factor, width, multipliers, groups=4)
     layers = [0, 1, *[2] * (levels - 2)] if layers is None else list(layers)
     if len(layers) != levels or min(layers[1:]) < 1 or layers[0] < 0:
-        raise ValueError(f"layers={layers}: factor={factor} has {levels} levels, of at least one block each; only the first may have 0")
+        raise ValueError(f"layers={layers}: factor={factor} has {levels} levels, of at least one block each; "
+                         "only the first may have 0")
     if channels[-1] % latent_channels:
-        raise ValueError(f"latent_channels={latent_channels}: must divide the {channels[-1]} channels of the coarsest level")
-    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in [
-        ("block_out_channels", channels), ("layers_per_block", tuple(layers)), ("qkv_multiscales", ((),) * levels)]}
-    return AutoencoderDC(latent_channels=latent_channels, **sizes)
+        raise ValueError(f"latent_channels={latent_channels}: must divide the {channels[-1]} channels of the "
+                         "coarsest level")
+    same = dict(block_out_channels=channels, layers_per_block=tuple(layers), qkv_multiscales=((),) * levels)
+    both = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in same.items()}
+    return AutoencoderDC(latent_channels=latent_channels, **both)
 
 # %% ../../nbs/components/latents.ipynb #dc-export
 class DCAutoencoder(nn.Module):
-    "An `AutoencoderDC` in training: `forward(batch)` gives the loss; `save_pretrained` writes a plain autoencoder with its scale"
+    "An `AutoencoderDC` in training: `forward(batch)` gives the loss; `save_pretrained` writes a plain autoencoder"
     def __init__(self, vae: nn.Module, *, noise: float = 0.05):
         super().__init__()
         if noise < 0: raise ValueError(f"noise={noise}: standard deviations, at least 0")
@@ -228,7 +230,7 @@ class DCAutoencoder(nn.Module):
         return self.vae.decode(z).sample, z
 
     def forward(self, batch: dict) -> dict:
-        "`loss` and `reconstruction`, the mean squared error of pictures in [−1,1]; `latent_noise` of the batch injects ε"
+        "`loss` and `reconstruction`: mean squared error of pictures in [−1,1]; `latent_noise` injects ε"
         z = self.vae.encode(batch["image"], return_dict=False)[0]
         now = z.detach().float().std()
         eps = batch.get("latent_noise")
@@ -256,42 +258,49 @@ def _hub_autoencoder(name: str) -> tuple[str, dict]:
     for subfolder in ("vae", ""):
         try: return subfolder, AutoencoderKL.load_config(name, subfolder=subfolder or None)
         except OSError: continue
-    raise FileNotFoundError(f"no autoencoder '{name}': neither a folder here nor a hub name that is cached or reachable")
+    raise FileNotFoundError(f"no autoencoder '{name}': no folder here, and no hub name that is cached or reachable")
 
 
 def find_autoencoder(
     path: str,  # a folder (autoencoder, pipeline that holds one, run directory) or a hub name
     base: str | Path | None = None,  # where relative paths are looked for first
 ) -> tuple[str, str, str]:
-    "Class name, place and sub-folder of the autoencoder that `path` names; a `FileNotFoundError` where there is none"
+    "Class name, place and sub-folder of the autoencoder that `path` names; `FileNotFoundError` where there is none"
     folder = next((p for p in (Path(base or ".") / path, Path(path)) if p.exists()), None)
     if folder is not None:
         place = _local_autoencoder(folder)
-        return json.loads((place / "config.json").read_text()).get("_class_name", "folder without _class_name"), str(place), ""
+        config = json.loads((place / "config.json").read_text())
+        return config.get("_class_name", "folder without _class_name"), str(place), ""
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-        raise FileNotFoundError(f"no autoencoder at '{path}': give a folder, a hub name, or an empty text for pixels")
+        hint = "give a folder, a hub name, or an empty text for pixels"
+        raise FileNotFoundError(f"no autoencoder at '{path}': {hint}")
     subfolder, config = _hub_autoencoder(str(path))
     return config.get("_class_name", "config without _class_name"), str(path), subfolder
 
 # %% ../../nbs/components/latents.ipynb #build-export
-SPACES = {"AutoencoderKL": KLLatents, "AutoencoderTiny": DeterministicLatents, "AutoencoderDC": DeterministicLatents}
+SPACES = {
+    "AutoencoderKL": KLLatents,
+    "AutoencoderTiny": DeterministicLatents,
+    "AutoencoderDC": DeterministicLatents,
+}
 
 
 def _load_autoencoder(kind: str, place: str, subfolder: str) -> nn.Module:
-    "Any diffusers autoencoder; without the warning about an entry that AutoencoderTiny itself puts into its config"
+    "Any diffusers autoencoder; without the warning about an entry that AutoencoderTiny puts into its own config"
     import diffusers
     logger = logging.getLogger("diffusers.configuration_utils")
     level = logger.level
     if kind == "AutoencoderTiny": logger.setLevel(logging.ERROR)
-    try: return getattr(diffusers, kind).from_pretrained(place, subfolder=subfolder or None, low_cpu_mem_usage=False)
+    options = dict(subfolder=subfolder or None, low_cpu_mem_usage=False)
+    try: return getattr(diffusers, kind).from_pretrained(place, **options)
     finally: logger.setLevel(level)
 
 
 def build_latents(
-    path: str | None = None,  # None = pixels; else a hub name or local folder of an autoencoder, a pipeline that holds one, or a run directory
+    path: str | None = None,  # None = pixels; else a folder, run directory or hub name, see `find_autoencoder`
     *,
     patch: int = 1,  # pixels only: side of the patches that are folded into channels
-    base: str | Path | None = None,  # where relative paths are looked for first (the folder a method was loaded from)
+    base: str | Path | None = None,  # where relative paths are looked for first
 ) -> Pixels | KLLatents:
     "The space that a config names"
     if path in (None, "", "pixels"): return Pixels(patch)
