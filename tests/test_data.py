@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from small_data import COLOURS, NAMES, draw, frame, rows, write_clevrtex, write_dump, write_scenes
 
 from decomp_nb.data import images
 from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
@@ -40,30 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("DECOMP_DATA", ROOT.parent / "shared" / "data"))
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}: set DECOMP_DATA to the data folder")
 
-COLOURS = np.array([[120, 120, 120], [220, 40, 40], [40, 220, 40], [40, 40, 220], [220, 220, 40]], np.uint8)  # code → colour, 0 = background
-
-
 # -- scenes of which everything is known -------------------------------------------------------------------------------------------------
-
-def draw(seed: int, h: int = 48, w: int = 48, k: int = 3) -> dict:
-    "k squares on grey in different cells of the centred square: image, label map, colour code and centre (column, row, depth) of each"
-    rng, side = np.random.default_rng(seed), min(h, w)
-    image, mask = np.full((h, w, 3), 120, np.uint8), np.zeros((h, w), np.uint8)
-    codes, centres, cell = rng.permutation(4)[:k] + 1, np.zeros((k, 3), np.float32), side // 3
-    for i, place in enumerate(rng.permutation(9)[:k]):
-        half = rng.integers(cell // 4, cell // 3)
-        row, column = (h - side) // 2 + place // 3 * cell + cell // 2, (w - side) // 2 + place % 3 * cell + cell // 2
-        mask[row - half:row + half, column - half:column + half], centres[i] = i + 1, (column, row, 5)
-        image[mask == i + 1] = COLOURS[codes[i]]
-    return {"image": image, "mask": mask, "color": codes, "pixel_coords": centres, "k": k}
-
-
-def rows(values: np.ndarray, n: int) -> np.ndarray:
-    "Background row first, then the objects, then zeros up to n rows"
-    out = np.zeros((n, *values.shape[1:]), np.float32)
-    out[1:1 + len(values)] = values
-    return out
-
 
 def assert_true(item: dict, factor: str = "color", colour_of=lambda code: COLOURS[code]) -> int:
     "Every visible object has the colour that its row of labels says, and lies where its row says; returns how many there were"
@@ -82,23 +60,6 @@ def assert_true(item: dict, factor: str = "color", colour_of=lambda code: COLOUR
             at = at[0] if at.dim() == 2 else at
             assert abs(column + 0.5 - at[0]) < 1.6 and abs(row + 0.5 - at[1]) < 1.6 and at[2] == 5
     return len(there)
-
-
-def write_scenes(path: Path, n: int = 12, size: int = 48, trailing: bool = False, counts=(2, 3, 4), **more) -> Path:
-    "The layout of ../shared/data, or with trailing axes of object-centric-library"
-    scenes = [draw(i, size, size, counts[i % len(counts)]) for i in range(n)]
-    end = (lambda x: x[..., None]) if trailing else (lambda x: x)
-    with h5py.File(path, "w") as f:
-        f["image"] = np.stack([s["image"] for s in scenes])
-        f.create_dataset("mask", data=np.stack([s["mask"] for s in scenes])[..., None], chunks=(1, size, size, 1), compression="gzip")
-        f["visibility"] = end(np.stack([[1.0] + [1.0] * s["k"] + [0.0] * (4 - s["k"]) for s in scenes]).astype(np.float32))
-        f["num_actual_objects"] = end(np.array([s["k"] for s in scenes], np.uint8))
-        f["color"] = end(np.stack([rows(s["color"], 5) for s in scenes]).astype(np.uint8))
-        f["pixel_coords"] = np.stack([rows(s["pixel_coords"], 5) for s in scenes])
-        f["camera"] = np.arange(3 * n, dtype=np.float32).reshape(n, 3)
-        if not trailing: f.attrs["factor_names"] = '{"color": ["none", "red", "green", "blue", "yellow"]}'
-        for key, value in more.items(): f[key] = value
-    return path
 
 
 def write_video(path: Path, n: int = 6, t: int = 5) -> Path:
@@ -589,24 +550,6 @@ def test_plain_records_and_bad_ones(tmp_path):
 
 # -- CLEVRTex ----------------------------------------------------------------------------------------------------------------------------
 
-NAMES = ["none", "red", "green", "blue", "yellow"]
-
-
-def write_clevrtex(root: Path, n: int = 20) -> Path:
-    for i in range(n):
-        s, folder = draw(i, 240, 320, 2 + i % 3), root / "clevrtex_full" / str(i // 8)
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"CLEVRTEX_full_{i:06d}"
-        Image.fromarray(s["image"]).save(f"{stem}.png")
-        flat = Image.fromarray(s["mask"] * 3)  # object numbers with gaps
-        flat.putpalette(list(range(256)) * 3)
-        flat.save(f"{stem}_flat.png")
-        objects = [{"material": f"mat{c}", "shape": NAMES[c], "size": "small", "rotation": 10.0 * j, "3d_coords": [j, -j, 0.5], "index": 3 * (j + 1),
-                    "pixel_coords": s["pixel_coords"][j].tolist()} for j, c in enumerate(s["color"].tolist())]
-        Path(f"{stem}.json").write_text(json.dumps({"ground_material": "moss", "objects": objects[::-1]}))  # in any order
-    return root
-
-
 def shape_colour(names):
     return lambda code: COLOURS[NAMES.index(names[code])]
 
@@ -652,35 +595,6 @@ def test_clevrtex_bad_files(tmp_path):
 
 
 # -- MOVi dumps --------------------------------------------------------------------------------------------------------------------------
-
-def frame(video: int, t: int) -> dict:
-    s = draw(100 + video, 48, 48, 2 + video % 3)
-    return s | {k: np.roll(s[k], t, 1) for k in ("image", "mask")} | {"pixel_coords": s["pixel_coords"] + [t, 0, 0]}
-
-
-def write_dump(root: Path, layout: str, videos: range, frames: int = 4) -> Path:
-    for v in videos:
-        for t in range(frames):
-            s, k = frame(v, t), frame(v, t)["k"]
-            name = f"{t:06d}" if layout == "slot_diffusion" else f"{t:08d}"
-            folder = root / ("images" if layout == "lsd" else "") / f"{v:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            picture, mask = Image.fromarray(s["image"]), Image.fromarray(s["mask"])
-            if layout == "slot_diffusion":
-                picture.save(folder / f"{name}.jpg", quality=100, subsampling=0)
-                mask.save(folder / f"{name}_mask.png")
-            else: picture.save(folder / f"{name}_image.png")
-            if layout == "steve":
-                for j in range(5): Image.fromarray((s["mask"] == j + 1).astype(np.uint8) * 255).save(folder / f"{name}_mask_{j:02d}.png")
-            if layout == "lsd":
-                labels = root / "labels" / f"{v:08d}"
-                labels.mkdir(parents=True, exist_ok=True)
-                mask.save(labels / f"{name}_segment.png")
-                (labels / f"{name}_instances.json").write_text(json.dumps({
-                    "color_label": (s["color"] - 1).tolist(), "image_positions": (s["pixel_coords"][:, :2] / 48).tolist(), "visibility": [9] * k,
-                    "asset_id": ["cube"] * k, "bboxes_3d": np.zeros((k, 8, 3)).tolist(), "bboxes": [[[0, 0, 1, 1]]] * k, "mass": [2.5] * k}))
-    return root
-
 
 @pytest.mark.parametrize("layout", ["lsd", "slot_diffusion", "steve"])
 def test_movi_dump(tmp_path, layout):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
+from small_data import PLACES, as_bytes, write_cars, write_celeba, write_places, write_shapes
 
 from decomp_nb.data import factors as fac
 from decomp_nb.data.catalog import open_dataset, validate_dataset
@@ -19,17 +20,6 @@ SHAPES, SPRITES = (2, 3, 2, 2, 4, 3), (3, 2, 4, 3, 3)
 
 @pytest.fixture(scope="module")
 def drawn() -> fac.Shapes3D: return fac.Shapes3D(sizes=SHAPES, size=32)
-
-
-def as_bytes(images: torch.Tensor) -> np.ndarray: return ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
-
-
-def write_shapes(path, drawn, labels=None, images=None):
-    values = [np.arange(2) / 10, np.arange(3) / 10, np.arange(2) / 10, np.array([0.75, 1.25]), np.arange(4.0), np.array([-30.0, 0, 30])]
-    with h5py.File(path, "w") as f:
-        f["images"] = as_bytes(drawn.batch(range(len(drawn)))["image"]) if images is None else images
-        f["labels"] = np.stack([v[k] for v, k in zip(values, drawn.factors.T)], 1) if labels is None else labels
-    return path
 
 
 # the odometer
@@ -201,12 +191,7 @@ def test_archives(tmp_path):
 
 
 def test_cars(tmp_path):
-    (tmp_path / "cars").mkdir()
-    for car, name in enumerate(["b", "a", "c"]):
-        views = np.zeros((16, 16, 3, 6, 2), np.uint8)
-        for azimuth in range(6):
-            for elevation in range(2): views[..., azimuth, elevation] = 80 * car + 10 * azimuth + elevation
-        savemat(tmp_path / "cars" / f"car_{name}.mat", {"im": views})
+    write_cars(tmp_path / "cars")
     cars = open_dataset(tmp_path, split="all", size=8)
     assert type(cars) is fac.Cars3D and dict(cars.factor_sizes) == dict(elevation=2, azimuth=6, object=3) and cars.grid.strides == (18, 3, 1)
     for elevation, azimuth, number in [(0, 0, 0), (1, 4, 2), (1, 5, 1)]:
@@ -259,14 +244,7 @@ def test_falcor(tmp_path):
 
 
 def test_celeba(tmp_path):
-    (tmp_path / "img_align_celeba").mkdir()
-    for i in range(8):
-        picture = Image.new("RGB", (178, 218), (0, 0, 0))
-        picture.paste((20 * i, 90, 200), (25, 57, 153, 185))  # the crop, exactly
-        picture.save(tmp_path / "img_align_celeba" / f"{i:06d}.jpg", quality=95)
-    lists = tmp_path / "list_attr_celeba.txt"
-    lists.write_text("8\nSmiling Young Bald\n" + "".join(f"{i:06d}.jpg {1 - 2 * (i % 2)} {1 if i > 2 else -1} -1\n" for i in range(8)))
-    (tmp_path / "list_eval_partition.txt").write_text("".join(f"{i:06d}.jpg {[0, 0, 0, 0, 0, 1, 1, 2][i]}\n" for i in range(8)))
+    lists = write_celeba(tmp_path) / "list_attr_celeba.txt"
     train, test = (open_dataset(tmp_path, split=split) for split in ("train", "test"))
     assert type(train) is fac.CelebA and len(train) == 5 and len(test) == 1 and train.factors[:, :2].tolist() == [[1, 0], [0, 0], [1, 0], [0, 1], [1, 1]]
     colour = (train[4]["image"] + 1) * 127.5
@@ -277,24 +255,6 @@ def test_celeba(tmp_path):
 
 
 # the folders of Decomp Diffusion
-
-PLACES = {"clevr": "images_clevr/{}.png", "clevr_toy": "clevr_toy/{}.png", "celebahq": "celebahq/data128x128/{}.jpg", "tetris": "tetris_images_32/{}.png",
-          "anime": "anime_portraits/{}.jpg", "kitti": "kitti_data_tracking_image_2/training/image_02/{}/000.png",
-          "vkitti": "vkitti_2.0.3_rgb/Scene01/{}/frames/rgb/Camera_0/rgb_0.jpg"}
-
-
-def write_places(folder, kinds, count=4):
-    for kind in kinds:
-        for i in range(count):
-            file = folder / PLACES[kind].format(f"{i:04d}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            wide = "kitti" in kind
-            picture = Image.new("RGBA" if kind == "clevr" else "L" if kind == "tetris" else "RGB", (1242, 375) if wide else (64, 64), 0)
-            if wide: picture.paste((200, 40 * i, 90), (433, 0, 808, 375))
-            if kind == "clevr": picture.paste((200, 40 * i, 90, 255), (0, 0, 32, 64))
-            picture.save(file)
-    return folder
-
 
 @pytest.mark.parametrize("kind", [*PLACES, "comb_kitti", "faces"])
 def test_official_folders(tmp_path, kind):

@@ -4,53 +4,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small_data import packed, runs_of, write_coco, write_voc
 
 from decomp_nb.data import natural
 from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
 from decomp_nb.data.natural import CocoScenes, VocScenes
 
 
-def runs_of(mask):
-    "Run lengths of 0, 1, 0 … down the columns"
-    flat, runs, current = mask.T.flatten().astype(int), [0], 0
-    for v in flat:
-        if v == current: runs[-1] += 1
-        else:
-            runs.append(1)
-            current = v
-    return runs
-
-
-def packed(runs):
-    "COCO's packed text of run lengths"
-    text = ""
-    for i, run in enumerate(runs):
-        value, more = run - (runs[i - 2] if i > 2 else 0), True
-        while more:
-            letter, value = value & 31, value >> 5
-            more = not (value == 0 and not letter & 16 or value == -1 and letter & 16)
-            text += chr(letter + (32 if more else 0) + 48)
-    return text
-
-
 @pytest.fixture
-def coco(tmp_path):
-    "val: picture 3 (two instances, one crowd), picture 5 (nothing); train: picture 8"
-    rng, (h, w) = np.random.default_rng(0), (40, 64)
-    box = np.zeros((h, w), bool); box[10:30, 20:40] = True
-    crowd = np.zeros((h, w), bool); crowd[:8, 50:] = True; crowd[12:16, 22:26] = True
-    for split, ids in (("val", (5, 3)), ("train", (8,))):
-        (tmp_path / f"images/{split}2017").mkdir(parents=True)
-        for i in ids: Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)).save(tmp_path / f"images/{split}2017/{i:012d}.jpg")
-        notes = [dict(id=1, image_id=ids[-1], category_id=90, iscrowd=0, segmentation=[[20, 10, 40, 10, 40, 30, 20, 30]]),
-                 dict(id=2, image_id=ids[-1], category_id=1, iscrowd=0, segmentation=dict(size=[h, w], counts=packed(runs_of(np.roll(box, 8, 1))))),
-                 dict(id=3, image_id=ids[-1], category_id=1, iscrowd=1, segmentation=dict(size=[h, w], counts=runs_of(crowd)))]
-        categories = [dict(id=90, name="toothbrush"), dict(id=1, name="person")]
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(dict(
-            images=[dict(id=i, file_name=f"{i:012d}.jpg", height=h, width=w) for i in ids], annotations=notes, categories=categories)))
-    return tmp_path
+def coco(tmp_path): return write_coco(tmp_path)
 
 
 def test_coco_instances_classes_overlap_and_crowd(coco):
@@ -117,28 +79,7 @@ def test_polygons_are_united_and_filled_to_the_pixel():
 
 
 @pytest.fixture(params=["slot_diffusion", "original"])
-def voc(tmp_path, request):
-    "One picture in val with two objects, one in trainaug with classes only; both folder layouts"
-    pictures, lists = ("images", "sets") if request.param == "slot_diffusion" else ("JPEGImages", "ImageSets/Segmentation")
-    for f in (pictures, lists, "SegmentationClass", "SegmentationClassAug", "SegmentationObject"): (tmp_path / f).mkdir(parents=True)
-    objects, classes = np.zeros((50, 30), np.uint8), np.zeros((50, 30), np.uint8)
-    objects[12:20, 5:15], classes[12:20, 5:15] = 1, 15
-    objects[25:35, 12:22], classes[25:35, 12:22] = 2, 7
-    objects[20, 5:15], classes[21, 5:15] = 255, 255
-    for name in ("2007_000001", "2008_000002"):
-        Image.fromarray(np.random.default_rng(1).integers(0, 255, (50, 30, 3), np.uint8)).save(tmp_path / pictures / f"{name}.jpg")
-        for folder, values in (("SegmentationClass", classes), ("SegmentationObject", objects)):
-            if name == "2007_000001": save_palette(values, tmp_path / folder / f"{name}.png")
-        save_palette(classes, tmp_path / "SegmentationClassAug" / f"{name}.png")
-    (tmp_path / lists / "val.txt").write_text("2007_000001\n")
-    (tmp_path / lists / "trainaug.txt").write_text("2008_000002\n")
-    return tmp_path
-
-
-def save_palette(values, path):
-    picture = Image.fromarray(values, "P")
-    picture.putpalette([i % 256 for i in range(768)])
-    picture.save(path)
+def voc(tmp_path, request): return write_voc(tmp_path, request.param)
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")

@@ -5,7 +5,6 @@
 # %% ../../nbs/components/codebooks.ipynb #imports-export
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .latents import KLLatents, Pixels, build_latents, level_channels
+from .latents import KLLatents, Pixels, build_latents, find_autoencoder, level_channels
 
 # %% auto #0
 __all__ = ['nearest_codes', 'quantise', 'codebook_loss', 'vq_model', 'spread_codes', 'PerceptualDistance', 'VggFeatures',
@@ -256,17 +255,17 @@ class VQLatents(nn.Module):
 
 
 def build_space(
-    path: str | None = None,  # None: pixels; else a folder (a run directory too) or hub name of a `VQModel` or `AutoencoderKL`
+    path: str | None = None,  # None: pixels; else a folder (a run directory too) or hub name of an autoencoder
     *,
     patch: int = 1,  # pixels only: side of the patches that are folded into channels
     base: str | Path | None = None,  # where relative paths are looked for first
 ) -> Pixels | KLLatents | VQLatents:
     "The space that a config names: as `build_latents`, and VQ-VAEs too"
-    for folder in [] if path in (None, "", "pixels") else [Path(base or ".") / path, Path(path)]:
-        for place in (folder / "vae", folder / "model", folder):
-            if (place / "config.json").is_file() and json.loads((place / "config.json").read_text()).get("_class_name") == "VQModel":
-                from diffusers import VQModel
-                return VQLatents(VQModel.from_pretrained(str(place), low_cpu_mem_usage=False))
+    if path not in (None, "", "pixels"):
+        kind, place, subfolder = find_autoencoder(path, base)
+        if kind == "VQModel":
+            from diffusers import VQModel
+            return VQLatents(VQModel.from_pretrained(place, subfolder=subfolder or None, low_cpu_mem_usage=False))
     return build_latents(path, patch=patch, base=base)
 
 # %% ../../nbs/components/codebooks.ipynb #gumbel-export

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['Pixels', 'draw', 'KLLatents', 'level_channels', 'small_vae', 'KLAutoencoder', 'build_latents', 'Cached',
-           'CachedLatents', 'cache_latents', 'CachedFeatures', 'cache_features']
+__all__ = ['SPACES', 'Pixels', 'draw', 'KLLatents', 'DeterministicLatents', 'level_channels', 'small_vae', 'KLAutoencoder',
+           'small_dc', 'DCAutoencoder', 'find_autoencoder', 'build_latents', 'Cached', 'CachedLatents', 'cache_latents',
+           'CachedFeatures', 'cache_features']
 
 # %% ../../nbs/components/latents.ipynb #pixels-export
 class Pixels(nn.Module):
@@ -58,7 +60,11 @@ class KLLatents(nn.Module):
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels, self.factor = self.sizes()
+
+    def sizes(self) -> tuple[int, int]:
+        "Channels of a latent, and side of a picture / side of its latent"
+        return self.vae.config.latent_channels, 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def train(self, mode: bool = True) -> KLLatents:
         "Stays in evaluation mode: the autoencoder is a foundation, not a pupil"
@@ -67,7 +73,7 @@ class KLLatents(nn.Module):
     def shape(self, size: int) -> tuple[int, int, int]:
         "Shape of a latent for pictures of side `size`"
         if size % self.factor: raise ValueError(f"pictures of side {size} do not fit this autoencoder: the side must be a multiple of {self.factor}")
-        return self.vae.config.latent_channels, size // self.factor, size // self.factor
+        return self.channels, size // self.factor, size // self.factor
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +96,37 @@ class KLLatents(nn.Module):
         noise = batch.get("latent_noise")
         if "latent_mean" not in batch: return self.encode(batch["image"], noise)
         return draw(batch["latent_mean"].float(), batch["latent_logvar"].float(), noise) * self.vae.config.scaling_factor
+
+# %% ../../nbs/components/latents.ipynb #deterministic-export
+class DeterministicLatents(KLLatents):
+    "Scaled latents of a frozen autoencoder without a posterior: diffusers' `AutoencoderTiny` or `AutoencoderDC`"
+    @torch.no_grad()
+    def sizes(self) -> tuple[int, int]:
+        "Channels and factor, measured on one picture; `ValueError` where the decoder does not undo the encoder's"
+        side = 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
+        picture = next(self.vae.parameters()).new_zeros(1, self.vae.config.in_channels, side, side)
+        z = self.vae.encode(picture, return_dict=False)[0]
+        painted = self.vae.decode(z, return_dict=False)[0]
+        if painted.shape[-1] != side:
+            raise ValueError(f"{type(self.vae).__name__}: a picture of side {side} comes back with side "
+                             f"{painted.shape[-1]}; its encoder and decoder have different numbers of levels")
+        return z.shape[1], side // z.shape[-1]
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        "For `cache_latents`: the unscaled latents `(b,c,h/f,w/f)`, and a log-variance that means: no spread"
+        for side in images.shape[-2:]: self.shape(side)
+        z = self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0].to(images.dtype)
+        return z, torch.full_like(z, -30.0)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        "Scaled latents of pictures `(b,3,h,w)` in [−1,1]; nothing is drawn, `noise` has no meaning here"
+        return self.moments(images)[0] * self.vae.config.scaling_factor
+
+    def from_batch(self, batch: dict) -> Tensor:
+        "x_0 of a training batch: from a cache where `cache_latents` put it, else from the picture"
+        if "latent_mean" not in batch: return self.encode(batch["image"])
+        return batch["latent_mean"].float() * self.vae.config.scaling_factor
 
 # %% ../../nbs/components/latents.ipynb #small-vae-export
 def level_channels(
@@ -147,24 +184,130 @@ class KLAutoencoder(nn.Module):
         self.vae.register_to_config(scaling_factor=round(1 / max(float(self.spread), 1e-6), 5))
         self.vae.save_pretrained(folder, **options)
 
+# %% ../../nbs/components/latents.ipynb #small-dc-export
+def small_dc(
+    factor: int = 8,  # side of the picture / side of the latents: 2, 4, 8 …
+    *,
+    latent_channels: int = 8,
+    width: int = 32,  # channels at full resolution
+    multipliers: Sequence[int] | None = None,  # of the width, one per level; None: 1, 2, 2 … and 4 at the end
+    layers: Sequence[int] | None = None,  # residual blocks of each level, from the finest; None: 0, 1, 2, 2 …
+):
+    "A small `AutoencoderDC` with random weights, made of convolutions alone"
+    from diffusers import AutoencoderDC
+    levels = factor.bit_length()
+    if factor < 2: raise ValueError(f"factor={factor}: an AutoencoderDC halves at least once")
+    multipliers = [1, *[2] * (levels - 2), 4] if multipliers is None else multipliers
+    channels = level_channels(factor, width, multipliers, groups=4)
+    layers = [0, 1, *[2] * (levels - 2)] if layers is None else list(layers)
+    if len(layers) != levels or min(layers[1:]) < 1 or layers[0] < 0:
+        raise ValueError(f"layers={layers}: factor={factor} has {levels} levels, of at least one block each; "
+                         "only the first may have 0")
+    if channels[-1] % latent_channels:
+        raise ValueError(f"latent_channels={latent_channels}: must divide the {channels[-1]} channels of the "
+                         "coarsest level")
+    same = dict(block_out_channels=channels, layers_per_block=tuple(layers), qkv_multiscales=((),) * levels)
+    both = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in same.items()}
+    return AutoencoderDC(latent_channels=latent_channels, **both)
+
+# %% ../../nbs/components/latents.ipynb #dc-export
+class DCAutoencoder(nn.Module):
+    "An `AutoencoderDC` in training: `forward(batch)` gives the loss; `save_pretrained` writes a plain autoencoder"
+    def __init__(self, vae: nn.Module, *, noise: float = 0.05):
+        super().__init__()
+        if noise < 0: raise ValueError(f"noise={noise}: standard deviations, at least 0")
+        self.vae, self.noise = vae, noise
+        self.register_buffer("spread", torch.ones(()))  # running standard deviation of the latents
+
+    @property
+    def config(self) -> dict:
+        "What the run's config.json records"
+        return {**self.vae.config, "latent_noise": self.noise}
+
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        "Pictures from latents without noise, and the latents `(b,c,h/f,w/f)`"
+        z = self.vae.encode(images, return_dict=False)[0]
+        return self.vae.decode(z).sample, z
+
+    def forward(self, batch: dict) -> dict:
+        "`loss` and `reconstruction`: mean squared error of pictures in [−1,1]; `latent_noise` injects ε"
+        z = self.vae.encode(batch["image"], return_dict=False)[0]
+        now = z.detach().float().std()
+        eps = batch.get("latent_noise")
+        eps = torch.randn_like(z) if eps is None else eps.to(z)
+        error = F.mse_loss(self.vae.decode(z + self.noise * now.to(z) * eps).sample, batch["image"])
+        if self.training: self.spread.lerp_(now, 0.02)
+        return {"loss": error, "reconstruction": error.detach()}
+
+    def save_pretrained(self, folder: str | Path, **options) -> None:
+        "A folder that `AutoencoderDC.from_pretrained` and `build_latents` read"
+        self.vae.register_to_config(scaling_factor=round(1 / max(float(self.spread), 1e-6), 5))
+        self.vae.save_pretrained(folder, **options)
+
+# %% ../../nbs/components/latents.ipynb #find-autoencoder-export
+def _local_autoencoder(folder: Path) -> Path:
+    "Where in a local folder the autoencoder's config.json lies"
+    for place in (folder / "vae", folder / "model", folder):  # a run has a config.json of its own
+        if (place / "config.json").is_file(): return place
+    raise FileNotFoundError(f"no config.json of an autoencoder in {folder} (nor in its vae/ or model/)")
+
+
+def _hub_autoencoder(name: str) -> tuple[str, dict]:
+    "Sub-folder and config of the autoencoder that a hub name stands for: of a pipeline its vae/"
+    from diffusers import AutoencoderKL
+    for subfolder in ("vae", ""):
+        try: return subfolder, AutoencoderKL.load_config(name, subfolder=subfolder or None)
+        except OSError: continue
+    raise FileNotFoundError(f"no autoencoder '{name}': no folder here, and no hub name that is cached or reachable")
+
+
+def find_autoencoder(
+    path: str,  # a folder (autoencoder, pipeline that holds one, run directory) or a hub name
+    base: str | Path | None = None,  # where relative paths are looked for first
+) -> tuple[str, str, str]:
+    "Class name, place and sub-folder of the autoencoder that `path` names; `FileNotFoundError` where there is none"
+    folder = next((p for p in (Path(base or ".") / path, Path(path)) if p.exists()), None)
+    if folder is not None:
+        place = _local_autoencoder(folder)
+        config = json.loads((place / "config.json").read_text())
+        return config.get("_class_name", "folder without _class_name"), str(place), ""
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        hint = "give a folder, a hub name, or an empty text for pixels"
+        raise FileNotFoundError(f"no autoencoder at '{path}': {hint}")
+    subfolder, config = _hub_autoencoder(str(path))
+    return config.get("_class_name", "config without _class_name"), str(path), subfolder
+
 # %% ../../nbs/components/latents.ipynb #build-export
+SPACES = {
+    "AutoencoderKL": KLLatents,
+    "AutoencoderTiny": DeterministicLatents,
+    "AutoencoderDC": DeterministicLatents,
+}
+
+
+def _load_autoencoder(kind: str, place: str, subfolder: str) -> nn.Module:
+    "Any diffusers autoencoder; without the warning about an entry that AutoencoderTiny puts into its own config"
+    import diffusers
+    logger = logging.getLogger("diffusers.configuration_utils")
+    level = logger.level
+    if kind == "AutoencoderTiny": logger.setLevel(logging.ERROR)
+    options = dict(subfolder=subfolder or None, low_cpu_mem_usage=False)
+    try: return getattr(diffusers, kind).from_pretrained(place, **options)
+    finally: logger.setLevel(level)
+
+
 def build_latents(
-    path: str | None = None,  # None = pixels; else a hub name or local folder of an `AutoencoderKL`, a pipeline that holds one, or a run directory
+    path: str | None = None,  # None = pixels; else a folder, run directory or hub name, see `find_autoencoder`
     *,
     patch: int = 1,  # pixels only: side of the patches that are folded into channels
-    base: str | Path | None = None,  # where relative paths are looked for first (the folder a method was loaded from)
+    base: str | Path | None = None,  # where relative paths are looked for first
 ) -> Pixels | KLLatents:
     "The space that a config names"
     if path in (None, "", "pixels"): return Pixels(patch)
-    from diffusers import AutoencoderKL
-    folder = next((p for p in (Path(base or ".") / path, Path(path)) if p.exists()), None)
-    if folder is None and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
-        raise FileNotFoundError(f"no autoencoder at '{path}': give a folder, a hub name, or an empty text for pixels")
-    place = next((folder / s for s in ("vae", "model", "") if (folder / s / "config.json").is_file()), None) if folder else path  # a run has a config.json of its own
-    if place is None: raise FileNotFoundError(f"no config.json of an autoencoder in {folder} (nor in its vae/ or model/)")
-    kind = json.loads((place / "config.json").read_text()).get("_class_name") if folder else "AutoencoderKL"
-    if kind != "AutoencoderKL": raise ValueError(f"{place} holds a {kind}; the latents of a method need an AutoencoderKL")
-    return KLLatents(AutoencoderKL.from_pretrained(str(place), low_cpu_mem_usage=False))
+    kind, place, subfolder = find_autoencoder(path, base)
+    if kind not in SPACES:
+        raise ValueError(f"{place} holds a {kind}; the latents of a method need one of {', '.join(SPACES)}")
+    return SPACES[kind](_load_autoencoder(kind, place, subfolder))
 
 # %% ../../nbs/components/latents.ipynb #fingerprint-export
 def _fingerprint(data, network: nn.Module) -> str:

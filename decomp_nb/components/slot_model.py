@@ -166,6 +166,7 @@ class SlotModel(Decomposer):
 # %% ../../nbs/components/slot_model.ipynb #painting-export
 class DiffusionSlotModel(SlotModel):
     "A slot model whose slots are read by a denoiser: `denoise(…)` builds it, `forward` is its training step"
+    one_side = True  # the denoiser was made for latents of one side
 
     def denoise(self, denoiser: nn.Module | None, scheduler_config: dict | None) -> None:
         "Take the denoiser (a UNet with cross-attention; None where the class has a frozen one), build the noise schedule; to be called after `see`"
@@ -185,7 +186,8 @@ class DiffusionSlotModel(SlotModel):
 
     def stand_on(self, space: nn.Module) -> None:
         "Use this space (Pixels, KLLatents, VQLatents); refused where its shape is not the denoiser's"
-        shape, want = space.shape(self.config.image_size), (self.denoiser.config.in_channels, self.denoiser.config.sample_size)
+        shape, unet = space.shape(self.config.image_size), self.denoiser.config
+        want = unet.in_channels, unet.sample_size if self.one_side else shape[1]
         if shape[:2] != want:
             raise ValueError(f"the latents of a {self.config.image_size}-pixel picture are {shape}, but the denoiser was built for {want[0]} channels of side {want[1]}: "
                              "change denoiser_config (in_channels, sample_size), latents_path or patch_size")

@@ -71,6 +71,8 @@ class TextToImage(nn.Module):
         super().__init__()
         if latents is None and not latents_path: raise ValueError("give latents_path: Stable Diffusion's layout needs an autoencoder")
         self.__dict__["latents"] = latents if latents is not None else build_latents(latents_path)
+        if type(self.latents.vae).__name__ == "AutoencoderDC":
+            raise ValueError("latents_path: Stable Diffusion's layout has no place for an AutoencoderDC; give an AutoencoderKL or AutoencoderTiny")
         self.tokenizer, (channels, side, _) = clip_tokenizer(words, max_tokens), self.latents.shape(image_size)
         self.text_encoder = text_model(self.tokenizer, text_width, text_layers, heads)
         self.unet = text_unet(side, channels, widths, text_width, heads, deaf)

@@ -153,6 +153,8 @@ def scheduler_of(name_or_folder: str) -> dict:
 # %% ../../nbs/methods/lsd.ipynb #stable-export
 class StableLSD(LSD):
     "LSD on a frozen text-to-image model: DINO features → slots, which take the place of the text tokens; only the slots are trained"
+    one_side = False  # Stable Diffusion's UNet takes any side: published are pictures of 256 pixels with a UNet for 768
+
     @register_to_config
     def __init__(
         self,

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from .rehearsal import VARIABLE
+
 # %% auto #0
 __all__ = ['FORWARDED', 'START_TIMEOUT', 'STOPPED', 'KEEP_MEMORY', 'own_kernel_spec', 'check_kernel', 'printed_lines',
            'run_directory', 'relative_path', 'Kernels', 'forward_signals', 'execute', 'check_started', 'exit_code',
@@ -160,15 +162,15 @@ def exit_code(error: BaseException | None, came: list, output: Path) -> tuple[in
     "Exit code of a run, and a message where it failed"
     if error is None:
         return (STOPPED if came else 0), ""
-    kept = f"notebook up to there: {relative_path(output)}"
+    kept = "" if VARIABLE in os.environ else f"\nnotebook up to there: {relative_path(output)}"  # a rehearsal keeps none
     name = getattr(error, "ename", type(error).__name__)
     if came and name in ("KeyboardInterrupt", "DeadKernelError"):
         reason = f"stopped by {signal.Signals(came[-1]).name} before the notebook could save"
-        return 128 + came[-1], f"{reason}\n{kept}"
+        return 128 + came[-1], f"{reason}{kept}"
     if name == "DeadKernelError":
         reason = "the notebook's process died; when memory ran out, a smaller batch_size helps"
-        return 1, f"{reason}\n{kept}"
-    return 1, f"{error}\n{kept}"  # papermill's error carries the traceback of the failing cell
+        return 1, f"{reason}{kept}"
+    return 1, f"{error}{kept}"  # papermill's error carries the traceback of the failing cell
 
 # %% ../../nbs/training/kernel.ipynb #kernel-memory
 KEEP_MEMORY = {  # glibc's own names; bytes

@@ -18,13 +18,14 @@ from .kernel import STOPPED, relative_path, run_directory, run_notebook
 from .parameters import Parameters, check_trackers, gather_values, parameters
 from .processes import (
     Job, Layout, asked_for_gpus, count_gpus, run_as_rank, run_ranks, started_by_another)
+from .rehearsal import rehearse_notebook
 from .rendezvous import parse_address
 from .slurm import Allocation, sbatch_script
 
 # %% auto #0
 __all__ = ['JOB_HELP', 'REPEATED', 'default_output', 'report_results', 'take_parameters', 'add_values', 'add_run_arguments',
            'add_machine_arguments', 'add_slurm_arguments', 'make_parser', 'write_sbatch', 'check_paths', 'read_layout',
-           'run_here', 'run_job', 'read_job', 'start_run', 'tolerate_encodings', 'main']
+           'run_here', 'run_job', 'read_job', 'check_run', 'start_run', 'tolerate_encodings', 'main']
 
 # %% ../../nbs/training/launch.ipynb #launch-default-output
 def default_output(notebook: str | Path) -> Path:
@@ -69,11 +70,13 @@ def add_run_arguments(run: argparse.ArgumentParser) -> None:
     "Arguments of `decomp_nb run`"
     add_values(run)
     output = "executed notebook (default: papermill_runs/out/<notebook>-<date-time>.ipynb)"
+    check = "rehearse: one step, evaluation and checkpoint; say what the run will take"
     timeout = "after S seconds ask the notebook to save and stop"
     stopped = f"exit code when a signal came and the notebook saved (default 0; batch scripts take {STOPPED})"
     run.add_argument("output", nargs="?", help=output)
     run.add_argument("--timeout", type=float, default=0, metavar="S", help=timeout)
     run.add_argument("--kernel", default="", metavar="NAME", help="run in this installed kernel (default: this Python)")
+    run.add_argument("--check", action="store_true", help=check)
     run.add_argument("--help-notebook", action="store_true", help="list what the notebook accepts and stop")
     run.add_argument("--code-when-stopped", type=int, default=0, metavar="N", help=stopped)
     run.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # set for a rank: where to write why it failed
@@ -198,9 +201,21 @@ def read_job(args: argparse.Namespace, accepted: Parameters) -> Job:
     return Job(notebook, output, values, args.timeout, args.kernel, chosen.get("out_dir", ""))
 
 
+def check_run(layout: Layout, job: Job, accepted: Parameters) -> int:
+    "`decomp_nb run --check`: rehearse a job on this machine; returns the exit code"
+    if layout.nodes > 1 or started_by_another():
+        raise ValueError("--check rehearses on one machine: leave out --nodes, and start it without torchrun or accelerate")
+
+    def run(output: Path, values: dict) -> int:
+        return run_job(layout, job._replace(output=output, values=values, out_dir=values["out_dir"]), None)
+    return rehearse_notebook(run, accepted, job.values, layout.processes)
+
+
 def start_run(args: argparse.Namespace, accepted: Parameters) -> int:
     "`decomp_nb run`: check, run, say where the results are; returns the exit code"
     layout, job = read_layout(args), read_job(args, accepted)
+    if args.check:
+        return check_run(layout, job, accepted)
     code = run_job(layout, job, args.report)
     if args.report:
         return code
@@ -229,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "params" or getattr(args, "help_notebook", False):
             print(accepted)
             return 0
+        if getattr(args, "check", False) and args.sbatch:
+            raise ValueError("--check rehearses here and now, --sbatch writes a script for later: one of them")
         if args.command == "slurm" or args.sbatch:
             return write_sbatch(args, accepted, argv)
         return start_run(args, accepted)

@@ -37,6 +37,7 @@ from torch import nn
 from .config import TrainConfig, project_root, resolve_out_dir
 from .forecast import Forecast, Plan, expectation
 from .precision import NAMES, Precision, settle_precision
+from .rehearsal import rehearse, rehearsing
 
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'WAIT', 'mix', 'epoch_order', 'micro_batch', 'Stream', 'seed_everything', 'random_state',
@@ -1072,6 +1073,7 @@ class Trainer(Keeper):
 
     def fit(self) -> Run:
         "Check everything, then train; a stop signal saves and raises `SystemExit(0)`, Ctrl-C saves and raises `KeyboardInterrupt`"
+        if rehearsing(self.run.path): rehearse(self)
         try:
             self.start()
             with stop_signals() as received:
