@@ -8,6 +8,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import nbdev_command
 import pytest
 
 import decomp_nb
@@ -43,7 +44,7 @@ def fresh_export(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "nbs", root / "nbs", symlinks=True, ignore=ignored)
     (root / "decomp_nb").mkdir()
     shutil.copy(ROOT / "decomp_nb/__init__.py", root / "decomp_nb/__init__.py")
-    python("from nbdev.doclinks import nbdev_export; nbdev_export()", root, PYTHONPATH=str(root))
+    assert nbdev_command.run("export", root=root) == 0
     return root
 
 
