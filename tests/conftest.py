@@ -2,6 +2,7 @@
 import os
 import resource
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ def place(item: pytest.Item) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     "Two processes take whole modules from the front: they end together when the last ones are short"
     items.sort(key=place)
+
+
+def pytest_sessionfinish() -> None:
+    "End the server that warm kernels are forked from: only then their processor time counts"
+    if (server := forkserver._forkserver)._forkserver_pid:
+        server._stop()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -1,7 +1,7 @@
 """nbdev's commands, whichever nbdev is installed: `python tools/nbdev_command.py export | clean | test | docs … [options]`.
 
-nbdev 2 calls them nbdev_export and reads settings.ini; nbdev 3 calls them nbdev-export and reads `[tool.nbdev]` of pyproject.toml, where the
-addresses of site and repository cannot stand: modules would get a line of documentation each. They are put into the index afterwards.
+nbdev 2 calls them nbdev_export and reads settings.ini; nbdev 3 calls them nbdev-export and reads `[tool.nbdev]` of pyproject.toml. The
+addresses of site and repository cannot stand there: every module would get a line of documentation. They are put into the index afterwards.
 """
 from __future__ import annotations
 
