@@ -29,7 +29,7 @@ setup:
 	if [ -x $(PY) ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$sum" ]; then exit 0; fi; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "decomp_nb needs Python 3.11 or newer; name one: make PYTHON=python3.11 …" >&2; exit 1; }; \
 	echo "setting up .venv (once, a few minutes)"; \
-	$(PYTHON) -m venv .venv && \
+	rm -rf decomp_nb.egg-info && $(PYTHON) -m venv .venv && \
 	$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]' && \
 	$(PY) -m ipykernel install --sys-prefix --name python3 --display-name python3 >/dev/null && \
 	echo "$$sum" > $(STAMP)
