@@ -70,7 +70,7 @@ def test_the_comparison_can_fail(tmp_path):
 
 def test_import_costs_milliseconds():
     code = "import time; start = time.process_time(); import decomp_nb; print(time.process_time() - start)"
-    assert min(float(python(code)) for _ in range(3)) < 0.1
+    assert min(float(python(code)) for _ in range(5)) < 0.1  # processor time, and the best of five: others on the machine do not count
 
 
 def test_import_brings_nothing_heavy():
