@@ -677,9 +677,15 @@ def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters:
     fresh_accelerate()
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
                 InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))]  # the others wait while one evaluates
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu, log_with=tracker_names(config.trackers) or None,
-                              project_dir=run_dir / "trackers", kwargs_handlers=handlers)
-    there, wanted = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu, log_with=tracker_names(config.trackers) or None,
+                                  project_dir=run_dir / "trackers", kwargs_handlers=handlers)
+        there = accelerator.num_processes
+    except ValueError as error:  # accelerate before 1.11 asks for an address instead of counting one process
+        if "MASTER_ADDR" not in str(error):
+            raise
+        there = 1
     if there != wanted:
         raise RuntimeError(f"{wanted} processes were started, but accelerate sees {there}: on a CPU set cpu=True or ACCELERATE_USE_CPU=1")
     return accelerator
