@@ -29,9 +29,9 @@ def pytest_sessionfinish() -> None:
         server._stop()
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    "The times of `make test`, which runs the tests last"
-    if not os.environ.get("DECOMP_TIMES"):
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    "The times of `make test`, which runs the tests last; the workers of pytest-xdist leave the word to the process that started them"
+    if not os.environ.get("DECOMP_TIMES") or hasattr(config, "workerinput"):
         return
     processor = timed.processor_time(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     timed.note("tests", time.monotonic() - BEGIN, processor)
