@@ -55,6 +55,7 @@ def processes(tmp_path_factory):
                 if process.is_alive(): process.kill()
                 assert process.exitcode == 0, (folder / f"log-{number}").read_text()[-3000:]
         return (folder / "log-0").read_text()
+    run.logs = folder
     return run
 
 
@@ -508,3 +509,13 @@ def test_two_processes_stop_together_and_resume_exactly(tmp_path, processes):
     assert_same_run(load_run(tmp_path / "whole"), load_run(tmp_path / "cut"))
     state = torch.load(tmp_path / "cut" / "checkpoints" / "step-00000012" / "state.pt", weights_only=True)
     assert len(state["ranks"]) == 2 and not torch.equal(state["ranks"][0]["random"]["torch"], state["ranks"][1]["random"]["torch"])
+
+
+def test_main_process_decides_for_all(tmp_path, processes):
+    "Precision, planned end and the moment when everything is written, in two processes whose machines and clocks disagree; limit: 60 imagined seconds"
+    said = processes({"out_dir": str(tmp_path / "run"), "odd_ranks": True, "mixed_precision": "auto", "max_steps": 2000, "max_minutes": 1.0, "log_every": 5000}, count=2)
+    first, second = ((processes.logs / f"log-{rank}").read_text().partition("after fit: ")[2] for rank in (0, 1))
+    assert first == second and first.startswith("1 lines of metrics, bf16, Plan(total=2000, end=")
+    run = load_run(tmp_path / "run")
+    assert 50 < rows(run)[-1]["step"] < 1000 and run.curve("lr/head")[1][-1] < 0.01 * 0.01
+    assert "bfloat16: a trial step took 1000.0 ms in bfloat16" in said and "the learning rate falls to its end there" in said

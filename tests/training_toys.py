@@ -1,9 +1,11 @@
 """The smallest model and data that exercise every source of randomness, and a way to train them in a process of its own."""
+import itertools
 import multiprocessing
 import os
 import random
 import signal
 import sys
+import time
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ import accelerate  # noqa: F401  imported here so that forked processes have the
 import diffusers.optimization  # noqa: F401
 import diffusers.training_utils  # noqa: F401
 
+from decomp_nb.training import precision, trainer
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.trainer import Trainer
 
@@ -62,15 +65,15 @@ class Slower(Denoiser):
 
 
 def config(out_dir, **options):
-    return TrainConfig(**{**dict(out_dir=out_dir, cpu=True, trackers="", max_steps=12, batch_size=4, log_every=1, eval_every=0, save_every=0, ema_decay=0.9,
+    return TrainConfig(**{**dict(out_dir=out_dir, cpu=True, trackers="", mixed_precision="no", max_steps=12, batch_size=4, log_every=1, eval_every=0, save_every=0, ema_decay=0.9,
                                  learning_rate=1e-2, resume="never", lr_schedule="cosine", warmup_steps=2), **options})
 
 
 def train(out_dir, *, data=None, model=None, evaluate=None, quiet=False, **options):
     "Seed, build, fit → (trainer, run)"
     torch.manual_seed(0)
-    trainer = Trainer(model or Denoiser(quiet=quiet), Pictures(shaky=not quiet) if data is None else data, config(out_dir, **options), evaluate=evaluate, name="toy")
-    return trainer, trainer.fit()
+    fitter = Trainer(model or Denoiser(quiet=quiet), Pictures(shaky=not quiet) if data is None else data, config(out_dir, **options), evaluate=evaluate, name="toy")
+    return fitter, fitter.fit()
 
 
 def train_in_process(request, env, log):
@@ -80,8 +83,22 @@ def train_in_process(request, env, log):
     os.environ.update(env)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     stop, quiet, out_dir = request.get("stop", {}), request.get("quiet", False), request["out_dir"]
+    if request.get("odd_ranks"): make_ranks_differ(int(env["RANK"]))
     torch.manual_seed(0)
     model = Slower(quiet=quiet)
     for name, value in stop.items(): setattr(model, name, value)
-    train(out_dir, model=model, quiet=quiet, **{k: v for k, v in request.items() if k not in ("stop", "quiet", "out_dir")})
-    print("after fit")
+    options = {k: v for k, v in request.items() if k not in ("stop", "quiet", "out_dir", "odd_ranks")}
+    fitter, run = train(out_dir, model=model, quiet=quiet, **options)
+    print(f"after fit: {len(run.curve('loss')[0])} lines of metrics, {fitter.accelerator.mixed_precision}, {fitter.forecast.plan}")
+
+
+def make_ranks_differ(rank):
+    "Lines of metrics take half a second to arrive; the first process is fast at bfloat16 and slow otherwise, the second the other way round"
+    honest, steps = trainer.append_metrics, itertools.count()
+    def late(path, row):
+        time.sleep(0.5)
+        honest(path, row)
+    trainer.append_metrics = late
+    precision.native_bf16 = lambda kind: True
+    precision.trial_seconds = lambda: ((2.0, 1.0), (1.0, 2.0))[rank]
+    trainer.Stopwatch.now = staticmethod(lambda: next(steps) * (0.1, 0.01)[rank])

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Mapping
 
 # %% auto #0
-__all__ = ['option', 'typed', 'TrainConfig', 'nearest', 'check_range', 'literal', 'describe', 'parameter_line', 'read_parameters',
-           'check_parameters_cell', 'project_root', 'resolve_out_dir']
+__all__ = ['option', 'typed', 'unquoted_word', 'TrainConfig', 'nearest', 'check_range', 'literal', 'describe', 'parameter_line',
+           'read_parameters', 'check_parameters_cell', 'project_root', 'resolve_out_dir']
 
 # %% ../../nbs/training/config.ipynb #config-option-export
 def option(
@@ -51,6 +51,17 @@ def typed(
         hint = "; in YAML write the point: 1.0e-4, not 1e-4" if "e" in value.lower() else "; remove the quotes"
     raise TypeError(f"{name}: expected {kind}, got {type(value).__name__} {value!r}{hint}")
 
+# %% ../../nbs/training/config.ipynb #config-word-export
+def unquoted_word(field: dataclasses.Field, value: Any) -> Any:
+    "`value`, or the word that was meant where YAML read an unquoted `no` as False; a `TypeError` where it read a word as True"
+    choices = field.metadata["choices"] or ()
+    if "no" not in choices or not isinstance(value, bool):
+        return value
+    if value:
+        quoted = ", ".join(f'"{choice}"' for choice in choices)
+        raise TypeError(f"{field.name}: YAML reads yes, on and true as True; write one of {quoted}, with the quotes")
+    return "no"
+
 # %% ../../nbs/training/config.ipynb #config-trainconfig-export
 @dataclasses.dataclass
 class TrainConfig:
@@ -58,7 +69,7 @@ class TrainConfig:
     # the run
     out_dir: str = option("papermill_runs/out/run", "run directory; relative paths start at the project root")
     seed: int = option(0, "decides noise, timesteps and the order of the images", low=0)
-    max_steps: int = option(3000, "optimiser steps; the learning-rate schedule spans them", low=1)
+    max_steps: int = option(3000, "optimiser steps; the learning-rate schedule spans them, or as many as max_minutes allows", low=1)
     max_minutes: float = option(0.0, "stop after this many minutes of training, resumed time included; 0: no limit", low=0)
     # the batch
     batch_size: int = option(32, "images per process and micro-batch", low=1)
@@ -87,7 +98,9 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "how many checkpoints stay on disk", low=1)
     resume: str = option("auto", "'auto': go on where the run left off, 'never': refuse a started run, or a checkpoint folder")
     # speed and memory
-    mixed_precision: str = option("no", "numbers of the forward pass", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = option(
+        "auto", "numbers of the forward pass; auto is bf16 where the machine computes it faster, else no, which is float32",
+        choices=("auto", "no", "fp16", "bf16"))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower")
     channels_last: bool = option(False, "memory layout that convolutions on tensor cores prefer")
     compile: bool = option(False, "torch.compile the model; the first step takes minutes")
@@ -97,7 +110,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            setattr(self, field.name, typed(field.name, field.type, getattr(self, field.name)))
+            value = unquoted_word(field, getattr(self, field.name))
+            setattr(self, field.name, typed(field.name, field.type, value))
 
     @classmethod
     def names(cls) -> list[str]:
@@ -123,9 +137,14 @@ class TrainConfig:
     def validate(self) -> TrainConfig:
         "Raise a `ValueError` that names the first field out of range; returns `self`"
         for field in dataclasses.fields(self): check_range(field, getattr(self, field.name))
-        if self.lr_schedule != "constant" and self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps: {self.warmup_steps} is more than max_steps ({self.max_steps})")
         return self
+
+    @property
+    def warmup(self) -> int:
+        "Steps of warm-up that are made: `warmup_steps`, or half of `max_steps` where a schedule that ends is too short for them"
+        if self.lr_schedule == "constant" or self.warmup_steps <= self.max_steps:
+            return self.warmup_steps
+        return self.max_steps // 2
 
     @classmethod
     def help_table(cls) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import functools
@@ -34,18 +35,21 @@ import torch
 from torch import nn
 
 from .config import TrainConfig, project_root, resolve_out_dir
+from .forecast import Forecast, Plan, expectation
+from .precision import NAMES, Precision, settle_precision
 
 # %% auto #0
-__all__ = ['STOP_SIGNALS', 'mix', 'epoch_order', 'micro_batch', 'Stream', 'seed_everything', 'random_state', 'set_random_state',
-           'preserve_random_state', 'Positions', 'stream_loader', 'parameter_groups', 'make_optimizer', 'lr_factor',
-           'evaluation_mode', 'clock', 'short', 'metric_label', 'progress_line', 'progress', 'read_metrics',
-           'append_metrics', 'rewind_metrics', 'write_text', 'atomic_folder', 'sync', 'remove_folder', 'checksum',
-           'seal', 'defect', 'list_checkpoints', 'newest_checkpoint', 'prune_checkpoints', 'explain_disk_errors',
-           'trainable', 'restorable', 'save_weights', 'load_weights', 'fingerprint', 'model_record', 'versions',
-           'git_commit', 'difference', 'Run', 'summary', 'load_run', 'stop_signals', 'Meter', 'read_losses',
-           'Stopwatch', 'check_data', 'check_writable', 'check_model', 'find_resume', 'tracker_names',
-           'fresh_accelerate', 'make_accelerator', 'Engine', 'save_state', 'load_state', 'gather_states',
-           'display_path', 'Session', 'hardware', 'Reporter', 'Keeper', 'Trainer']
+__all__ = ['STOP_SIGNALS', 'WAIT', 'mix', 'epoch_order', 'micro_batch', 'Stream', 'seed_everything', 'random_state',
+           'set_random_state', 'preserve_random_state', 'Positions', 'workers_at_most', 'stream_loader',
+           'parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode', 'clock', 'short', 'metric_label',
+           'progress_line', 'progress', 'read_metrics', 'append_metrics', 'rewind_metrics', 'write_text',
+           'atomic_folder', 'sync', 'remove_folder', 'checksum', 'seal', 'defect', 'list_checkpoints',
+           'newest_checkpoint', 'prune_checkpoints', 'explain_disk_errors', 'trainable', 'restorable', 'save_weights',
+           'load_weights', 'fingerprint', 'model_record', 'versions', 'git_commit', 'difference', 'Run', 'summary',
+           'load_run', 'stop_signals', 'Meter', 'read_losses', 'Stopwatch', 'check_data', 'check_writable',
+           'read_record', 'check_model', 'find_resume', 'tracker_names', 'fresh_accelerate', 'connect',
+           'agree_on_precision', 'make_accelerator', 'Engine', 'save_state', 'load_state', 'gather_states', 'sums',
+           'display_path', 'first_lines', 'make_forecast', 'Session', 'hardware', 'Reporter', 'Keeper', 'Trainer']
 
 # %% ../../nbs/training/trainer.ipynb #trainer-order-export
 def mix(*numbers: int) -> int:
@@ -158,6 +162,12 @@ def _outlive_stop_signals(worker: int) -> None:
     "A loader worker works on after a stop signal, at most for a minute, so that its training process can finish the step"
     for number in STOP_SIGNALS: signal.signal(number, lambda *_: signal.alarm(60))
 
+def workers_at_most(wanted: int, cores: int | None = None) -> int:
+    "`wanted` loader workers, but no more than there are cores for this process: others would only wait"
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores)
+
 def stream_loader(
     data,                  # data set with `len` and `[i]`
     positions: Positions,  # which part of the stream
@@ -204,11 +214,11 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
 
 # %% ../../nbs/training/trainer.ipynb #trainer-schedule-export
 def lr_factor(config: TrainConfig) -> Callable[[int], float]:
-    "step → factor on the peak learning rate, with the shapes of diffusers; `constant` warms up too when `warmup_steps` says so"
+    "Step → factor on the peak learning rate, in diffusers' shapes; `constant` warms up too if `warmup_steps` says so"
     from diffusers.optimization import get_scheduler
     name = "constant_with_warmup" if config.lr_schedule == "constant" and config.warmup_steps else config.lr_schedule
     nobody = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    return get_scheduler(name, nobody, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps).lr_lambdas[0]
+    return get_scheduler(name, nobody, num_warmup_steps=config.warmup, num_training_steps=config.max_steps).lr_lambdas[0]
 
 # %% ../../nbs/training/trainer.ipynb #trainer-swap-export
 @contextlib.contextmanager
@@ -588,26 +598,41 @@ def read_losses(output: Any, model: nn.Module) -> tuple[torch.Tensor, dict[str, 
 class Stopwatch:
     "Seconds of the whole run, and images per second without the pauses"
 
+    now = staticmethod(time.monotonic)  # tests put an imagined clock here
+
     def __init__(self, before: float = 0.0, seen: int = 0):
-        self.before, self.begin, self.paused = before, time.monotonic(), 0.0
+        self.before, self.begin, self.paused = before, self.now(), 0.0
+        self.pauses: dict[str, float] = {}
         self.lap_at, self.lap_seen = 0.0, seen
+
+    def elapsed(self) -> float:
+        "Seconds of this session"
+        return self.now() - self.begin
+
+    def training(self) -> float:
+        "Seconds of this session without pauses"
+        return self.elapsed() - self.paused
 
     def total(self) -> float:
         "Seconds since the run began, earlier sessions included"
-        return self.before + time.monotonic() - self.begin
+        return self.before + self.elapsed()
 
     def speed(self, seen: int) -> float:
         "Images per second since the last call"
-        now = time.monotonic() - self.begin - self.paused
+        now = self.training()
         speed = (seen - self.lap_seen) / max(now - self.lap_at, 1e-9)
         self.lap_at, self.lap_seen = now, seen
         return speed
 
     @contextlib.contextmanager
-    def pause(self):
-        start = time.monotonic()
-        try: yield
-        finally: self.paused += time.monotonic() - start
+    def pause(self, name: str = "pause"):
+        "Stop the watch; `pauses[name]` is how long the last pause of this name took"
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.pauses[name] = self.now() - start
+            self.paused += self.pauses[name]
 
 # %% ../../nbs/training/trainer.ipynb #trainer-checkdata-export
 def check_data(data, config: TrainConfig, processes: int = 1) -> None:
@@ -626,10 +651,14 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as error: raise OSError(error.errno, f"out_dir: cannot write to {folder}: {error.strerror}; choose another") from error
 
+def read_record(config_file: Path) -> dict[str, Any]:
+    "`config.json` of a run; empty where there is none"
+    return json.loads(config_file.read_text()) if config_file.exists() else {}
+
 def check_model(config_file: Path, model: nn.Module) -> None:
     "The run in this folder must be one of this model: same class, same config"
     if not config_file.exists(): return
-    changed = difference(json.loads(config_file.read_text()).get("model", {}), model_record(model))
+    changed = difference(read_record(config_file).get("model", {}), model_record(model))
     if changed:
         raise ValueError(f"{changed}. The run directory {config_file.parent.name} holds another model: choose another out_dir, "
                          "or build the model as it was")
@@ -668,18 +697,47 @@ def fresh_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
 
+WAIT = datetime.timedelta(hours=12)  # the others wait while one evaluates
+
+def connect(config: TrainConfig):
+    "accelerate's view of the processes, which meet here, and of this one's device"
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    fresh_accelerate()
+    return PartialState(cpu=config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
+
+def agree_on_precision(
+    config: TrainConfig,
+    record: Mapping[str, Any] | None = None,   # `config.json` of the run that goes on
+) -> Precision:
+    "What the run computes with; the answer of the main process counts for all"
+    state = connect(config)
+    if state.is_main_process or config.mixed_precision != "auto":
+        answer = settle_precision(config.mixed_precision, state.device.type, record)
+    else:
+        answer = Precision("auto", "no", "as the main process says", "")
+    if state.num_processes == 1: return answer
+    from accelerate.utils import broadcast
+    number = broadcast(torch.tensor([list(NAMES).index(answer.chosen)], device=state.device))
+    return dataclasses.replace(answer, chosen=list(NAMES)[number.item()])
+
+# %% ../../nbs/training/trainer.ipynb #trainer-make-accelerator-export
 def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters: bool = False):
     "accelerate, set up by the configuration; refuses to run as several unconnected processes"
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-    if config.mixed_precision == "fp16" and (config.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())):
-        raise ValueError("mixed_precision: fp16 needs a GPU; choose 'bf16' or 'no'")
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = agree_on_precision(config).chosen
+    if precision == "fp16" and (config.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())):
+        raise ValueError("mixed_precision: fp16 needs a GPU; choose 'auto', 'bf16' or 'no'")
     fresh_accelerate()
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
-                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))]  # the others wait while one evaluates
+                InitProcessGroupKwargs(timeout=WAIT)]
+    trackers = tracker_names(config.trackers) or None
     wanted = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu, log_with=tracker_names(config.trackers) or None,
+        accelerator = Accelerator(mixed_precision=precision, cpu=config.cpu, log_with=trackers,
                                   project_dir=run_dir / "trackers", kwargs_handlers=handlers)
         there = accelerator.num_processes
     except ValueError as error:  # accelerate before 1.11 asks for an address instead of counting one process
@@ -687,7 +745,8 @@ def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters:
             raise
         there = 1
     if there != wanted:
-        raise RuntimeError(f"{wanted} processes were started, but accelerate sees {there}: on a CPU set cpu=True or ACCELERATE_USE_CPU=1")
+        raise RuntimeError(f"{wanted} processes were started, but accelerate sees {there}: "
+                           "on a CPU set cpu=True or ACCELERATE_USE_CPU=1")
     return accelerator
 
 # %% ../../nbs/training/trainer.ipynb #trainer-engine-export
@@ -703,7 +762,9 @@ class Engine:
         self.params = list(self.weights.values())
         self.set_options(model, config)
         self.model = accelerator.prepare_model(model)  # moves it, wraps forward in autocast and, with several processes, in DDP
-        self.peaks, self.factor = {group["name"]: group["lr"] for group in groups}, lr_factor(config)
+        self.peaks = {group["name"]: group["lr"] for group in groups}
+        self.factor = lr_factor(config)
+        self.plan = Plan.whole(config.max_steps, config.warmup)
         self.optimizer = make_optimizer(groups, config)
         if accelerator.scaler is not None: self.optimizer = accelerator.prepare_optimizer(self.optimizer)  # fp16: through the loss scaler
         self.ema = None
@@ -728,7 +789,8 @@ class Engine:
 
     def rates(self, step: int) -> dict[str, float]:
         "Learning rate of every group at `step`"
-        return {name: peak * self.factor(step) for name, peak in self.peaks.items()}
+        factor = self.factor(self.plan.position_at(step))
+        return {name: peak * factor for name, peak in self.peaks.items()}
 
     def update(self, step: int) -> torch.Tensor:
         "Clip, AdamW with the learning rate of `step`, average; returns the gradient norm before clipping"
@@ -790,11 +852,38 @@ def gather_states(accelerator, state: dict[str, Any]) -> list[dict[str, Any]]:
     rows = accelerator.gather(padded).cpu().numpy()
     return [torch.load(io.BytesIO(row[:size].tobytes()), weights_only=True) for row, size in zip(rows, sizes)]
 
+def sums(accelerator, numbers: list[float]) -> list[float]:
+    "Sum of every number over all processes, the same in each of them"
+    if accelerator.num_processes == 1: return numbers
+    row = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(row, "sum").tolist()
+
 def display_path(path: Path) -> str:
     "Path as seen from the current folder, where that is shorter than the whole of it"
     path, here = Path(path).resolve(), Path.cwd().resolve()
     root = project_root(here)
     return os.path.relpath(path, here) if path.is_relative_to(root) else str(path)
+
+# %% ../../nbs/training/trainer.ipynb #trainer-first-export
+def first_lines(
+    config: TrainConfig,
+    images: int,                  # of one step, all processes together
+    precision: Precision,
+    begun: int | None = None,     # step from which a run goes on; None: a new one
+) -> list[str]:
+    "How much is to be done, in which precision, and what was adapted"
+    lines = [] if begun is None else [f"going on from step {begun} of {config.max_steps}"]
+    lines.append(f"{expectation(config.max_steps, images, config.max_minutes)}; {precision}")
+    if config.warmup < config.warmup_steps:
+        lines.append(f"warm-up: {config.warmup} of {config.max_steps} steps (warmup_steps is {config.warmup_steps})")
+    return lines
+
+def make_forecast(config: TrainConfig, plan: Mapping[str, Any] | None = None, step: int = 0) -> Forecast:
+    "The forecast of a session that begins at `step`, with the plan of its checkpoint, if any"
+    whole = Plan.whole(config.max_steps, config.warmup)
+    forecast = Forecast(whole, config.max_minutes, falls=not config.lr_schedule.startswith("constant"))
+    forecast.load(plan, step)
+    return forecast
 
 # %% ../../nbs/training/trainer.ipynb #trainer-session-export
 class Session:
@@ -829,9 +918,13 @@ class Session:
     def start(self) -> None:
         "All checks, then all preparations; nothing is written before the checks have passed in every process"
         config = self.config
-        self.accelerator = make_accelerator(config, self.run.path, getattr(self.model, "find_unused_parameters", False))
         checkpoint = find_resume(self.run, config.resume)
-        check_model((checkpoint.parent.parent if checkpoint else self.run.path) / "config.json", self.model)
+        origin = (checkpoint.parent.parent if checkpoint else self.run.path) / "config.json"
+        self.precision = agree_on_precision(config, read_record(origin) if checkpoint else None)
+        settled = dataclasses.replace(config, mixed_precision=self.precision.chosen)
+        unused = getattr(self.model, "find_unused_parameters", False)
+        self.accelerator = make_accelerator(settled, self.run.path, unused)
+        check_model(origin, self.model)
         check_data(self.data, config, self.accelerator.num_processes)
         self.engine = Engine(self.model, config, self.accelerator)
         progress = load_state(self.engine, checkpoint) if checkpoint else {"step": 0, "seen": 0, "seconds": 0.0, "ranks": []}
@@ -846,14 +939,15 @@ class Session:
         self.run.checkpoints.mkdir(exist_ok=True)
         self.run.pictures.mkdir(exist_ok=True)
         record = {"name": self.name, "train": self.config.to_dict(), "model": model_record(self.model), "data": self.extra_config,
-                  "versions": versions(), "hardware": hardware(self.accelerator), "git": git_commit()}
+                  "precision": dataclasses.asdict(self.precision), "versions": versions(), "hardware": hardware(self.accelerator),
+                  "git": git_commit()}
         write_text(self.run.path / "config.json", json.dumps(record, indent=1, default=str))
         rewind_metrics(self.run.metrics_file, step)
         if self.accelerator.log_with:
             self.accelerator.init_trackers(self.name or self.run.path.name, None if resumed else self.config.to_dict(),
                                            {"tensorboard": {"purge_step": step + 1}})
-        print(f"run directory: {display_path(self.run.path)}", flush=True)
-        if resumed: print(f"going on from step {step} of {self.config.max_steps}", flush=True)
+        lines = first_lines(self.config, self.images_per_step, self.precision, step if resumed else None)
+        print("\n".join([f"run directory: {display_path(self.run.path)}", *lines]), flush=True)
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         "Counters, meter, watch; the dice last, so that nothing draws between here and the first step"
@@ -862,6 +956,8 @@ class Session:
         self.loss, self.scores, self.batch, self.last_line = math.nan, {}, None, None
         train, evaluation = self.run.metrics("train"), self.run.metrics("eval")
         self.logged, self.evaluated = (rows[-1]["step"] if rows else 0 for rows in (train, evaluation))
+        self.forecast = make_forecast(self.config, progress.get("plan"), self.step)
+        self.engine.plan = self.forecast.plan
         self.model.train()
         rank, ranks = self.accelerator.process_index, progress["ranks"]
         if len(ranks) == self.accelerator.num_processes:
@@ -912,14 +1008,15 @@ class Reporter(Session):
     def report(self, now: bool = False) -> None:
         "A line of text after the first log and then about every ten seconds"
         if not self.accelerator.is_main_process: return
-        elapsed, first = time.monotonic() - self.watch.begin, self.last_line is None and not math.isnan(self.loss)
+        elapsed, first = self.watch.elapsed(), self.last_line is None and not math.isnan(self.loss)
         if not (now or first or elapsed - (self.last_line or 0) >= 10): return
         self.last_line, made = elapsed, max(self.step - self.started_at, 1)
-        left = elapsed / made * (self.config.max_steps - self.step)
+        steps = self.forecast.plan.end
+        left = elapsed / made * (steps - self.step)
         if self.config.max_minutes: left = max(0.0, min(left, 60 * self.config.max_minutes - self.watch.total()))
         speed = made * self.images_per_step / max(elapsed - self.watch.paused, 1e-9)
         loss = self.meter.means().get("loss", self.loss)
-        print(progress_line(self.step, self.config.max_steps, loss, speed, left, self.scores), flush=True)
+        print(progress_line(self.step, steps, loss, speed, left, self.scores), flush=True)
 
     def check_finite(self) -> None:
         "Stop if the loss or the gradient was not finite at some step since the last check"
@@ -941,7 +1038,7 @@ class Keeper(Reporter):
         self.check_finite()
         self.evaluated = self.step
         if self.hook is None: return
-        with self.watch.pause():
+        with self.watch.pause("evaluation"):
             if self.accelerator.is_main_process:
                 with self.engine.averaged() as model: results = self.hook(model, self.step) or {}
                 pictures = {name: value for name, value in results.items() if hasattr(value, "save")}
@@ -957,9 +1054,10 @@ class Keeper(Reporter):
         self.check_finite()
         ranks = gather_states(self.accelerator, {"random": random_state(), "meter": self.meter.state()})
         path = self.run.checkpoints / f"step-{self.step:08d}"
-        with self.watch.pause():
+        with self.watch.pause("save"):
             if self.accelerator.is_main_process and (defect(path) or not (self.run.path / "model").exists()):
-                progress = {"step": self.step, "seen": self.seen, "seconds": self.watch.total(), "ranks": ranks}
+                progress = {"step": self.step, "seen": self.seen, "seconds": self.watch.total(), "ranks": ranks,
+                            "plan": self.forecast.state()}
                 with explain_disk_errors(path), atomic_folder(path) as folder: save_state(self.engine, folder, progress)
                 prune_checkpoints(path, self.config.keep_checkpoints)
                 self.export()
@@ -991,8 +1089,10 @@ class Trainer(Keeper):
                     self.report()
                     if self.due(self.config.eval_every): self.evaluate()
                     if self.due(self.config.save_every): self.save()
+                    self.foresee()
                     reason = self.stop_reason(received)
                 self.finish(reason)
+                self.accelerator.wait_for_everyone()  # nobody reads what the main process is still writing
         finally: self.release()
         if reason == "signal": raise KeyboardInterrupt if "SIGINT" in received else SystemExit(0)
         return self.run
@@ -1001,8 +1101,8 @@ class Trainer(Keeper):
         "For every optimiser step its micro-batches, on the device"
         parts, where = self.config.grad_accumulation, self.accelerator
         positions = Positions(self.seen, where.process_index, where.num_processes, parts, self.config.batch_size)
-        pin = where.device.type == "cuda"
-        self.loader = iter(stream_loader(self.data, positions, self.config.seed, self.config.num_workers, pin_memory=pin))
+        pin, workers = where.device.type == "cuda", workers_at_most(self.config.num_workers)
+        self.loader = iter(stream_loader(self.data, positions, self.config.seed, workers, pin_memory=pin))
         while True: yield map(self.engine.place, itertools.islice(self.loader, parts))
 
     def train_step(self, micro_batches: Iterable[Any]) -> None:
@@ -1024,12 +1124,26 @@ class Trainer(Keeper):
         "Whether something happens after this step; 0 = never"
         return every > 0 and self.step % every == 0
 
+    def foresee(self) -> None:
+        "Measure how fast it goes; say how far the run will get, once it is known"
+        if not self.accelerator.is_main_process: return
+        taken = self.watch.pauses
+        pauses = [(self.config.eval_every, taken.get("evaluation", 0.0)),
+                  (self.config.save_every, taken.get("save", 0.0))]
+        seconds, total = self.watch.training(), self.watch.total()
+        words = self.forecast.observe(self.step, seconds, total, pauses, self.due(self.config.log_every))
+        if words: print(words, flush=True)
+
     def stop_reason(self, received: list[str]) -> str:
-        "'signal', 'steps', 'time' or '' to go on; the same in every process"
-        signs = [bool(received), self.config.max_minutes > 0 and self.watch.total() >= 60 * self.config.max_minutes]
-        if self.accelerator.num_processes > 1:
-            signs = self.accelerator.reduce(torch.tensor(signs, dtype=torch.float, device=self.accelerator.device), "sum").tolist()
-        return "signal" if signs[0] else "steps" if self.step >= self.config.max_steps else "time" if signs[1] else ""
+        "'signal', 'steps', 'time' or '' to go on; the same in every process, as is the planned end"
+        late = 0 < 60 * self.config.max_minutes <= self.watch.total()
+        planned = self.forecast.end if self.accelerator.is_main_process else 0
+        signals, lates, end = sums(self.accelerator, [bool(received), late, planned])
+        if signals: return "signal"
+        if self.step >= self.config.max_steps: return "steps"
+        if lates: return "time"
+        plan = self.engine.plan = self.forecast.adopt(self.step, int(end))
+        return "time" if plan.cut and self.step >= plan.end else ""
 
     def finish(self, reason: str) -> None:
         "Evaluate, save, say where everything is; after a signal only save"

@@ -1,0 +1,41 @@
+"Code that one can read: how dense lines, functions, modules and cells may be; what is still above the aim may only fall."
+import json
+
+import pytest
+import style
+
+LIMITS = json.loads(style.LIMITS.read_text())
+CELLS = LIMITS["longest exported cell"]
+
+
+@pytest.mark.parametrize("name", style.modules())
+def test_module_is_within_its_limits(name):
+    measured = style.measure(style.modules()[name].read_text(encoding="utf-8"))
+    limits = style.AIMS._asdict() | LIMITS.get(name, {})
+    above = {key: (value, limits[key]) for key, value in measured._asdict().items() if value > limits[key]}
+    assert not above, f"{name}: measured and allowed {above}; `python tools/style.py` prints all modules"
+
+
+def test_exported_cells_are_short():
+    above = {name: n for name, n in style.longest_cells().items() if n > CELLS.get(name, 40)}
+    assert not above, f"longest exported cell of {above}; split it, 40 lines are enough for one idea"
+
+
+def test_limits_name_what_exists():
+    gone = set(LIMITS) - set(style.modules()) - {"longest exported cell"}
+    assert not gone, f"no such module: {gone}; run `python tools/style.py --update`"
+
+
+DENSE = "def f(a, b):\n" + "    a = (a + b * 2 - 3) / (4 + a); b = (b + a * 2 - 3) / (4 + b)\n" * 5
+
+
+@pytest.mark.parametrize("source, field, value", [
+    ('"text"\nx = 1  # remark\n\ny = [x, 2]\n', "tokens_per_line", 5.0),
+    ("x = f'{1 + 1} and {2}'\n", "tokens_per_line", 3.0),
+    (DENSE, "dense_bodies", 1),
+    ("x = 1\n" + "y = '" + "a" * 120 + "'\n", "wide_lines", 1),
+    ("x = '''\n\n\n'''\n", "lines", 4),
+    ("def f():\n    'text'\n    return 1\n", "median_function", 7),
+])
+def test_measures_count_what_they_say(source, field, value):
+    assert getattr(style.measure(source), field) == value

@@ -1,0 +1,180 @@
+"""How dense the code is: tokens per line and per function, widths, lengths of modules and exported cells.
+
+`python tools/style.py` prints a row per module; `--update` lowers the limits of tests/style_limits.json to what is measured.
+"""
+from __future__ import annotations
+
+import ast
+import io
+import json
+import sys
+import tokenize
+from bisect import bisect_left, bisect_right
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = ROOT / "tests" / "style_limits.json"
+NO_CODE = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER, tokenize.COMMENT}
+FSTRING_START = getattr(tokenize, "FSTRING_START", None)
+FSTRING_END = getattr(tokenize, "FSTRING_END", None)
+WITH_BODY = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Measure(NamedTuple):
+    "What is measured of one module"
+    tokens_per_line: float  # code tokens over lines that hold one; comments and docstrings do not count
+    dense_bodies: int  # function bodies of five lines and more with over 25 tokens a line
+    wide_lines: int  # lines of over 120 characters
+    width: int  # 95th percentile of the width of lines that are not blank
+    median_function: float  # tokens
+    long_function: float  # tokens, 90th percentile
+    lines: int  # code lines
+
+
+AIMS = Measure(tokens_per_line=11.5, dense_bodies=0, wide_lines=0, width=110, median_function=60, long_function=190, lines=350)
+
+
+def docstring_starts(tree: ast.Module) -> set[tuple[int, int]]:
+    "Line and column at which each docstring begins"
+    starts = set()
+    for node in ast.walk(tree):
+        first = node.body[0] if isinstance(node, WITH_BODY) and node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            starts.add((first.lineno, first.col_offset))
+    return starts
+
+
+def merge_fstrings(tokens: list[tokenize.TokenInfo]) -> list[tokenize.TokenInfo]:
+    "An f-string counts as one token in every version of Python: since 3.12 its parts come one by one"
+    merged = []
+    depth = 0
+    for token in tokens:
+        if token.type == FSTRING_START:
+            depth += 1
+            if depth == 1:
+                merged.append(token)
+        elif token.type == FSTRING_END:
+            depth -= 1
+        elif not depth:
+            merged.append(token)
+    return merged
+
+
+def code_tokens(source: str) -> list[tokenize.TokenInfo]:
+    "Tokens that are code: no comments, no docstrings, no line ends"
+    docstrings = docstring_starts(ast.parse(source))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    code = [t for t in tokens if t.type not in NO_CODE and t.start not in docstrings]
+    return merge_fstrings(code)
+
+
+def lines_of(tokens: list[tokenize.TokenInfo]) -> set[int]:
+    "Numbers of the lines that hold a token"
+    lines = set()
+    for token in tokens:
+        lines.update(range(token.start[0], token.end[0] + 1))
+    return lines
+
+
+def percentile(values: list[float], share: float) -> float:
+    "The value below which `share` of the values lie; 0 of none"
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0
+
+
+def functions(source: str) -> list[ast.FunctionDef]:
+    "Every function and method"
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
+def between(starts: list[int], first: int, last: int) -> list[int]:
+    "Those of the ordered line numbers that lie in `first … last`"
+    return starts[bisect_left(starts, first):bisect_right(starts, last)]
+
+
+def is_dense(function: ast.FunctionDef, starts: list[int]) -> bool:
+    "Whether its body has five lines or more and over 25 tokens a line"
+    body = between(starts, function.body[0].lineno, function.end_lineno)
+    lines = set(body)
+    return len(lines) >= 5 and len(body) > 25 * len(lines)
+
+
+def measure(source: str) -> Measure:
+    "All measures of a module's source"
+    tokens = code_tokens(source)
+    found = functions(source)
+    starts = [token.start[0] for token in tokens]
+    sizes = [len(between(starts, f.lineno, f.end_lineno)) for f in found]
+    widths = [len(line) for line in source.splitlines() if line.strip()]
+    lines = len(lines_of(tokens))
+    return Measure(
+        tokens_per_line=round(len(tokens) / max(lines, 1), 1),
+        dense_bodies=sum(is_dense(f, starts) for f in found),
+        wide_lines=sum(width > 120 for width in widths),
+        width=percentile(widths, 0.95),
+        median_function=percentile(sizes, 0.5),
+        long_function=percentile(sizes, 0.9),
+        lines=lines,
+    )
+
+
+def modules() -> dict[str, Path]:
+    "Name → file of every module of the package that a person wrote"
+    package = ROOT / "decomp_nb"
+    files = sorted(p for p in package.rglob("*.py") if p.name != "_modidx.py")
+    return {p.relative_to(package).as_posix(): p for p in files if p.read_text(encoding="utf-8").strip()}
+
+
+def exported_cells(notebook: Path) -> list[int]:
+    "Lines of each exported cell, blank ones and the directive left out"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    exported = [source for source in sources if source.lstrip().startswith("#| export")]
+    return [sum(bool(line.strip()) for line in source.splitlines()[1:]) for source in exported]
+
+
+def longest_cells() -> dict[str, int]:
+    "Notebook → lines of its longest exported cell"
+    found = {}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        cells = exported_cells(path) if ".ipynb_checkpoints" not in path.parts else []
+        if cells:
+            found[path.relative_to(ROOT / "nbs").as_posix()] = max(cells)
+    return found
+
+
+def allowed(measured: float, aim: float, limit: float | None) -> float:
+    "The new limit: never above the old one, never below the aim"
+    return max(aim, measured if limit is None else min(measured, limit))
+
+
+def updated_limits(old: dict) -> dict:
+    "Limits as measured now, for whatever is still above its aim"
+    limits = {}
+    for name, path in modules().items():
+        before = old.get(name, {})
+        values = measure(path.read_text(encoding="utf-8"))._asdict()
+        over = {key: value for key, value in values.items() if value > getattr(AIMS, key)}
+        row = {key: allowed(value, getattr(AIMS, key), before.get(key)) for key, value in over.items()}
+        if row:
+            limits[name] = row
+    cells = {name: n for name, n in longest_cells().items() if n > 40}
+    limits["longest exported cell"] = cells
+    return limits
+
+
+def main() -> None:
+    "Print the table, or lower the limits"
+    if "--update" in sys.argv:
+        old = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+        LIMITS.write_text(json.dumps(updated_limits(old), indent=1) + "\n")
+        return
+    print("  ".join(name.replace("_", " ") for name in Measure._fields))
+    for name, path in modules().items():
+        print("  ".join(f"{value:6g}" for value in measure(path.read_text(encoding="utf-8"))), name)
+
+
+if __name__ == "__main__":
+    main()
