@@ -12,15 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .components.codebooks import DVAE, VQLatents, vq_model
-from .components.denoisers import PositionAttention, slot_denoiser
+from .components.denoisers import PositionAttention, sincos_table, slot_denoiser
 from .components.encoders import UNetEncoder, vit_state
 from .components.slots import SlotAttention, coordinate_grid
 
 # %% auto #0
-__all__ = ['SLOT_KEYS', 'POSITION_KEYS', 'COMPUTED', 'IGNORED', 'LATER', 'WEIGHTS', 'RESIDUAL_KEYS', 'DECOMP_KEYS',
+__all__ = ['SLOT_KEYS', 'COMPUTED', 'BESIDE', 'POSITION_KEYS', 'IGNORED', 'LATER', 'WEIGHTS', 'RESIDUAL_KEYS', 'DECOMP_KEYS',
            'FAMILY_SLOT_KEYS', 'RESNET_KEYS', 'RES_KEYS', 'VQ_KEYS', 'WRITER_KEYS', 'WRITER_PARTS', 'SCHEDULE_BUFFERS',
-           'LIGHTNING', 'SHIFT_KEYS', 'FIELD_KEYS', 'rename', 'check_grid', 'convert_lsd_slot_attention',
-           'lsd_slots_config', 'official_slots_config', 'convert_lsd_encoder', 'convert_lsd_unet', 'unet_level', 'pair',
+           'LIGHTNING', 'SHIFT_KEYS', 'FIELD_KEYS', 'rename', 'check_grid', 'official_grid',
+           'convert_lsd_slot_attention', 'lsd_slots_config', 'official_slots_config', 'unet_level', 'pair',
+           'official_sines', 'check_computed', 'table_beside', 'convert_lsd_encoder', 'convert_lsd_unet',
            'effective_config', 'lsd_encoder_config', 'lsd_denoiser_config', 'read_weights', 'read_official_part',
            'load_strict', 'check_positions', 'OfficialLSD', 'read_official_lsd', 'load_official_lsd',
            'save_official_lsd', 'official_config', 'position_kind', 'read_decomp_state', 'decomp_sizes',
@@ -50,6 +51,15 @@ def check_grid(name: str, stored: Tensor) -> None:
         raise ValueError(f"{name} is not the grid of cell centres (row, column, 1−row, 1−column): these weights mean other positions")
 
 
+def official_grid(height: int, width: int | None = None) -> Tensor:
+    "Grid of cell centres `(1, 4, h, w)` as the official class computes it, from the edges of the cells"
+    def centres(n):
+        edges = torch.linspace(0, 1, n + 1)
+        return 0.5 * (edges[:-1] + edges[1:])
+    row, column = torch.meshgrid(centres(height), centres(width or height), indexing="ij")
+    return torch.stack([row, column, 1 - row, 1 - column])[None]
+
+
 def convert_lsd_slot_attention(
     state: dict[str, Tensor],
     config: dict,  # official config.json; only `input_resolution` is read, and only on the way back
@@ -60,8 +70,7 @@ def convert_lsd_slot_attention(
     if to_official:
         out = {rename(k, {new: old for old, new in SLOT_KEYS.items()}): v for k, v in state.items()}
         out["pos.projection.weight"] = out["pos.projection.weight"][:, :, None, None]
-        size, weight = config["input_resolution"], out["pos.projection.weight"]
-        return out | {"pos.pe": coordinate_grid(size, device=weight.device, dtype=weight.dtype).permute(2, 0, 1)[None].contiguous()}
+        return out | {"pos.pe": official_grid(config["input_resolution"]).to(out["pos.projection.weight"])}
     if "pos.pe" in state: check_grid("pos.pe", state["pos.pe"])
     out = {rename(k, SLOT_KEYS): v for k, v in state.items() if k != "pos.pe"}
     return {k: v[:, :, 0, 0] if k == "position.weight" else v for k, v in out.items()}
@@ -87,9 +96,47 @@ def official_slots_config(slots: SlotAttention, feature_size: int) -> dict:
                 input_size=slots.to_k.in_features, out_size=slots.to_out.out_features, slot_size=slots.slot_dim, mlp_hidden_size=slots.mlp[0].out_features,
                 input_resolution=feature_size, epsilon=slots.epsilon, learnable_slot_init=slots.init == "learned", bi_level=slots.gradient == "bi_level")
 
+# %% ../nbs/convert.ipynb #feature-sides-export
+def unet_level(key: str, levels: int) -> int:
+    "How often the feature map of a UNet's parameter was halved"
+    block, index = key.split(".")[:2]
+    if block == "mid_block": return levels - 1
+    return int(index) if block == "down_blocks" else levels - 1 - int(index)
+
+
+def pair(size) -> tuple[int, int]:
+    "Height and width of a number or a pair"
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+# %% ../nbs/convert.ipynb #stored-positions-export
+COMPUTED = (".pos_emb.1.pe", ".pos_emb.1.pos_embed")  # stored there, computed here
+BESIDE = {".projection.weight": "pe", ".gamma": "pos_embed"}  # position weight → the table stored beside it
+
+
+def official_sines(height: int, width: int, dim: int) -> Tensor:
+    "Sines and cosines as the official class stores them, `(1, dim, h, w)`"
+    return sincos_table(height, width, dim).unflatten(0, (height, width)).permute(2, 0, 1)[None]
+
+
+def check_computed(name: str, stored: Tensor) -> None:
+    "A stored table of positions must be the one that we compute"
+    if name.endswith(".pe"): check_grid(name, stored)
+    elif not torch.allclose(stored.float(), official_sines(*stored.shape[-2:], stored.shape[1]), atol=1e-3):
+        raise ValueError(f"{name} is not the table of sines and cosines (column, row): the weights mean other positions")
+
+
+def table_beside(key: str, state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    "Grid or sines, by name, that the official class stores beside the position weight `key`; empty for other keys"
+    if not key.endswith(tuple(f".pos_emb.1{end}" for end in BESIDE)): return {}
+    layer, _, end = key.partition(".pos_emb.1")
+    level = unet_level(key, len(config["block_out_channels"]))
+    height, width = (n // 2 ** level for n in pair(config["sample_size"]))
+    reads = state[f"{layer}.to_q.weight"]
+    table = official_grid(height, width) if BESIDE[end] == "pe" else official_sines(height, width, reads.shape[1])
+    return {f"{layer}.pos_emb.1.{BESIDE[end]}": table.to(reads).contiguous()}
+
 # %% ../nbs/convert.ipynb #networks-export
 POSITION_KEYS = {".pos_emb.1.projection.": ".processor.projection.", ".pos_emb.1.gamma": ".processor.gamma", ".pos_emb.pe": ".processor.table"}
-COMPUTED = (".pos_emb.1.pe", ".pos_emb.1.pos_embed")
 
 
 def convert_lsd_encoder(state: dict[str, Tensor], config: dict | None = None, *, to_official: bool = False) -> dict[str, Tensor]:
@@ -109,27 +156,14 @@ def convert_lsd_unet(
     out = {}
     for key, value in state.items():
         if key.endswith(COMPUTED):
-            if key.endswith(".pe"): check_grid(key, value)
+            check_computed(key, value)
             continue
         for old, new in names.items(): key = key.replace(old, new)
         if key.endswith(".processor.projection.weight"): value = value[:, :, 0, 0]
-        if key.endswith(".pos_emb.1.projection.weight"):
-            value = value[:, :, None, None]
-            size = [n // 2 ** unet_level(key, len(config["block_out_channels"])) for n in pair(config["sample_size"])]
-            out[key.replace("projection.weight", "pe")] = coordinate_grid(*size, device=value.device, dtype=value.dtype).permute(2, 0, 1)[None].contiguous()
+        if key.endswith(".pos_emb.1.projection.weight"): value = value[:, :, None, None]
+        if to_official: out |= table_beside(key, state, config)
         out[key] = value
     return out
-
-
-def unet_level(key: str, levels: int) -> int:
-    "How often the feature map of a UNet's parameter was halved"
-    block, index = key.split(".")[:2]
-    return levels - 1 if block == "mid_block" else int(index) if block == "down_blocks" else levels - 1 - int(index)
-
-
-def pair(size) -> tuple[int, int]:
-    "Height and width of a number or a pair"
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 # %% ../nbs/convert.ipynb #quirk-export
 IGNORED = ("act_fn", "dropout", "resnet_time_scale_shift", "mid_block_type", "use_linear_projection", "upcast_attention", "downsample_padding",

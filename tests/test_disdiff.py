@@ -310,7 +310,8 @@ def test_form_does_not_see_hues(options):
     assert flat.grad.isfinite().all() and edges(flat).max() < 1e-3  # fields are judged through this slope
     if "code_price" in options and "directions" not in options:
         moved = model.codes(x.flip(1))[1] - model.codes(x)[1]
-        assert moved[:, 2].abs().max() == 0 and moved[:, :2].abs().max() > 0
+        assert moved[:, 2].abs().max() < 1e-5  # channels are summed in another order
+        assert moved[:, :2].abs().max() > 1e-3
 
 
 def test_circles_are_found_and_codes_begin_there():

@@ -143,6 +143,8 @@ def decomp_sampler(
     own = {"ddim": ClippedDDIM, "ddpm": OfficialDDPM}.get(kind)
     if own is None: return make_scheduler(kind, scheduler, **overrides)
     built = own.from_config(dict(make_scheduler(kind, scheduler, **overrides).config))
+    # near the clean end 1 − ᾱ is small, and float32 leaves three or four digits of it
+    built.alphas_cumprod = (1 - built.betas.double()).cumprod(0)
     if kind == "ddim": built.eta = eta
     return built
 

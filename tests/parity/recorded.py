@@ -2,6 +2,7 @@
 
 A *check* is a function of `Recorded` that yields (key …, our value, tolerance). The key names a recorded array, mostly by file and name.
 """
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -66,6 +67,24 @@ def shift(value: Tensor) -> Tensor:
     return value + 0.1 if value.is_floating_point() else torch.where(value > 0, value - 1, value + 1)
 
 
+def processor() -> str:
+    "The widest vector instructions that torch and numpy both use here, such as \"AVX512\" or \"AVX2\""
+    try: from numpy._core._multiarray_umath import __cpu_features__ as features
+    except ImportError: from numpy.core._multiarray_umath import __cpu_features__ as features  # numpy 1
+    capability = torch.backends.cpu.get_cpu_capability()
+    wide = features.get("AVX512_SKX") or features.get("X86_V4")
+    return "AVX2" if capability == "AVX512" and not wide else capability
+
+
+def recorded_like_here(versions: dict[str, str], cpu: str = "AVX512") -> bool:
+    "Whether these packages run here in the recorded versions, on a processor like the recording's: last bits agree"
+    from importlib.metadata import PackageNotFoundError, version
+    names = {"sklearn": "scikit-learn"}
+    try: same = all(version(names.get(name, name)) == recorded for name, recorded in versions.items())
+    except PackageNotFoundError: return False
+    return same and processor() == cpu
+
+
 def close(ours, recorded, tolerance: float | tuple[float, float], what: str) -> None:
     "Same shape and kind of number, within an absolute tolerance, or (relative, absolute); NaN only where NaN is"
     ours, recorded = torch.as_tensor(ours), torch.as_tensor(recorded)
@@ -107,3 +126,12 @@ def every_alteration_fails(made: list[tuple], folder: Path, kind: type[Recorded]
     for *key, ours, tolerance in made:
         what = "/".join(key)
         with pytest.raises(AssertionError, match=re.escape(what)): close(ours, kind(folder, altered=tuple(key)).array(*key), tolerance, what)
+
+
+@cache
+def parity(name: str):
+    "Another parity module, found by its path: `tests/` holds files of the same name"
+    place = importlib.util.spec_from_file_location(f"parity_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module

@@ -132,7 +132,8 @@ def check_training(r, case):
     kwargs = dict(settings["optimizer_kwargs"])
     optimiser = torch.optim.AdamW([p for p in (model.codes, model.raw_weights) if p.requires_grad], **kwargs)
     accumulation = flags["gradient_accumulation_steps"]
-    rate = get_scheduler(flags["lr_scheduler"], optimiser, flags["lr_warmup_steps"] * accumulation, plan["steps"] * accumulation)
+    lengths = dict(num_warmup_steps=flags["lr_warmup_steps"], num_training_steps=plan["steps"])
+    rate = get_scheduler(flags["lr_scheduler"], optimiser, **{name: n * accumulation for name, n in lengths.items()})
     column = lambda w: w.detach().clone()[:, :, None, None, None]
     for number, m in enumerate(micro_batches(r, case)):
         name, sync = lambda what, m=m: f"{m}/{what}", plan["sync"][number]

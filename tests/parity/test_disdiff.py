@@ -30,7 +30,9 @@ from decomp_nb.core import Factors, sample
 from decomp_nb.methods.disdiff import choice_losses, field_coefficient, moves_of
 
 VALUE, GRADIENT = 2e-4, 1e-3  # of the largest number of an array, as the README of the data says
-INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_factor", "ddim.eta1_noise", "ae.noise", "ae2.noise", "scale_factor", "z0"}
+INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_factor", "ddim.eta1_noise"}
+INPUTS |= {"ae.noise", "ae2.noise"}
+INPUTS |= {"scale_factor", "z0", "z0_posterior_noise"}  # of a KL autoencoder
 
 
 class Recorded(Arrays):
@@ -66,9 +68,19 @@ class Recorded(Arrays):
         file = self.file if prefix == "ae" else self.folder / f"ae2_{kind}.safetensors"
         return convert.load_official_autoencoder(file), kind, self.images if prefix == "ae" else self.images[:1]
 
+    @property
+    def draws(self) -> dict[str, torch.Tensor]:
+        "The noise with which a KL autoencoder drew z_0, as our batches name it, where it was recorded"
+        return {"latent_noise": self.given("z0_posterior_noise")} if "z0_posterior_noise" in self.arrays else {}
+
+    @property
+    def z0_is_told(self) -> bool:
+        "Whether z_0 follows from the pictures: always with VQ, with KL where its draw was recorded"
+        return self.kind == "vq" or bool(self.draws)
+
     def noised(self, model):
-        "z_0, ε, t and z_t; a KL autoencoder's draw was not recorded, so its z_0 is given"
-        z0 = self.given("z0") if self.kind == "kl" else model.latents.encode(self.images)
+        "z_0, ε, t and z_t; where a KL autoencoder's draw was not recorded, its z_0 is given"
+        z0 = model.latents.from_batch({"image": self.images, **self.draws}) if self.z0_is_told else self.given("z0")
         t, noise = self.given("t"), self.given("noise")
         return z0, noise, t, noise_at(model.scheduler, z0, noise, t)
 
@@ -150,7 +162,7 @@ def check_stage1(r):
 def check_prior(r):
     model = convert.load_official_latent_diffusion(r.file, **r.heads())
     z0, noise, t, z_t = r.noised(model)
-    if r.kind == "vq":
+    if r.z0_is_told:
         yield "scale_factor", 1 / (z0 / z0.new_tensor(model.latents.vae.config.scaling_factor)).std(), VALUE
         yield "z0", z0, VALUE
     else: assert abs(model.latents.vae.config.scaling_factor / r.given("scale_factor").item() - 1) < 1e-6
@@ -160,7 +172,9 @@ def check_prior(r):
     found = noise_loss(answer, noise, t, model.scheduler)
     yield "ldm.loss", found["loss"], VALUE
     yield "ldm.loss_vlb", found["bound"], VALUE
-    if r.kind == "vq": close(model({"image": r.images, "noise": noise, "timesteps": t})["loss"], found["loss"], 1e-5, "the training step")
+    if not r.z0_is_told: return
+    batch = {"image": r.images, "noise": noise, "timesteps": t, **r.draws}
+    close(model(batch)["loss"], found["loss"], 1e-5, "the training step")
 
 
 @torch.no_grad()
@@ -269,8 +283,10 @@ def as_official(r, model, values: dict, name: str) -> torch.Tensor:
 
 def train_batch(r, model):
     z0, noise, t, _ = r.noised(model)
-    batch = {"image": r.images, "noise": noise, "timesteps": t, "chosen": r.given("sampled_concept")}
-    if r.kind == "kl": batch |= {"latent_mean": z0 / model.latents.vae.config.scaling_factor, "latent_logvar": torch.full_like(z0, -60.0), "latent_noise": torch.zeros_like(z0)}
+    batch = {"image": r.images, "noise": noise, "timesteps": t, "chosen": r.given("sampled_concept"), **r.draws}
+    if not r.z0_is_told:
+        mean = z0 / model.latents.vae.config.scaling_factor
+        batch |= {"latent_mean": mean, "latent_logvar": torch.full_like(z0, -60.0), "latent_noise": torch.zeros_like(z0)}
     return batch
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -43,6 +44,10 @@ class Recorded(Arrays):
         return found[0]
 
     def model(self) -> convert.OfficialLSD: return copy.deepcopy(read_model(self.checkpoint()))
+
+    def slot_noise(self, file: str) -> torch.Tensor | None:
+        "The noise that slots start from; None where they start from learned places"
+        return self.given(file, "slot_noise") if "slot_noise" in self.names(file) else None
 
     def vae(self) -> AutoencoderKL: return read_vae(self.folder / "vae")
 
@@ -96,10 +101,10 @@ def check_pos_modules(r: Recorded):
 
 def check_slot_attn(r: Recorded):
     slots = r.model().slots
-    noise = r.given("slot_attn", "slot_noise")
+    noise, features = r.slot_noise("slot_attn"), r.given("slot_attn", "features")
     with torch.no_grad():
-        start = slots.start(len(noise), noise=noise)
-        result = slots(r.given("slot_attn", "features")[:, None], noise=noise, record=True)
+        start = slots.start(len(features), noise=noise)
+        result = slots(features[:, None], noise=noise, record=True)
     yield "slot_attn", "slots_init", start, SINGLE
     for i, (value, attention) in enumerate(result.history, 1):
         yield "slot_attn", f"slots_iter{i}", value[:, None], SINGLE
@@ -144,7 +149,8 @@ def check_unet(r: Recorded):
             convert.check_positions(changed, plain | positions)
             unet = convert.load_strict(denoisers.slot_denoiser(convert.lsd_denoiser_config(changed)), convert.convert_lsd_unet(plain | positions, changed), kind)
             yield "unet", name, unet(x, t, slots).sample, SINGLE
-    with torch.no_grad(): yield "unet", "slots", model.slots(r.given("slot_attn", "features"), noise=r.given("slot_attn", "slot_noise")).out, SINGLE
+    with torch.no_grad(): found = model.slots(r.given("slot_attn", "features"), noise=r.slot_noise("slot_attn"))
+    yield "unet", "slots", found.out, SINGLE
 
 
 def check_train(r: Recorded):
@@ -160,7 +166,7 @@ def check_train(r: Recorded):
     yield "train", "vae_mean", posterior.mean, SINGLE
     yield "train", "vae_std", posterior.std, SINGLE
     yield "train", "latents", latents, SINGLE
-    found = model.slots(model.encoder(images), noise=given("slot_noise"))
+    found = model.slots(model.encoder(images), noise=r.slot_noise("train"))
     yield "train", "slots", found.out.detach(), SINGLE
     yield "train", "attn", found.attention[:, None].detach(), SINGLE
 
@@ -336,9 +342,18 @@ def test_conversion_is_lossless(part, golden):
     model = recorded.model()
     module, back = {"multiheadstevesa": (model.slots, convert.convert_lsd_slot_attention), "unetencoder": (model.encoder, convert.convert_lsd_encoder),
                     "unet2dconditionmodelwithpos": (model.denoiser, convert.convert_lsd_unet)}[part]
-    again = back(module.state_dict(), config, to_official=True)
-    assert set(again) == set(state)
-    assert [k for k in state if not torch.equal(again[k], state[k])] == []
+    same_weights(back(module.state_dict(), config, to_official=True), state)
+
+
+def same_weights(ours: dict, official: dict) -> None:
+    "The same names, weights to the last bit; of computed tables (linspace, sines) the last bit is the processor's"
+    assert set(ours) == set(official), f"names differ: {sorted(set(ours) ^ set(official))[:8]}"
+    computed = {k for k in official if k.endswith(convert.COMPUTED) or k == "pos.pe"}
+    assert [k for k in set(official) - computed if not torch.equal(ours[k], official[k])] == []
+    for k in computed:
+        torch.testing.assert_close(
+            ours[k], official[k], rtol=0, atol=2e-7, msg=lambda text, k=k: f"{k}: {text}"
+        )
 
 
 # --- the same through the method, and back into a folder -------------------------------------------------------------------------------------------
@@ -353,7 +368,7 @@ def test_method_has_the_official_loss_and_gradient(golden, lsd):
     r = Recorded(golden("lsd"))
     names = dict(image="pixel_values", noise="noise", timesteps="timesteps", slot_noise="slot_noise", latent_noise="vae_eps")
     lsd.train().zero_grad()
-    loss = lsd({ours: r.given("train", theirs) for ours, theirs in names.items()})["loss"]
+    loss = lsd({ours: r.given("train", theirs) for ours, theirs in names.items() if theirs in r.names("train")})["loss"]
     close(loss.detach(), r.array("train", "loss"), SINGLE, "loss")
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in lsd.parameters()]).norm()
@@ -368,7 +383,123 @@ def test_saving_in_the_official_format_gives_the_same_folder(golden, lsd, tmp_pa
     for part in parts:
         (config, state), (our_config, our_state) = convert.read_official_part(original / part), convert.read_official_part(written / part)
         assert {k: v for k, v in config.items() if k != "_diffusers_version" and our_config.get(k, "absent") != v} == {}
-        assert set(state) == set(our_state) and [k for k in state if not torch.equal(state[k], our_state[k])] == []
+        same_weights(our_state, state)
+
+
+# --- positions of every kind, on maps of any side -----------------------------------------------------------
+
+def official_tables(side: int, dim: int) -> dict[str, torch.Tensor]:
+    "Buffers of the official classes for a map of this side, written down anew: `pe` (cartesian), `pos_embed` (sincos)"
+    edges = torch.linspace(0.0, 1.0, side + 1)
+    centres = 0.5 * (edges[:-1] + edges[1:])
+    row, column = centres[:, None].expand(side, side), centres.expand(side, side)
+    speed = 1 / 10000 ** (np.arange(dim // 4) / (dim / 4))
+    angle = np.arange(side)[:, None] * speed
+    waves = np.concatenate([np.sin(angle), np.cos(angle)], 1)  # (side, dim/2)
+    sines = np.concatenate(
+        [
+            np.broadcast_to(waves[None], (side, side, dim // 2)),
+            np.broadcast_to(waves[:, None], (side, side, dim // 2)),
+        ],
+        2,
+    )
+    return {
+        "pe": torch.stack([row, column, 1 - row, 1 - column])[None],
+        "pos_embed": torch.from_numpy(sines).float().permute(2, 0, 1)[None].contiguous(),
+    }
+
+
+def small_lsd(kind: str, side: int):
+    "An untrained LSD for latents of this side, which need be no power of two"
+    from decomp_nb.methods.lsd import LSD
+
+    torch.manual_seed(0)
+    encoder = dict(
+        kind="unet",
+        image_size=side,
+        sample_size=side,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+    )
+    unet = denoisers.denoiser_config(
+        side,
+        slot_dim=12,
+        channels=(8, 16),
+        layers_per_block=1,
+        n_heads=2,
+        groups=4,
+        in_channels=3,
+        position=kind,
+    )
+    return LSD(
+        image_size=side,
+        encoder_config=encoder,
+        slots_config=dict(n_slots=3, slot_dim=16, out_dim=12),
+        denoiser_config=unet,
+    ).eval()
+
+
+STORED = {"cartesian": {".1.projection.weight", ".1.projection.bias", ".1.pe"},
+          "sincos": {".1.gamma", ".1.pos_embed"}, "learned": {".pe"}, "none": set()}
+
+
+@pytest.mark.parametrize("side", [8, 12])
+@pytest.mark.parametrize("kind", STORED)
+def test_stored_positions_survive(kind, side, tmp_path):
+    "ours → official → ours → official: the folder holds what the official classes hold, tables included"
+    model = small_lsd(kind, side)
+    written = convert.save_official_lsd(model, tmp_path / "checkpoint-1")
+    config, state = convert.read_official_part(written / UNET)
+    layers = {k.removesuffix(".to_q.weight") for k in state if k.endswith(".to_q.weight")}
+    assert {k for k in state if ".pos_emb" in k} == {
+        f"{layer}.pos_emb{end}" for layer in layers for end in STORED[kind]
+    } and config["pos_type"] == kind
+    for name in (k for k in state if k.endswith((".1.pe", ".1.pos_embed"))):
+        layer, _, end = name.partition(".pos_emb.1.")
+        level = convert.unet_level(name, 2)
+        expected = official_tables(side // 2**level, state[f"{layer}.to_q.weight"].shape[1])[end]
+        close(state[name], expected, 2e-7, name)
+    close(
+        convert.read_official_part(written / SLOTS)[1]["pos.pe"],
+        official_tables(side, 4)["pe"],
+        2e-7,
+        "pos.pe",
+    )
+    again = convert.load_official_lsd(written)
+    assert [k for k, v in model.state_dict().items() if not torch.equal(v, again.state_dict()[k])] == []
+    same_weights(
+        convert.read_official_part(convert.save_official_lsd(again, tmp_path / "again") / UNET)[1], state
+    )
+
+
+@pytest.mark.parametrize("kind", ["sincos", "learned"])
+def test_recorded_positions_survive(kind, checkpoint, golden, tmp_path):
+    "A checkpoint with recorded positions of this kind and the tables that the official class stores beside them"
+    r = Recorded(golden("lsd"))
+    config, state = convert.read_official_part(checkpoint / UNET)
+    if f"unet_pos_{kind}.safetensors" not in {p.name for p in r.folder.iterdir()}:
+        pytest.skip(f"the folder holds no positions of the kind {kind}")
+    state = WITHOUT_POSITIONS(state) | {k: r.read(f"unet_pos_{kind}", k) for k in r.names(f"unet_pos_{kind}")}
+    for name in [k for k in state if k.endswith(".pos_emb.1.gamma")]:
+        level = convert.unet_level(name, len(config["block_out_channels"]))
+        dim = state[name.replace("pos_emb.1.gamma", "to_q.weight")].shape[1]
+        state[name.replace("gamma", "pos_embed")] = official_tables(config["sample_size"] // 2**level, dim)[
+            "pos_embed"
+        ]
+    rewrite(checkpoint / UNET, config=lambda c: c | dict(pos_type=kind), state=lambda _: state)
+    written = convert.save_official_lsd(
+        convert.load_official_lsd(checkpoint, vae=r.folder / "vae"), tmp_path / "again"
+    )
+    same_weights(convert.read_official_part(written / UNET)[1], state)
+    if kind == "sincos":
+        rewrite(
+            checkpoint / UNET,
+            state=lambda s: {k: v.flip(-1) if k.endswith(".pos_embed") else v for k, v in s.items()},
+        )
+        with pytest.raises(ValueError, match="other positions"):
+            convert.read_official_lsd(checkpoint)
 
 
 # --- folders that must be refused ------------------------------------------------------------------------------------------------------------------
@@ -390,16 +521,33 @@ def rewrite(folder: Path, config=None, state=None) -> None:
 
 UNET, SLOTS = "unet2dconditionmodelwithpos", "multiheadstevesa"
 WITHOUT_POSITIONS = lambda state: {k: v for k, v in state.items() if ".pos_emb." not in k}
+
+
+def another_kind(config: dict) -> str:
+    "A kind of positions that this checkpoint was not trained with"
+    return "cartesian" if config["pos_type"] == "sincos" else "sincos"
+
+
+def flipped(state: dict) -> dict:
+    "The same weights beside tables of other positions; a learned table, which can be any, loses a row"
+    if any(k.endswith(convert.COMPUTED) for k in state):
+        return {k: v.flip(-1).flip(1) if k.endswith(convert.COMPUTED) else v for k, v in state.items()}
+    return {k: v[:, 1:].contiguous() if k.endswith(".pos_emb.pe") else v for k, v in state.items()}
+
+
 DAMAGES = {
     "position weights would be lost": (UNET, dict(config=lambda c: c | dict(pos_type="none")), "pos_type"),
     "position type not stated": (UNET, dict(config=lambda c: {k: v for k, v in c.items() if k != "pos_type"}), "would be lost"),
     "saved through the plain class": (UNET, dict(state=WITHOUT_POSITIONS), "hold no position entries"),
-    "positions of another kind": (UNET, dict(config=lambda c: c | dict(pos_type="sincos")), "gamma"),
+    "positions of another kind": (UNET, dict(config=lambda c: c | dict(pos_type=another_kind(c))),
+                                  "processor.gamma|processor.projection"),
     "a position module is missing": (UNET, dict(state=lambda s: {k: v for k, v in s.items() if not k.startswith("mid_block.attentions.0.transformer_blocks.0.attn1.pos_emb")}),
-                                     "missing: mid_block.attentions.0.transformer_blocks.0.attn1.processor.projection"),
-    "another grid": (UNET, dict(state=lambda s: {k: v.flip(1) if k.endswith(".pe") else v for k, v in s.items()}), "other positions"),
-    "a weight is missing": (SLOTS, dict(state=lambda s: {k: v for k, v in s.items() if k != "gru.bias_hh"}), "missing: gru.bias_hh"),
-    "a weight is left over": (SLOTS, dict(state=lambda s: s | {"extra.weight": s["gru.bias_hh"].clone()}), "left over: extra.weight"),
+                                     r"missing: mid_block\.attentions\.0\.transformer_blocks\.0\.attn1\.processor\."),
+    "another grid": (UNET, dict(state=flipped), "other positions|another shape"),
+    "a weight is missing": (SLOTS, dict(state=lambda s: {k: v for k, v in s.items() if k != "gru.bias_hh"}),
+                            r"missing: gru\.bias_hh"),
+    "a weight is left over": (SLOTS, dict(state=lambda s: s | {"extra.weight": s["gru.bias_hh"].clone()}),
+                              r"left over: extra\.weight"),
     "another width": (SLOTS, dict(config=lambda c: c | dict(slot_size=c["slot_size"] * 2)), "another shape"),
 }
 
@@ -408,8 +556,8 @@ DAMAGES = {
 def test_refuses(damage, checkpoint):
     part, change, message = DAMAGES[damage]
     rewrite(checkpoint / part, **change)
-    with pytest.raises(ValueError, match=re.escape(message)) as caught: convert.read_official_lsd(checkpoint)
-    assert part in str(caught.value) or ".pe" in str(caught.value)
+    with pytest.raises(ValueError, match=message) as caught: convert.read_official_lsd(checkpoint)
+    assert part in str(caught.value) or ".pos_emb." in str(caught.value)
 
 
 def test_reads_bin_files_without_unpickling(checkpoint):
