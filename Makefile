@@ -9,6 +9,9 @@ STAMP := .venv/.made-from
 
 # One thread a process: notebooks and tests run side by side, and threads that fight for cores are five times slower.
 TESTING := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore::ResourceWarning
+TIMES := .venv/.times
+TIMED := $(TESTING) DECOMP_TIMES=$(TIMES) $(PY) tools/timed.py
+NBDEV := $(PY) tools/nbdev_command.py
 
 .PHONY: help setup train test prepare notebooks docs quarto clean
 .DEFAULT_GOAL := help
@@ -26,7 +29,7 @@ setup:
 	if [ -x $(PY) ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$sum" ]; then exit 0; fi; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "decomp_nb needs Python 3.11 or newer; name one: make PYTHON=python3.11 …" >&2; exit 1; }; \
 	echo "setting up .venv (once, a few minutes)"; \
-	$(PYTHON) -m venv .venv && \
+	rm -rf decomp_nb.egg-info && $(PYTHON) -m venv .venv && \
 	$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]' && \
 	$(PY) -m ipykernel install --sys-prefix --name python3 --display-name python3 >/dev/null && \
 	echo "$$sum" > $(STAMP)
@@ -34,31 +37,35 @@ setup:
 train: setup
 	@$(BIN)/decomp_nb run nbs/train_lsd.ipynb -p out_dir papermill_runs/out/lsd-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-# Cheap checks first; pytest comes last, so that its summary closes the output.
+# Cheap checks first; pytest comes last, so that its summary closes the output. A worker of pytest takes whole modules, whose fixtures are made once.
 test: setup
+	@rm -f $(TIMES)
 	$(PY) -m pip check
 	$(BIN)/ruff check nbs tests tools setup.py
 	$(BIN)/ruff check --config 'extend-exclude=[]' --select F821,F822,F823 decomp_nb
 	$(PY) tools/hygiene.py
-	$(TESTING) $(PY) -m pytest -q tests/test_package.py -k in_sync
-	$(TESTING) $(BIN)/nbdev_test --n_workers 2 --timing
-	$(TESTING) $(PY) -m pytest -q tests
+	$(TIMED) export $(PY) -m pytest -q tests/test_package.py -k in_sync
+	$(TIMED) documentation $(PY) tools/documentation.py
+	$(TIMED) notebooks $(NBDEV) test --n-workers 2 --timing
+	$(TESTING) DECOMP_TIMES=$(TIMES) $(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder tests
 
 prepare: setup
-	$(BIN)/nbdev_export
-	$(BIN)/nbdev_clean
+	$(NBDEV) export
+	$(NBDEV) clean
 	$(PY) tools/readme.py
 	$(BIN)/ruff check nbs tests tools setup.py
 	$(PY) tools/hygiene.py
 
 notebooks: setup
-	$(BIN)/nbdev_export
+	$(NBDEV) export
 	$(TESTING) $(PY) tools/run_nbs.py $(NB)
 
 # nbdev would try to install Quarto with sudo when it is missing, so that is checked first. _proc is a cache that keeps deleted notebooks.
+# README.md is ours (tools/readme.py): nbdev writes one of its own where README.md is older than index.ipynb, as in a fresh checkout.
 docs: quarto setup
 	rm -rf _proc
-	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+	touch README.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(NBDEV) docs
 
 quarto:
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: https://quarto.org/docs/get-started" >&2; exit 1; }

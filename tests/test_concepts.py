@@ -105,7 +105,8 @@ def test_paired_statistics_use_the_same_draws(places):
     images = (torch.rand(1, 3, 16, 16) * 2 - 1).repeat(3, 1, 1, 1)
     model.latents.encode = lambda x, noise=None, encode=model.latents.encode: encode(x, torch.zeros(()))  # the posterior's mean
     told = lambda **o: score_statistics(model, images, 3, generator=torch.Generator().manual_seed(0), batch_size=2, **o).pull
-    assert torch.allclose(told(paired=True)[0], told(paired=True)[2], atol=1e-5) and not torch.allclose(told()[0], told()[2], atol=1e-3)
+    apart = lambda pull: (pull[0] - pull[2]).abs().max().item()
+    assert apart(told(paired=True)) < 1e-5 and apart(told()) > 10 * apart(told(paired=True))  # how far apart: the tiny model's weights decide
 
 
 def test_simplex_projection_is_the_nearest_point():

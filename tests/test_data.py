@@ -192,6 +192,15 @@ def test_large_jpegs_may_be_decoded_small_with_the_same_result(tmp_path):
     assert (fast - resize_crop(to_image_tensor(Image.open(tmp_path / "big.jpg")), 64)).abs().mean() < 1 / 127.5
 
 
+@pytest.mark.parametrize("resolution", [(0, 0), (1, 0)])
+def test_a_broken_resolution_does_not_matter(tmp_path, resolution):
+    "Cameras write it; Pillow before 11.1 stopped at it when it turned the picture upright"
+    entries = [struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHII", 0x011A, 5, 1, 38)]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + struct.pack("<III", 0, *resolution)
+    Image.new("RGB", (4, 6), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert to_rgb(read_image(tmp_path / "turned.jpg")).size == (6, 4)
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture", jpeg_bytes()[:400]], ids=["empty", "text", "cut"])
 def test_corrupt_image_is_named(photos, content):
     bad = photos / "a" / "broken.jpg"

@@ -2,12 +2,15 @@
 import ast
 import filecmp
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from configparser import ConfigParser
 from pathlib import Path
 
+import nbdev_command
 import pytest
 
 import decomp_nb
@@ -47,7 +50,7 @@ def fresh_export(tmp_path_factory) -> Path:
     (root / "decomp_nb").mkdir()
     for name in WRITTEN_BY_HAND:
         shutil.copy(ROOT / "decomp_nb" / name, root / "decomp_nb" / name)
-    python("from nbdev.doclinks import nbdev_export; nbdev_export()", root, PYTHONPATH=str(root))
+    assert nbdev_command.run("export", root=root) == 0
     return root
 
 
@@ -71,7 +74,7 @@ def test_the_comparison_can_fail(tmp_path):
 
 def test_import_costs_milliseconds():
     code = "import time; start = time.process_time(); import decomp_nb; print(time.process_time() - start)"
-    assert min(float(python(code)) for _ in range(3)) < 0.1
+    assert min(float(python(code)) for _ in range(5)) < 0.1  # processor time, and the best of five: others on the machine do not count
 
 
 def test_import_brings_nothing_heavy():
@@ -109,9 +112,9 @@ def test_version_is_that_of_the_settings():
 
 
 def test_requirements_are_ranges_and_constraints_are_exact():
-    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert all("==" in line for line in pins)
-    pinned = {distribution(line) for line in pins}
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all("==" in line for line in lines)
+    pinned = {distribution(line) for line in lines}
     for requirement in settings()["requirements"].split() + settings()["dev_requirements"].split():
         assert "==" not in requirement and distribution(requirement) in pinned, requirement
 
@@ -156,6 +159,30 @@ def test_set_up_happens_once(tmp_path):
     assert "-m venv .venv" in calls()
 
 
+FAKE_NBDEV = """#!/bin/sh
+[ README.md -ot nbs/index.ipynb ] && echo "written by nbdev" > README.md
+mkdir -p _docs
+"""
+
+
+def test_docs_leave_the_readme_alone(tmp_path):
+    "nbdev writes README.md where it is older than the home page's notebook, as in a fresh checkout"
+    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name, text in {"python": FAKE_PYTHON, "nbdev": FAKE_NBDEV, "quarto": "#!/bin/sh"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "index.ipynb").write_text("{}")
+    (tmp_path / "README.md").write_text("ours")
+    os.utime(tmp_path / "README.md", (1, 1))
+    command = ["make", "docs", f"PYTHON={tmp_path / 'python'}", f"NBDEV={tmp_path / 'nbdev'}"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "README.md").read_text() == "ours" and (tmp_path / "_docs").is_dir()
+
+
 def test_packaging_takes_every_module_and_the_weights(tmp_path):
     "setup.py reads settings.ini; what it builds holds all modules and whatever lies in decomp_nb/weights"
     for name in ("setup.py", "settings.ini", "README.md"):
@@ -177,3 +204,82 @@ def test_weights_are_small():
     "What comes with the package stays a small download: 12 MiB for one set of weights, 24 in all"
     size = {f.name: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) / 2**20 for f in (ROOT / "decomp_nb/weights").iterdir() if f.is_dir()}
     assert size and all(v <= 12 for v in size.values()) and sum(size.values()) <= 24, size
+
+
+# versions ---------------------------------------------------------------------------------------------------------------------------
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def as_settings_have_it(value: object) -> str:
+    "A value of pyproject.toml in the spelling of settings.ini"
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def test_nbdev_3_reads_what_nbdev_2_reads():
+    table, known = pyproject()["tool"]["nbdev"], settings()
+    assert table.pop("allowed_out_metadata_keys") == ["image/png"]  # nbdev 2 keeps the metadata of outputs
+    assert set(table) >= {"lib_path", "nbs_path", "tst_flags", "custom_sidebar", "jupyter_hooks", "allowed_cell_metadata_keys"}
+    assert {key: as_settings_have_it(value) for key, value in table.items()} == {key: known[key] for key in table}
+    project = pyproject()["project"]
+    assert project["name"] == known["lib_name"] and project["requires-python"] == f">={known['min_python']}"
+
+
+@pytest.mark.parametrize(("script", "test", "export"), [
+    ("nbdev_{}", ["--path=nbs/core.ipynb", "--n_workers", "2"], []), ("nbdev-{}", ["nbs/core.ipynb", "--n-workers", "2"], [])], ids=["nbdev 2", "nbdev 3"])
+def test_commands_of_either_nbdev(tmp_path, script, test, export):
+    for name in ("test", "export"):
+        (tmp_path / script.format(name)).touch()
+    def found(*words: str) -> list[str]:
+        command, *options = nbdev_command.command(*words, folder=tmp_path)
+        assert Path(command) == tmp_path / script.format(words[0])
+        return options
+    assert found("test", "--path=nbs/core.ipynb", "--n-workers", "2") == test and found("export") == export
+    with pytest.raises(FileNotFoundError, match="make setup"):
+        nbdev_command.command("clean", folder=tmp_path)
+
+
+def test_the_index_is_filled_as_nbdev_2_fills_it(tmp_path):
+    "What nbdev 3 leaves out of it comes from settings.ini; the rest stays, byte for byte"
+    index = (ROOT / "decomp_nb" / "_modidx.py").read_text()
+    shutil.copy(ROOT / "settings.ini", tmp_path / "settings.ini")
+    (tmp_path / "decomp_nb").mkdir()
+    emptied = index.replace("'doc_host': 'https://decomp-nb.github.io'", "'doc_host': ''")
+    assert emptied != index
+    (tmp_path / "decomp_nb" / "_modidx.py").write_text(emptied)
+    nbdev_command.fill_index(tmp_path)
+    assert (tmp_path / "decomp_nb" / "_modidx.py").read_text() == index
+
+
+def pins(name: str) -> dict[str, tuple[int, ...]]:
+    "Distribution → version of a file of constraints"
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {distribution(name): tuple(map(int, re.findall(r"\d+", version)[:3])) for name, version in pairs}
+
+
+def bounds() -> dict[str, tuple[int, ...]]:
+    "Distribution → lower bound of settings.ini"
+    return {distribution(r): tuple(map(int, r.split(">=")[1].split(",")[0].split("."))) for r in settings()["requirements"].split()}
+
+
+def test_the_floor_is_what_the_settings_allow():
+    floor = pins("constraints-floor.txt")
+    assert set(floor) == set(bounds())
+    for name, bound in bounds().items():
+        if name != "torch":  # tried in one version only
+            assert floor[name][:len(bound)] == bound, f"{name}: floor {floor[name]}, settings.ini {bound}"
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-colab.txt", "constraints-floor.txt"])
+def test_every_set_of_versions_lies_within_the_bounds(name):
+    for distribution_name, version in pins(name).items():
+        assert version >= bounds().get(distribution_name, ()), distribution_name
+
+
+def test_jupyter_is_an_extra():
+    "A user who has a notebook already, as on Colab, keeps it"
+    known = settings()
+    assert "jupyter" not in map(distribution, known["requirements"].split())
+    assert "jupyter" in map(distribution, known["notebook_requirements"].split())

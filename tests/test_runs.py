@@ -1,11 +1,13 @@
 "Every run notebook, headless, from the repository root and in miniature: train → run directory → evaluate."
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import papermill
 import pytest
 import torch
+from warm_kernel import warm
 
 from decomp_nb.training.trainer import Run
 
@@ -13,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = dict(max_steps=4, warmup_steps=1, eval_every=2, save_every=2, log_every=1, batch_size=4, trackers="", resume="never", num_workers=0)
 
 
-def execute(name, folder, **parameters):
+def execute(name, folder, kernel=warm, **parameters):
     "Run a notebook with its parameters checked by name; returns the executed notebook's path"
     source, out = ROOT / "nbs" / f"{name}.ipynb", Path(folder) / f"{name}-{len(list(Path(folder).glob('*.ipynb')))}.ipynb"
     known = papermill.inspect_notebook(str(source))
     assert set(parameters) <= set(known), f"{name} has no parameters {set(parameters) - set(known)}"
-    papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", cwd=ROOT, progress_bar=False)
+    with kernel(): papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", cwd=ROOT, progress_bar=False)
     cells = json.loads(out.read_text())["cells"]
     assert not any(o.get("name") == "stderr" for c in cells for o in c.get("outputs", [])), "stderr in the executed notebook"
     return out
@@ -27,7 +29,7 @@ def execute(name, folder, **parameters):
 @pytest.fixture(scope="module")
 def lsd_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lsd")
-    execute("train_lsd", folder, out_dir=str(folder / "run"), preset="tiny", n_images=40, eval_scenes=6, sample_steps=2, eval_seeds=2, **QUICK)
+    execute("train_lsd", folder, nullcontext, out_dir=str(folder / "run"), preset="tiny", n_images=40, eval_scenes=6, sample_steps=2, eval_seeds=2, **QUICK)  # a kernel as any other
     return folder / "run"
 
 

@@ -1,14 +1,13 @@
 """The trainer's promises: exact accumulation and resume, whole checkpoints, clear refusals. Tiny modules, one or two processes, CPU."""
 import errno
 import json
-import multiprocessing
-import os
 import socket
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import warm_kernel
 from safetensors.torch import load_file
 from torch import nn
 from training_toys import Denoiser, Pictures, Slower, train, train_in_process
@@ -39,9 +38,7 @@ def assert_same_run(a, b):
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     "`processes(request, …, count)` trains each request in `count` gloo processes → output of rank 0 of the last; forked from a server that has imported torch once"
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["training_toys"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    server = warm_kernel.server()
     folder = tmp_path_factory.mktemp("processes")
 
     def run(*requests, count=1):
@@ -403,7 +400,7 @@ def test_signal_in_a_notebook_counts_as_success(tmp_path):
         f"model = Slower(); model.at = 3\ntrain({str(tmp_path / 'run')!r}, model=model)",
         "raise AssertionError('this cell must not run')")]
     nbformat.write(notebook, tmp_path / "in.ipynb")
-    papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False)
+    with warm_kernel.warm(): papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", progress_bar=False)
     assert names(tmp_path / "run") == ["step-00000003"]
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbdev_command
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -73,7 +74,7 @@ def main() -> int:
             said = f"FAILED, left as it was\n{error}"
         print(f"{path.resolve().relative_to(ROOT)}: {said}", flush=True)
     for path in paths:
-        subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
+        subprocess.run(nbdev_command.command("clean", "--fname", str(path)), check=True)
     return bool(failed)
 
 

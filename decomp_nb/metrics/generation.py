@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['mse', 'psnr', 'ssim', 'reconstruction_scores', 'FeatureExtractor', 'extract', 'gaussian', 'frechet_distance', 'kid',
-           'precision_recall', 'damage', 'OwnExtractor', 'train_extractor', 'distribution_scores', 'ScriptExtractor',
-           'load_extractor', 'SceneExtractor', 'scene_extractor', 'PerceptualNetwork', 'lpips', 'VGGMaps', 'load_lpips']
+__all__ = ['mse', 'psnr', 'ssim', 'PerceptualNetwork', 'reconstruction_scores', 'FeatureExtractor', 'extract', 'gaussian',
+           'frechet_distance', 'kid', 'precision_recall', 'damage', 'OwnExtractor', 'train_extractor',
+           'distribution_scores', 'ScriptExtractor', 'load_extractor', 'SceneExtractor', 'scene_extractor', 'lpips',
+           'VGGMaps', 'load_lpips']
 
 # %% ../../nbs/metrics/generation.ipynb #pixels-export
 def mse(images: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -54,6 +55,13 @@ def ssim(images: Tensor, reference: Tensor, window: int = 11, sigma: float = 1.5
     return score.view(*images.shape[:2], -1).mean((1, 2))
 
 # %% ../../nbs/metrics/generation.ipynb #reconstruction-export
+class PerceptualNetwork(Protocol):
+    "Pictures `(b,3,h,w)` in [−1,1] → maps `(b,c,h',w')` of some layers; optional `weights`, `(c,)` for each layer"
+    name: str
+
+    def maps(self, images: Tensor) -> list[Tensor]: ...
+
+
 def reconstruction_scores(images: Tensor, reference: Tensor, masks: Tensor | None = None,
                           perceptual: PerceptualNetwork | None = None) -> dict[str, float]:
     "Means over pictures: mse, psnr, ssim; with true masks `(b,h,w)` also fg_psnr (0 = background); with a network also its LPIPS"
@@ -267,13 +275,6 @@ def scene_extractor() -> SceneExtractor:
     return network.eval().requires_grad_(False)
 
 # %% ../../nbs/metrics/generation.ipynb #lpips-export
-class PerceptualNetwork(Protocol):
-    "Pictures `(b,3,h,w)` in [−1,1] → maps `(b,c,h',w')` of some layers; optional `weights`, `(c,)` for each layer"
-    name: str
-
-    def maps(self, images: Tensor) -> list[Tensor]: ...
-
-
 @torch.no_grad()
 def lpips(images: Tensor, reference: Tensor, network: PerceptualNetwork, batch_size: int = 32) -> Tensor:
     "Perceptual distance of each pair of pictures, `(b,)`, 0 for equal ones (Zhang et al. 2018)"

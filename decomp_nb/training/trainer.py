@@ -40,8 +40,8 @@ from .precision import NAMES, Precision, settle_precision
 from .rehearsal import rehearse, rehearsing
 
 # %% auto #0
-__all__ = ['STOP_SIGNALS', 'WAIT', 'mix', 'epoch_order', 'micro_batch', 'Stream', 'seed_everything', 'random_state',
-           'set_random_state', 'preserve_random_state', 'Positions', 'workers_at_most', 'stream_loader',
+__all__ = ['STOP_SIGNALS', 'WAIT', 'UNCONNECTED', 'mix', 'epoch_order', 'micro_batch', 'Stream', 'seed_everything',
+           'random_state', 'set_random_state', 'preserve_random_state', 'Positions', 'workers_at_most', 'stream_loader',
            'parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode', 'clock', 'short', 'metric_label',
            'progress_line', 'progress', 'read_metrics', 'append_metrics', 'rewind_metrics', 'write_text',
            'atomic_folder', 'sync', 'remove_folder', 'checksum', 'seal', 'defect', 'list_checkpoints',
@@ -700,12 +700,24 @@ def fresh_accelerate() -> None:
 
 WAIT = datetime.timedelta(hours=12)  # the others wait while one evaluates
 
+UNCONNECTED = "{} processes were started, but accelerate sees {}: on a CPU set cpu=True or ACCELERATE_USE_CPU=1"
+
 def connect(config: TrainConfig):
     "accelerate's view of the processes, which meet here, and of this one's device"
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     fresh_accelerate()
-    return PartialState(cpu=config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
+    cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    environment = dict(os.environ)
+    try:
+        return PartialState(cpu=cpu, timeout=WAIT)
+    except ValueError as error:  # accelerate before 1.11 asks for an address where later ones see a single process
+        if cpu or wanted == 1 or "MASTER_ADDR" not in str(error):
+            raise
+        os.environ.clear()  # it has set ranks that nobody else knows
+        os.environ.update(environment)
+        raise RuntimeError(UNCONNECTED.format(wanted, 1)) from error
 
 def agree_on_precision(
     config: TrainConfig,
@@ -740,8 +752,7 @@ def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters:
                               project_dir=run_dir / "trackers", kwargs_handlers=handlers)
     there, wanted = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
     if there != wanted:
-        raise RuntimeError(f"{wanted} processes were started, but accelerate sees {there}: "
-                           "on a CPU set cpu=True or ACCELERATE_USE_CPU=1")
+        raise RuntimeError(UNCONNECTED.format(wanted, there))
     return accelerator
 
 # %% ../../nbs/training/trainer.ipynb #trainer-engine-export
