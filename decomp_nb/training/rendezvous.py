@@ -58,7 +58,7 @@ def somebody_answers(host: str, port: int, timeout: float) -> bool:
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-store
 def import_torch_quietly() -> None:
-    "Import torch without its warnings about host names that cannot be looked up; only in this process, not in its children"
+    "Import torch without its warnings about host names that it cannot look up; its children get them still"
     if "TORCH_CPP_LOG_LEVEL" in os.environ:
         return
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read once, when torch is imported
