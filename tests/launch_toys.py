@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat as nbf
@@ -56,6 +57,13 @@ def alive(pid: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
 def text_of(notebook: Path) -> str:
     "All stream output of an executed notebook"
     return "".join(o.get("text", "") for c in nbf.read(notebook, 4).cells for o in c.get("outputs", []))
@@ -88,13 +96,14 @@ exit 0
 SRUN = """
 while [[ "$1" == --* ]]; do shift; done
 tasks=()
+trap 'kill -USR1 "${tasks[@]}" 2>/dev/null' USR1
+trap 'kill -TERM "${tasks[@]}" 2>/dev/null' TERM
 for ((node = 0; node < ${SLURM_JOB_NUM_NODES:-1}; node++)); do
     SLURM_NODEID=$node "$@" &
     tasks+=($!)
 done
-echo "${tasks[@]}" > tasks.txt
-trap 'kill -USR1 "${tasks[@]}" 2>/dev/null' USR1
-trap 'kill -TERM "${tasks[@]}" 2>/dev/null' TERM
+echo "${tasks[@]}" > tasks.tmp
+mv tasks.tmp tasks.txt
 worst=0
 for task in "${tasks[@]}"; do
     wait "$task"; code=$?

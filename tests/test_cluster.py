@@ -22,7 +22,7 @@ from decomp_nb.training.launch import main
 from decomp_nb.training.parameters import parameters
 from decomp_nb.training.rendezvous import SILENCE, Board, Watch, leave, open_store
 from decomp_nb.training.slurm import Allocation, sbatch_script
-from launch_toys import COMMAND, PATIENCE, ROOT, SAVES, fake, slurm_environment, text_of, wait_for, write_notebook
+from launch_toys import COMMAND, PATIENCE, ROOT, SAVES, fake, slurm_environment, text_of, wait_for, wait_for_file, write_notebook
 from training_toys import train
 
 
@@ -80,6 +80,7 @@ class Denoiser(training_toys.Denoiser):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(batch)
 
+training_toys.torch.manual_seed(0)
 training_toys.train(out_dir, model=Denoiser(quiet=True), quiet=True, resume='auto', save_every=4, batch_size=4)
 """
 
@@ -101,6 +102,7 @@ def test_two_hosts_train_as_one_and_survive_a_death(tmp_path, hosts):
     died = f"rank 1 on node 1 ({socket.gethostname()}) failed"
     assert f"stopped, because {died}: the notebook's process died" in said[0][1] and "Traceback" not in said[0][1], said[0][1]
     assert said[1][1].startswith(f"{died}:\nthe notebook's process died"), said[1][1]
+    assert said[1][1].endswith("notebook up to there: out-rank1.ipynb\n"), said[1][1]
     assert [p.name for p in (tmp_path / "cut/checkpoints").iterdir()] == ["step-00000004"]
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
 
@@ -267,6 +269,7 @@ def test_every_warning_leads_back_to_the_queue(toy, tmp_path, number, to_tasks, 
     fake(tmp_path / "bin", "decomp_nb", STAYS)
     job = subprocess.Popen(["bash", "job.sbatch"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(job, "waiting")
+    wait_for_file(Path("tasks.txt"))
     pids = map(int, Path("tasks.txt").read_text().split()) if to_tasks else [job.pid]
     for pid in pids:
         os.kill(pid, getattr(signal, f"SIG{number}"))
@@ -283,9 +286,7 @@ def test_a_job_of_two_machines_saves_and_comes_back(toy, tmp_path):
     job = subprocess.Popen(["bash", "job.sbatch"], env=slurm_environment(tmp_path / "bin") | slurm, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True)
     wait_for(job, "waiting")
-    deadline = time.monotonic() + PATIENCE
-    while not Path("waiting-1").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_file(Path("waiting-1"))
     for pid in map(int, Path("tasks.txt").read_text().split()):
         os.kill(pid, signal.SIGTERM)
     _, err = job.communicate(timeout=PATIENCE)

@@ -221,7 +221,7 @@ def check_together(accepted: Parameters, values: dict) -> None:
 
 
 def check_trackers(trackers: str) -> None:
-    "Trackers are optional packages: refuse one that is missing before the training starts, not after the model is built"
+    "Trackers are optional packages: refuse a missing one before the training starts, not after the model is built"
     for name in re.split(r"[,\s]+", trackers):
         if name and importlib.util.find_spec(name) is None:
             raise ValueError(f"trackers: {name!r} is not installed; install it (pip install {name}) or leave it out")

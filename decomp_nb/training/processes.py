@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .kernel import STOPPED, forward_signals, run_notebook
+from .kernel import STOPPED, forward_signals, relative_path, run_notebook
 from .rendezvous import (
-    Board, Watch, agree, interface_towards, leave, open_store, parse_address, run_record)
+    Board, Watch, agree, import_torch_quietly, interface_towards, leave, open_store, parse_address, run_record)
 
 # %% auto #0
 __all__ = ['GOOD_ENDS', 'CONSEQUENCE', 'Layout', 'Job', 'asked_for_gpus', 'count_gpus', 'count_cores', 'rank_environment', 'Rank',
@@ -237,16 +237,20 @@ def conclude(failed: list[Rank], watch: Watch, output: Path) -> int:
         return 1
     rank = pick_cause(failed)
     where = f" on {board.names[board.index]}" if board.count > 1 else ""
-    board.fail(f"rank {rank.number}{where} failed: {last_line(rank.reason())}")
-    print(f"rank {rank.number}{where} failed:\n{rank.reason()}", file=sys.stderr)
+    reason = rank.reason()
     if rank.number and rank.output.exists():
-        shutil.copyfile(rank.output, output.with_stem(f"{output.stem}-rank{rank.number}"))
+        kept = output.with_stem(f"{output.stem}-rank{rank.number}")
+        shutil.copyfile(rank.output, kept)
+        reason = reason.replace(relative_path(rank.output), relative_path(kept))
+    board.fail(f"rank {rank.number}{where} failed: {last_line(reason)}")
+    print(f"rank {rank.number}{where} failed:\n{reason}", file=sys.stderr)
     code = rank.process.returncode
     return code if code > 0 else 128 - code
 
 # %% ../../nbs/training/processes.ipynb #processes-run-ranks
 def run_ranks(layout: Layout, job: Job) -> int:
     "Run a job on all processes of this machine; the exit code is that of the rank that failed, 0, `STOPPED` or 124"
+    import_torch_quietly()
     gpus = count_gpus(layout.processes, layout.device)
 
     def record() -> dict:
@@ -282,6 +286,7 @@ def join_store(layout: Layout) -> Board:
 
 def run_as_rank(layout: Layout, job: Job) -> int:
     "One rank among those that another launcher has started; exit code of `run_notebook`"
+    import_torch_quietly()
     if not count_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), layout.device):
         os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     board = join_store(layout)

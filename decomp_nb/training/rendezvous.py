@@ -22,9 +22,9 @@ from .config import resolve_out_dir
 from .parameters import read_cells
 
 # %% auto #0
-__all__ = ['SILENCE', 'parse_address', 'port_is_free', 'somebody_answers', 'open_store', 'digest', 'code_digest',
-           'last_checkpoint', 'run_record', 'differences', 'Board', 'wait_for_all', 'exchange', 'agree', 'Watch',
-           'leave', 'interface_address', 'interface_towards']
+__all__ = ['SILENCE', 'parse_address', 'port_is_free', 'somebody_answers', 'import_torch_quietly', 'open_store', 'digest',
+           'code_digest', 'last_checkpoint', 'run_record', 'differences', 'Board', 'wait_for_all', 'exchange', 'agree',
+           'Watch', 'leave', 'interface_address', 'interface_towards']
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-address
 def parse_address(text: str) -> tuple[str, int]:
@@ -57,6 +57,15 @@ def somebody_answers(host: str, port: int, timeout: float) -> bool:
     return False
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-store
+def import_torch_quietly() -> None:
+    "Import torch without its warnings about host names that it cannot look up; its children get them still"
+    if "TORCH_CPP_LOG_LEVEL" in os.environ:
+        return
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read once, when torch is imported
+    import torch.distributed  # noqa: F401
+    del os.environ["TORCH_CPP_LOG_LEVEL"]
+
+
 def open_store(host: str, port: int, serve: bool, timeout: float):
     """The `TCPStore` at host:port: served from this process, or reached within `timeout` seconds.
     Sockets are tried first, because torch prints a page of addresses for every failed try"""

@@ -13,7 +13,8 @@ from .kernel import STOPPED
 from .parameters import Parameters
 
 # %% auto #0
-__all__ = ['ONE_GPU', 'SBATCH', 'RENDEZVOUS', 'Allocation', 'directives', 'container_words', 'run_words', 'sbatch_script']
+__all__ = ['ONE_GPU', 'SBATCH', 'RENDEZVOUS', 'Allocation', 'directives', 'container_words', 'task_words', 'run_words',
+           'sbatch_script']
 
 # %% ../../nbs/training/slurm.ipynb #slurm-allocation
 class Allocation(NamedTuple):
@@ -59,17 +60,21 @@ def container_words(image: str) -> tuple[str, str]:
     return f" --container-image={shlex.quote(image)} {mounts}", ""
 
 
+def task_words(accepted: Parameters, values: dict, job: Allocation) -> list[str]:
+    "`out_dir` and `seed` of each task, where the notebook has them and nobody has set them"
+    unset = set(accepted) - set(values)
+    words = ["-p", "out_dir", '"papermill_runs/out/$task"'] if "out_dir" in unset else []
+    return words + (["-p", "seed", '"$SLURM_ARRAY_TASK_ID"'] if job.array and "seed" in unset else [])
+
+
 def run_words(notebook: str, accepted: Parameters, values: dict, recipes: list, job: Allocation) -> list[str]:
-    "The words of `decomp_nb run …`; `out_dir` and `seed` are set for each task where the notebook has them"
+    "The words of `decomp_nb run …`"
     words = ["decomp_nb", "run", shlex.quote(notebook), '"papermill_runs/out/$task.ipynb"']
     for recipe in recipes:
         words += ["-f", shlex.quote(str(recipe))]
     for name, value in values.items():
         words += ["-p", name, shlex.quote(str(value))]
-    if "out_dir" in accepted and "out_dir" not in values:
-        words += ["-p", "out_dir", '"papermill_runs/out/$task"']
-    if job.array and "seed" in accepted and "seed" not in values:
-        words += ["-p", "seed", '"$SLURM_ARRAY_TASK_ID"']
+    words += task_words(accepted, values, job)
     if job.gpus:
         words += ["--nproc", str(job.gpus), "--device", "gpu"]
     if job.nodes > 1:
