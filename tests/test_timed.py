@@ -15,7 +15,7 @@ TOOL = Path(timed.__file__)
 def test_a_part_is_timed_and_its_status_kept(tmp_path, status):
     "Processor time is that of all processes that the command starts"
     busy = "import time; start = time.process_time()\nwhile time.process_time() - start < 0.2: pass"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}]); sys.exit({status})"
+    code = f"import os, subprocess, sys; assert 'DECOMP_TIMES' not in os.environ; subprocess.run([sys.executable, '-c', {busy!r}]); sys.exit({status})"
     file = tmp_path / "times"
     done = subprocess.run([sys.executable, TOOL, "busy part", sys.executable, "-c", code], env=os.environ | {"DECOMP_TIMES": str(file)})
     assert done.returncode == status
