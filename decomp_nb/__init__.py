@@ -42,15 +42,15 @@ _moved = {
     "data.scenes": {
         "worlds.random": "SPLITS scene_keys uniform integers permutation",
         "worlds.scene_type": "Kind=SceneType draw_counts check_counts pixel_centres visible_pixels",
-        "worlds.shapes": "SHAPES PALETTE COLORS TEXTURES BACKGROUNDS signed_distance object_distances "
-                         "coverage=pixel_coverage paint=composite label_map hsv_to_rgb nearest_colour draw_colors "
-                         "texture draw_background render_background keep_visible sample_shapes render_shapes "
-                         "Shapes TexturedShapes",
+        "worlds.colours": "PALETTE COLORS TEXTURES BACKGROUNDS hsv_to_rgb nearest_colour draw_colors texture draw_background "
+                          "render_background",
+        "worlds.shapes": "SHAPES signed_distance object_distances coverage=pixel_coverage paint=composite label_map "
+                         "keep_visible sample_shapes render_shapes Shapes TexturedShapes",
         "worlds.blocks": "TETROMINOES PURE BLOCK render_blocks place_apart sample_blocks Tetrominoes ToySquares",
         "worlds.raytrace": "trace=trace_rays first_hit",
-        "worlds.clevr": "CAMERA ZOOM SHIFT CLEVR_COLORS SUN SUN_IRRADIANCE COGENT LOOK=MATERIALS Look=Materials project "
-                        "label_clevr surface_normals albedo_table develop=tonemap glint=ggx_specular render_clevr "
-                        "place_clevr sample_clevr Clevr",
+        "worlds.shading": "CLEVR_COLORS SUN SUN_IRRADIANCE LOOK=MATERIALS Look=Materials surface_normals albedo_table "
+                          "develop=tonemap glint=ggx_specular",
+        "worlds.clevr": "CAMERA ZOOM SHIFT COGENT project label_clevr render_clevr place_clevr sample_clevr Clevr",
         "worlds.scenes": "KINDS VARIANTS make_kind=make_scene_type caption captions edit=edit_factors Scenes",
     },
     "data.captioned": {

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 
 from decomp_nb.data.images import open_h5
 from decomp_nb.worlds.blocks import BLOCK
-from decomp_nb.worlds.clevr import CLEVR_COLORS, Clevr, label_clevr, project, render_clevr
+from decomp_nb.worlds.clevr import Clevr, label_clevr, project, render_clevr
+from decomp_nb.worlds.colours import COLORS, draw_background, hsv_to_rgb, nearest_colour, render_background, texture
 from decomp_nb.worlds.random import permutation, scene_keys, uniform
 from decomp_nb.worlds.scene_type import visible_pixels
 from decomp_nb.worlds.scenes import KINDS, VARIANTS, Scenes
-from decomp_nb.worlds.shapes import COLORS, SHAPES, draw_background, hsv_to_rgb, nearest_colour, render_background, signed_distance, texture
+from decomp_nb.worlds.shading import CLEVR_COLORS
+from decomp_nb.worlds.shapes import SHAPES, signed_distance
 
 DATA = Path(os.environ.get("DECOMP_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 CASES = {"shapes": {}, "shapes-32": {"size": 32, "min_visible": 5}, "textured_shapes": {}, "textured_shapes-objects": {"foreground": "textured"},

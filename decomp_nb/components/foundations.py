@@ -569,7 +569,8 @@ class WordMemory(Foundation):
 # %% ../../nbs/components/foundations.ipynb #picture-memory-export
 def picture_memory(size: int = 16, dim: int = 16, seed: int = 2023, sigma: float = 0.08, beta: float = 1.0) -> WordMemory:
     "A `WordMemory` of 48 words: six shapes in eight colours on grey"
-    from decomp_nb.worlds.shapes import PALETTE, SHAPES, composite, object_distances, pixel_coverage
+    from decomp_nb.worlds.colours import PALETTE
+    from decomp_nb.worlds.shapes import SHAPES, composite, object_distances, pixel_coverage
     shapes, colours = list(SHAPES)[:6], list(PALETTE)[:8]
     n = len(shapes) * len(colours)
     shape, colour = torch.arange(n) // len(colours), torch.arange(n) % len(colours)

@@ -21,7 +21,7 @@ __all__ = ['class_folders', 'NumberedPictures']
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def _pair_roots(roots: str | Path | Sequence[str | Path], names: Sequence[str] | None) -> list[Path]:
+def _pair_roots(roots, names):
     "The folder of each class"
     several = not isinstance(roots, (str, Path))
     if names is None:
@@ -38,7 +38,7 @@ def _pair_roots(roots: str | Path | Sequence[str | Path], names: Sequence[str] |
     return [Path(root) / name for root, name in zip(roots, names)]
 
 
-def _class_files(folder: Path, each: int, split: str) -> list[Path]:
+def _class_files(folder, each, split):
     "The first `each` pictures of a folder for training, the next ones for validation; −1 for all"
     if not folder.is_dir():
         raise FileNotFoundError(f"no class folder at {folder}")
@@ -56,7 +56,7 @@ def _class_files(folder: Path, each: int, split: str) -> list[Path]:
     return found[start:start + each]
 
 # %% ../../nbs/data/class_folders.ipynb #folders-read-export
-def _read_square(path: Path, size: int, center_crop: bool) -> Tensor:
+def _read_square(path, size, center_crop):
     "A picture `(3,size,size)` in [−1,1]"
     picture = Image.open(path).convert("RGB")
     if center_crop:
@@ -98,11 +98,11 @@ class NumberedPictures(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        images: Tensor,                              # `(n,3,h,w)`
-        latents: torch.nn.Module | None = None,      # an autoencoder
+        images: Tensor,                           # `(n,3,h,w)`
+        latents: torch.nn.Module | None = None,   # an autoencoder
         *,
-        flip: bool = False,                          # mirror every other picture at random
-        batch_size: int = 8,                         # pictures that the autoencoder takes at a time
+        flip: bool = False,                       # mirror every other picture at random
+        batch_size: int = 8,                      # pictures that the autoencoder takes at a time
     ):
         self.images, self.size, self.flip = images, images.shape[-1], flip
         self.moments = None
@@ -122,7 +122,7 @@ class NumberedPictures(torch.utils.data.Dataset):
         return item | {"latent_mean": mean, "latent_logvar": logvar}
 
 
-def _moments(latents: torch.nn.Module, images: Tensor, batch_size: int) -> Tensor:
+def _moments(latents, images, batch_size):
     "Mean and log-variance of each picture, `(n,2,c,h,w)`"
     device = next(latents.parameters()).device
     parts = [torch.stack(latents.moments(part.to(device)), 1).cpu() for part in images.split(batch_size)]

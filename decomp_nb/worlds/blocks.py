@@ -12,15 +12,23 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from .random import integers, uniform
-from .scene_type import SceneType, draw_counts
+from .scene_type import SceneFactors, SceneType, draw_counts
 
 # %% auto #0
 __all__ = ['TETROMINOES', 'PURE', 'BLOCK', 'render_blocks', 'place_apart', 'sample_blocks', 'Tetrominoes', 'ToySquares']
 
 # %% ../../nbs/worlds/blocks.ipynb #blocks-pieces
-def _fixed_tetrominoes() -> dict[str, list[list[int]]]:
+def _fixed_tetrominoes():
     "The 19 fixed tetrominoes: name → four cells (row, column)"
-    letters = {"I": "####", "O": "## ##", "T": "### .#.", "S": ".## ##.", "Z": "##. .##", "J": "#.. ###", "L": "..# ###"}
+    letters = {
+        "I": "####",
+        "O": "## ##",
+        "T": "### .#.",
+        "S": ".## ##.",
+        "Z": "##. .##",
+        "J": "#.. ###",
+        "L": "..# ###",
+    }
     pieces = {}
     for letter, drawing in letters.items():
         filled = torch.tensor([[mark == "#" for mark in row] for row in drawing.split()])
@@ -60,27 +68,37 @@ def render_blocks(
     "Cells stamped onto black: RGB in [0,1] `(b,3,h,w)` and label map `(b,h,w)`"
     b, k, c, _ = corners.shape
     step = torch.arange(len(block), device=corners.device)
-    row, column = (rearrange(v, "b k c -> b k c 1 1") for v in corners.unbind(-1))
+    row, column = corners[..., None, None].unbind(3)
     pixel = (row + step[:, None]) * extent + column + step
+    exists = rearrange(there > 0, "b k -> b k 1 1 1")
     behind = extent * extent   # a pixel behind the frame takes what does not exist
-    pixel = pixel.where(rearrange(there > 0, "b k -> b k 1 1 1"), behind).view(b, -1)
-    tone = repeat(block.to(rgb) * rgb[..., None, None], "b k rgb i j -> b rgb (k c i j)", c=c)
-    label = repeat(torch.arange(1, k + 1, device=rgb.device), "k -> b (k n)", b=b, n=c * block.numel())
-    image = rgb.new_zeros(b, 3, behind + 1).scatter_(2, pixel[:, None].expand(-1, 3, -1), tone)
-    masks = label.new_zeros(b, behind + 1).scatter_(1, pixel, label)
-    return image[..., :behind].view(b, 3, extent, extent), masks[:, :behind].view(b, extent, extent)
+    pixel = pixel.where(exists, behind).flatten(1)
+    tone = block.to(rgb) * rgb[..., None, None]
+    tone = repeat(tone, "b k rgb i j -> b rgb (k c i j)", c=c)
+    label = torch.arange(1, k + 1, device=rgb.device)
+    label = repeat(label, "k -> b (k n)", b=b, n=c * block.numel())
+    image = rgb.new_zeros(b, 3, behind + 1)
+    image.scatter_(2, repeat(pixel, "b n -> b rgb n", rgb=3), tone)
+    masks = label.new_zeros(b, behind + 1)
+    masks.scatter_(1, pixel, label)
+    image, masks = (v[..., :behind].unflatten(-1, (extent, extent)) for v in (image, masks))
+    return image, masks
 
 # %% ../../nbs/worlds/blocks.ipynb #blocks-place
-def _try_to_place(keys: Tensor, cells: Tensor, side: int, extent: int, there: Tensor, attempt: int) -> tuple[Tensor, Tensor]:
+def _try_to_place(keys, cells, there, side, extent, attempt):
     "Places `(b,k,2)`, and whether all objects found one `(b,)`"
     b, k = there.shape
-    place, complete = torch.zeros(b, k, 2, dtype=torch.int64), torch.ones(b, dtype=torch.bool)
+    place = torch.zeros(b, k, 2, dtype=torch.int64)
+    complete = torch.ones(b, dtype=torch.bool)
     for j in range(k):
-        room = extent - side - cells[:, j].amax(1)[:, None] + 1
-        candidates = (uniform(keys, f"place/{attempt}/{j}", 100, 2) * room).long()
-        mine = rearrange(candidates, "b n yx -> b n 1 1 1 yx") + rearrange(cells[:, j], "b c yx -> b 1 1 c 1 yx")
-        taken = rearrange(place[:, :j, None] + cells[:, :j], "b j c yx -> b 1 j 1 c yx")
-        apart = ((mine - taken).abs() >= side).any(-1) | rearrange(there[:, :j] == 0, "b j -> b 1 j 1 1")
+        room = extent - side - cells[:, j].amax(1) + 1
+        candidates = (uniform(keys, f"place/{attempt}/{j}", 100, 2) * room[:, None]).long()
+        mine = candidates[:, :, None] + cells[:, j, None]
+        taken = place[:, :j, None] + cells[:, :j]
+        mine = rearrange(mine, "b n c yx -> b n 1 c 1 yx")
+        taken = rearrange(taken, "b j c yx -> b 1 j 1 c yx")
+        apart = ((mine - taken).abs() >= side).any(-1)
+        apart |= rearrange(there[:, :j] == 0, "b j -> b 1 j 1 1")
         free = apart.flatten(2).all(2)
         place[:, j] = candidates[torch.arange(b), free.float().argmax(1)]
         complete &= free.any(1) | (there[:, j] == 0)
@@ -95,9 +113,11 @@ def place_apart(
     there: Tensor,   # `(b,k)`: which objects exist
 ) -> Tensor:         # int64 `(b,k,2)`: row and column of the objects
     "Places at which cells do not overlap; ValueError if there is no room"
-    place, pending = torch.zeros(*there.shape, 2, dtype=torch.int64), torch.arange(len(there))
+    place = torch.zeros(*there.shape, 2, dtype=torch.int64)
+    pending = torch.arange(len(there))
     for attempt in range(10):
-        place[pending], complete = _try_to_place(keys[pending], cells[pending], side, extent, there[pending], attempt)
+        part = (v[pending] for v in (keys, cells, there))
+        place[pending], complete = _try_to_place(*part, side, extent, attempt)
         pending = pending[~complete]
         if len(pending) == 0:
             return place
@@ -111,20 +131,36 @@ def sample_blocks(
     pieces: Tensor,   # int64 `(n,c,2)`: row and column of the cells of each piece, in cells
     side: int,        # of a cell, in pixels
     extent: int,      # of the frame, in pixels
-) -> dict[str, Tensor]:
+) -> SceneFactors:
     "Common factors of scenes of blocks; `x` and `y` are the centres as fractions of the frame"
     there = draw_counts(keys, n_objects)
     cells = pieces[shape - 1] * side
     place = place_apart(keys, cells, side, extent, there)
-    row, column = place.unbind(-1)
-    y, x = ((place + (cells.amin(2) + cells.amax(2) + side) / 2) / extent).unbind(-1)
-    return {"key": keys, "visibility": there, "shape": shape, "x": x, "y": y, "row": row, "column": column}
+    middle = (cells.amin(2) + cells.amax(2) + side) / 2
+    centre = (place + middle) / extent
+    return {
+        "key": keys,
+        "visibility": there,
+        "shape": shape,
+        "x": centre[..., 1],
+        "y": centre[..., 0],
+        "row": place[..., 0],
+        "column": place[..., 1],
+    }
 
 # %% ../../nbs/worlds/blocks.ipynb #tetrominoes-kind
-def _pieces(device: torch.device | None = None) -> Tensor:
-    return torch.tensor([*TETROMINOES.values()], device=device)
+_PIECES = torch.tensor([*TETROMINOES.values()])
+_PURE = torch.tensor([*PURE.values()], dtype=torch.float32)
 
 
+def _fit(frame, size):
+    "A frame of 35 pixels in its final size: cropped to 32 or not, each pixel repeated"
+    if size % 35:
+        frame = frame[..., 1:33, 1:33]
+    scale = size // frame.shape[-1]
+    return repeat(frame, "... h w -> ... (h i) (w j)", i=scale, j=scale)
+
+# %% ../../nbs/worlds/blocks.ipynb #tetrominoes-class
 @dataclass(frozen=True)
 class Tetrominoes(SceneType):
     "Three bevelled tetrominoes on black: 35 pixels as published, 32 cropped from the middle, or whole multiples"
@@ -137,27 +173,24 @@ class Tetrominoes(SceneType):
         if size < 32 or size % 32 and size % 35:
             raise ValueError(f"size is {size!r}: give a multiple of 32 or of 35, tetrominoes have blocks of 5 pixels")
 
-    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]:
+    def sample(self, keys: Tensor, size: int) -> SceneFactors:
         "Factors of the scenes with these keys"
         k = self.n_objects[1]
         shape = 1 + integers(keys, "shape", len(TETROMINOES), k)
-        factors = sample_blocks(keys, self.n_objects, shape, _pieces(), 5, 35)
+        factors = sample_blocks(keys, self.n_objects, shape, _PIECES, 5, 35)
         if size % 35:   # the crop begins at pixel 1
-            factors |= {f: (factors[f] * 35 - 1) / 32 for f in ("x", "y")}
-        return {**factors, "color": 1 + integers(keys, "color", len(PURE), k)}
+            for f in ("x", "y"):
+                factors[f] = (factors[f] * 35 - 1) / 32
+        color = 1 + integers(keys, "color", len(PURE), k)
+        return factors | {"color": color}
 
-    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]:
+    def render(self, factors: SceneFactors, size: int) -> tuple[Tensor, Tensor]:
         "Pictures `(b,3,h,w)` and label maps `(b,h,w)`"
-        device = factors["color"].device
         place = torch.stack([factors["row"], factors["column"]], -1)
-        corners = _pieces(device)[factors["shape"] - 1] * 5 + place[:, :, None]
-        rgb = torch.tensor([*PURE.values()], dtype=torch.float32, device=device)[factors["color"] - 1]
-        drawn = render_blocks(corners, BLOCK, rgb, factors["visibility"], 35)
-        base = 32 if size % 35 else 35
-        if base == 32:
-            drawn = [v[..., 1:33, 1:33] for v in drawn]
-        image, masks = (repeat(v, "... h w -> ... (h s) (w t)", s=size // base, t=size // base) for v in drawn)
-        return image, masks
+        cells = _PIECES.to(place.device)[factors["shape"] - 1] * 5
+        rgb = _PURE.to(place.device)[factors["color"] - 1]
+        image, masks = render_blocks(cells + place[:, :, None], BLOCK, rgb, factors["visibility"], 35)
+        return _fit(image, size), _fit(masks, size)
 
     def phrase(self, row: dict[str, str]) -> str:
         "E.g. 'red T tetromino'"
@@ -174,21 +207,24 @@ class ToySquares(SceneType):
     def check(self) -> None:
         "ValueError for more objects than channels"
         if self.n_objects[1] > 3:
-            raise ValueError(f"n_objects goes up to {self.n_objects[1]}: toy squares have one object per colour channel")
+            most = self.n_objects[1]
+            raise ValueError(f"n_objects goes up to {most}: toy squares have one object per colour channel")
 
-    def sample(self, keys: Tensor, size: int) -> dict[str, Tensor]:
+    def sample(self, keys: Tensor, size: int) -> SceneFactors:
         "Factors of the scenes with these keys"
         shape = torch.ones(len(keys), self.n_objects[1], dtype=torch.int64)
-        square = torch.zeros(1, 1, 2, dtype=torch.int64)
-        factors = sample_blocks(keys, self.n_objects, shape, square, round(size * 10 / 64), size)
-        return {**factors, "color": shape.cumsum(1)}
+        square = shape.new_zeros(1, 1, 2)
+        side = round(size * 10 / 64)
+        factors = sample_blocks(keys, self.n_objects, shape, square, side, size)
+        return factors | {"color": shape.cumsum(1)}
 
-    def render(self, factors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]:
+    def render(self, factors: SceneFactors, size: int) -> tuple[Tensor, Tensor]:
         "Pictures `(b,3,h,w)` and label maps `(b,h,w)`"
         side = round(size * 10 / 64)
-        corners = torch.stack([factors["row"], factors["column"]], -1)[:, :, None]
-        rgb = torch.eye(3, device=corners.device)[factors["color"] - 1]
-        return render_blocks(corners, torch.full((side, side), 0.8), rgb, factors["visibility"], size)
+        place = torch.stack([factors["row"], factors["column"]], -1)
+        rgb = torch.eye(3, device=place.device)[factors["color"] - 1]
+        square = torch.full((side, side), 0.8)
+        return render_blocks(place[:, :, None], square, rgb, factors["visibility"], size)
 
     def phrase(self, row: dict[str, str]) -> str:
         "E.g. 'red square'"

@@ -5,21 +5,20 @@
 # %% ../../nbs/worlds/raytrace.ipynb #imports-export
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .scene_type import pixel_centres
+from .scene_type import SceneFactors, pixel_centres
 
 # %% auto #0
-__all__ = ['PILL', 'SOLIDS', 'dot', 'unit', 'rotate', 'camera_axes', 'camera_rays', 'intersect_cube', 'intersect_sphere',
-           'intersect_cylinder', 'intersect_pill', 'trace_rays', 'floor_distance', 'first_hit', 'points_along']
+__all__ = ['PILL', 'SOLIDS', 'dot', 'unit', 'rotate', 'camera_axes', 'camera_rays', 'trace_rays', 'floor_distance', 'first_hit',
+           'points_along']
 
 # %% ../../nbs/worlds/raytrace.ipynb #vectors-export
 def dot(a: Tensor, b: Tensor) -> Tensor:
     "Inner product over axis 1, the coordinates: `(b,3,r)` → `(b,r)`"
-    return a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1] + a[:, 2] * b[:, 2]
+    x, y, z = (a * b).unbind(1)
+    return x + y + z
 
 
 def unit(v: Tensor) -> Tensor:
@@ -30,9 +29,14 @@ def unit(v: Tensor) -> Tensor:
 def rotate(v: Tensor, degrees: Tensor) -> Tensor:
     "Rotate `(b,3,r)` about the vertical axis"
     angle = torch.deg2rad(degrees)
-    cos, sin = torch.cos(angle), torch.sin(angle)
+    cos, sin = angle.cos(), angle.sin()
     x, y, z = v.unbind(1)
-    return torch.stack([cos * x - sin * y, sin * x + cos * y, z], 1)
+    turned = [
+        cos * x - sin * y,
+        sin * x + cos * y,
+        z,
+    ]
+    return torch.stack(turned, 1)
 
 # %% ../../nbs/worlds/raytrace.ipynb #camera-export
 def camera_axes(towards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,95 +65,121 @@ def camera_rays(
 PILL = 18 / 7   # distance of the centres of a pill's ends, in radii
 
 
-def _first_root(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
+def _first_root(a, b, c):
     "The smaller root of a·t² + 2b·t + c, infinite where there is none or it is negative"
     inside = b * b - a * c
     t = (-b - inside.clamp(min=0).sqrt()) / a
     return torch.where((inside > 0) & (t > 0), t, torch.inf)
 
 
-def intersect_cube(o: Tensor, d: Tensor) -> Tensor:
+def _intersect_cube(o, d):
     "Distance `(b,r)` at which rays `(b,3,r)` meet the cube from −1 to 1; infinite if they do not"
     inverse = 1 / torch.where(d == 0, 1e-20, d)   # a ray in the plane of a slab is in it for ever, or never
-    middle, half = -o * inverse, inverse.abs()
-    near, far = (middle - half).amax(1), (middle + half).amin(1)
+    middle = -o * inverse
+    half = inverse.abs()
+    near = (middle - half).amax(1)
+    far = (middle + half).amin(1)
     return torch.where((near < far) & (near > 0), near, torch.inf)
 
 
-def intersect_sphere(o: Tensor, d: Tensor) -> Tensor:
+def _intersect_sphere(o, d):
     "Distance at which rays meet the unit sphere"
     return _first_root(1.0, dot(o, d), dot(o, o) - 1)
 
-
-def _intersect_tube(o: Tensor, d: Tensor, low: float, high: float) -> Tensor:
+# %% ../../nbs/worlds/raytrace.ipynb #surfaces-cylinder-export
+def _intersect_tube(o, d, low, high):
     "Distance at which rays meet the side of a unit cylinder between two heights"
-    (ox, oy, oz), (dx, dy, dz) = o.unbind(1), d.unbind(1)
-    t = _first_root(dx * dx + dy * dy, ox * dx + oy * dy, ox * ox + oy * oy - 1)
+    ox, oy, oz = o.unbind(1)
+    dx, dy, dz = d.unbind(1)
+    t = _first_root(
+        dx * dx + dy * dy,
+        ox * dx + oy * dy,
+        ox * ox + oy * oy - 1,
+    )
     height = oz + t * dz
     return torch.where((height >= low) & (height <= high), t, torch.inf)
 
 
-def intersect_cylinder(o: Tensor, d: Tensor) -> Tensor:
+def _intersect_cylinder(o, d):
     "Distance at which rays meet the unit cylinder from −1 to 1"
-    (ox, oy, oz), (dx, dy, dz) = o.unbind(1), d.unbind(1)
-    cap = (-dz.sign() - oz) / dz   # the one that faces the ray
-    x, y = ox + cap * dx, oy + cap * dy
-    return torch.where((cap > 0) & (x * x + y * y <= 1), cap, _intersect_tube(o, d, -1, 1))
+    height, rise = o[:, 2], d[:, 2]
+    cap = (-rise.sign() - height) / rise   # the one that faces the ray
+    x, y, _ = (o + cap[:, None] * d).unbind(1)
+    on_cap = (cap > 0) & (x * x + y * y <= 1)
+    return torch.where(on_cap, cap, _intersect_tube(o, d, -1, 1))
 
 
-def intersect_pill(o: Tensor, d: Tensor) -> Tensor:
+def _intersect_pill(o, d):
     "Distance at which rays meet the pill"
-    upper = torch.stack([o[:, 0], o[:, 1], o[:, 2] - PILL], 1)
-    ends = torch.minimum(intersect_sphere(o, d), intersect_sphere(upper, d))
-    return torch.minimum(ends, _intersect_tube(o, d, 0, PILL))
+    top = o - o.new_tensor([0, 0, PILL])[:, None]
+    ends = torch.minimum(_intersect_sphere(o, d), _intersect_sphere(top, d))
+    side = _intersect_tube(o, d, 0, PILL)
+    return torch.minimum(ends, side)
 
-
-SOLIDS: dict[str, Callable] = {
-    "cube": intersect_cube,
-    "sphere": intersect_sphere,
-    "cylinder": intersect_cylinder,
-    "pill": intersect_pill,
+# %% ../../nbs/worlds/raytrace.ipynb #surfaces-table
+SOLIDS = {
+    "cube": _intersect_cube,
+    "sphere": _intersect_sphere,
+    "cylinder": _intersect_cylinder,
+    "pill": _intersect_pill,
 }
 
 # %% ../../nbs/worlds/raytrace.ipynb #trace-export
-def _own_frame(v: Tensor, objects: dict[str, Tensor], at: Tensor, j: int) -> Tensor:
-    "Points `(b,3,r)` of the scenes `at` as object `j` sees them, but for its rotation"
-    centre = torch.stack([objects[f][at, j] for f in "xyz"], 1)
-    return (v[at] - centre[..., None]) / objects["z"][at, j, None, None]
+def _distance_to(shape, origins, directions, mine):
+    "Distance of one object of each scene along rays `(b,3,r)`; `mine` are its factors, `(b,1)`"
+    centre = torch.stack([mine[f] for f in "xyz"], 1)
+    o = (origins - centre) / mine["z"][..., None]
+    d = directions
+    if shape == "cube":
+        o, d = (rotate(v, -mine["rotation"]) for v in (o, d))
+    return SOLIDS[shape](o, d) * mine["z"]
 
 
-def trace_rays(origins: Tensor, directions: Tensor, objects: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    "First object along each ray: distance `(b,r)`, infinite if none, and index `(b,r)` from 1, 0 if none; rays are `(b,3,r)`"
+def trace_rays(
+    origins: Tensor,
+    directions: Tensor,
+    objects: SceneFactors,
+) -> tuple[Tensor, Tensor]:
+    "First object along rays `(b,3,r)`: distance `(b,r)`, infinite if none, and index `(b,r)` from 1, 0 if none"
     distance = torch.full_like(directions[:, 0], torch.inf)
     index = torch.zeros_like(distance, dtype=torch.int64)
     shapes = objects["shape"].where(objects["visibility"] > 0, 0)
     for j in range(shapes.shape[1]):
-        for number, (name, intersect) in enumerate(SOLIDS.items(), 1):
+        for number, name in enumerate(SOLIDS, 1):
             at = (shapes[:, j] == number).nonzero()[:, 0]   # the scenes in which object j is of this shape
             if len(at) == 0:
                 continue
-            o, d = _own_frame(origins, objects, at, j), directions[at]
-            if name == "cube":
-                o, d = (rotate(v, -objects["rotation"][at, j, None]) for v in (o, d))
-            new, old = intersect(o, d) * objects["z"][at, j, None], distance[at]
-            distance[at] = torch.minimum(old, new)
-            index[at] = torch.where(new < old, j + 1, index[at])
+            mine = {f: objects[f][at, j, None] for f in ("x", "y", "z", "rotation")}
+            new = _distance_to(name, origins[at], directions[at], mine)
+            nearer = new < distance[at]
+            distance[at] = torch.where(nearer, new, distance[at])
+            index[at] = torch.where(nearer, j + 1, index[at])
     return distance, index
 
 # %% ../../nbs/worlds/raytrace.ipynb #first-export
 def floor_distance(origins: Tensor, directions: Tensor) -> Tensor:
     "Distance `(b,r)` at which rays `(b,3,r)` meet the plane z = 0; infinite if they rise"
     fall = -directions[:, 2]
-    return torch.where(fall > 1e-3, origins[:, 2] / fall.clamp(min=1e-3), torch.inf)
+    distance = origins[:, 2] / fall.clamp(min=1e-3)
+    return torch.where(fall > 1e-3, distance, torch.inf)
 
 
-def first_hit(origins: Tensor, directions: Tensor, objects: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def first_hit(
+    origins: Tensor,
+    directions: Tensor,
+    objects: SceneFactors,
+) -> tuple[Tensor, Tensor]:
     "Like `trace_rays`, with the floor as index 0: distance is infinite only where a ray leaves the scene upwards"
     distance, index = trace_rays(origins, directions, objects)
     floor = floor_distance(origins, directions)
-    return torch.minimum(distance, floor), torch.where(distance < floor, index, 0)
+    index = torch.where(distance < floor, index, 0)
+    return torch.minimum(distance, floor), index
 
 
-def points_along(origins: Tensor, directions: Tensor, distance: Tensor) -> Tensor:
+def points_along(
+    origins: Tensor,
+    directions: Tensor,
+    distance: Tensor,
+) -> Tensor:
     "Points `(b,3,r)` at a distance `(b,r)` along rays; a thousand units away where it is infinite"
     return origins + distance.clamp(max=1e3)[:, None] * directions

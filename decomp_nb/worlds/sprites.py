@@ -33,9 +33,11 @@ def sprite(
     scale, angle, x, y = (v[:, None, None] for v in place)
     at = (torch.arange(size) + 0.5) * 64 / size   # pixels of the published 64
     half = 9.6 * scale   # the side of the square, halved
-    right, down = at - (16 + 32 * x), at[:, None] - (16 + 32 * y)
-    u = (angle.cos() * right + angle.sin() * down) / half
-    v = (angle.sin() * right - angle.cos() * down) / half
+    right = at - (16 + 32 * x)
+    down = at[:, None] - (16 + 32 * y)
+    cos, sin = angle.cos(), angle.sin()
+    u = (cos * right + sin * down) / half
+    v = (sin * right - cos * down) / half
     masks = torch.zeros(len(shape), size, size, dtype=torch.bool)
     for number, name in enumerate(SPRITE_SHAPES):
         mine = shape == number
@@ -46,29 +48,31 @@ def sprite(
 CORRUPTIONS = ("white", "color", "noise", "scream")
 
 
-def _on_painting(mask: Tensor, painting: Tensor, generator: Generator) -> Tensor:
+def _on_painting(mask, painting, generator):
     "A recoloured patch of a painting, inverted where the mask is"
-    h, w = mask.shape[-2:]
-    top, left = (int(torch.randint(0, room + 1, (), generator=generator)) for room in (painting.shape[1] - h, painting.shape[2] - w))
-    patch = painting[:, top:top + h, left:left + w]
+    patch = painting
+    for axis in (1, 2):
+        room = painting.shape[axis] - mask.shape[axis]
+        start = int(torch.randint(0, room + 1, (), generator=generator))
+        patch = patch.narrow(axis, start, mask.shape[axis])
     ground = (patch + torch.rand(3, 1, 1, generator=generator)) / 2
     return torch.where(mask > 0.5, 1 - ground, ground)
 
 
-def _corrupt_one(mask: Tensor, variant: str, generator: Generator, painting: Tensor | None) -> Tensor:
+def _corrupt_one(mask, variant, generator, painting):
     if variant == "color":
         return mask * (0.5 + 0.5 * torch.rand(3, 1, 1, generator=generator))
     if variant == "noise":
         return (mask + torch.rand(mask.shape, generator=generator)).clamp(max=1)
     return _on_painting(mask, painting, generator)
 
-
+# %% ../../nbs/worlds/sprites.ipynb #corrupt-all-export
 def corrupt(
-    masks: Tensor,                      # `(b,h,w)` in [0,1]
-    variant: str,                       # one of `CORRUPTIONS`
-    keys: Sequence[int],                # seeds of the colour, noise or patch of each picture
-    painting: Tensor | None = None,     # `(3,h,w)` in [0,1], for "scream"
-) -> Tensor:                            # `(b,3,h,w)` in [0,1]
+    masks: Tensor,                    # `(b,h,w)` in [0,1]
+    variant: str,                     # one of `CORRUPTIONS`
+    keys: Sequence[int],              # seeds of the colour, noise or patch of each picture
+    painting: Tensor | None = None,   # `(3,h,w)` in [0,1], for "scream"
+) -> Tensor:                          # `(b,3,h,w)` in [0,1]
     "White, coloured or noisy pictures of masks, or such on a painting"
     plain = masks.float()[:, None].expand(-1, 3, -1, -1)
     if variant == "white":
@@ -76,11 +80,18 @@ def corrupt(
     generators = (Generator().manual_seed(int(key)) for key in keys)
     return torch.stack([_corrupt_one(mask, variant, g, painting) for mask, g in zip(plain, generators)])
 
-
+# %% ../../nbs/worlds/sprites.ipynb #swirls-export
 def swirls() -> Tensor:
     "Coloured swirls `(3,350,274)` in [0,1], of the size that the painting has in the published variant"
-    y, x = torch.meshgrid(torch.linspace(0, 5, 350), torch.linspace(0, 4, 274), indexing="ij")
+    y = torch.linspace(0, 5, 350)[:, None]
+    x = torch.linspace(0, 4, 274)
     bend = x + 0.5 * torch.sin(1.7 * y) + 0.3 * torch.sin(3.1 * x + y)
-    first, second, third = (torch.sin(a * bend + b * y + c) for a, b, c in ((1.6, 2.2, 0), (2.1, 3.4, 1.5), (1.2, 2.9, 4.0)))
-    warm = [0.65 + 0.35 * first, 0.42 + 0.3 * second * first, 0.35 + 0.3 * third]
+    red = torch.sin(1.6 * bend + 2.2 * y)
+    green = torch.sin(2.1 * bend + 3.4 * y + 1.5)
+    blue = torch.sin(1.2 * bend + 2.9 * y + 4)
+    warm = [
+        0.65 + 0.35 * red,
+        0.42 + 0.3 * green * red,
+        0.35 + 0.3 * blue,
+    ]
     return torch.stack(warm).clamp(0, 1)
