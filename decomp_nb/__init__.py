@@ -48,7 +48,7 @@ _moved = {
                          "keep_visible sample_shapes render_shapes Shapes TexturedShapes",
         "worlds.blocks": "TETROMINOES PURE BLOCK render_blocks place_apart sample_blocks Tetrominoes ToySquares",
         "worlds.raytrace": "trace=trace_rays first_hit",
-        "worlds.shading": "CLEVR_COLORS SUN SUN_IRRADIANCE LOOK=MATERIALS Look=Materials surface_normals albedo_table "
+        "worlds.shading": "CLEVR_COLORS SUN SUN_IRRADIANCE LOOK=MATERIALS surface_normals albedo_table "
                           "develop=tonemap glint=ggx_specular",
         "worlds.clevr": "CAMERA ZOOM SHIFT COGENT project label_clevr render_clevr place_clevr sample_clevr Clevr",
         "worlds.scenes": "KINDS VARIANTS make_kind=make_scene_type caption captions edit=edit_factors Scenes",

@@ -16,13 +16,12 @@ from torch import Tensor
 from .colours import PALETTE
 from .random import integers, scene_keys, uniform
 from .scene_type import SceneFactors, pixel_centres
-from .scenes import DrawnDataset, to_levels
+from .scenes import DrawnDataset, Indices, to_levels
 from .shapes import SHAPES, composite, label_map, object_distances, pixel_coverage
 
 # %% auto #0
 __all__ = ['SCENE_SHAPES', 'SCENE_COLORS', 'SCENE_FACTORS', 'HELD_OUT', 'CLASSES', 'scene_words', 'apply_style', 'write_captions',
-           'sample_captioned', 'hold_out', 'check_names', 'place_captioned', 'draw_captioned', 'draw_batch',
-           'CaptionedScenes', 'task_groups', 'concept_task']
+           'CaptionedScenes', 'concept_task']
 
 # %% ../../nbs/worlds/captioned.ipynb #factors-export
 SCENE_SHAPES, SCENE_COLORS = tuple(SHAPES)[:6], tuple(PALETTE)
@@ -114,12 +113,7 @@ def write_captions(factors: SceneFactors, keys: Tensor) -> list[str]:
     return sentences
 
 # %% ../../nbs/worlds/captioned.ipynb #sample-export
-def sample_captioned(
-    keys: Tensor,                        # `(b,)`
-    n_objects: tuple[int, int],          # fewest and most
-    only: Mapping[str, Sequence[str]],   # factor → names that it may have
-    sparse: float,                       # share of scenes with the fewest objects
-) -> SceneFactors:
+def _sample_captioned(keys, n_objects, only, sparse):
     "Class numbers of the objects `(b,k)` and of the scenes `(b,)`, and `visibility` `(b,k)`"
     low, high = n_objects
     found = {}
@@ -134,7 +128,7 @@ def sample_captioned(
     return found
 
 
-def hold_out(factors: SceneFactors, pairs: Sequence[tuple[str, str]]) -> SceneFactors:
+def _hold_out(factors, pairs):
     "Give objects of a held-out colour and shape the next colour"
     shape, color = factors["shape"], factors["color"]
     for c, s in pairs:
@@ -147,7 +141,7 @@ def hold_out(factors: SceneFactors, pairs: Sequence[tuple[str, str]]) -> SceneFa
 HELD_OUT = (("red", "star"), ("blue", "heart"), ("yellow", "square"))
 
 
-def check_names(option: str, given: Mapping[str, Sequence[str]]) -> None:
+def _check_names(option, given):
     "ValueError for a factor that does not exist, or has no such value"
     for f, names in given.items():
         said = f"{option}={{{f!r}: {list(names)!r}}}"
@@ -157,7 +151,7 @@ def check_names(option: str, given: Mapping[str, Sequence[str]]) -> None:
             raise ValueError(f"{said}: {f} is one of {', '.join(SCENE_FACTORS[f])}")
 
 # %% ../../nbs/worlds/captioned.ipynb #draw-export
-def place_captioned(keys: Tensor, factors: SceneFactors) -> SceneFactors:
+def _place_captioned(keys, factors):
     "Where the objects stand, and how large they are, each `(b,k)`"
     k = factors["shape"].shape[1]
     alone = factors["visibility"].sum(1, keepdim=True) == 1
@@ -176,7 +170,7 @@ def place_captioned(keys: Tensor, factors: SceneFactors) -> SceneFactors:
     }
 
 
-def draw_captioned(factors: SceneFactors, alpha: Tensor) -> Tensor:
+def _draw_captioned(factors, alpha):
     "Pictures, RGB in [0,1] `(b,3,h,w)`, of factors and the coverage of their objects `(b,k,h,w)`"
     h, w = alpha.shape[-2:]
     light = factors["light"]
@@ -188,14 +182,14 @@ def draw_captioned(factors: SceneFactors, alpha: Tensor) -> Tensor:
     return apply_style(plain * left + haze, factors["style"])
 
 # %% ../../nbs/worlds/captioned.ipynb #draw-batch-export
-def draw_batch(keys: Tensor, factors: SceneFactors, size: int) -> dict:
+def _draw_batch(keys, factors, size):
     "Pictures, masks, labels and captions of scenes"
-    place = place_captioned(keys, factors)
+    place = _place_captioned(keys, factors)
     alpha = pixel_coverage(object_distances(place, size, SCENE_SHAPES))
     there = factors["visibility"]
     labels = {f: factors[f] * there for f in ("shape", "color")}
     return {
-        "image": to_levels(draw_captioned(factors, alpha)),
+        "image": to_levels(_draw_captioned(factors, alpha)),
         "masks": label_map(alpha),
         "labels": labels | {"visibility": there.float()},
         "background": factors["background"],
@@ -222,26 +216,26 @@ class CaptionedScenes(DrawnDataset):
     ):
         if n < 1 or size < 16:
             raise ValueError(f"n={n}, size={size}: at least one scene of at least 16 pixels")
-        check_names("only", only or {})
+        _check_names("only", only or {})
         self.n, self.size, self.split, self.seed, self.sparse = n, size, split, seed, sparse
         self.n_objects = tuple(n_objects)
         self.max_objects = self.n_objects[1]
         self.only = dict(only or {})
         self.held_out = held_out if split == "train" and not only else ()
         for color, shape in held_out:
-            check_names("held_out", {"color": [color], "shape": [shape]})
+            _check_names("held_out", {"color": [color], "shape": [shape]})
         self.factor_names = {f: list(SCENE_FACTORS[f]) for f in ("shape", "color")}
 
-    def factors(self, indices: int | Sequence[int] | Tensor) -> tuple[Tensor, SceneFactors]:
+    def factors(self, indices: Indices) -> tuple[Tensor, SceneFactors]:
         "Keys `(b,)` and class numbers: of objects `(b,k)`, of the scene `(b,)`"
         keys = scene_keys(self.positions(indices), seed=self.seed, split=self.split)
-        drawn = sample_captioned(keys, self.n_objects, self.only, self.sparse)
-        return keys, hold_out(drawn, self.held_out)
+        drawn = _sample_captioned(keys, self.n_objects, self.only, self.sparse)
+        return keys, _hold_out(drawn, self.held_out)
 
-    def batch(self, indices: int | Sequence[int] | Tensor) -> dict:
+    def batch(self, indices: Indices) -> dict:
         "Many scenes at once: stacked tensors and a list of captions"
         ids = [f"captioned-{self.split}-{i:08d}" for i in self.positions(indices).tolist()]
-        return draw_batch(*self.factors(indices), self.size) | {"image_id": ids}
+        return _draw_batch(*self.factors(indices), self.size) | {"image_id": ids}
 
 # %% ../../nbs/worlds/captioned.ipynb #tasks-export
 CLASSES = (
@@ -253,7 +247,7 @@ CLASSES = (
 )
 
 
-def task_groups(name: str) -> dict[str, dict[str, list[str]]]:
+def _task_groups(name):
     "The groups of pictures of a task: title → what they have in common; ValueError for an unknown task"
     if name == "classes":
         plain = {"light": ["plain"], "style": ["flat"], "background": ["grey"]}
@@ -277,7 +271,7 @@ def concept_task(
     seed: int = 0,
 ) -> dict:
     "Unlabelled pictures of a task, and for the judge alone: `image` `(n,3,h,w)`, `label` `(n,)`, `names`, `masks`"
-    groups = task_groups(name)
+    groups = _task_groups(name)
     parts = []
     for i, only in enumerate(groups.values()):
         options = {"size": size, "split": split, "seed": seed * 101 + i}

@@ -145,7 +145,6 @@ def place_clevr(
     keys: Tensor,
     attempt: int,
     factors: SceneFactors,
-    tries: int = 50,
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Coordinates x and y `(b,k)` by CLEVR's rules, and whether all objects found a place `(b,)`"
     there = factors["visibility"] > 0
@@ -155,7 +154,7 @@ def place_clevr(
     xy = torch.zeros(*there.shape, 2)
     complete = torch.ones(len(keys), dtype=torch.bool)
     for j in range(there.shape[1]):
-        new = uniform(keys, f"place/{attempt}/{j}", tries, 2, low=-3, high=3)
+        new = uniform(keys, f"place/{attempt}/{j}", 50, 2, low=-3, high=3)
         apart = _gaps_kept(new, xy[:, :j], radius, (behind, right))
         apart |= ~there[:, None, :j]
         good = apart.all(2) & _in_frame(factors["camera"], new, factors["z"][:, j])

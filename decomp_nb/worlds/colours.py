@@ -66,14 +66,16 @@ def draw_colors(
     how: str,       # palette (all different), hsv (hues apart), rgb (any) or white
 ) -> tuple[Tensor, Tensor]:
     "Colours of objects: classes int64 `(b,k)`, numbering `COLORS` from 1, and RGB in [0,1] `(b,k,3)`"
-    if how == "white":
-        rgb = torch.ones(len(keys), k, 3)
-        return torch.full((len(keys), k), len(COLORS)), rgb
     if how == "palette":
         order = permutation(keys, "colour", len(PALETTE))
         index = order[:, torch.arange(k) % len(PALETTE)]
-        return index + 1, torch.tensor([*PALETTE.values()])[index]
-    rgb = _spread_hues(keys, k) if how == "hsv" else uniform(keys, "colour", k, 3)
+        rgb = torch.tensor([*PALETTE.values()])[index]
+    elif how == "hsv":
+        rgb = _spread_hues(keys, k)
+    elif how == "rgb":
+        rgb = uniform(keys, "colour", k, 3)
+    else:
+        rgb = torch.ones(len(keys), k, 3)
     return nearest_colour(rgb), rgb
 
 # %% ../../nbs/worlds/colours.ipynb #texture-noise

@@ -15,17 +15,15 @@ from torch import Tensor
 
 from .colours import hsv_to_rgb
 from .raytrace import PILL, SOLIDS, camera_rays, dot, floor_distance, points_along, trace_rays, unit
-from .scene_type import SceneFactors
 
 # %% auto #0
-__all__ = ['SHAPE_NAMES', 'standing_object', 'sharp_normals', 'room_rays', 'wall_light', 'floor_light', 'object_light',
-           'shape_maps', 'draw_maps', 'hue_colours', 'colour_maps']
+__all__ = ['SHAPE_NAMES', 'shape_maps', 'draw_maps', 'hue_colours', 'colour_maps']
 
 # %% ../../nbs/worlds/rooms.ipynb #object-export
 SHAPE_NAMES = ("cube", "cylinder", "sphere", "pill")   # in the order of the set
 
 
-def standing_object(shape: str, scale: float) -> SceneFactors:
+def _standing_object(shape, scale):
     "An object of height `scale` (a pill: 1.6 times that) in the middle of the room, as the tracer takes it"
     zero = torch.zeros(1, 1, dtype=torch.float64)
     return {
@@ -38,7 +36,7 @@ def standing_object(shape: str, scale: float) -> SceneFactors:
     }
 
 
-def sharp_normals(shape: str, p: Tensor) -> Tensor:
+def _sharp_normals(shape, p):
     "Unit normals `(1,3,r)` at points `(1,3,r)` of the unit solid"
     if shape == "sphere":
         return p
@@ -57,11 +55,7 @@ _HALF_WIDTH = 2.5
 _WALL_HEIGHT = 1.53
 
 
-def room_rays(
-    angle: float,
-    size: int,
-    samples: int,
-) -> tuple[Tensor, Tensor]:
+def _room_rays(angle, size, samples):
     "Origins and directions `(1,3,r)` of a camera that has gone round the object by `angle` degrees"
     turn = math.radians(angle)
     pitch = math.radians(5.8)
@@ -76,7 +70,7 @@ def room_rays(
     return origin[..., None].expand_as(directions), directions
 
 # %% ../../nbs/worlds/rooms.ipynb #room-shading-export
-def wall_light(origins: Tensor, directions: Tensor) -> Tensor:
+def _wall_light(origins, directions):
     "Light of the wall along each ray, `(1,r)`; 0 where rays leave above or below it"
     across = directions[:, :2]
     room = _HALF_WIDTH * across.sign() - origins[:, :2]
@@ -87,7 +81,7 @@ def wall_light(origins: Tensor, directions: Tensor) -> Tensor:
     return torch.where(axis == 1, 1.0, side) * inside
 
 
-def floor_light(points: Tensor, objects: SceneFactors) -> Tensor:
+def _floor_light(points, objects):
     "Light of the floor at points `(1,3,r)`, with the shadow of the object; 0 beyond the walls"
     light = _LIGHT.expand_as(points)
     lit = trace_rays(points + 1e-4 * light, light, objects)[1] == 0
@@ -98,7 +92,7 @@ def floor_light(points: Tensor, objects: SceneFactors) -> Tensor:
     return (1 - 0.18 * far) * shadow * inside
 
 
-def object_light(normals: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+def _object_light(normals, directions):
     "Light on the object and its gloss, `(1,r)`, where rays meet it"
     from_camera = dot(normals, -directions).clamp(min=0)
     from_light = dot(normals, _LIGHT).clamp(min=0)
@@ -115,15 +109,15 @@ def shape_maps(
     samples: int = 2,
 ) -> Tensor:
     "Light on floor, wall, object, sky, and gloss, `(5,size,size)`: what the five colours are multiplied with"
-    origins, directions = room_rays(angle, size, samples)
-    objects = standing_object(shape, scale)
+    origins, directions = _room_rays(angle, size, samples)
+    objects = _standing_object(shape, scale)
     distance, index = trace_rays(origins, directions, objects)
     own = points_along(origins, directions, distance) / objects["z"]
     own[:, 2] -= 1   # from the centre, in radii
-    body, gloss = object_light(sharp_normals(shape, own), directions)
+    body, gloss = _object_light(_sharp_normals(shape, own), directions)
     ground = points_along(origins, directions, floor_distance(origins, directions))
-    floor = floor_light(ground, objects)
-    wall = wall_light(origins, directions) * (floor == 0)
+    floor = _floor_light(ground, objects)
+    wall = _wall_light(origins, directions) * (floor == 0)
     sky = (floor == 0) & (wall == 0)
     free = index == 0
     maps = [

@@ -19,8 +19,8 @@ from .scene_type import SceneFactors, SceneType
 from .shapes import Shapes, TexturedShapes
 
 # %% auto #0
-__all__ = ['KINDS', 'VARIANTS', 'make_scene_type', 'caption', 'captions', 'edit_factors', 'DrawnDataset', 'to_levels',
-           'label_table', 'draw_scenes', 'edit_name', 'Scenes']
+__all__ = ['KINDS', 'VARIANTS', 'Indices', 'make_scene_type', 'caption', 'captions', 'edit_factors', 'DrawnDataset', 'to_levels',
+           'Scenes']
 
 # %% ../../nbs/worlds/scenes.ipynb #scenes-kinds
 KINDS: dict[str, type[SceneType]] = {
@@ -126,15 +126,18 @@ def edit_factors(
     return edited
 
 # %% ../../nbs/worlds/scenes.ipynb #drawn-export
+Indices = int | Sequence[int] | Tensor   # item numbers
+
+
 class DrawnDataset(torch.utils.data.Dataset):
-    "What data sets that are drawn have in common: subclasses have `n` items, and `factors` and `render`, or `batch`"
+    "What drawn data sets have in common: subclasses have `n` items, and `factors` and `render`, or `batch`"
     n: int
 
-    def batch(self, indices: int | Sequence[int] | Tensor) -> dict:
+    def batch(self, indices: Indices) -> dict:
         "Many items at once: stacked tensors, lists, and dicts of tensors"
         return self.render(self.factors(indices))
 
-    def positions(self, indices: int | Sequence[int] | Tensor) -> Tensor:
+    def positions(self, indices: Indices) -> Tensor:
         "Item numbers `(b,)` in 0 … n−1, negative ones counted from the end; IndexError beyond"
         given = torch.as_tensor(indices).reshape(-1)
         wrong = given[(given < -self.n) | (given >= self.n)]
@@ -164,11 +167,7 @@ def to_levels(image: Tensor) -> Tensor:
     return (image * 255).round() / 127.5 - 1
 
 # %% ../../nbs/worlds/scenes.ipynb #scenes-labels
-def label_table(
-    scene_type: SceneType,
-    factors: SceneFactors,
-    size: int,
-) -> SceneFactors:
+def _label_table(scene_type, factors, size):
     "Labels of the objects, `(b,k,…)`, with 0 in the rows of objects that do not exist"
     source = factors | scene_type.derive(factors, size)
     seen = factors["visibility"] > 0
@@ -179,10 +178,10 @@ def label_table(
     return labels
 
 
-def draw_scenes(scene_type: SceneType, factors: SceneFactors, size: int) -> dict:
+def _draw_scenes(scene_type, factors, size):
     "Pictures in [−1,1], masks, labels and captions of factors"
     image, masks = scene_type.render(factors, size)
-    labels = label_table(scene_type, factors, size)
+    labels = _label_table(scene_type, factors, size)
     return {
         "image": to_levels(image),
         "masks": masks,
@@ -191,11 +190,7 @@ def draw_scenes(scene_type: SceneType, factors: SceneFactors, size: int) -> dict
     }
 
 
-def edit_name(
-    remove: int | None = None,
-    recolor: tuple | None = None,
-    move: tuple | None = None,
-) -> str:
+def _edit_name(remove=None, recolor=None, move=None):
     "What an edit adds to the id of a picture, e.g. 'recolor-2-blue'"
     if remove is not None:
         return f"remove-{remove}"
@@ -234,7 +229,7 @@ class Scenes(DrawnDataset):
     def __repr__(self) -> str:
         return f"Scenes({self.kind!r}, {self.n}, size={self.size}, split={self.split!r}, seed={self.seed}): {self.spec}"
 
-    def factors(self, indices: int | Sequence[int] | Tensor) -> SceneFactors:
+    def factors(self, indices: Indices) -> SceneFactors:
         "All that determines the scenes of these indices: objects `(b,k,…)`, background or camera `(b,…)`"
         index = self.positions(indices)
         keys = scene_keys(index, seed=self.seed, split=self.split)
@@ -244,9 +239,9 @@ class Scenes(DrawnDataset):
         "Pictures, masks, labels, captions and ids of (edited) factors: stacked tensors and lists"
         factors = {name: value.to(self.device) for name, value in factors.items()}
         ids = [f"{self.kind}-{self.split}-{i:08d}" for i in factors["index"].tolist()]
-        return draw_scenes(self.spec, factors, self.size) | {"image_id": ids}
+        return _draw_scenes(self.spec, factors, self.size) | {"image_id": ids}
 
     def counterfactual(self, index: int, **edit) -> dict:
         "Scene `index` drawn again with one object removed, recolored or moved, see `edit_factors`; labels stay"
         item = _item(self.render(edit_factors(self.factors([index]), self.factor_names, **edit)), 0)
-        return item | {"image_id": f"{item['image_id']}-{edit_name(**edit)}"}
+        return item | {"image_id": f"{item['image_id']}-{_edit_name(**edit)}"}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from .raytrace import camera_axes, dot, first_hit, points_along, rotate, trace_r
 from .scene_type import SceneFactors
 
 # %% auto #0
-__all__ = ['LAMPS', 'SUN', 'SUN_IRRADIANCE', 'CLEVR_COLORS', 'MATERIALS', 'surface_normals', 'Lamp', 'Materials', 'Surface',
-           'lamp_spots', 'albedo_table', 'direct_light', 'surroundings', 'own_albedo', 'white_radiance', 'tonemap',
-           'ggx_specular', 'RaySubset', 'pick_rays', 'mirrored', 'shade_objects']
+__all__ = ['LAMPS', 'SUN', 'SUN_IRRADIANCE', 'CLEVR_COLORS', 'MATERIALS', 'surface_normals', 'Lamp', 'Surface', 'lamp_spots',
+           'albedo_table', 'direct_light', 'surroundings', 'own_albedo', 'white_radiance', 'tonemap', 'ggx_specular',
+           'RaySubset', 'pick_rays', 'mirrored', 'shade_objects']
 
 # %% ../../nbs/worlds/shading.ipynb #shading-normals
 def _beyond(v, start):
@@ -85,25 +86,22 @@ CLEVR_COLORS = {
 }
 
 # %% ../../nbs/worlds/shading.ipynb #shading-materials
-class Materials(NamedTuple):
-    "Materials, and what stands in for light of more than one bounce"
-    floor: float = 0.72       # albedo of the floor
-    rubber: float = 0.80      # albedo of rubber, times the colour
-    ambient: float = 0.177    # light from all around, on vertical surfaces
-    tilt: float = 0.70        # share of it that a surface loses by facing up, away from the floor
-    shade: float = 0.58       # how much of it a close object takes away
-    bounce: float = 0.095     # how much of its own colour a close object gives
-    reach: float = 1.7        # radius of an object in this, over its scale
-    sheen: float = 0.80       # gloss of rubber at grazing angles
-    mirror: float = 0.50      # sharp reflection of metal
-    gloss: float = 0.32       # each of the two lobes in which metal reflects the lamps …
-    rough: tuple[float, float] = (0.19, 0.42)   # … and their roughness
-    haze: float = 0.042       # blurred reflection of the floor
-    body: float = 0.065       # diffuse part of metal
-    sky: float = 0.045        # what a mirror sees above
-
-
-MATERIALS = Materials()
+MATERIALS = SimpleNamespace(   # and what stands in for light of more than one bounce
+    floor=0.72,             # albedo of the floor
+    rubber=0.80,            # albedo of rubber, times the colour
+    ambient=0.177,          # light from all around, on vertical surfaces
+    tilt=0.70,              # share of it that a surface loses by facing up, away from the floor
+    shade=0.58,             # how much of it a close object takes away
+    bounce=0.095,           # how much of its own colour a close object gives
+    reach=1.7,              # radius of an object in this, over its scale
+    sheen=0.80,             # gloss of rubber at grazing angles
+    mirror=0.50,            # sharp reflection of metal
+    gloss=0.32,             # each of the two lobes in which metal reflects the lamps …
+    rough=(0.19, 0.42),     # … and their roughness
+    haze=0.042,             # blurred reflection of the floor
+    body=0.065,             # diffuse part of metal
+    sky=0.045,              # what a mirror sees above
+)
 
 # %% ../../nbs/worlds/shading.ipynb #shading-surface
 class Surface(NamedTuple):

@@ -240,12 +240,11 @@ def keep_visible(
     masks: Callable,         # factors → label maps `(b,h,w)`
     min_visible: int,        # pixels that each object shows at least
     move: Callable,          # keys, attempt → new values `(b,k)` of the factors to change
-    tries: int = 100,
 ) -> SceneFactors:
     "Move objects that are hidden by others until none is; ValueError if there is no room"
     factors = dict(factors)
     pending = torch.arange(len(keys))
-    for attempt in range(tries):
+    for attempt in range(100):
         part = {name: value[pending] for name, value in factors.items()}
         shown = visible_pixels(masks(part), part["x"].shape[1])
         hidden = (shown < min_visible) & (part["visibility"] > 0)
@@ -258,7 +257,7 @@ def keep_visible(
             value[pending] = torch.where(hidden, new, value[pending])
             factors[name] = value
     raise ValueError(
-        f"no room: after {tries} tries an object still shows fewer than {min_visible} pixels. "
+        f"no room: after 100 tries an object still shows fewer than {min_visible} pixels. "
         "Lower n_objects, the sizes of the objects or min_visible"
     )
 
