@@ -14,7 +14,7 @@ _homes = {
     "training.trainer": "Trainer Run",
     "training.config": "TrainConfig",
     "data.catalog": "open_dataset",
-    "data.scenes": "Scenes",
+    "worlds.scenes": "Scenes",
     "viz.pictures": "show grid overlay strip",
     "viz.mixer": "mixer",
     "convert": "load_official_lsd save_official_lsd load_official_decomp_diffusion save_official_decomp_diffusion "
@@ -34,3 +34,88 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+# Names that have moved: old module → new module → its names, "old=new" where they were renamed.
+# The old ones work for one more version.
+_moved = {
+    "data.scenes": {
+        "worlds.random": "SPLITS scene_keys uniform integers permutation",
+        "worlds.scene_type": "Kind=SceneType draw_counts check_counts pixel_centres visible_pixels",
+        "worlds.colours": "PALETTE COLORS TEXTURES BACKGROUNDS hsv_to_rgb nearest_colour draw_colors texture draw_background "
+                          "render_background",
+        "worlds.shapes": "SHAPES signed_distance object_distances coverage=pixel_coverage paint=composite label_map "
+                         "keep_visible sample_shapes render_shapes Shapes TexturedShapes",
+        "worlds.blocks": "TETROMINOES PURE BLOCK render_blocks place_apart sample_blocks Tetrominoes ToySquares",
+        "worlds.raytrace": "trace=trace_rays first_hit",
+        "worlds.shading": "CLEVR_COLORS SUN SUN_IRRADIANCE LOOK=MATERIALS surface_normals albedo_table "
+                          "develop=tonemap glint=ggx_specular",
+        "worlds.clevr": "CAMERA ZOOM SHIFT COGENT project label_clevr render_clevr place_clevr sample_clevr Clevr",
+        "worlds.scenes": "KINDS VARIANTS make_kind=make_scene_type caption captions edit=edit_factors Scenes",
+    },
+    "data.captioned": {
+        "worlds.captioned": "SCENE_SHAPES SCENE_COLORS SCENE_FACTORS CLASSES scene_words apply_style write_captions "
+                            "CaptionedScenes concept_task",
+        "data.class_folders": "class_folders NumberedPictures",
+    },
+    "data.factors": {
+        "worlds.rooms": "shape_maps compose=colour_maps",
+        "worlds.sprites": "spoil=corrupt",
+    },
+}
+
+
+def _new_place(module, name):
+    """`("data.scenes", "paint")` → `("worlds.shapes", "composite")`, None for a name that has not moved"""
+    for home, names in _moved[module].items():
+        for old, _, new in (entry.partition("=") for entry in names.split()):
+            if old == name:
+                return home, new or old
+
+
+def _old_name(module, name):
+    place = _new_place(module, name)
+    if place is None:
+        raise AttributeError(f"module 'decomp_nb.{module}' has no attribute {name!r}")
+    import warnings
+    from importlib import import_module
+    new = ".".join(("decomp_nb", *place))
+    said = f"decomp_nb.{module}.{name} is now {new}: the next version knows that name only"
+    warnings.warn(said, DeprecationWarning, stacklevel=3)
+    return getattr(import_module(f"decomp_nb.{place[0]}"), place[1])
+
+
+class _OldPaths:
+    """Makes modules that are gone importable, and lets those that have lost names find them"""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        module = name.removeprefix("decomp_nb.")
+        if module not in _moved:
+            return None
+        from importlib.machinery import ModuleSpec, PathFinder
+        spec = PathFinder.find_spec(name, path) or ModuleSpec(name, _Gone())
+        execute = spec.loader.exec_module
+
+        def exec_module(loaded):
+            execute(loaded)
+            loaded.__getattr__ = lambda attribute: _old_name(module, attribute)
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+class _Gone:
+    """Loads a module that is gone: it is empty, but for the names that `_OldPaths` finds elsewhere"""
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        names = " ".join(_moved[module.__name__.removeprefix("decomp_nb.")].values())
+        module.__all__ = [entry.partition("=")[0] for entry in names.split()]
+
+
+import sys  # noqa: E402
+
+sys.meta_path.insert(0, _OldPaths)
+del sys

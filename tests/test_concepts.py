@@ -11,7 +11,8 @@ from test_runs import QUICK, execute
 
 from decomp_nb.components.foundations import check_words, clip_tokenizer, open_foundation, picture_memory, random_codes, tiny_foundation
 from decomp_nb.core import Factors, load_decomposer
-from decomp_nb.data.captioned import CaptionedScenes, NumberedPictures, class_folders, concept_task, scene_words
+from decomp_nb.data.class_folders import NumberedPictures, class_folders
+from decomp_nb.worlds.captioned import CaptionedScenes, concept_task, scene_words
 from decomp_nb.methods.concepts import (Concepts, ScoreStatistics, begin_at_pictures, compose, concepts_preset, edit, elimination, load_official_concepts, medoids, merge, onto_simplex, penalty,
                                         save, score_statistics, select, solve_weights)
 from decomp_nb.metrics import concepts as metrics

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_natural_data import coco  # noqa: F401, a fixture
 
-from decomp_nb.data.scenes import Scenes
+from decomp_nb.worlds.scenes import Scenes
 from decomp_nb.methods.lsd import LSD, lsd_preset
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.parameters import parse_parameters

@@ -14,6 +14,8 @@ from small_data import PLACES, as_bytes, write_cars, write_celeba, write_places,
 
 from decomp_nb.data import factors as fac
 from decomp_nb.data.catalog import open_dataset, validate_dataset
+from decomp_nb.worlds.rooms import hue_colours
+from decomp_nb.worlds.sprites import sprite
 
 SHAPES, SPRITES = (2, 3, 2, 2, 4, 3), (3, 2, 4, 3, 3)
 
@@ -59,7 +61,7 @@ def test_drawn_shapes_change_what_the_factor_says(drawn):
 
 
 def test_colours_are_the_published_ones():
-    colours = fac.hue_colours()
+    colours = hue_colours()
     assert (colours[6] * 255).round().tolist() == [0, 102, 255] and (colours[0] * 255).tolist() == [255, 0, 0]
     scene = fac.Shapes3D(sizes=(10, 10, 10, 2, 4, 3))
     sky = (scene[0]["image"][:, 2, 32] + 1) * 127.5
@@ -137,12 +139,12 @@ def test_contract_and_workers(drawn):
 # dSprites
 
 def test_sprites_have_the_published_sizes():
-    sides = [int(fac.sprite([0], [s], [0], [0.5], [0.5])[0].sum(1).max()) for s in (0.5, 0.8, 0.9)]
-    ellipse, heart = (int(fac.sprite([k], [1], [0], [0.5], [0.5]).sum()) for k in (1, 2))
+    sides = [int(sprite([0], [s], [0], [0.5], [0.5])[0].sum(1).max()) for s in (0.5, 0.8, 0.9)]
+    ellipse, heart = (int(sprite([k], [1], [0], [0.5], [0.5]).sum()) for k in (1, 2))
     assert sides == [10, 16, 18] and abs(ellipse - 288) < 12 and abs(heart - 224) < 12
-    y, x = fac.sprite([0], [1], [0], [1.0], [0.0])[0].nonzero().double().mean(0) + 0.5
+    y, x = sprite([0], [1], [0], [1.0], [0.0])[0].nonzero().double().mean(0) + 0.5
     assert abs(x - 48) < 0.01 and abs(y - 16) < 0.01
-    turned = fac.sprite([2, 2], [1, 1], [0, 2 * np.pi], [0.3, 0.3], [0.6, 0.6])
+    turned = sprite([2, 2], [1, 1], [0, 2 * np.pi], [0.3, 0.3], [0.6, 0.6])
     assert (turned[0] != turned[1]).sum() <= 2
 
 

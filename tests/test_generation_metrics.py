@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from decomp_nb.core import shipped
-from decomp_nb.data.scenes import Scenes
+from decomp_nb.worlds.scenes import Scenes
 from decomp_nb.metrics import generation
 
 

@@ -228,6 +228,7 @@ BREAKS = [
     (hygiene.layers_hold, has("methods/a.py", "from .lsd import LSD"), "methods may not know methods"),
     (hygiene.layers_hold, has("training/a.py", "from ..metrics.segmentation import ari"), "training may not know metrics"),
     (hygiene.layers_hold, has("methods/a.py", "from .. import Factors"), "front door"),
+    (hygiene.layers_hold, has("worlds/a.py", "from ..data.images import open_h5"), "worlds may not know data"),
     (hygiene.layers_hold, has("extras/a.py", "import math"), "no layer"),
     (hygiene.nothing_is_unpickled, has("a.py", "import torch\ntorch.load('a.pt')"), "decomp_nb.a:2"),
     (hygiene.nothing_is_unpickled, has("a.py", "import torch\ntorch.load('a.pt', weights_only=False)"), "weights_only"),

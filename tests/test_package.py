@@ -1,6 +1,7 @@
 "The package as a whole: exported from the notebooks as they are, light to import, honest about its names."
 import ast
 import filecmp
+import importlib
 import os
 import re
 import shutil
@@ -94,6 +95,31 @@ def test_names_are_listed_and_unknown_ones_refused():
     assert set(decomp_nb.__all__) <= set(dir(decomp_nb)) and "__version__" in dir(decomp_nb)
     with pytest.raises(AttributeError, match="no attribute 'Factor'"):
         decomp_nb.Factor  # noqa: B018
+
+
+MOVED = [(module, entry.partition("=")[0]) for module, homes in decomp_nb._moved.items() for names in homes.values() for entry in names.split()]
+
+
+@pytest.mark.parametrize("module", decomp_nb._moved)
+def test_old_names_lead_to_the_new_ones(module):
+    old = importlib.import_module(f"decomp_nb.{module}")
+    for name in [n for m, n in MOVED if m == module]:
+        home, new = decomp_nb._new_place(module, name)
+        with pytest.warns(DeprecationWarning, match=f"decomp_nb.{module}.{name} is now decomp_nb.{home}.{new}: ") as caught:
+            found = getattr(old, name)
+        assert found is getattr(importlib.import_module(f"decomp_nb.{home}"), new) and caught[0].filename == __file__
+    with pytest.raises(AttributeError, match=f"'decomp_nb.{module}' has no attribute 'nothing'"):
+        old.nothing  # noqa: B018
+
+
+def test_old_modules_are_imported_as_before(recwarn):
+    from decomp_nb.data import scenes
+    from decomp_nb.data.scenes import Scenes
+    from decomp_nb.worlds.scenes import Scenes as new
+    assert Scenes is new and scenes.__name__ == "decomp_nb.data.scenes" and {w.filename for w in recwarn} == {__file__}
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("decomp_nb.data.nothing")
+    assert len(set(MOVED)) == len(MOVED)
 
 
 def settings() -> dict:

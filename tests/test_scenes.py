@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from decomp_nb.data.images import open_h5
-from decomp_nb.data.scenes import (BLOCK, CLEVR_COLORS, COLORS, KINDS, SHAPES, VARIANTS, Clevr, Scenes, draw_background, hsv_to_rgb, label_clevr, nearest_colour,
-                                   permutation, project, render_background, render_clevr, scene_keys, signed_distance, texture, uniform, visible_pixels)
+from decomp_nb.worlds.blocks import BLOCK
+from decomp_nb.worlds.clevr import Clevr, label_clevr, project, render_clevr
+from decomp_nb.worlds.colours import COLORS, draw_background, hsv_to_rgb, nearest_colour, render_background, texture
+from decomp_nb.worlds.random import permutation, scene_keys, uniform
+from decomp_nb.worlds.scene_type import visible_pixels
+from decomp_nb.worlds.scenes import KINDS, VARIANTS, Scenes
+from decomp_nb.worlds.shading import CLEVR_COLORS
+from decomp_nb.worlds.shapes import SHAPES, signed_distance
 
 DATA = Path(os.environ.get("DECOMP_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 CASES = {"shapes": {}, "shapes-32": {"size": 32, "min_visible": 5}, "textured_shapes": {}, "textured_shapes-objects": {"foreground": "textured"},

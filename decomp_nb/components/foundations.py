@@ -569,13 +569,14 @@ class WordMemory(Foundation):
 # %% ../../nbs/components/foundations.ipynb #picture-memory-export
 def picture_memory(size: int = 16, dim: int = 16, seed: int = 2023, sigma: float = 0.08, beta: float = 1.0) -> WordMemory:
     "A `WordMemory` of 48 words: six shapes in eight colours on grey"
-    from decomp_nb.data.scenes import PALETTE, SHAPES, coverage, object_distances, paint
+    from decomp_nb.worlds.colours import PALETTE
+    from decomp_nb.worlds.shapes import SHAPES, composite, object_distances, pixel_coverage
     shapes, colours = list(SHAPES)[:6], list(PALETTE)[:8]
     n = len(shapes) * len(colours)
     shape, colour = torch.arange(n) // len(colours), torch.arange(n) % len(colours)
     place = {"shape": shape[:, None] + 1, "x": torch.full((n, 1), 0.5), "y": torch.full((n, 1), 0.5), "size": torch.full((n, 1), 0.5), "rotation": torch.zeros(n, 1), "visibility": torch.ones(n, 1)}
     rgb = torch.tensor(list(PALETTE.values()))[colour][:, None]
-    pictures = paint(torch.full((n, 3, size, size), 0.25), rgb, coverage(object_distances(place, size, tuple(shapes)), True)) * 2 - 1
+    pictures = composite(torch.full((n, 3, size, size), 0.25), rgb, pixel_coverage(object_distances(place, size, tuple(shapes)))) * 2 - 1
     vectors = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
     return WordMemory([f"{colours[c]}-{shapes[s]}" for s, c in zip(shape.tolist(), colour.tolist())], pictures, vectors, sigma, beta)
 

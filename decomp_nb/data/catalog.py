@@ -128,7 +128,7 @@ def open_dataset(
     **options,  # what the reader takes besides, e.g. max_objects=6
 ):
     "Open a data set by name or path; whatever does not fit is one clear error that names it"
-    from decomp_nb.data.scenes import KINDS, Scenes
+    from decomp_nb.worlds.scenes import KINDS, Scenes
     if str(name) in KINDS and kind is None:
         given = {key: value for key, value in {"size": size, "n": n}.items() if value is not None}
         return Scenes(str(name), split=split, seed=seed, **given, **options)

@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from .images import LazyH5, choose, image_groups, list_images, open_h5, read_image, resize_crop, split_by_group, split_name, to_image_tensor
-from .scenes import signed_distance
+from ..worlds.rooms import SHAPE_NAMES, colour_maps, draw_maps, hue_colours
+from ..worlds.sprites import CORRUPTIONS, SPRITE_SHAPES, corrupt, sprite, swirls
 
 # %% auto #0
-__all__ = ['GRIDS', 'SHAPE_NAMES', 'FOLDERS', 'FactorGrid', 'sub_grid', 'FactorImages', 'split_rows', 'hit', 'camera_rays',
-           'shape_maps', 'hue_colours', 'compose', 'Shapes3D', 'cache_folder', 'H5Images', 'NpzImages', 'npz_array',
-           'sprite', 'spoil', 'DSprites', 'official_resize', 'picture_reader', 'MPI3D', 'Cars3D', 'read_norb',
+__all__ = ['GRIDS', 'FOLDERS', 'FactorGrid', 'sub_grid', 'FactorImages', 'split_rows', 'Shapes3D', 'cache_folder', 'H5Images',
+           'NpzImages', 'npz_array', 'DSprites', 'official_resize', 'picture_reader', 'MPI3D', 'Cars3D', 'read_norb',
            'SmallNORB', 'Falcor3D', 'CelebA', 'OfficialFolder']
 
 # %% ../../nbs/data/factors.ipynb #grid-export
@@ -156,113 +156,6 @@ def split_rows(count: int, split: str) -> np.ndarray:
     order, share = np.random.RandomState(0).permutation(count), max(1, count // 20)
     return np.sort({"val": order[:share], "test": order[share:2 * share], "train": order[2 * share:]}[split])
 
-# %% ../../nbs/data/factors.ipynb #hit-export
-def _slab(o: Tensor, d: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    "Where rays enter and leave low ≤ coordinate ≤ high"
-    d = torch.where(d.abs() < 1e-9, 1e-9, d)
-    a, b = (low - o) / d, (high - o) / d
-    return torch.minimum(a, b), torch.maximum(a, b)
-
-
-def _round(o: Tensor, d: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    "Where rays `(…,2 or 3)` enter and leave the circle or sphere about 0; (inf, −inf) where they miss it"
-    a, b, c = (d * d).sum(-1).clamp(min=1e-12), (o * d).sum(-1), (o * o).sum(-1) - radius ** 2
-    root = b * b - a * c
-    far = root.clamp(min=0).sqrt()
-    return torch.where(root > 0, (-b - far) / a, torch.inf), torch.where(root > 0, (-b + far) / a, -torch.inf)
-
-
-def hit(shape: str, scale: float, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    "Distance `(…)` at which rays `o + t·d` `(…,3)` meet an object that stands at 0 (inf: never), and its normal there `(…,3)`"
-    o = o.expand_as(d)
-    if shape == "cube":
-        near, far = (torch.stack(t, -1) for t in zip(*(_slab(o[..., k], d[..., k], low, high) for k, (low, high) in
-                                                       enumerate([(-scale / 2, scale / 2)] * 2 + [(0, scale)]))))
-        t, axis = near.max(-1)
-        normal = -torch.nn.functional.one_hot(axis, 3) * d.sign()
-        return torch.where((t < far.amin(-1)) & (t > 1e-4), t, torch.inf), normal
-    if shape == "sphere": return _ball(o, d, scale / 2, scale / 2)
-    radius, height = (scale / 2, scale) if shape == "cylinder" else (0.35 * scale, 1.6 * scale)
-    low, high = (0.0, height) if shape == "cylinder" else (radius, height - radius)
-    t_side, side_out = _round(o[..., :2], d[..., :2], radius)
-    t_cap, cap_out = _slab(o[..., 2], d[..., 2], low, high)
-    t = torch.maximum(t_side, t_cap)
-    t = torch.where((t < torch.minimum(side_out, cap_out)) & (t > 1e-4), t, torch.inf)
-    p = o + t.nan_to_num(posinf=0)[..., None] * d
-    flat = torch.cat([p[..., :2] / radius, torch.zeros_like(p[..., :1])], -1)
-    up = torch.tensor([0.0, 0.0, 1.0]) * -d[..., 2:].sign()
-    normal = torch.where((t_cap > t_side)[..., None], up, flat)
-    if shape == "cylinder": return t, normal
-    for z in (low, high):
-        t_ball, n_ball = _ball(o, d, radius, z)
-        normal = torch.where((t_ball < t)[..., None], n_ball, normal)
-        t = torch.minimum(t, t_ball)
-    return t, normal
-
-
-def _ball(o: Tensor, d: Tensor, radius: float, z: float) -> tuple[Tensor, Tensor]:
-    o = o - torch.tensor([0.0, 0.0, z])
-    t, _ = _round(o, d, radius)
-    t = torch.where(t > 1e-4, t, torch.inf)
-    return t, (o + t.nan_to_num(posinf=0)[..., None] * d) / radius
-
-# %% ../../nbs/data/factors.ipynb #maps-export
-SHAPE_NAMES = ("cube", "cylinder", "sphere", "pill")
-_LIGHT = torch.nn.functional.normalize(torch.tensor([-0.45, 0.35, 1.0]), dim=0)
-_SKY = torch.tensor([153, 226, 249]) / 255
-
-
-def camera_rays(angle: float, size: int, samples: int) -> tuple[Tensor, Tensor]:
-    "Origin `(3,)` and directions `(size·samples)²×3` of a camera that has gone round the object by `angle` degrees"
-    phi, pitch, at = math.radians(angle), math.radians(5.8), (torch.arange(size * samples) + 0.5) / samples - size / 2
-    forward = torch.tensor([-math.sin(phi) * math.cos(pitch), math.cos(phi) * math.cos(pitch), -math.sin(pitch)])
-    right = torch.tensor([math.cos(phi), math.sin(phi), 0.0])
-    up = torch.linalg.cross(right, forward)
-    v, u = torch.meshgrid(-at, at, indexing="ij")
-    d = forward * 1.5 * size + u.reshape(-1, 1) * right + v.reshape(-1, 1) * up  # focal length 96 px of 64
-    return torch.tensor([4 * math.sin(phi), -4 * math.cos(phi), 1.22]), torch.nn.functional.normalize(d, dim=1)
-
-
-def shape_maps(shape: str, scale: float, angle: float, size: int = 64, samples: int = 2) -> Tensor:
-    "Light on floor, wall, object, sky, and gloss, `(5,size,size)`: what the five colours are multiplied with"
-    o, d = camera_rays(angle, size, samples)
-    t, normal = hit(shape, scale, o, d)
-    floor_t = torch.where(d[:, 2] < 0, -o[2] / d[:, 2], torch.inf)
-    floor_at = o + floor_t.nan_to_num(posinf=0)[:, None] * d
-    floor = (floor_t < torch.inf) & (floor_at[:, :2].abs() <= 2.5).all(1)
-    wall_t, axis = torch.stack([(2.5 * d[:, k].sign() - o[k]) / torch.where(d[:, k] == 0, 1e-9, d[:, k]) for k in (0, 1)], 1).min(1)
-    height = o[2] + wall_t * d[:, 2]
-    wall = (height >= 0) & (height <= 1.53) & ~floor
-    body = t < torch.inf
-    normal = torch.where(body[:, None], normal, 0)
-    shade = torch.where(axis == 1, 1.0, torch.where(d[:, 0] > 0, 0.85, 0.75))
-    lit = hit(shape, scale, floor_at, _LIGHT.expand_as(floor_at))[0].isinf()
-    ground = (1 - 0.18 * (floor_at[:, :2].norm(dim=1) / 2.5).clamp(max=1)) * torch.where(lit, 1.0, 0.32)
-    facing, sun = -(normal * d).sum(1), (normal @ _LIGHT).clamp(min=0)
-    skin = (0.52 + 0.33 * facing.clamp(min=0) + 0.30 * sun).clamp(max=1)
-    sky = ~floor & ~wall & ~body
-    maps = torch.stack([ground * (floor & ~body), shade * (wall & ~body), skin * body, sky.float(), _gloss(normal, d) * body])
-    return torch.nn.functional.avg_pool2d(maps.view(1, 5, size * samples, -1), samples)[0]
-
-
-def _gloss(normal: Tensor, d: Tensor) -> Tensor:
-    half = torch.nn.functional.normalize(_LIGHT - d, dim=1)
-    return 0.18 * (normal * half).sum(1).clamp(min=0) ** 40
-
-# %% ../../nbs/data/factors.ipynb #compose-export
-def hue_colours(count: int = 10) -> Tensor:
-    "Fully saturated colours of hues 0, 1/count, …, `(count,3)` in [0,1]"
-    from matplotlib.colors import hsv_to_rgb
-    return torch.from_numpy(hsv_to_rgb(np.stack([np.arange(count) / count, np.ones(count), np.ones(count)], 1))).float()
-
-
-def compose(maps: Tensor, colours: Tensor) -> Tensor:
-    "Maps `(b,5,h,w)` and colours of floor, wall and object `(b,3,3)` → pictures `(b,3,h,w)` in [−1,1], in the levels of 8 bits"
-    b, (h, w) = len(maps), maps.shape[-2:]
-    fixed = torch.stack([_SKY, torch.ones(3)]).expand(b, 2, 3)
-    picture = torch.bmm(torch.cat([colours, fixed], 1).transpose(1, 2), maps.flatten(2))
-    return picture.clamp_(max=1).mul_(255).round_().div_(127.5).sub_(1).view(b, 3, h, w)
-
 # %% ../../nbs/data/factors.ipynb #shapes3d-export
 class Shapes3D(FactorImages):
     "Shapes3D: drawn on the fly from ray-cast maps, or read from `3dshapes.h5` or `3dshapes.npz`"
@@ -297,7 +190,7 @@ class Shapes3D(FactorImages):
         if self.file is not None: return resize_crop(to_image_tensor(self.file.read(rows)), self.size)
         factors = torch.from_numpy(self.grid.factors(rows))
         geometry = torch.from_numpy(np.asarray(rows) % math.prod(self.grid.sizes[3:]))
-        return compose(self.maps[geometry], torch.stack([hues[factors[:, k]] for k, hues in enumerate(self._hues)], 1))
+        return colour_maps(self.maps[geometry], torch.stack([hues[factors[:, k]] for k, hues in enumerate(self._hues)], 1))
 
 
 def _room_maps(sizes: Sequence[int], size: int, samples: int, cache: Path | str | None) -> Tensor:
@@ -305,9 +198,7 @@ def _room_maps(sizes: Sequence[int], size: int, samples: int, cache: Path | str 
     file = Path(cache or cache_folder()) / f"shapes3d_{'x'.join(map(str, sizes))}_{size}px_{samples}.npy"
     if cache is None and math.prod(sizes) <= 60: file = None
     if file is not None and file.is_file(): return torch.from_numpy(np.load(file)).float()
-    scales, angles = np.linspace(0.75, 1.25, sizes[0]), np.linspace(-30, 30, sizes[2])
-    maps = torch.stack([shape_maps(shape, float(s), float(a), size, samples)
-                        for s in scales for shape in SHAPE_NAMES[:sizes[1]] for a in angles])
+    maps = draw_maps(np.linspace(0.75, 1.25, sizes[0]), SHAPE_NAMES[:sizes[1]], np.linspace(-30, 30, sizes[2]), size, samples)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.part{os.getpid()}")
@@ -415,35 +306,6 @@ def npz_array(path: Path | str, key: str) -> np.ndarray | None:
     "A small array of an .npz, None where it has none of that name; never unpickles"
     with np.load(path) as archive: return archive[key] if key in archive.files else None
 
-# %% ../../nbs/data/factors.ipynb #sprites-export
-def sprite(shape: np.ndarray, scale: np.ndarray, angle: np.ndarray, x: np.ndarray, y: np.ndarray, size: int = 64) -> Tensor:
-    "Masks of sprites `(b,size,size)` bool: shape 0…2, scale 0.5…1, angle in radians, place 0…1"
-    shape, scale, angle, x, y = (torch.as_tensor(np.asarray(v)).float()[:, None, None] for v in (shape, scale, angle, x, y))
-    at = (torch.arange(size) + 0.5) * 64 / size  # pixels of the published 64
-    dx, dy, unit = at - (16 + 32 * x), at[:, None] - (16 + 32 * y), 9.6 * scale  # half the side of the square
-    u, v = (angle.cos() * dx + angle.sin() * dy) / unit, (angle.sin() * dx - angle.cos() * dy) / unit
-    out = torch.zeros(len(shape), size, size, dtype=torch.bool)
-    for k, name in enumerate(("square", "ellipse", "heart")):
-        if (mine := (shape == k).flatten()).any(): out[mine] = signed_distance(name, u[mine], v[mine]) < 0
-    return out
-
-
-def spoil(masks: Tensor, variant: str, keys: Sequence[int], painting: Tensor | None = None) -> Tensor:
-    "Masks `(b,h,w)` in [0,1] → pictures `(b,3,h,w)` in [0,1]; `keys` seed each picture's own colour, noise or patch"
-    plain = masks.float()[:, None].expand(-1, 3, -1, -1)
-    if variant == "white": return plain
-    out, (h, w) = [], masks.shape[-2:]
-    for mask, key in zip(plain, keys):
-        g = torch.Generator().manual_seed(int(key))
-        if variant == "color": out.append(mask * (0.5 + 0.5 * torch.rand(3, 1, 1, generator=g)))
-        elif variant == "noise": out.append((mask + torch.rand(3, h, w, generator=g)).clamp(max=1))
-        elif variant == "scream":
-            top, left = (int(torch.randint(0, side - k + 1, (), generator=g)) for side, k in zip(painting.shape[-2:], (h, w)))
-            ground = (painting[:, top:top + h, left:left + w] + torch.rand(3, 1, 1, generator=g)) / 2
-            out.append(torch.where(mask > 0.5, 1 - ground, ground))
-        else: raise ValueError(f"variant={variant!r} is unknown: use 'white', 'color', 'noise' or 'scream'")
-    return torch.stack(out)
-
 # %% ../../nbs/data/factors.ipynb #dsprites-export
 class DSprites(FactorImages):
     "dSprites and its variants: drawn on the fly, or read from the published .npz"
@@ -461,7 +323,7 @@ class DSprites(FactorImages):
         sizes: Sequence[int] | None = None,  # of the five factors; None: as published, or as the file says
         painting: Path | str | None = None,  # picture behind the sprites of "scream"; None: swirls painted here
     ):
-        spoil(torch.zeros(0, 2, 2), variant, []) if variant == "white" else spoil(torch.zeros(1, 2, 2), variant, [0], torch.zeros(3, 2, 2))
+        if variant not in CORRUPTIONS: raise ValueError(f"variant={variant!r} is unknown: use {', '.join(map(repr, CORRUPTIONS))}")
         self.file, self.variant, self.seed = None, variant, seed
         if path is not None:
             self.file, classes = NpzImages(path, "imgs"), npz_array(path, "latents_classes")
@@ -472,7 +334,7 @@ class DSprites(FactorImages):
         grid = sub_grid("dsprites", sizes)
         self._values = [np.arange(grid.sizes[0]), np.linspace(0.5, 1, grid.sizes[1]), np.linspace(0, 2 * np.pi, grid.sizes[2]),
                         np.linspace(0, 1, grid.sizes[3]), np.linspace(0, 1, grid.sizes[4])]
-        names = dict(shape=("square", "ellipse", "heart")[:grid.sizes[0]], scale=self._values[1].round(2),
+        names = dict(shape=SPRITE_SHAPES[:grid.sizes[0]], scale=self._values[1].round(2),
                      orientation=np.degrees(self._values[2]).round(1))
         super().__init__(grid, size, split=split, n=n, seed=seed, values=names)
         if self.file is not None and self.file.shape[0] != len(grid):
@@ -483,18 +345,14 @@ class DSprites(FactorImages):
         if self.file is None: masks = sprite(*(v[k] for v, k in zip(self._values, self.grid.factors(rows).T)), size=self.size).float()
         else: masks = resize_crop(torch.from_numpy(self.file.read(rows)).float(), self.size)
         keys = [self.seed * len(self.grid) + int(row) for row in rows]
-        return spoil(masks, self.variant, keys, self._painting) * 2 - 1
+        return corrupt(masks, self.variant, keys, self._painting) * 2 - 1
 
 
 def _painted(path: Path | str | None) -> Tensor:
     "The painting as `(3,350,274)` in [0,1], the size that the published variant uses; without a file, coloured swirls"
-    if path is not None:
-        return torch.from_numpy(np.array(read_image(path).resize((274, 350), Image.Resampling.BILINEAR))).permute(2, 0, 1).float() / 255
-    y, x = torch.meshgrid(torch.linspace(0, 5, 350), torch.linspace(0, 4, 274), indexing="ij")
-    bend = x + 0.5 * torch.sin(1.7 * y) + 0.3 * torch.sin(3.1 * x + y)
-    waves = torch.stack([torch.sin(a * bend + b * y + c) for a, b, c in ((1.6, 2.2, 0), (2.1, 3.4, 1.5), (1.2, 2.9, 4.0))])
-    warm = torch.stack([0.65 + 0.35 * waves[0], 0.42 + 0.3 * waves[1] * waves[0], 0.35 + 0.3 * waves[2]])
-    return warm.clamp(0, 1)
+    if path is None: return swirls()
+    picture = read_image(path).resize((274, 350), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 # %% ../../nbs/data/factors.ipynb #official-resize-export
 def official_resize(picture: np.ndarray, size: int) -> np.ndarray:
