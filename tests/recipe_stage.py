@@ -35,7 +35,7 @@ from decomp_nb import core
 from decomp_nb.components import latent_diffusion
 from decomp_nb.components.foundations import clip_tokenizer
 from decomp_nb.components.text_to_image import TextToImage
-from decomp_nb.data.captioned import NumberedPictures
+from decomp_nb.data.class_folders import NumberedPictures
 from decomp_nb.data.factors import Shapes3D
 from decomp_nb.methods import disdiff
 from decomp_nb.methods.concepts import published_folders

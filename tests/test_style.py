@@ -36,6 +36,7 @@ DENSE = "def f(a, b):\n" + "    a = (a + b * 2 - 3) / (4 + a); b = (b + a * 2 - 
     ("x = 1\n" + "y = '" + "a" * 120 + "'\n", "wide_lines", 1),
     ("x = '''\n\n\n'''\n", "lines", 4),
     ("def f():\n    'text'\n    return 1\n", "median_function", 7),
+    ("__all__ = ['a',\n           'b']\nx = 1\n", "lines", 1),
 ])
 def test_measures_count_what_they_say(source, field, value):
     assert getattr(style.measure(source), field) == value

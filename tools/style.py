@@ -103,6 +103,7 @@ def is_dense(function: ast.FunctionDef, starts: list[int]) -> bool:
 
 def measure(source: str) -> Measure:
     "All measures of a module's source"
+    source = without_names(source)
     tokens = code_tokens(source)
     found = functions(source)
     starts = [token.start[0] for token in tokens]
@@ -118,6 +119,16 @@ def measure(source: str) -> Measure:
         long_function=percentile(sizes, 0.9),
         lines=lines,
     )
+
+
+def without_names(source: str) -> str:
+    "The source without the `__all__` that nbdev writes"
+    tree = ast.parse(source)
+    listed = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    lines = source.splitlines()
+    for node in listed:
+        lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(lines) + "\n"
 
 
 def modules() -> dict[str, Path]:
