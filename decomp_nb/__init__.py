@@ -15,7 +15,7 @@ _homes = {
     "training.config": "TrainConfig",
     "data.catalog": "open_dataset",
     "data.scenes": "Scenes",
-    "viz.pictures": "show grid overlay strip",
+    "viz.figures": "show grid overlay strip",
     "viz.mixer": "mixer",
     "convert": "load_official_lsd save_official_lsd load_official_decomp_diffusion save_official_decomp_diffusion "
                "load_official_disdiff load_official_latent_diffusion load_official_autoencoder",
@@ -34,3 +34,33 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+# Modules that have moved: the old name works for one version more, and warns.
+_moved = {"viz.pictures": "viz.sheets viz.figures viz.plots"}
+
+
+class _Moved:
+    "Finds and fills the modules of `_moved`, where Python itself finds none"
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.removeprefix("decomp_nb.") in _moved:
+            from importlib.machinery import ModuleSpec
+            return ModuleSpec(name, _Moved)
+
+    @staticmethod
+    def create_module(spec):
+        return None
+
+    @staticmethod
+    def exec_module(module):
+        import warnings
+        from importlib import import_module
+        homes = [f"decomp_nb.{home}" for home in _moved[module.__name__.removeprefix("decomp_nb.")].split()]
+        warnings.warn(f"{module.__name__} has moved to {' and '.join(homes[-2:])}", DeprecationWarning, stacklevel=2)
+        for home in map(import_module, homes):
+            vars(module).update({name: getattr(home, name) for name in home.__all__})
+
+
+__import__("sys").meta_path.append(_Moved)

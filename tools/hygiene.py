@@ -340,8 +340,8 @@ def definitions_are_shown(root: Path = ROOT, wanted: float = 0.9):
 
 # --- layers --------------------------------------------------------------------------------------------------------------------------
 
-LAYERS = [{"core"}, {"data", "viz.pictures"}, {"components"}, {"methods"}, {"metrics", "training", "convert", "viz.mixer",
-          "viz.attribution"}]
+LAYERS = [{"viz.colours"}, {"core"}, {"viz.sheets"}, {"viz.figures"}, {"data", "viz.plots"}, {"components"}, {"methods"},
+          {"metrics", "training", "convert", "viz.mixer", "viz.attribution"}]
 STRANGERS = {("metrics", "methods"), ("metrics", "components")}  # metrics take arrays
 
 
