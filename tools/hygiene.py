@@ -340,15 +340,17 @@ def definitions_are_shown(root: Path = ROOT, wanted: float = 0.9):
 
 # --- layers --------------------------------------------------------------------------------------------------------------------------
 
-LAYERS = [{"viz.colours"}, {"core"}, {"viz.sheets"}, {"viz.figures"}, {"data", "viz.plots"}, {"components"}, {"methods"},
-          {"metrics", "training", "convert", "viz.mixer", "viz.attribution"}]
+LAYERS = [{"core"}, {"data", "viz.figures"}, {"components"}, {"methods"}, {"metrics", "training", "convert", "viz.mixer",
+          "viz.attribution"}]
+SHARED = {"viz.colours": "core", "viz.sheets": "viz.figures", "viz.plots": "viz.figures"}  # modules that share a room
 STRANGERS = {("metrics", "methods"), ("metrics", "components")}  # metrics take arrays
 
 
 def room(module: str) -> str:
     "`decomp_nb.viz.mixer` → `viz.mixer`, `decomp_nb.data.scenes` → `data`"
     parts = module.split(".")[1:]
-    return ".".join(parts[:2]) if parts and parts[0] == "viz" else parts[0] if parts else ""
+    name = ".".join(parts[:2]) if parts and parts[0] == "viz" else parts[0] if parts else ""
+    return SHARED.get(name, name)
 
 
 def layer(name: str) -> int | None:

@@ -195,15 +195,21 @@ def strip(
     n = max(map(len, tiles))
     _check_count("row_titles", names, len(tiles))
     _check_count("col_titles", heads, n)
-    labels = [_words(name, 23, 230, align=1) for name in names]
-    left = max((label.width for label in labels), default=0) + 4
-    labels = [_box(label, left, align=1) for label in labels]
-    ncol, cell = _layout(chain.from_iterable(tiles), n, scale=scale, room=_ROOM - (left + _GAP if names else 0))
+    labels = _labels(names)
+    room = _ROOM - sum(label.width + _GAP for label in labels[:1])
+    ncol, cell = _layout(chain.from_iterable(tiles), n, scale=scale, room=room)
     blocks = []
     for i in range(0, n, ncol):
         cells = [_fit(row[i:i + ncol], cell) for row in tiles]
         blocks.append(_rows(cells, [heads[i:i + ncol]], labels))
     return _page(_stack(blocks, _MARGIN), title, alt or title or ", ".join(map(str, names)))
+
+
+def _labels(names):
+    "Row titles, flush right"
+    blocks = [_words(name, 23, 230, align=1) for name in names]
+    width = max((block.width for block in blocks), default=0)
+    return [_box(block, width + 4, align=1) for block in blocks]
 
 # %% ../../nbs/viz/figures.ipynb #figures-matrix-export
 def matrix(
@@ -225,13 +231,20 @@ def matrix(
         raise ValueError(f"images: expected {wanted}, got {tuple(images.shape)}")
     _, cell = _layout([*top, *side], 0, len(top) + 1, scale, gap=20, room=_ROOM - 10)
     blue, amber = palette(2).tolist()
-    words = {f"{col_title} →": amber, f"{row_title} ↓": blue}
-    corner = _stack([_caption(text if len(text) > 2 else "", 23, cell + 10, dot) for text, dot in words.items()], 20)
-    cells = [[corner, *(_framed(block, amber) for block in _fit(top, cell))]]
-    for source, row in zip(_fit(side, cell), images):
-        cells.append([_framed(source, blue), *(_framed(block, PAPER) for block in _fit(_tiles(row), cell))])
+    cells = [[_corner(cell + 10, {f"{col_title} →": amber, f"{row_title} ↓": blue}), *_sources(top, cell, amber)]]
+    for source, row in zip(_sources(side, cell, blue), images):
+        cells.append([source, *_sources(_tiles(row), cell, PAPER)])
     alt = alt or title or f"recombination: {row_title} of {len(side)} images with {col_title} of {len(top)}"
     return _page(_rows(cells, gap=10), title, alt)
+
+
+def _sources(tiles, cell, colour):
+    return [_framed(block, colour) for block in _fit(tiles, cell)]
+
+
+def _corner(width, words):
+    "The cell where the two families of sources meet says what each of them gives"
+    return _stack([_caption(text if len(text) > 2 else "", 23, width, dot) for text, dot in words.items()], 20)
 
 # %% ../../nbs/viz/figures.ipynb #figures-film-export
 class Film(Picture):

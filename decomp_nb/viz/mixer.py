@@ -128,17 +128,23 @@ def board(
     ncol, cell = _layout(tiles, k + 1, gap=20, room=960)
     numbers = [f"{j}" for j in range(k)]
     colours = factor_colours(k, background).tolist()
-    lines, captions = [], []
-    for i, parts in enumerate(desk.parts()):
-        row = _fit([tiles[i], *_tiles(_faded(parts, desk.choices[i]))], cell)
-        frames = [PAPER, *(colours[j] if j in desk.choices[i] else PAPER for j in range(k))]
-        lines += _chunks(list(map(_framed, row, frames)), ncol)
+    lines = []
+    captions = []
+    for i, (tile, parts, taken) in enumerate(zip(tiles, desk.parts(), desk.choices)):
+        lines += _chunks(_framed_row(tile, parts, taken, colours, cell), ncol)
         captions += _chunks([f"{name} {i}", *numbers], ncol)
     result = _rows([_fit(_tiles(desk.draw()), max(2, min(3, n)) * cell)], [["result"]])
     sources = _rows(lines, captions, gap=10, dots=dict(zip(numbers, colours)))
     block = _stack([sources, result], 28, across=True)
     chosen = "; ".join(f"{name} {i}: {', '.join(map(str, sorted(c)))}" for i, c in enumerate(desk.choices) if c)
     return _page(block, title, alt or title or f"factors taken from {chosen}, and the picture they make")
+
+
+def _framed_row(tile, parts, taken, colours, cell):
+    "A source and its factors, those that are taken in a frame of their colour"
+    frames = [PAPER, *(colour if j in taken else PAPER for j, colour in enumerate(colours))]
+    blocks = _fit([tile, *_tiles(_faded(parts, taken))], cell)
+    return list(map(_framed, blocks, frames))
 
 
 def _faded(parts, chosen):
@@ -166,21 +172,25 @@ class Mixer(Desk):
         self.pieces = self.parts()
         self.toggles, self.sliders, self.thumbnails = [], [], []
         sources = w.VBox([self._source(i, weights) for i in range(len(self.images))])
+        self.screen = w.Image(format="png", width=288, height=288)
+        self.status = w.Label("")
+        self.widget = w.VBox([w.HBox([sources, self.screen]), self._controls(), self.status])
+
+    def _controls(self):
+        "The row of buttons and settings"
+        import ipywidgets as w
         self.steps_slider = w.IntSlider(self.steps, min=1, max=max(100, self.steps), description="steps")
         self.guidance_slider = w.FloatSlider(self.guidance_scale, min=1, max=8, step=0.1, description="guidance")
         self.seed_box = w.IntText(self.seed, description="seed", layout={"width": "160px"})
         self.live = w.ToggleButton(False, description="Live", tooltip="draw at every change")
         self.button = w.Button(description="Draw", button_style="primary")
-        self.screen = w.Image(format="png", width=288, height=288)
-        self.status = w.Label("")
         knobs = {"steps": self.steps_slider, "guidance_scale": self.guidance_slider, "seed": self.seed_box}
-        if not _knows_guidance(model, self.factors):
+        if not _knows_guidance(self.model, self.factors):
             del knobs["guidance_scale"]
         for name, knob in knobs.items():
             knob.observe(partial(self._set, name), "value")
         self.button.on_click(lambda _: self.redraw())
-        desk = w.HBox([self.button, self.live, *knobs.values()])
-        self.widget = w.VBox([w.HBox([sources, self.screen]), desk, self.status])
+        return w.HBox([self.button, self.live, *knobs.values()])
 
     def _source(self, i, weights):
         "A picture and its factors, in a row that wraps"
