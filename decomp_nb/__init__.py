@@ -36,31 +36,71 @@ def __dir__():
     return sorted({*globals(), *__all__})
 
 
-# Modules that have moved: the old name works for one version more, and warns.
-_moved = {"viz.pictures": "viz.sheets viz.figures viz.plots"}
+# Names that have moved: old module → new module → its names, "old=new" where they were renamed.
+# The old ones work for one more version.
+_moved = {
+    "viz.pictures": {
+        "viz.sheets": "Picture",
+        "viz.figures": "show grid paint overlay masked slots strip matrix Film film save_picture",
+        "viz.plots": "figure plotted curve bars heat",
+    },
+    "viz.attribution": {
+        "viz.attribution": "trace=record_attention listening_layers=text_layers",
+    },
+}
 
 
-class _Moved:
-    "Finds and fills the modules of `_moved`, where Python itself finds none"
+def _new_place(module, name):
+    """`("data.scenes", "paint")` → `("worlds.shapes", "composite")`, None for a name that has not moved"""
+    for home, names in _moved[module].items():
+        for old, _, new in (entry.partition("=") for entry in names.split()):
+            if old == name:
+                return home, new or old
+
+
+def _old_name(module, name):
+    place = _new_place(module, name)
+    if place is None:
+        raise AttributeError(f"module 'decomp_nb.{module}' has no attribute {name!r}")
+    import warnings
+    from importlib import import_module
+    new = ".".join(("decomp_nb", *place))
+    said = f"decomp_nb.{module}.{name} is now {new}: the next version knows that name only"
+    warnings.warn(said, DeprecationWarning, stacklevel=3)
+    return getattr(import_module(f"decomp_nb.{place[0]}"), place[1])
+
+
+class _OldPaths:
+    """Makes modules that are gone importable, and lets those that have lost names find them"""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name.removeprefix("decomp_nb.") in _moved:
-            from importlib.machinery import ModuleSpec
-            return ModuleSpec(name, _Moved)
+        module = name.removeprefix("decomp_nb.")
+        if module not in _moved:
+            return None
+        from importlib.machinery import ModuleSpec, PathFinder
+        spec = PathFinder.find_spec(name, path) or ModuleSpec(name, _Gone())
+        execute = spec.loader.exec_module
 
-    @staticmethod
-    def create_module(spec):
+        def exec_module(loaded):
+            execute(loaded)
+            loaded.__getattr__ = lambda attribute: _old_name(module, attribute)
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+class _Gone:
+    """Loads a module that is gone: it is empty, but for the names that `_OldPaths` finds elsewhere"""
+
+    def create_module(self, spec):
         return None
 
-    @staticmethod
-    def exec_module(module):
-        import warnings
-        from importlib import import_module
-        homes = [f"decomp_nb.{home}" for home in _moved[module.__name__.removeprefix("decomp_nb.")].split()]
-        warnings.warn(f"{module.__name__} has moved to {' and '.join(homes[-2:])}", DeprecationWarning, stacklevel=2)
-        for home in map(import_module, homes):
-            vars(module).update({name: getattr(home, name) for name in home.__all__})
+    def exec_module(self, module):
+        names = " ".join(_moved[module.__name__.removeprefix("decomp_nb.")].values())
+        module.__all__ = [entry.partition("=")[0] for entry in names.split()]
 
 
-__import__("sys").meta_path.append(_Moved)
+import sys  # noqa: E402
+
+sys.meta_path.insert(0, _OldPaths)
+del sys

@@ -49,13 +49,13 @@ def test_plots_and_widgets_are_imported_only_when_used():
 
 
 def test_the_old_module_works_and_names_the_new_ones():
-    code = ("import warnings; warnings.simplefilter('error', DeprecationWarning)\n"
-            "try: import decomp_nb.viz.pictures\n"
-            "except DeprecationWarning as w: print(w)\n"
-            "warnings.simplefilter('ignore'); from decomp_nb.viz.pictures import Picture, Film, bars, paint, show, strip\n"
-            "import decomp_nb.viz.figures as new; print(show is new.show)")
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
-    assert "decomp_nb.viz.figures" in said[0] and said[1] == "True"
+    code = ("import warnings; warnings.simplefilter('always', DeprecationWarning)\n"
+            "with warnings.catch_warnings(record=True) as said:\n"
+            "    from decomp_nb.viz.pictures import Film, Picture, bars, show\n"
+            "print(*{str(w.message) for w in said}, sep='; ')\n"
+            "import decomp_nb.viz.figures as new; print(show is new.show and issubclass(Film, Picture))")
+    said, same, _ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert all(f"decomp_nb.viz.{new}" in said for new in ("figures.show", "plots.bars", "sheets.Picture")) and same == "True"
 
 
 @pytest.mark.parametrize("scale", [1, 3, 8])

@@ -159,21 +159,23 @@ def slots(
     alt: str = "",
 ) -> Picture:
     "A row for each image: input, reconstruction, segmentation, then every factor; many factors take several lines"
-    heads = {"input": _tiles(images)}
+    tiles = _tiles(images)
+    n = len(tiles)
+    heads = {"input": tiles}
     if reconstruction is not None:
         heads["reconstruction"] = _tiles(reconstruction, "reconstruction")
     parts = masked(images, masks) if parts is None else parts
-    if parts.dim() != 5 or len(parts) != len(images):
-        raise ValueError(f"parts: expected ({len(images)},k,3,h,w), got {tuple(parts.shape)}")
+    if parts.dim() != 5 or len(parts) != n:
+        raise ValueError(f"parts: expected ({n},k,3,h,w), got {tuple(parts.shape)}")
     k = parts.shape[1]
-    ncol, cell = _layout(heads["input"], len(heads) + 1 + k, scale=scale, least=120)
-    fine = max(1, cell // images.shape[-1])
+    ncol, cell = _layout(tiles, len(heads) + 1 + k, scale=scale, least=120)
+    fine = max(1, cell // tiles[0].shape[1])
     heads["segmentation"] = _tiles(paint(images, masks, background=background, scale=fine))
     names = [f"{name} {j}" if k <= 10 else f"{j}" for j in range(k)]
     rows = [[*front, *_tiles(row)] for *front, row in zip(*heads.values(), parts)]
     dots = dict(zip(names, factor_colours(k, background).tolist()))
     block = _table(rows, [*heads, *names], ncol, cell, dots)
-    return _page(block, title, alt or f"input, segmentation and each of {k} factors, for {len(images)} images")
+    return _page(block, title, alt or f"input, segmentation and each of {k} factors, for {n} images")
 
 # %% ../../nbs/viz/figures.ipynb #figures-strip-export
 def strip(

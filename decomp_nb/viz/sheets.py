@@ -150,8 +150,8 @@ def _checked(images, name):
     shape = tuple(images.shape)
     images = images[None] if len(shape) == 3 else images
     if images.dim() != 4 or images.shape[1] not in (1, 3) or 0 in shape:
-        hint = " (a video? use film)" if len(shape) == 5 else ""
-        hint = " (channels come first: permute)" if len(shape) == 4 and shape[-1] == 3 else hint
+        hint = " (channels come first: permute)" if shape[-1:] == (3,) else ""
+        hint = " (a video? use film)" if len(shape) == 5 else hint
         raise ValueError(f"{name}: expected shape (b,3,h,w) or (3,h,w), got {shape}{hint}")
     if not images.is_floating_point():
         raise ValueError(f"{name}: expected floats in [-1,1], got {images.dtype}: use x/127.5 - 1")
