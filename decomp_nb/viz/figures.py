@@ -279,7 +279,7 @@ class Film(Picture):
             self.image.save(path, lossless=True, **self.animation)
         return path
 
-
+# %% ../../nbs/viz/figures.ipynb #figures-film-make-export
 def film(
     frames: Tensor | Sequence[Tensor],  # `(t,3,h,w)` in [−1,1], or `(b,t,3,h,w)`: several films side by side
     fps: float = 8,

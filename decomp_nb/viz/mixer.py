@@ -139,7 +139,7 @@ def board(
     chosen = "; ".join(f"{name} {i}: {', '.join(map(str, sorted(c)))}" for i, c in enumerate(desk.choices) if c)
     return _page(block, title, alt or title or f"factors taken from {chosen}, and the picture they make")
 
-
+# %% ../../nbs/viz/mixer.ipynb #mixer-faded-export
 def _framed_row(tile, parts, taken, colours, cell):
     "A source and its factors, those that are taken in a frame of their colour"
     frames = [PAPER, *(colour if j in taken else PAPER for j, colour in enumerate(colours))]

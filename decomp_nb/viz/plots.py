@@ -82,8 +82,9 @@ def plotted(fig, axes=None, *, alt: str = "") -> Picture:
     "A filled `figure` as a `Picture`; matplotlib's constrained layout makes room for all its words"
     with _style():
         fig.canvas.draw()
-    image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB")
-    return Picture(_few_colours(image), alt, _MARGIN)
+    image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba()))
+    few = _few_colours(image.convert("RGB"))
+    return Picture(few, alt, _MARGIN)
 
 
 def _few_colours(image, common=28, others=36):
@@ -93,11 +94,11 @@ def _few_colours(image, common=28, others=36):
     colours = torch.from_numpy(packed)[:, None] >> torch.tensor([16, 8, 0]) & 255
     kept = colours[np.argsort(-count, kind="stable")[:common].copy()]
     coarse = image.quantize(others, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
-    spread = torch.tensor(coarse.getpalette()[:3 * others]).reshape(-1, 3)
-    key = torch.cat([kept, spread])
+    spread = torch.tensor(coarse.getpalette()[:3 * others])
+    key = torch.cat([kept, spread.reshape(-1, 3)])
     nearest = torch.cdist(colours.float(), key.float()).argmin(1)
-    few = key[nearest[where.reshape(-1)]].byte().numpy()
-    return Image.fromarray(few.reshape(*pixels.shape, 3))
+    few = key[nearest[where.reshape(-1)]].byte()
+    return Image.fromarray(few.reshape(*pixels.shape, 3).numpy())
 
 # %% ../../nbs/viz/plots.ipynb #plots-series-export
 def _series(name, values):
@@ -193,7 +194,9 @@ def curve(
         axes.set(xlabel=x_label, ylabel=y_label if title else "", ylim=y_range)
         if list(ends) != [""]:
             _name_lines(fig, axes, ends, colours)
-    return plotted(fig, alt=alt or f"{title or y_label or 'curve'}: {', '.join(map(str, series))}")
+    names = ", ".join(map(str, series))
+    alt = alt or f"{title or y_label or 'curve'}: {names}"
+    return plotted(fig, alt=alt)
 
 
 def _line(axes, x, y, std, smooth, colour):
@@ -232,8 +235,9 @@ def bars(
         drawn = axes.barh(range(len(means)), means, 0.62, **options)
         axes.bar_label(drawn, notes, padding=4)
         _bare(axes)
-    said = ", ".join(f"{name} {note}" for name, note in zip(values, notes))
-    return plotted(fig, alt=alt or f"{title}: {said}")
+    words = ", ".join(f"{name} {note}" for name, note in zip(values, notes))
+    alt = alt or f"{title}: {words}"
+    return plotted(fig, alt=alt)
 
 
 def _bare(axes):
@@ -268,7 +272,8 @@ def heat(
     low, high = limits or (min(0.0, maps.min().item()), maps.max().item())
     table = _colour_table(colours)
     share = (maps - low) / max(high - low, 1e-12)
-    hot = table[share.clamp(0, 1).mul(255).round().long()]
+    index = share.clamp(0, 1).mul(255).round().long()
+    hot = table[index]
     rows = list(hot)
     if images is not None:
         rows = _over(hot, _one_size(images))
