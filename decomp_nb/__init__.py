@@ -15,7 +15,7 @@ _homes = {
     "training.config": "TrainConfig",
     "data.catalog": "open_dataset",
     "worlds.scenes": "Scenes",
-    "viz.pictures": "show grid overlay strip",
+    "viz.figures": "show grid overlay strip",
     "viz.mixer": "mixer",
     "convert": "load_official_lsd save_official_lsd load_official_decomp_diffusion save_official_decomp_diffusion "
                "load_official_disdiff load_official_latent_diffusion load_official_autoencoder",
@@ -61,6 +61,14 @@ _moved = {
     "data.factors": {
         "worlds.rooms": "shape_maps compose=colour_maps",
         "worlds.sprites": "spoil=corrupt",
+    },
+    "viz.pictures": {
+        "viz.sheets": "Picture",
+        "viz.figures": "show grid paint overlay masked slots strip matrix Film film save_picture",
+        "viz.plots": "figure plotted curve bars heat",
+    },
+    "viz.attribution": {
+        "viz.attribution": "trace=record_attention listening_layers=text_layers",
     },
 }
 

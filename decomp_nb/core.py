@@ -19,23 +19,10 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
 
+from .viz.colours import palette
+
 # %% auto #0
-__all__ = ['palette', 'to_uint8', 'Factors', 'recombine', 'align', 'interpolate', 'sample', 'Decomposer', 'shipped',
-           'load_decomposer']
-
-# %% ../nbs/core.ipynb #palette-export
-_COLOURS = ["#4c78d0", "#f2a33a", "#3aa76d", "#d9534f", "#8e6bbf", "#5ec4d6", "#c98a5b", "#e58bb5", "#a3b544", "#7a869a", "#1f9e9a", "#b0476b"]
-
-
-def palette(k: int) -> Tensor:
-    "`k` distinct colours, uint8 `(k,3)`; colour `i` is the same for every `k`, so that factor `i` looks alike in all figures"
-    hand = torch.tensor([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in _COLOURS], dtype=torch.uint8)
-    if k <= len(hand): return hand[:k].clone()
-    i = torch.arange(k - len(hand), dtype=torch.float)
-    ramp = ((i * 0.618034 + 0.2) % 1 * 6)[:, None] + torch.tensor([5.0, 3.0, 1.0])  # golden-ratio hues, the usual closed form of HSV → RGB
-    value, strength = (torch.where(i % 2 == 0, even, odd)[:, None] for even, odd in ((0.95, 0.5), (0.4, 0.9)))  # pale and dark in turn
-    light = value * (1 - strength * (ramp % 6).minimum(4 - ramp % 6).clamp(0, 1))
-    return torch.cat([hand, (light * 255).to(torch.uint8)])
+__all__ = ['to_uint8', 'Factors', 'recombine', 'align', 'interpolate', 'sample', 'Decomposer', 'shipped', 'load_decomposer']
 
 # %% ../nbs/core.ipynb #to-uint8-export
 def to_uint8(images: Tensor) -> Tensor:

@@ -266,9 +266,9 @@ def test_safe_loads_are_allowed():
 
 
 def test_relative_imports_are_followed():
-    known = {"decomp_nb.core", "decomp_nb.viz.pictures", "decomp_nb.methods.lsd"}
-    found = hygiene.imported_modules("decomp_nb.methods.lsd", "from ..core import Factors\nfrom ..viz import pictures\nimport torch", known)
-    assert found == {"decomp_nb.core", "decomp_nb.viz.pictures"}
+    known = {"decomp_nb.core", "decomp_nb.viz.figures", "decomp_nb.methods.lsd"}
+    found = hygiene.imported_modules("decomp_nb.methods.lsd", "from ..core import Factors\nfrom ..viz import figures\nimport torch", known)
+    assert found == {"decomp_nb.core", "decomp_nb.viz.figures"}
 
 
 # --- the README ----------------------------------------------------------------------------------------------------------------------

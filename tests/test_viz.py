@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from decomp_nb.core import Decomposer, Factors, palette, to_uint8
+from decomp_nb.core import Decomposer, Factors, to_uint8
+from decomp_nb.viz.colours import palette
+from decomp_nb.viz.figures import Picture, film, grid, masked, matrix, overlay, paint, save_picture, show, slots, strip
 from decomp_nb.viz.mixer import Desk, Mixer, board, mixer, mixer_board
-from decomp_nb.viz.pictures import Picture, bars, curve, film, grid, heat, masked, matrix, overlay, paint, save_picture, show, slots, strip
+from decomp_nb.viz.plots import bars, curve, heat
 
 PAGE = 1520  # output pixels: two to a nominal pixel
 
@@ -41,9 +43,19 @@ def contains(picture, tile, scale):
 # ---------------------------------------------------------------------------------------------------------------- pictures
 
 def test_plots_and_widgets_are_imported_only_when_used():
-    code = ("import sys, decomp_nb.viz.pictures, decomp_nb.viz.mixer; "
+    code = ("import sys, decomp_nb.viz.figures, decomp_nb.viz.plots, decomp_nb.viz.mixer; "
             "print([m for m in ('matplotlib', 'ipywidgets', 'IPython') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_old_module_works_and_names_the_new_ones():
+    code = ("import warnings; warnings.simplefilter('always', DeprecationWarning)\n"
+            "with warnings.catch_warnings(record=True) as said:\n"
+            "    from decomp_nb.viz.pictures import Film, Picture, bars, show\n"
+            "print(*{str(w.message) for w in said}, sep='; ')\n"
+            "import decomp_nb.viz.figures as new; print(show is new.show and issubclass(Film, Picture))")
+    said, same, _ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert all(f"decomp_nb.viz.{new}" in said for new in ("figures.show", "plots.bars", "sheets.Picture")) and same == "True"
 
 
 @pytest.mark.parametrize("scale", [1, 3, 8])
@@ -153,7 +165,7 @@ def test_film_keeps_every_frame(tmp_path):
 
 
 def test_curve_smooths_without_bias_and_takes_tensors():
-    from decomp_nb.viz.pictures import _running_mean, _spread
+    from decomp_nb.viz.plots import _running_mean, _spread
     assert np.allclose(_running_mean(np.array([4.0, 4.0, 4.0]), 0.99), 4)
     assert np.allclose(_running_mean(np.array([1.0, 3.0]), 0.5), [1, 7 / 3])
     assert curve({"a": (torch.arange(3), torch.rand(3), torch.rand(3))}, log="x", title="t", y_label="y").size == (760, 500)

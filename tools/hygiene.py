@@ -340,16 +340,18 @@ def definitions_are_shown(root: Path = ROOT, wanted: float = 0.9):
 
 # --- layers --------------------------------------------------------------------------------------------------------------------------
 
-LAYERS = [{"core"}, {"data", "worlds", "viz.pictures"}, {"components"}, {"methods"}, {"metrics", "training", "convert", "viz.mixer",
+LAYERS = [{"core"}, {"data", "worlds", "viz.figures"}, {"components"}, {"methods"}, {"metrics", "training", "convert", "viz.mixer",
           "viz.attribution"}]
 NEIGHBOURS = {("data", "worlds")}  # data sets by name may be drawn ones; worlds read no files
+SHARED = {"viz.colours": "core", "viz.sheets": "viz.figures", "viz.plots": "viz.figures"}  # modules that share a room
 STRANGERS = {("metrics", "methods"), ("metrics", "components")}  # metrics take arrays
 
 
 def room(module: str) -> str:
     "`decomp_nb.viz.mixer` → `viz.mixer`, `decomp_nb.data.images` → `data`"
     parts = module.split(".")[1:]
-    return ".".join(parts[:2]) if parts and parts[0] == "viz" else parts[0] if parts else ""
+    name = ".".join(parts[:2]) if parts and parts[0] == "viz" else parts[0] if parts else ""
+    return SHARED.get(name, name)
 
 
 def layer(name: str) -> int | None:

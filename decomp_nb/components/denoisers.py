@@ -4,9 +4,6 @@
 
 # %% ../../nbs/components/denoisers.ipynb #imports
 from __future__ import annotations
-import math
-from contextlib import contextmanager
-from typing import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +12,7 @@ from .slots import coordinate_grid, position_projection
 # %% auto #0
 __all__ = ['POSITIONS', 'sincos_table', 'QuickAttention', 'PositionAttention', 'resize_table', 'attention_layers',
            'feature_sizes', 'note_size', 'add_positions', 'denoiser_config', 'check_halvings', 'check_options',
-           'slot_denoiser', 'sharpen_attention', 'load_unet', 'AttentionRecord', 'record_attention']
+           'slot_denoiser', 'sharpen_attention', 'load_unet']
 
 # %% ../../nbs/components/denoisers.ipynb #sincos-export
 POSITIONS = ("cartesian", "sincos", "learned", "none")
@@ -198,52 +195,3 @@ def load_unet(name_or_folder: str, subfolder: str | None = "unet", **options):
     if config.get("pos_type") or config.get("_class_name") == "UNet2DConditionModelWithPos":
         raise ValueError(f"{name_or_folder!r} is an official LSD denoiser; a plain UNet would lose its position weights: use decomp_nb.convert.load_official_lsd")
     return UNet2DConditionModel.from_pretrained(name_or_folder, subfolder=subfolder, **options).requires_grad_(False).eval()
-
-# %% ../../nbs/components/denoisers.ipynb #record-export
-class AttentionRecord:
-    "Cross-attention maps gathered by `record_attention`: per layer `(b, k, h, w)`, mean over heads and over all calls"
-    def __init__(self): self.totals, self.calls = {}, {}
-
-    def add(self, name: str, attention: Tensor) -> None:
-        "One call of a layer: `(b, k, h, w)`"
-        self.totals[name] = self.totals[name] + attention if name in self.totals else attention
-        self.calls[name] = self.calls.get(name, 0) + 1
-
-    @property
-    def layers(self) -> dict[str, Tensor]:
-        "Mean map of every layer `(b, k, h, w)`; sums to one over the tokens k"
-        return {name: total / self.calls[name] for name, total in self.totals.items()}
-
-    def maps(self, size: int | tuple[int, int] | None = None) -> Tensor:
-        "Mean over all layers `(b, k, h, w)`, resized to `size` (default: the finest layer)"
-        if not self.totals: raise ValueError("nothing recorded: call the UNet inside `with record_attention(unet) as record:`")
-        size = size or max((tuple(m.shape[-2:]) for m in self.totals.values()), key=math.prod)
-        resized = [F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in self.layers.values()]
-        return torch.stack(resized).mean(0)
-
-
-@contextmanager
-def record_attention(unet) -> Iterator[AttentionRecord]:
-    "Record what every cross-attention layer looks at: `with record_attention(unet) as record: unet(x, t, slots)`"
-    record, handles, sizes = AttentionRecord(), [], {}
-
-    def watch(name, layer):
-        seen = {}
-        def note_mask(module, args, kwargs): seen["mask"] = kwargs.get("attention_mask")
-        def note_query(module, args, q): seen["q"] = q.detach()
-        def note_key(module, args, k):
-            split = lambda y: y.unflatten(-1, (layer.heads, -1)).transpose(1, 2).float()
-            logits = split(seen["q"]) @ split(k.detach()).transpose(-1, -2) * layer.scale
-            if seen["mask"] is not None: logits = logits + seen["mask"].float()[:, None]
-            record.add(name, logits.softmax(-1).mean(1).transpose(1, 2).unflatten(-1, sizes[name.rpartition(".transformer_blocks")[0]]))
-        return [layer.register_forward_pre_hook(note_mask, with_kwargs=True),
-                layer.to_q.register_forward_hook(note_query), layer.to_k.register_forward_hook(note_key)]
-
-    for name, module in unet.named_modules():
-        if hasattr(module, "transformer_blocks"):
-            def note(module, args, kwargs, name=name): sizes[name] = tuple((args[0] if args else kwargs["hidden_states"]).shape[-2:])
-            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
-        elif name.endswith(".attn2"): handles += watch(name, module)
-    try: yield record
-    finally:
-        for handle in handles: handle.remove()

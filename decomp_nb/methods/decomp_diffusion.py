@@ -22,7 +22,7 @@ from ..components.diffusion import (diffusion_target, make_scheduler, min_snr_we
 from ..components.latents import Pixels, build_latents
 from ..components.vectors import VectorEncoder, build_with, denoise_with, vector_denoiser
 from ..core import Decomposer, Factors, recombine, sample
-from ..viz.pictures import Film, film
+from ..viz.figures import Film, film
 
 # %% auto #0
 __all__ = ['DECOMP_SCHEDULE', 'composition_weights', 'Mixture', 'mixture', 'code_cosines', 'orthogonality', 'early_weight',

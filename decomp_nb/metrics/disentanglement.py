@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..viz.pictures import Picture, figure, plotted
+from ..viz.figures import Picture
+from ..viz.plots import figure, plotted
 
 # %% auto #0
 __all__ = ['METRICS', 'reduce_codes', 'FactorTable', 'discretise', 'mutual_information', 'top_gap', 'mig', 'modularity',
@@ -385,7 +386,7 @@ def importance_picture(
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    from decomp_nb.core import palette
+    from decomp_nb.viz.colours import palette
     importance = np.asarray(importance, float)
     k, n = importance.shape
     most = importance.max(1)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..core import Factors
-from .pictures import Picture, _cell, _factor_colours, _fit, _line, _ragged, _sheet, _tiles, masked, show
+from .colours import PAPER, factor_colours
+from .figures import masked, show
+from .sheets import Picture, _chunks, _fit, _framed, _layout, _page, _rows, _stack, _tiles
 
 # %% auto #0
 __all__ = ['Desk', 'mixer_board', 'board', 'Mixer', 'mixer']
@@ -26,25 +29,32 @@ class Desk:
         model,  # anything with `encode(images) → Factors` and `decode(factors, …) → images`
         images: Tensor,  # `(n,3,h,w)` in [−1,1], the sources
         *,
-        choices: Sequence[Iterable[int]] | None = None,  # for each source, the factors to take; by default all of the first
+        choices: Sequence[Iterable[int]] | None = None,  # for each source, what is taken; by default all of the first
         steps: int = 25,  # denoising steps
         guidance_scale: float = 1.0,
         seed: int = 0,
     ):
-        self.model, self.images = model, images if images.dim() == 4 else images[None]
-        self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
-        with torch.no_grad(), _seeded(seed): self.factors: Factors = model.encode(self.images.to(getattr(model, "device", images.device)))
+        self.model = model
+        self.images = images if images.dim() == 4 else images[None]
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+        self.seed = seed
+        with torch.no_grad(), _seeded(seed):
+            self.factors: Factors = model.encode(self.images.to(getattr(model, "device", images.device)))
         shape = tuple(self.factors.codes.shape)
-        if len(shape) != 3: raise ValueError(f"images: expected stills, whose factors are (b,k,d), but the codes are {shape}")
-        self.weights = torch.ones(len(self.images), self.factors.n_factors)
-        self.choices = self._checked([range(self.factors.n_factors)] if choices is None else choices)
+        if len(shape) != 3:
+            raise ValueError(f"images: expected stills, whose factors are (b,k,d), but the codes are {shape}")
+        self.weights = torch.ones(shape[:2])
+        self.choices = self._checked([range(shape[1])] if choices is None else choices)
 
-    def _checked(self, choices: Sequence[Iterable[int]]) -> list[set[int]]:
+    def _checked(self, choices):
         n, k = self.weights.shape
+        if len(choices) > n:
+            raise ValueError(f"choices: {len(choices)} sets for {n} pictures")
         chosen = [set(c) for c in choices] + [set() for _ in range(n - len(choices))]
-        if len(chosen) > n: raise ValueError(f"choices: {len(chosen)} sets for {n} pictures")
-        wrong = [j for c in chosen for j in c if not 0 <= j < k]
-        if wrong: raise ValueError(f"choices: factor {wrong[0]} asked for, but there are {k}")
+        wrong = set().union(*chosen) - set(range(k))
+        if wrong:
+            raise ValueError(f"choices: factor {min(wrong)} asked for, but there are {k}")
         return chosen
 
     def toggle(self, picture: int, factor: int) -> Desk:
@@ -55,24 +65,30 @@ class Desk:
 
     def mixed(self) -> Factors:
         "The chosen factors as one set, `(1,k',d)`"
-        factors = self.factors if (self.weights == 1).all() else self.factors * self.weights.to(self.factors.codes)
+        weighted = bool((self.weights != 1).any())
+        factors = self.factors * self.weights.to(self.factors.codes) if weighted else self.factors
         sets = [factors.rows(i).pick(sorted(c)) for i, c in enumerate(self.choices) if c]
-        if not sets: raise ValueError("nothing is chosen: pick at least one factor")
+        if not sets:
+            raise ValueError("nothing is chosen: pick at least one factor")
         return sets[0].cat(*sets[1:])
 
     def draw(self) -> Tensor:
         "The picture `(1,3,h,w)` of the chosen set"
         return self.decode(self.mixed())
 
+    @torch.no_grad()
     def decode(self, factors: Factors) -> Tensor:
         "`model.decode` with the settings of the desk; the same seed gives each picture the same noise"
-        options = {"steps": self.steps, "guidance_scale": self.guidance_scale, "generator": torch.Generator().manual_seed(self.seed)}
-        with torch.no_grad(): return self.model.decode(factors, **options).float().cpu()
+        generator = torch.Generator().manual_seed(self.seed)
+        images = self.model.decode(factors, steps=self.steps, guidance_scale=self.guidance_scale, generator=generator)
+        return images.float().cpu()
 
     def parts(self) -> Tensor:
-        "What each factor looks like, `(n,k,3,h,w)`: its share of the pixels, or, without masks, its picture when decoded alone"
-        if self.factors.masks is not None: return masked(self.images, self.factors.masks.float())
-        return torch.stack([self.decode(self.factors.pick(j)) for j in range(self.factors.n_factors)], 1)
+        "What each factor looks like, `(n,k,3,h,w)`: its share of the pixels, or, without masks, itself decoded alone"
+        if self.factors.masks is not None:
+            return masked(self.images, self.factors.masks.float())
+        alone = [self.decode(self.factors.pick(j)) for j in range(self.factors.n_factors)]
+        return torch.stack(alone, 1)
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-seeded-export
 @contextmanager
@@ -86,42 +102,52 @@ def _seeded(seed: int) -> Iterator[None]:
 def mixer_board(
     model,  # anything with `encode` and `decode`
     images: Tensor,  # `(n,3,h,w)` in [−1,1]
-    choices: Sequence[Iterable[int]] | None = None,  # for each source, the factors to take; by default all of the first
+    choices: Sequence[Iterable[int]] | None = None,  # for each source, what is taken; by default all of the first
     *,
     steps: int = 25,
     guidance_scale: float = 1.0,
     seed: int = 0,
+    **options,  # of `board`
+) -> Picture:
+    "Sources, their numbered factors, which of them are taken, and the picture that they make together"
+    desk = Desk(model, images, choices=choices, steps=steps, guidance_scale=guidance_scale, seed=seed)
+    return board(desk, **options)
+
+
+def board(
+    desk: Desk,
+    *,
     background: int | None = None,  # this factor's colour is grey
     name: str = "source",
     title: str = "",
     alt: str = "",
 ) -> Picture:
-    "Sources, their numbered factors, which of them are taken, and the picture that they make together"
-    desk = Desk(model, images, choices=choices, steps=steps, guidance_scale=guidance_scale, seed=seed)
-    return board(desk, background=background, name=name, title=title, alt=alt)
-
-
-def board(desk: Desk, *, background: int | None = None, name: str = "source", title: str = "", alt: str = "") -> Picture:
     "A `Desk` as a still picture"
     n, k = desk.weights.shape
-    colours, width = _factor_colours(k, background).tolist(), desk.images.shape[-1]
-    line = _line(k, 1, width, gap=20, room=960)
-    cell = min(_cell(width, line + 1, gap=20, room=960), max(144, width))
-    front = [[_fit(tile, cell)] for tile in _tiles(desk.images)]
-    back = [[_fit(tile, cell) for tile in _tiles(_faded(parts, taken))] for parts, taken in zip(desk.parts(), desk.choices)]
-    cells, captions, places = _ragged(front, back, [""], [str(j) for j in range(k)], line)
-    frames = {places[i, j]: colours[j] for i, taken in enumerate(desk.choices) for j in taken}
-    chips = {places[0, j]: colours[j] for j in range(k)}
-    row_titles = ["" if start else f"{name} {i}" for i in range(n) for start in range(0, k, line)]
-    left = _sheet(cells, captions=captions, chips=chips, frames=frames, row_titles=row_titles, gap=20, title=title)
-    result = _fit(_tiles(desk.draw())[0], min(416, max(224, left.size[1] - 120)))
-    both = left + _sheet([[result]], captions=[["result"]], title=title and " ")
+    tiles = _tiles(desk.images)
+    ncol, cell = _layout(tiles, k + 1, gap=20, room=960)
+    numbers = [f"{j}" for j in range(k)]
+    colours = factor_colours(k, background).tolist()
+    lines = []
+    captions = []
+    for i, (tile, parts, taken) in enumerate(zip(tiles, desk.parts(), desk.choices)):
+        lines += _chunks(_framed_row(tile, parts, taken, colours, cell), ncol)
+        captions += _chunks([f"{name} {i}", *numbers], ncol)
+    result = _rows([_fit(_tiles(desk.draw()), max(2, min(3, n)) * cell)], [["result"]])
+    sources = _rows(lines, captions, gap=10, dots=dict(zip(numbers, colours)))
+    block = _stack([sources, result], 28, across=True)
     chosen = "; ".join(f"{name} {i}: {', '.join(map(str, sorted(c)))}" for i, c in enumerate(desk.choices) if c)
-    both.alt = alt or title or f"factors taken from {chosen}, and the picture they make"
-    return both
+    return _page(block, title, alt or title or f"factors taken from {chosen}, and the picture they make")
+
+# %% ../../nbs/viz/mixer.ipynb #mixer-faded-export
+def _framed_row(tile, parts, taken, colours, cell):
+    "A source and its factors, those that are taken in a frame of their colour"
+    frames = [PAPER, *(colour if j in taken else PAPER for j, colour in enumerate(colours))]
+    blocks = _fit([tile, *_tiles(_faded(parts, taken))], cell)
+    return list(map(_framed, blocks, frames))
 
 
-def _faded(parts: Tensor, chosen: set[int]) -> Tensor:
+def _faded(parts, chosen):
     "Factors that are not taken step back, towards the paper"
     out = parts.clone()
     rest = [j for j in range(len(parts)) if j not in chosen]
@@ -132,65 +158,89 @@ def _faded(parts: Tensor, chosen: set[int]) -> Tensor:
 class Mixer(Desk):
     "A `Desk` with buttons; shows itself in a notebook"
 
-    def __init__(self, model, images: Tensor, *, weights: bool = False, max_guidance: float | None = None, **options):
+    def __init__(
+        self,
+        model,
+        images: Tensor,
+        *,
+        weights: bool = False,  # a weight slider below each factor
+        **options,  # of `Desk`
+    ):
         super().__init__(model, images, **options)
         import ipywidgets as w
         self.result: Tensor | None = None
-        n, k = self.weights.shape
-        self.pieces, narrow = self.parts(), w.Layout(width="76px")
-        guided = _knows_guidance(model, self.factors) if max_guidance is None else max_guidance > 1
-        def weight(): return w.FloatSlider(1.0, min=0, max=2, step=0.05, readout=False, layout=narrow)
-        self.toggles = [[w.ToggleButton(j in chosen, description=f"{j}", layout=narrow) for j in range(k)] for chosen in self.choices]
-        self.sliders = [[weight() for _ in range(k)] for _ in range(n)]
-        self.thumbnails = [[w.Image(format="png", width=76, height=76) for _ in range(k)] for _ in range(n)]
+        self.pieces = self.parts()
+        self.toggles, self.sliders, self.thumbnails = [], [], []
+        sources = w.VBox([self._source(i, weights) for i in range(len(self.images))])
+        self.screen = w.Image(format="png", width=288, height=288)
+        self.status = w.Label("")
+        self.widget = w.VBox([w.HBox([sources, self.screen]), self._controls(), self.status])
+
+    def _controls(self):
+        "The row of buttons and settings"
+        import ipywidgets as w
         self.steps_slider = w.IntSlider(self.steps, min=1, max=max(100, self.steps), description="steps")
-        self.guidance_slider = w.FloatSlider(self.guidance_scale, min=1, max=max_guidance or 8.0, step=0.1, description="guidance")
-        self.seed_box = w.IntText(self.seed, description="seed", layout=w.Layout(width="160px"))
+        self.guidance_slider = w.FloatSlider(self.guidance_scale, min=1, max=8, step=0.1, description="guidance")
+        self.seed_box = w.IntText(self.seed, description="seed", layout={"width": "160px"})
         self.live = w.ToggleButton(False, description="Live", tooltip="draw at every change")
         self.button = w.Button(description="Draw", button_style="primary")
-        self.screen, self.status = w.Image(format="png", width=288, height=288), w.Label("")
-        for i in range(n):
-            for j in range(k):
-                self._frame(i, j)
-                self.toggles[i][j].observe(lambda change, i=i, j=j: self._switched(i, j, change["new"]), "value")
-                self.sliders[i][j].observe(lambda change, i=i, j=j: self._weighed(i, j, change["new"]), "value")
-        self.steps_slider.observe(lambda change: self._set(steps=change["new"]), "value")
-        self.guidance_slider.observe(lambda change: self._set(guidance_scale=change["new"]), "value")
-        self.seed_box.observe(lambda change: self._set(seed=change["new"]), "value")
+        knobs = {"steps": self.steps_slider, "guidance_scale": self.guidance_slider, "seed": self.seed_box}
+        if not _knows_guidance(self.model, self.factors):
+            del knobs["guidance_scale"]
+        for name, knob in knobs.items():
+            knob.observe(partial(self._set, name), "value")
         self.button.on_click(lambda _: self.redraw())
-        self.widget = self._arranged(w, weights, guided)
+        return w.HBox([self.button, self.live, *knobs.values()])
 
-    def _arranged(self, w, weights: bool, guided: bool):
-        n, k = self.weights.shape
-        source = [w.Image(value=show(self.images[i])._repr_png_(), format="png", width=108, height=108) for i in range(n)]
-        def piece(i, j): return w.VBox([self.thumbnails[i][j], self.toggles[i][j], *([self.sliders[i][j]] if weights else [])])
-        wrap = w.Layout(flex_flow="row wrap", width=f"{min(k, 8) * 84}px")
-        rows = [w.HBox([source[i], w.Box([piece(i, j) for j in range(k)], layout=wrap)]) for i in range(n)]
-        knobs = w.HBox([self.button, self.live, self.steps_slider, *([self.guidance_slider] if guided else []), self.seed_box])
-        return w.VBox([w.HBox([w.VBox(rows), self.screen]), knobs, self.status])
+    def _source(self, i, weights):
+        "A picture and its factors, in a row that wraps"
+        import ipywidgets as w
+        pieces = [self._piece(i, j) for j in range(self.factors.n_factors)]
+        for rows, row in zip((self.thumbnails, self.toggles, self.sliders), zip(*pieces)):
+            rows.append(row)
+        wrap = {"flex_flow": "row wrap", "width": f"{min(len(pieces), 8) * 84}px"}
+        columns = [w.VBox(piece if weights else piece[:2]) for piece in pieces]
+        source = w.Image(value=show(self.images[i])._repr_png_(), format="png", width=108, height=108)
+        return w.HBox([source, w.Box(columns, layout=wrap)])
 
-    def _frame(self, i: int, j: int) -> None:
-        tile = _fit(_tiles(_faded(self.pieces[i], self.choices[i])[j])[0], 144)
-        colour = _factor_colours(j + 1)[j].tolist()
-        framed = _sheet([[tile]], frames={(0, 0): colour} if j in self.choices[i] else None).image
-        self.thumbnails[i][j].value = Picture(framed.crop((18, 18, framed.width - 18, framed.height - 18)))._repr_png_()
+    def _piece(self, i, j):
+        "Thumbnail, button and weight of a factor"
+        import ipywidgets as w
+        narrow = {"width": "76px"}
+        thumbnail = w.Image(value=self._thumbnail(i, j), format="png", width=76, height=76)
+        toggle = w.ToggleButton(j in self.choices[i], description=f"{j}", layout=narrow)
+        slider = w.FloatSlider(1.0, min=0, max=2, step=0.05, readout=False, layout=narrow)
+        toggle.observe(partial(self._switch, i, j), "value")
+        slider.observe(partial(self._weigh, i, j), "value")
+        return thumbnail, toggle, slider
 
-    def _switched(self, i: int, j: int, on: bool) -> None:
-        if on != (j in self.choices[i]): self.toggle(i, j)
-        self._frame(i, j)
-        if self.live.value: self.redraw()
+    def _thumbnail(self, i, j):
+        tile = _faded(self.pieces[i], self.choices[i])[j]
+        colour = factor_colours(j + 1)[j].tolist() if j in self.choices[i] else PAPER
+        return Picture(_framed(_fit(_tiles(tile), 144)[0], colour))._repr_png_()
 
-    def _weighed(self, i: int, j: int, weight: float) -> None:
-        self.weights[i, j] = weight
-        if self.live.value: self.redraw()
+    def _switch(self, i, j, change):
+        if change["new"] != (j in self.choices[i]):
+            self.toggle(i, j)
+        self.thumbnails[i][j].value = self._thumbnail(i, j)
+        self._changed()
 
-    def _set(self, **settings) -> None:
-        for name, value in settings.items(): setattr(self, name, value)
-        if self.live.value: self.redraw()
+    def _weigh(self, i, j, change):
+        self.weights[i, j] = change["new"]
+        self._changed()
+
+    def _set(self, name, change):
+        setattr(self, name, change["new"])
+        self._changed()
+
+    def _changed(self):
+        if self.live.value:
+            self.redraw()
 
     def redraw(self) -> Tensor | None:
         "Draw and show; a problem is reported below the board and leaves the last picture standing"
-        self.button.disabled, self.status.value = True, "drawing …"
+        self.button.disabled = True
+        self.status.value = "drawing …"
         try:
             self.result = self.draw()
             self.screen.value = show(self.result)._repr_png_()
@@ -201,7 +251,7 @@ class Mixer(Desk):
             self.button.disabled = False
         return self.result
 
-    def _ipython_display_(self) -> None:
+    def _ipython_display_(self):
         from IPython.display import display
         display(self.widget)
 
@@ -213,11 +263,11 @@ def mixer(
     steps: int = 25,  # denoising steps at the start
     guidance_scale: float = 1.0,
     seed: int = 0,
-    choices: Sequence[Iterable[int]] | None = None,  # what is pressed at the start; by default all factors of the first picture
+    choices: Sequence[Iterable[int]] | None = None,  # pressed at the start; by default all of the first picture
     weights: bool = False,  # a weight slider below each factor
 ) -> Mixer | Picture:
     "The mixing desk as a widget; without ipywidgets, the same as a still `mixer_board`"
-    options = dict(choices=choices, steps=steps, guidance_scale=guidance_scale, seed=seed)
+    options = {"choices": choices, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
     try:
         import ipywidgets  # noqa: F401
     except ImportError:
@@ -225,7 +275,7 @@ def mixer(
     return Mixer(model, images, weights=weights, **options)
 
 
-def _knows_guidance(model, factors: Factors) -> bool:
+def _knows_guidance(model, factors):
     "Whether the model has an empty set to compare with"
     try:
         model.null_factors(factors.rows(0))

@@ -288,7 +288,7 @@ def check_daam_trace(r, case):
     def predict(x, t):
         null, cond = model.base.predict(torch.cat([x, x]), torch.cat([t, t]), told).chunk(2)
         return null + scale * (cond - null)
-    with attribution.trace(model.base, guided=True) as record: x = sample(predict, noise, official_ddim(model.base), trace["num_inference_steps"])
+    with attribution.record_attention(model.base, guided=True) as record: x = sample(predict, noise, official_ddim(model.base), trace["num_inference_steps"])
     yield "image", (model.latents.decode(x) / 2 + 0.5).permute(0, 2, 3, 1), CHAIN
     shown = r.array(case, "global_maps")
     n = len(info["tokens"]) + 2
