@@ -34,3 +34,81 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+# Names that have moved: old module → new module → its names, "old=new" where they were renamed.
+# The old ones work for one more version.
+_moved = {
+    "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
+    "methods.decomp_diffusion": {"metrics.separation": "object_shares separation recombination_accuracy"},
+    "metrics.generation": {
+        "components.lpips": "VGGMaps=VGGFeatures load_lpips",
+        "metrics.extractors": "damage OwnExtractor train_extractor ScriptExtractor load_extractor SceneExtractor "
+                              "scene_extractor",
+    },
+    "metrics.disentanglement": {
+        "metrics.boosting": "Split best_split halves grow_tree",
+        "metrics.guessing": "BetaVAE FactorVAE",
+        "metrics.attributes": "TAD tad",
+    },
+    "metrics.probing": {"metrics.probing": "split_by_group=split_groups"},
+    "metrics.concepts": {
+        "metrics.concepts": "coverage=class_shares mutual_information_score=normalized_mutual_info_score",
+    },
+}
+
+
+def _new_place(module, name):
+    """`("data.scenes", "paint")` → `("worlds.shapes", "composite")`, None for a name that has not moved"""
+    for home, names in _moved[module].items():
+        for old, _, new in (entry.partition("=") for entry in names.split()):
+            if old == name:
+                return home, new or old
+
+
+def _old_name(module, name):
+    place = _new_place(module, name)
+    if place is None:
+        raise AttributeError(f"module 'decomp_nb.{module}' has no attribute {name!r}")
+    import warnings
+    from importlib import import_module
+    new = ".".join(("decomp_nb", *place))
+    said = f"decomp_nb.{module}.{name} is now {new}: the next version knows that name only"
+    warnings.warn(said, DeprecationWarning, stacklevel=3)
+    return getattr(import_module(f"decomp_nb.{place[0]}"), place[1])
+
+
+class _OldPaths:
+    """Makes modules that are gone importable, and lets those that have lost names find them"""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        module = name.removeprefix("decomp_nb.")
+        if module not in _moved:
+            return None
+        from importlib.machinery import ModuleSpec, PathFinder
+        spec = PathFinder.find_spec(name, path) or ModuleSpec(name, _Gone())
+        execute = spec.loader.exec_module
+
+        def exec_module(loaded):
+            execute(loaded)
+            loaded.__getattr__ = lambda attribute: _old_name(module, attribute)
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+class _Gone:
+    """Loads a module that is gone: it is empty, but for the names that `_OldPaths` finds elsewhere"""
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        names = " ".join(_moved[module.__name__.removeprefix("decomp_nb.")].values())
+        module.__all__ = [entry.partition("=")[0] for entry in names.split()]
+
+
+import sys  # noqa: E402
+
+sys.meta_path.insert(0, _OldPaths)
+del sys

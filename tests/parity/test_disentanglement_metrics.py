@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from decomp_nb.metrics import disentanglement as dis
+from decomp_nb.metrics.attributes import tad
 
 EXACT, SCORE, SOLVER = 0.0, 1e-6, 0.02  # SOLVER: readers that iterate, as the README of the data says
 TREES = {"importance": 0.03, "disentanglement": 0.01, "completeness": 0.01, "informativeness": 0.02}  # another order among exactly equal splits
@@ -147,7 +148,7 @@ def same_sklearn(folder: Path) -> bool:
 
 def attributes(folder: Path) -> Iterator:
     arrays, values = read(folder)
-    result = dis.tad(arrays["tad.latents"], arrays["tad.targets"], min_auroc=values["tad.thresh"], max_explained=values["tad.ent_red_thresh"])
+    result = tad(arrays["tad.latents"], arrays["tad.targets"], min_auroc=values["tad.thresh"], max_explained=values["tad.ent_red_thresh"])
     for name, ours in dict(aurocs=result.aurocs, aurs_diffs=result.differences, mi_matrix_diag=result.entropy, ent_red_prop=result.explained).items():
         yield f"tad.{name}", ours, SCORE
     yield "tad.base_rates", arrays["tad.targets"].mean(0), SCORE
