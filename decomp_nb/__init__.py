@@ -70,6 +70,22 @@ _moved = {
     "viz.attribution": {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",
     },
+    "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
+    "methods.decomp_diffusion": {"metrics.separation": "object_shares separation recombination_accuracy"},
+    "metrics.generation": {
+        "components.lpips": "VGGMaps=VGGFeatures load_lpips",
+        "metrics.extractors": "damage OwnExtractor train_extractor ScriptExtractor load_extractor SceneExtractor "
+                              "scene_extractor",
+    },
+    "metrics.disentanglement": {
+        "metrics.boosting": "Split best_split halves grow_tree",
+        "metrics.guessing": "BetaVAE FactorVAE",
+        "metrics.attributes": "TAD tad",
+    },
+    "metrics.probing": {"metrics.probing": "split_by_group=split_groups"},
+    "metrics.concepts": {
+        "metrics.concepts": "coverage=class_shares mutual_information_score=normalized_mutual_info_score",
+    },
 }
 
 

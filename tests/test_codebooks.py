@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from decomp_nb.components import codebooks, decoders, solvers
-from decomp_nb.components.codebooks import DVAE, PerceptualDistance, VQAutoencoder, VQLatents, build_space, vgg_distance, vq_model
+from decomp_nb.components.codebooks import DVAE, VQAutoencoder, VQLatents, build_space, vq_model
+from decomp_nb.components.lpips import PerceptualDistance, vgg_distance
 from decomp_nb.components.diffusion import make_scheduler
 from decomp_nb.components.latents import cache_latents
 from decomp_nb.core import sample

@@ -259,7 +259,7 @@ def test_clip_judge_is_clip(judges):
     with torch.no_grad(): out = model(**tok(["a photo of red square", "a photo of castle"], padding=True, return_tensors="pt"), pixel_values=(images[..., 8:40] / 2 + 0.5 - mean) / std)
     scores = judge.scores(images)
     torch.testing.assert_close(scores, out.image_embeds @ out.text_embeds.T, atol=1e-5, rtol=1e-4)
-    assert judge.scores(torch.rand(2, 3, 64, 96)).shape == (2, 2) and judge.threshold == 0.3 and metrics.coverage(scores, judge.epsilon).sum() == 1
+    assert judge.scores(torch.rand(2, 3, 64, 96)).shape == (2, 2) and judge.threshold == 0.3 and metrics.class_shares(scores, judge.epsilon).sum() == 1
     assert metrics.threshold_accuracy(scores, -1.0) == 1 and metrics.threshold_accuracy(scores, 1.01) == 0
 
 

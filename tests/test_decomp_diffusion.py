@@ -12,8 +12,9 @@ from decomp_nb.components.diffusion import signal_and_noise
 from decomp_nb.components.text import tiny_pipeline
 from decomp_nb.components.vectors import SpatialSoftmax
 from decomp_nb.core import Factors, recombine, sample
-from decomp_nb.methods.decomp_diffusion import (DecompDiffusion, ddim_invert, decode_across, decomp_diffusion_preset, decomp_sampler, keep_mask, object_shares, orthogonality,
-                                                recombination_accuracy, separation, swap_across)
+from decomp_nb.methods.decomp_diffusion import (DecompDiffusion, ddim_invert, decode_across, decomp_diffusion_preset, decomp_sampler, keep_mask, orthogonality,
+                                                swap_across)
+from decomp_nb.metrics.separation import object_shares, recombination_accuracy, separation
 from decomp_nb.training.trainer import Run
 
 ROOT = Path(__file__).resolve().parents[1]

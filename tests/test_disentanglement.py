@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from decomp_nb.metrics import disentanglement as dis
+from decomp_nb.metrics.attributes import tad
 
 SIZES = (4, 3, 5)
 FEW = dict(train=250, test=120, batch=16)
@@ -168,10 +169,10 @@ def test_tad_of_known_detectors():
     random = np.random.default_rng(0)
     codes = random.uniform(size=(2000, 4))
     attributes = np.stack([codes[:, 0] > 0.5, codes[:, 1] < 0.3, codes[:, 1] < 0.3, random.random(2000) < 0.5], 1).astype(int)
-    result = dis.tad(codes, attributes)
+    result = tad(codes, attributes)
     assert result.counts.tolist() == [True, False, False, False] and result.captured == 1  # 1 and 2 explain each other, 3 is a coin
     assert result.aurocs[0].argmax() == 0 and result.aurocs[1].argmax() == 1 and result.score == pytest.approx(result.differences[0])
-    assert (dis.tad(codes * 0.1, attributes).aurocs == 0.5).all()  # codes that hardly move detect nothing
+    assert (tad(codes * 0.1, attributes).aurocs == 0.5).all()  # codes that hardly move detect nothing
 
 
 # bad input
@@ -197,5 +198,5 @@ def test_bad_input(codes, factors, options, message):
 
 
 def test_bad_attributes():
-    with pytest.raises(ValueError, match="attribute 1 is the same in all 5 rows"): dis.tad(np.eye(5), np.array([[0, 1, 0, 1, 0], [1, 1, 1, 1, 1]]).T)
-    with pytest.raises(ValueError, match="0 or 1"): dis.tad(np.eye(5), np.arange(5)[:, None])
+    with pytest.raises(ValueError, match="attribute 1 is the same in all 5 rows"): tad(np.eye(5), np.array([[0, 1, 0, 1, 0], [1, 1, 1, 1, 1]]).T)
+    with pytest.raises(ValueError, match="0 or 1"): tad(np.eye(5), np.arange(5)[:, None])

@@ -3,16 +3,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from decomp_nb.components import lpips
 from decomp_nb.core import shipped
+from decomp_nb.metrics import extractors, generation
 from decomp_nb.worlds.scenes import Scenes
-from decomp_nb.metrics import generation
 
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
-def common() -> generation.SceneExtractor: return generation.scene_extractor()
+def common() -> extractors.SceneExtractor: return extractors.scene_extractor()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_scores_are_named_after_the_extractor(common, photos):
 def test_shipped_extractor_is_small_fixed_and_sees_what_is_there(common, photos):
     file = shipped("scene_extractor") / "model.safetensors"
     assert file.stat().st_size < 300 * 1024 and not any(p.requires_grad for p in common.parameters())
-    assert torch.equal(common(photos[:4]), generation.scene_extractor()(photos[:4])) and common(photos[:4]).shape == (4, 64)
+    assert torch.equal(common(photos[:4]), extractors.scene_extractor()(photos[:4])) and common(photos[:4]).shape == (4, 64)
     assert common(F.interpolate(photos[:2], (64, 64))).shape == (2, 64)
     real, other = photos[:80], photos[80:]
     def fid(x): return generation.distribution_scores(common, x, real)["FID (scene extractor)"]
@@ -65,12 +66,12 @@ def test_shipped_extractor_is_small_fixed_and_sees_what_is_there(common, photos)
 
 def test_perceptual_distance(common, photos):
     x, y = photos[:16], photos[16:32]
-    near, far = (generation.lpips(torch.lerp(x, y, t), x, common) for t in (0.1, 0.7))
-    assert (generation.lpips(x, x, common) == 0).all() and (near < far).all() and near.shape == (16,)
-    torch.testing.assert_close(generation.lpips(x, y, common), generation.lpips(y, x, common, batch_size=5))
+    near, far = (lpips.lpips(torch.lerp(x, y, t), x, common) for t in (0.1, 0.7))
+    assert (lpips.lpips(x, x, common) == 0).all() and (near < far).all() and near.shape == (16,)
+    torch.testing.assert_close(lpips.lpips(x, y, common), lpips.lpips(y, x, common, batch_size=5))
     scores = generation.reconstruction_scores(y, x, perceptual=common)
-    assert scores["LPIPS (scene extractor)"] == pytest.approx(generation.lpips(y, x, common).mean().item()) and "fg_psnr" not in scores
-    with pytest.raises(ValueError, match="differ in shape"): generation.lpips(x, y[:3], common)
+    assert scores["LPIPS (scene extractor)"] == pytest.approx(lpips.lpips(y, x, common).mean().item()) and "fg_psnr" not in scores
+    with pytest.raises(ValueError, match="differ in shape"): lpips.lpips(x, y[:3], common)
 
 
 def test_perceptual_distance_by_hand():
@@ -82,14 +83,14 @@ def test_perceptual_distance_by_hand():
     for a, b, w in zip(Twice().maps(x), Twice().maps(y), Twice.weights):
         a, b = (v[0].flatten(1).T / v[0].flatten(1).norm(dim=0)[:, None] for v in (a, b))
         expected += ((a - b) ** 2 @ w).mean()
-    torch.testing.assert_close(generation.lpips(x, y, Twice()), expected.double()[None])
+    torch.testing.assert_close(lpips.lpips(x, y, Twice()), expected.double()[None])
 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     "Files in the layout of the official weights, with random numbers"
     folder, widths = tmp_path_factory.mktemp("vgg"), (64, 128, 256, 512, 512)
-    with torch.device("meta"): shapes = generation.VGGMaps().state_dict()
+    with torch.device("meta"): shapes = lpips.VGGFeatures().state_dict()
     state = {name: torch.randn(v.shape, generator=rng()) * (0.02 if v.ndim == 4 else 0.1) for name, v in shapes.items()}
     torch.save(state | {"classifier.6.bias": torch.zeros(1000)}, folder / "vgg16.pth")
     torch.save({f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(widths)}, folder / "lin.pth")
@@ -98,7 +99,7 @@ def official(tmp_path_factory):
 
 def test_official_layout(official, photos):
     folder, state = official
-    network = generation.load_lpips(folder / "vgg16.pth", folder / "lin.pth")
+    network = lpips.load_lpips(folder / "vgg16.pth", folder / "lin.pth")
     x, y = photos[:2], photos[2:4]
     def layers(v):  # VGG16, written out
         v, found, i = (v - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[:, None, None], [], 0
@@ -111,14 +112,14 @@ def test_official_layout(official, photos):
     for i, (a, b) in enumerate(zip(layers(x), layers(y))):
         a, b = (F.normalize(v, dim=1) for v in (a, b))
         expected = expected + F.conv2d((a - b) ** 2, lin[f"lin{i}.model.1.weight"]).mean((1, 2, 3))
-    torch.testing.assert_close(generation.lpips(x, y, network), expected.double(), rtol=1e-4, atol=1e-7)
-    assert network.name == "VGG16" and "all weights 1" in generation.load_lpips(folder / "vgg16.pth").name
+    torch.testing.assert_close(lpips.lpips(x, y, network), expected.double(), rtol=1e-4, atol=1e-7)
+    assert network.name == "VGG16" and "all weights 1" in lpips.load_lpips(folder / "vgg16.pth").name
 
 
 def test_wrong_weights(official, tmp_path):
     folder, _ = official
-    with pytest.raises(FileNotFoundError, match="official weights have to lie on this machine"): generation.load_lpips(tmp_path / "vgg16.pth")
-    with pytest.raises(ValueError, match="is no VGG16: features.0.weight"): generation.load_lpips(folder / "lin.pth")
-    with pytest.raises(ValueError, match="LPIPS of VGG16 needs"): generation.load_lpips(folder / "vgg16.pth", folder / "vgg16.pth")
+    with pytest.raises(FileNotFoundError, match="official weights have to lie on this machine"): lpips.load_lpips(tmp_path / "vgg16.pth")
+    with pytest.raises(ValueError, match="is no VGG16: features.0.weight"): lpips.load_lpips(folder / "lin.pth")
+    with pytest.raises(ValueError, match="LPIPS of VGG16 needs"): lpips.load_lpips(folder / "vgg16.pth", folder / "vgg16.pth")
     (tmp_path / "broken.pth").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="broken.pth is no state dict"): generation.load_lpips(tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match="broken.pth is no state dict"): lpips.load_lpips(tmp_path / "broken.pth")

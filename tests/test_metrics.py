@@ -2,6 +2,7 @@
 import json
 import math
 import time
+from importlib import import_module
 from itertools import permutations
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from reference_metrics import loop_scores
 
-from decomp_nb.metrics import generation, probing
+from decomp_nb.metrics import extractors, generation, probing
 from decomp_nb.metrics import segmentation as seg
 from decomp_nb.metrics.tables import Spread, Table, spread, spread_of_runs, write_results
 
@@ -193,10 +194,10 @@ def test_probe_is_repeatable_and_leaves_the_random_state_alone():
 
 def test_groups_stay_together():
     groups = torch.randint(0, 20, (300,), generator=rng())
-    train, test = probing.split_by_group(groups, 0.25, seed=1)
+    train, test = probing.split_groups(groups, 0.25, seed=1)
     assert sorted([*train.tolist(), *test.tolist()]) == list(range(300)) and not set(groups[train].tolist()) & set(groups[test].tolist())
     assert len(groups[test].unique()) == 5
-    with pytest.raises(ValueError, match="at least 2 groups"): probing.split_by_group(torch.zeros(5))
+    with pytest.raises(ValueError, match="at least 2 groups"): probing.split_groups(torch.zeros(5))
 
 
 def test_scaling_uses_the_training_rows_only():
@@ -288,16 +289,16 @@ def test_kid_is_unbiased():
 
 def test_own_extractor_tells_spoilt_pictures():
     real = photos(160, 32)
-    extractor = generation.train_extractor(real[:80], steps=40, batch_size=28)
+    extractor = extractors.train_extractor(real[:80], steps=40, batch_size=28)
     clean, noisy = (generation.distribution_scores(extractor, x, real[:80]) for x in (real[80:], real[80:] + 0.2 * torch.randn(80, 3, 32, 32, generator=rng(1))))
     assert all("own extractor" in name and clean[name] < noisy[name] for name in clean)
     assert not any(p.requires_grad for p in extractor.parameters())
 
 
 def test_missing_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match="TorchScript"): generation.load_extractor(tmp_path / "inception.pt")
+    with pytest.raises(FileNotFoundError, match="TorchScript"): extractors.load_extractor(tmp_path / "inception.pt")
     (tmp_path / "broken.pt").write_bytes(b"not a network")
-    with pytest.raises(ValueError, match="broken.pt is not a TorchScript file"): generation.load_extractor(tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match="broken.pt is not a TorchScript file"): extractors.load_extractor(tmp_path / "broken.pt")
 
 
 # tables
@@ -312,3 +313,17 @@ def test_spread_and_table(tmp_path):
     assert json.loads(file.read_text()) == {"runs": {"a": {"mean": 1.5, "std": pytest.approx(0.7071, abs=1e-4), "n": 2}, "b": {"mean": 5.0, "std": None, "n": 1}},
                                             "nothing": None, "tensor": [0, 1, 2]}
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+# names
+
+@pytest.mark.parametrize("module, old, new", [
+    ("metrics.generation", "train_extractor", "metrics.extractors.train_extractor"), ("metrics.generation", "VGGMaps", "components.lpips.VGGFeatures"),
+    ("components.codebooks", "vgg_distance", "components.lpips.vgg_distance"), ("methods.decomp_diffusion", "separation", "metrics.separation.separation"),
+    ("metrics.disentanglement", "tad", "metrics.attributes.tad"), ("metrics.disentanglement", "best_split", "metrics.boosting.best_split"),
+    ("metrics.probing", "split_by_group", "metrics.probing.split_groups"), ("metrics.concepts", "coverage", "metrics.concepts.class_shares")])
+def test_old_names_work_for_one_version(module, old, new):
+    place, name = new.rsplit(".", 1)
+    with pytest.warns(DeprecationWarning, match=f"{old} is now decomp_nb.{new}"): found = getattr(import_module(f"decomp_nb.{module}"), old)
+    assert found is getattr(import_module(f"decomp_nb.{place}"), name)
+    with pytest.raises(AttributeError, match="no_such_name"): import_module(f"decomp_nb.{module}").no_such_name  # noqa: B018

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from .latents import KLLatents, Pixels, build_latents, find_autoencoder, level_channels
 
 # %% auto #0
-__all__ = ['nearest_codes', 'quantise', 'codebook_loss', 'vq_model', 'spread_codes', 'PerceptualDistance', 'VggFeatures',
-           'vgg_distance', 'VQAutoencoder', 'VQLatents', 'build_space', 'gumbel_softmax', 'cosine_cooling',
-           'NormedConv', 'DVAE']
+__all__ = ['nearest_codes', 'quantise', 'codebook_loss', 'vq_model', 'spread_codes', 'VQAutoencoder', 'VQLatents', 'build_space',
+           'gumbel_softmax', 'cosine_cooling', 'NormedConv', 'DVAE']
 
 # %% ../../nbs/components/codebooks.ipynb #nearest-export
 def nearest_codes(
@@ -78,76 +77,13 @@ def spread_codes(vq, images: Tensor, generator: torch.Generator | None = None) -
     "Put the codes of a `VQModel` onto latents of `images`, drawn at random, with a little noise where there are fewer latents than codes"
     latents = vq.encode(images).latents.movedim(1, -1).flatten(0, -2)
     book = vq.quantize.embedding.weight
-    chosen = torch.randint(len(latents), (len(book),), generator=generator).to(latents.device) if len(latents) < len(book) else torch.randperm(
-        len(latents), generator=generator).to(latents.device)[:len(book)]
+    if len(latents) < len(book):
+        chosen = torch.randint(len(latents), (len(book),), generator=generator)
+    else:
+        chosen = torch.randperm(len(latents), generator=generator)[:len(book)]
+    chosen = chosen.to(latents.device)
     jitter = 0.05 * latents.std() * torch.randn(book.shape, generator=generator).to(book)
     book.copy_(latents[chosen] + jitter)
-
-# %% ../../nbs/components/codebooks.ipynb #lpips-export
-class PerceptualDistance(nn.Module):
-    "LPIPS with any feature extractor, frozen: pictures `(b,3,h,w)` in [−1,1] → distance `(b,)`"
-    def __init__(
-        self,
-        extractor: Callable[[Tensor], Sequence[Tensor]],  # pictures in [−1,1] → feature maps `(b,c_l,h_l,w_l)`
-        weights: Sequence[Tensor] | None = None,  # `(c_l,)` ≥ 0 for each map, the published heads; None: all 1
-    ):
-        super().__init__()
-        self.extractor, self.n_weights = extractor, len(weights or ())
-        if isinstance(extractor, nn.Module): extractor.requires_grad_(False).eval()
-        for i, w in enumerate(weights or ()): self.register_buffer(f"weight{i}", w.detach().flatten().clone())
-
-    def train(self, mode: bool = True) -> PerceptualDistance:
-        "Stays in evaluation mode"
-        return super().train(False)
-
-    def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        "Distance of every pair `(b,)`"
-        total = 0.0
-        pairs = list(zip(self.extractor(images), self.extractor(reference), strict=True))
-        if self.n_weights not in (0, len(pairs)): raise ValueError(f"weights: {self.n_weights} for {len(pairs)} feature maps")
-        for i, (a, b) in enumerate(pairs):
-            unit = lambda f: f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10)
-            gap = (unit(a) - unit(b)).square()
-            if self.n_weights: gap = gap * getattr(self, f"weight{i}")[:, None, None]
-            total = total + gap.sum(1).mean((1, 2))
-        return total
-
-# %% ../../nbs/components/codebooks.ipynb #vgg-export
-class VggFeatures(nn.Module):
-    "The five feature maps of VGG-16 that LPIPS compares; weights in torchvision's key names (`features.0.weight` …)"
-    def __init__(self):
-        super().__init__()
-        self.features, before, at = nn.ModuleDict(), 3, 0
-        self.plan = []  # ("conv", name) | ("out",) | ("pool",)
-        for width, n in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-            for _ in range(n):
-                self.features[str(at)] = nn.Conv2d(before, width, 3, padding=1)
-                self.plan.append(str(at))
-                before, at = width, at + 2
-            self.plan.append("out")
-            at += 1
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        "Pictures `(b,3,h,w)` in [−1,1], sides of at least 16, → five maps at full, half … sixteenth resolution"
-        x, found = (images - self.shift) / self.scale, []
-        for what in self.plan:
-            if what != "out": x = F.relu(self.features[what](x))
-            else:
-                found.append(x)
-                x = F.max_pool2d(x, 2) if len(found) < 5 else x
-        return found
-
-
-def vgg_distance(vgg: dict[str, Tensor], heads: dict[str, Tensor] | None = None) -> PerceptualDistance:
-    "LPIPS from the state dicts of torchvision's VGG-16 and of the `lpips` heads (`lin0.model.1.weight` …); a key that is missing is named"
-    network = VggFeatures()
-    wanted = network.state_dict()
-    missing = [k for k in wanted if k not in vgg]
-    if missing: raise ValueError(f"vgg: no {', '.join(missing[:4])} in the weights; expected torchvision's vgg16, whose keys begin with 'features.'")
-    network.load_state_dict({k: vgg[k] for k in wanted})
-    return PerceptualDistance(network, None if heads is None else [heads[f"lin{i}.model.1.weight"] for i in range(5)])
 
 # %% ../../nbs/components/codebooks.ipynb #training-export
 class VQAutoencoder(nn.Module):

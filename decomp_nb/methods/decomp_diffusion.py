@@ -27,8 +27,7 @@ from ..viz.figures import Film, film
 # %% auto #0
 __all__ = ['DECOMP_SCHEDULE', 'composition_weights', 'Mixture', 'mixture', 'code_cosines', 'orthogonality', 'early_weight',
            'UnitPixels', 'ClippedDDIM', 'OfficialDDPM', 'decomp_sampler', 'ddim_invert', 'DecompDiffusion', 'keep_mask',
-           'check_partners', 'decode_across', 'swap_across', 'object_shares', 'separation', 'recombination_accuracy',
-           'decomp_diffusion_preset']
+           'check_partners', 'decode_across', 'swap_across', 'decomp_diffusion_preset']
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #weights-export
 def composition_weights(
@@ -458,8 +457,10 @@ def check_partners(models: Sequence[DecompDiffusion]) -> None:
                                             prediction_type=m.scheduler.config.prediction_type)
     for i, other in enumerate(models[1:], 1):
         for name, value in told(first).items():
-            if told(other)[name] != value: raise ValueError(f"models 0 and {i} cannot be combined: {name} is {value} and {told(other)[name]}; both must agree")
-        if not torch.allclose(first.scheduler.alphas_cumprod, other.scheduler.alphas_cumprod): raise ValueError(f"models 0 and {i} cannot be combined: their noise schedules differ")
+            if told(other)[name] != value:
+                raise ValueError(f"models 0 and {i} cannot be combined: {name} is {value} and {told(other)[name]}; both must agree")
+        if not torch.allclose(first.scheduler.alphas_cumprod, other.scheduler.alphas_cumprod):
+            raise ValueError(f"models 0 and {i} cannot be combined: their noise schedules differ")
 
 
 @torch.no_grad()
@@ -487,60 +488,6 @@ def swap_across(one: DecompDiffusion, other: DecompDiffusion, a: Tensor, b: Tens
     keep = keep_mask(keep, one.n_factors)
     with torch.no_grad(): chosen = [(m, m.encode(x).pick(mask)) for m, x, mask in ((one, a, keep), (other, b, ~keep)) if mask.any()]
     return decode_across([m for m, _ in chosen], [f for _, f in chosen], **options)
-
-# %% ../../nbs/methods/decomp_diffusion.ipynb #shares-export
-def object_shares(
-    components: Tensor,  # `(b,k,3,h,w)`, each component's picture
-    images: Tensor,  # `(b,3,h,w)`
-    masks: Tensor,  # `(b,h,w)`, 0 = background, i = object i
-    *,
-    ground: float | Tensor = -1.0,  # what is seen where nothing is: a grey level or a picture `(3,h,w)`
-) -> Tensor:
-    "How far component k shows object i, `(b,k,n)`: 0 = only ground is there, 1 = the object as in the picture; NaN where there is no such object"
-    contrast = images - ground
-    here = F.one_hot(masks.long())[..., 1:].to(images)  # (b,h,w,n)
-    shown = torch.einsum("bkchw,bchw,bhwn->bkn", components - ground, contrast, here)
-    return shown / torch.einsum("bchw,bhwn->bn", contrast.square(), here)[:, None]
-
-
-def separation(
-    components: Tensor,  # `(b,k,3,h,w)`
-    images: Tensor, masks: Tensor,
-    *,
-    ground: float | Tensor = -1.0,
-    threshold: float = 0.5,  # share from which an object counts as shown
-) -> dict[str, Tensor]:
-    """Have the objects come apart? Per picture `(b,)`: `separated` (every object in exactly one component, no component with two, none of them
-    missing one where there are enough objects, no ghosts), and `once`, the share of objects that exactly one component shows."""
-    shares = object_shares(components, images, masks, ground=ground)
-    there, shown = ~shares.isnan().any(1), shares.nan_to_num() > threshold
-    per_object, per_component = shown.sum(1), shown.sum(2)
-    once = ((per_object == 1) & there).sum(1) / there.sum(1)
-    enough = (per_component == 1).sum(1) == torch.minimum(there.sum(1), torch.tensor(components.shape[1]))
-    own = components.flatten(3).median(-1).values[..., None, None]  # a component may colour the ground as a whole, others colour it back: that is no ghost
-    outside = ((components - own).square().sum(2) * (masks == 0)[:, None]).sum((2, 3))  # paint where no object is
-    typical = ((images - ground).square().sum(1) * (masks > 0)).sum((1, 2)) / there.sum(1)
-    ghostless = (outside < threshold * typical[:, None]).all(1)
-    return {"separated": (once == 1) & enough & ghostless, "once": once, "ghosts": ~ghostless}
-
-
-def recombination_accuracy(
-    drawn: Tensor,  # `(b,3,h,w)`, recombined pictures
-    shares: tuple[Tensor, Tensor],  # `object_shares` of the two sources
-    images: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor],
-    keep: Tensor,  # `(k,)`, true where the component is the first source's
-    *,
-    ground: float | Tensor = -1.0, threshold: float = 0.5,
-) -> Tensor:
-    "Share `(b,)` of right objects: those of the components taken from a source are there, those of the components left behind are not; what another object may cover is not asked"
-    right, asked = torch.zeros(len(drawn)), torch.zeros(len(drawn))
-    for i in (0, 1):
-        shown = object_shares(drawn[:, None], images[i], masks[i] * (masks[1 - i] == 0), ground=ground)[:, 0]
-        mine = shares[i].nan_to_num(-1).argmax(1)  # the component that shows each object
-        n = min(shown.shape[-1], mine.shape[-1])
-        expected, known = (keep if i == 0 else ~keep)[mine[:, :n]], ~shown[:, :n].isnan() & ~shares[i][:, 0, :n].isnan()
-        right, asked = right + ((shown[:, :n] > threshold) == expected).logical_and(known).sum(1), asked + known.sum(1)
-    return right / asked
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #preset-export
 def decomp_diffusion_preset(

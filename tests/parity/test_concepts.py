@@ -307,7 +307,7 @@ def check_eval(r, case):
     scores = {"clip": metrics.clip_scores(r.given(case, "clip_image_features"), r.given(case, "clip_text_features")), "resnet": r.given(case, "resnet_logits_targets")}
     assert sorted(r.given(case, "resnet_target_indices").tolist()) == info["resnet"]["target_labels_sorted"]
     for kind, s in scores.items():
-        said, q = info[kind], metrics.coverage(s, epsilon=1e-8 if kind == "resnet" else 0.0)
+        said, q = info[kind], metrics.class_shares(s, epsilon=1e-8 if kind == "resnet" else 0.0)
         close(q.float(), torch.tensor(said["q"][0]), 1e-6, f"{kind} q")
         assert f"{100 * metrics.threshold_accuracy(s, said['threshold']):.2f}" == said["printed_acc_percent"], kind
         kl = metrics.official_kl(q)

@@ -14,6 +14,7 @@ import pytest
 from recorded import processor, recorded_like_here
 
 from decomp_nb.metrics import disentanglement as dis
+from decomp_nb.metrics.attributes import tad
 
 EXACT, SCORE, SOLVER = 0.0, 1e-6, 0.02  # SOLVER: readers that iterate, as the README of the data says
 # The same trees where another processor rounds exp and log differently: equal splits change their order. Weights that
@@ -160,7 +161,7 @@ def tree_tolerance(folder: Path, boosting: str, kind: str) -> float:
 
 def attributes(folder: Path) -> Iterator:
     arrays, values = read(folder)
-    result = dis.tad(arrays["tad.latents"], arrays["tad.targets"], min_auroc=values["tad.thresh"], max_explained=values["tad.ent_red_thresh"])
+    result = tad(arrays["tad.latents"], arrays["tad.targets"], min_auroc=values["tad.thresh"], max_explained=values["tad.ent_red_thresh"])
     for name, ours in dict(aurocs=result.aurocs, aurs_diffs=result.differences, mi_matrix_diag=result.entropy, ent_red_prop=result.explained).items():
         yield f"tad.{name}", ours, SCORE
     yield "tad.base_rates", arrays["tad.targets"].mean(0), SCORE
