@@ -9,7 +9,8 @@ import pytest
 import timed
 
 BEGIN = time.monotonic()
-LONGEST = ("test_launch", "test_trainer", "test_disdiff_runs", "test_slot_runs", "test_runs", "test_concepts", "test_decomp_diffusion", "test_viz")
+LONGEST = ("test_launch", "test_cluster", "test_recipes", "test_trainer", "test_rehearsal", "test_disdiff_runs", "test_slot_runs", "test_runs",
+           "test_concepts", "test_decomp_diffusion", "test_compare", "test_viz")
 
 
 def place(item: pytest.Item) -> int:
