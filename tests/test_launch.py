@@ -15,7 +15,7 @@ import pytest
 
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.launch import main, take_parameters
-from decomp_nb.training.parameters import gather_values, parameters, parse_parameters
+from decomp_nb.training.parameters import check_trackers, gather_values, parameters, parse_parameters
 from decomp_nb.training.slurm import sbatch_script
 from launch_toys import COMMAND, PATIENCE, ROOT, SAVES, alive, fake, slurm_environment, start, text_of, wait_for, write_notebook
 
@@ -49,6 +49,8 @@ def test_lists_what_a_notebook_accepts(toy, capsys):
     (["toy.ipynb"], ["is the notebook itself"]),
     (["--nproc", "0"], ["--nproc 0"]),
     (["-p", "lr", "inf"], ["'lr'", "not a finite number"]),
+    (["--timeout", "-5"], ["--timeout must be at least 0"]),
+    (["--timeout", "nan"], ["--timeout must be at least 0"]),
     (["-f", "twice.yaml"], ["twice.yaml", "'steps' is set twice"]),
     (["--kernel", "fortran"], ["--kernel fortran", "there are:", f"runs in {sys.executable}"]),
     (["--nodes", "2", "--rendezvous", "localhost:29500"], ["--node-rank must number this machine, from 0 to 1"]),
@@ -84,6 +86,19 @@ def test_limits_of_training_options_are_known(toy, capsys):
                             (["learning_rate", "inf"], "not a finite number"), (["trackers", "no_such"], "'no_such' is not installed")]:
         assert main(["run", "train.ipynb", "-p", *words]) == 2
         assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("out_dir", " ", "out_dir: is empty"), ("seed", str(2**64), "seed: "), ("model_options", "{[1]: 2}", "expects dict"),
+    ("model_options", "[" * 10**5, "expects dict")])
+def test_odd_values_are_refused(name, text, expected):
+    with pytest.raises(ValueError, match=expected):
+        gather_values(parameters(ROOT / "nbs" / "train_lsd.ipynb"), [], [(name, text)])
+
+
+def test_a_tracker_with_a_point_in_its_name_is_refused():
+    with pytest.raises(ValueError, match="'no.such' is not installed"):
+        check_trackers("no.such")
 
 
 def test_a_short_run_is_no_mistake():

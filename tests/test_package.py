@@ -137,6 +137,12 @@ def test_version_is_that_of_the_settings():
     assert decomp_nb.__version__ == settings()["version"]
 
 
+def test_no_merge_was_left_half_done():
+    files = [*ROOT.glob("*.*"), *(ROOT / "papermill_runs").glob("*.*"), *ROOT.glob("[ntd]*/**/*.py"), *ROOT.glob("nbs/**/*.ipynb")]
+    marked = [path for path in files if path.is_file() and re.search(rb"^[ \"]*(<{7}|>{7}) ", path.read_bytes(), re.M)]
+    assert not marked and len(files) > 100
+
+
 def test_requirements_are_ranges_and_constraints_are_exact():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all("==" in line for line in lines)
