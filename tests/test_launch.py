@@ -16,6 +16,7 @@ import pytest
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.launch import main, take_parameters
 from decomp_nb.training.parameters import check_trackers, gather_values, parameters, parse_parameters
+from decomp_nb.training.processes import Rank, last_line
 from decomp_nb.training.slurm import sbatch_script
 from launch_toys import COMMAND, PATIENCE, ROOT, SAVES, alive, fake, slurm_environment, start, text_of, wait_for, write_notebook
 
@@ -283,6 +284,15 @@ print('sum', ones.item(), 'steps', steps, 'cpu', os.environ['ACCELERATE_USE_CPU'
     assert process.returncode == 0, err
     assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
     assert sorted(p.name for p in tmp_path.glob("*.ipynb")) == ["out.ipynb", "toy.ipynb"] and out.count("executed notebook:") == 1
+
+
+def test_a_killed_rank_names_the_signal(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    process.wait()
+    log = tmp_path / "rank1.txt"
+    log.write_text("40 pictures to learn from\n")
+    reason = Rank(1, process, tmp_path / "rank1.ipynb", log, tmp_path / "report1.txt").reason()
+    assert last_line(reason).startswith("ended by SIGKILL") and "40 pictures" in reason
 
 
 def test_one_dead_rank_stops_the_others(tmp_path):
