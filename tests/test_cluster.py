@@ -251,6 +251,28 @@ def test_slurm_writes_what_the_cluster_wants(toy, capsys):
     assert main(["slurm", "toy.ipynb", "--nodes", "0"]) == 2 and main(["slurm", "toy.ipynb", "-p", "stepz", "1"]) == 2
 
 
+def test_slurm_refuses_before_the_queue(toy, capsys):
+    Path("wrong.yaml").write_text("stepz: 3")
+    before = toy.read_bytes()
+    for words, expected in [(["-f", "wrong.yaml"], "unknown parameter 'stepz'"), (["-f", "missing.yaml"], "no recipe at"),
+                            (["-o", "toy.ipynb"], "is what the job reads"), (["--account", "a\nb"], "leave out quotes and line breaks")]:
+        assert main(["slurm", "toy.ipynb", *words]) == 2 and expected in capsys.readouterr().err
+    assert toy.read_bytes() == before and not Path("toy.sbatch").exists()
+
+
+def test_slurm_survives_odd_names(toy, tmp_path):
+    odd = toy.rename(tmp_path / 'my $(touch harm) "toy".ipynb')
+    assert main(["slurm", odd.name, "-o", "job.sbatch", "-p", "name", "a\ntouch harm\n'b'", "--partition", "two words", "--gpus", "0"]) == 0
+    script = Path("job.sbatch").read_text()
+    assert {"#SBATCH --job-name=my_touch_harm_toy_", '#SBATCH --partition="two words"'} <= set(script.splitlines())
+    environment = slurm_environment(tmp_path / "bin")
+    fake(tmp_path / "bin", "decomp_nb", 'printf "<%s>" "$@"')
+    job = subprocess.run(["bash", "job.sbatch"], env=environment, capture_output=True, text=True)
+    assert job.returncode == 0, job.stderr
+    assert f"<run><{odd.name}><papermill_runs/out/my_touch_harm_toy_-local.ipynb><-p><name><a\ntouch harm\n'b'>" in job.stdout
+    assert not Path("harm").exists()
+
+
 @pytest.mark.parametrize("image, expected", [("torch.sif", "apptainer exec --nv torch.sif decomp_nb run"),
                                              ("nvcr.io#nvidia/pytorch:25.01", "--container-image='nvcr.io#nvidia/pytorch:25.01' ")])
 def test_slurm_containers(toy, image, expected):

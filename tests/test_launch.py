@@ -15,7 +15,8 @@ import pytest
 
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.launch import main, take_parameters
-from decomp_nb.training.parameters import gather_values, parameters, parse_parameters
+from decomp_nb.training.parameters import check_trackers, gather_values, parameters, parse_parameters
+from decomp_nb.training.processes import Rank, last_line
 from decomp_nb.training.slurm import sbatch_script
 from launch_toys import COMMAND, PATIENCE, ROOT, SAVES, alive, fake, slurm_environment, start, text_of, wait_for, write_notebook
 
@@ -49,6 +50,8 @@ def test_lists_what_a_notebook_accepts(toy, capsys):
     (["toy.ipynb"], ["is the notebook itself"]),
     (["--nproc", "0"], ["--nproc 0"]),
     (["-p", "lr", "inf"], ["'lr'", "not a finite number"]),
+    (["--timeout", "-5"], ["--timeout must be at least 0"]),
+    (["--timeout", "nan"], ["--timeout must be at least 0"]),
     (["-f", "twice.yaml"], ["twice.yaml", "'steps' is set twice"]),
     (["--kernel", "fortran"], ["--kernel fortran", "there are:", f"runs in {sys.executable}"]),
     (["--nodes", "2", "--rendezvous", "localhost:29500"], ["--node-rank must number this machine, from 0 to 1"]),
@@ -84,6 +87,19 @@ def test_limits_of_training_options_are_known(toy, capsys):
                             (["learning_rate", "inf"], "not a finite number"), (["trackers", "no_such"], "'no_such' is not installed")]:
         assert main(["run", "train.ipynb", "-p", *words]) == 2
         assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("out_dir", " ", "out_dir: is empty"), ("seed", str(2**64), "seed: "), ("model_options", "{[1]: 2}", "expects dict"),
+    ("model_options", "[" * 10**5, "expects dict")])
+def test_odd_values_are_refused(name, text, expected):
+    with pytest.raises(ValueError, match=expected):
+        gather_values(parameters(ROOT / "nbs" / "train_lsd.ipynb"), [], [(name, text)])
+
+
+def test_a_tracker_with_a_point_in_its_name_is_refused():
+    with pytest.raises(ValueError, match="'no.such' is not installed"):
+        check_trackers("no.such")
 
 
 def test_a_short_run_is_no_mistake():
@@ -268,6 +284,15 @@ print('sum', ones.item(), 'steps', steps, 'cpu', os.environ['ACCELERATE_USE_CPU'
     assert process.returncode == 0, err
     assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
     assert sorted(p.name for p in tmp_path.glob("*.ipynb")) == ["out.ipynb", "toy.ipynb"] and out.count("executed notebook:") == 1
+
+
+def test_a_killed_rank_names_the_signal(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    process.wait()
+    log = tmp_path / "rank1.txt"
+    log.write_text("40 pictures to learn from\n")
+    reason = Rank(1, process, tmp_path / "rank1.ipynb", log, tmp_path / "report1.txt").reason()
+    assert last_line(reason).startswith("ended by SIGKILL") and "40 pictures" in reason
 
 
 def test_one_dead_rank_stops_the_others(tmp_path):

@@ -1,5 +1,6 @@
 "The package as a whole: exported from the notebooks as they are, light to import, honest about its names."
 import ast
+import builtins
 import filecmp
 import importlib
 import os
@@ -135,6 +136,21 @@ def distribution(requirement: str) -> str:
 
 def test_version_is_that_of_the_settings():
     assert decomp_nb.__version__ == settings()["version"]
+
+
+def test_the_readme_imports_what_it_uses():
+    example = "\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S))
+    nodes = list(ast.walk(ast.parse(example)))
+    known = {alias.asname or alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    assert used and used <= known, used - known
+
+
+def test_no_merge_was_left_half_done():
+    files = [*ROOT.glob("*.*"), *(ROOT / "papermill_runs").glob("*.*"), *ROOT.glob("[ntd]*/**/*.py"), *ROOT.glob("nbs/**/*.ipynb")]
+    marked = [path for path in files if path.is_file() and re.search(rb"^[ \"]*(<{7}|>{7}) ", path.read_bytes(), re.M)]
+    assert not marked and len(files) > 100
 
 
 def test_requirements_are_ranges_and_constraints_are_exact():

@@ -68,7 +68,7 @@ class TrainConfig:
     "How to train: steps, optimiser, precision, logging, checkpoints. Types are checked on creation, ranges by `validate`"
     # the run
     out_dir: str = option("papermill_runs/out/run", "run directory; relative paths start at the project root")
-    seed: int = option(0, "decides noise, timesteps and the order of the images", low=0)
+    seed: int = option(0, "decides noise, timesteps and the order of the images", low=0, high=2**63 - 1)
     max_steps: int = option(3000, "optimiser steps; the learning-rate schedule spans them, or as many as max_minutes allows", low=1)
     max_minutes: float = option(0.0, "stop after this many minutes of training, resumed time included; 0: no limit", low=0)
     # the batch
@@ -172,6 +172,7 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
         raise ValueError(f"{field.name}: {value!r} is not one of {', '.join(limits['choices'])}{nearest(value, list(limits['choices']))}")
+    if field.name == "out_dir" and not value.strip(): raise ValueError("out_dir: is empty; name a folder for the run")
     if isinstance(value, float) and value != value: raise ValueError(f"{field.name}: is not a number")
     if limits["low"] is not None and value < limits["low"]: raise ValueError(f"{field.name}: {value} is below {limits['low']}")
     if limits["high"] is not None and value > limits["high"]: raise ValueError(f"{field.name}: {value} is above {limits['high']}")

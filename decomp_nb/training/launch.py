@@ -135,11 +135,14 @@ def make_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/training/launch.ipynb #launch-write-sbatch
 def write_sbatch(args: argparse.Namespace, accepted: Parameters, argv: list[str]) -> int:
     "Write the batch script and say how to submit it"
+    gather_values(accepted, args.f, args.p)  # what a recipe says wrongly is refused now, not after the queue
     values = gather_values(accepted, [], args.p)
     allocation = Allocation(**{name: getattr(args, name) for name in Allocation._fields})
     if allocation.nodes < 1 or allocation.cpus < 1 or allocation.gpus < 0:
         raise ValueError("--nodes and --cpus must be at least 1, --gpus at least 0")
     path = Path(args.sbatch or f"{Path(args.notebook).stem}.sbatch")
+    if any(path.exists() and path.samefile(source) for source in (args.notebook, *args.f)):
+        raise ValueError(f"batch script {path} is what the job reads; give another name")
     made_by = shlex.join(["decomp_nb", *argv])
     script = sbatch_script(args.notebook, accepted, values, args.f, allocation, made_by)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +161,8 @@ def check_paths(notebook: Path, output: Path) -> None:
 
 def read_layout(args: argparse.Namespace) -> Layout:
     "Processes and machines of the command line; what does not fit together is refused"
+    if not args.timeout >= 0 or not args.rendezvous_timeout > 0:
+        raise ValueError("--timeout must be at least 0 seconds, --rendezvous-timeout more than 0")
     if args.nproc < 1 or args.nodes < 1:
         raise ValueError(f"--nproc {args.nproc} --nodes {args.nodes}: at least 1 process on 1 machine is needed")
     if args.nodes == 1:

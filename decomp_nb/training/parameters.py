@@ -162,7 +162,7 @@ def first_reading(text: str, allowed: list[type]) -> Any:
     for kind in [kind for kind in allowed if kind is not str]:
         try:
             return read_text(text, kind)
-        except (ValueError, KeyError, SyntaxError):
+        except (ValueError, KeyError, SyntaxError, TypeError, RecursionError):
             continue
     return text
 
@@ -223,7 +223,7 @@ def check_together(accepted: Parameters, values: dict) -> None:
 def check_trackers(trackers: str) -> None:
     "Trackers are optional packages: refuse a missing one before the training starts, not after the model is built"
     for name in re.split(r"[,\s]+", trackers):
-        if name and importlib.util.find_spec(name) is None:
+        if name and ("." in name or importlib.util.find_spec(name) is None):
             raise ValueError(f"trackers: {name!r} is not installed; install it (pip install {name}) or leave it out")
 
 # %% ../../nbs/training/parameters.ipynb #parameters-yaml

@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['NAMES', 'CLEARLY_FASTER', 'choose_precision', 'native_bf16', 'trial_step', 'time_steps', 'trial_seconds',
-           'processor_name', 'machine_name', 'Precision', 'recorded_choice', 'settle_precision']
+__all__ = ['NAMES', 'CLEARLY_FASTER', 'choose_precision', 'native_bf16', 'trial_step', 'fine_clock', 'time_steps',
+           'trial_seconds', 'processor_name', 'machine_name', 'Precision', 'recorded_choice', 'settle_precision']
 
 # %% ../../nbs/training/precision.ipynb #precision-choice-export
 NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -78,17 +78,24 @@ def trial_step(
     return step
 
 # %% ../../nbs/training/precision.ipynb #precision-time-export
+def fine_clock() -> Callable[[], float]:
+    "Processor time of this thread, which other programs do not stretch; the clock on the wall where the former is coarse"
+    with contextlib.suppress(ValueError):
+        if time.get_clock_info("thread_time").resolution < 1e-4: return time.thread_time
+    return time.perf_counter
+
 def time_steps(
     single: Callable[[], Any],     # a step in float32
     half: Callable[[], Any],       # the same in bfloat16
     budget: float = 0.2,           # seconds
-    now: Callable[[], float] = time.perf_counter,
+    now: Callable[[], float] | None = None,  # clock; None: `fine_clock`
 ) -> tuple[float, float]:
     "Shortest time of each of two steps, in seconds; ends early when `half` is more than twice as slow"
     def timed(step) -> float:
         begin = now()
         step()
         return now() - begin
+    now = now or fine_clock()
     begin = now()
     single()  # the first call of each chooses kernels and is not timed
     best, other = timed(single), timed(half)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -116,7 +117,11 @@ class Rank(NamedTuple):
         if self.report.exists():
             return self.report.read_text(encoding="utf-8")
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
-        return text[-4000:] or f"ended with exit code {self.process.returncode}"
+        code = self.process.returncode
+        if code is not None and code < 0:  # what it printed before does not tell
+            killer = f"ended by {signal.Signals(-code).name}, not by itself"
+            return f"{text[-4000:].rstrip()}\n{killer}; when memory ran out, a smaller batch_size helps".lstrip()
+        return text[-4000:] or f"ended with exit code {code}"
 
 
 def start_rank(number: int, command: list, environment: dict[str, str], output: Path, folder: Path) -> Rank:

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/slurm.ipynb #slurm-imports
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +14,8 @@ from .kernel import STOPPED
 from .parameters import Parameters
 
 # %% auto #0
-__all__ = ['ONE_GPU', 'SBATCH', 'RENDEZVOUS', 'Allocation', 'directives', 'container_words', 'task_words', 'run_words',
-           'sbatch_script']
+__all__ = ['ONE_GPU', 'SBATCH', 'RENDEZVOUS', 'Allocation', 'one_word', 'directives', 'container_words', 'task_words',
+           'run_words', 'sbatch_script']
 
 # %% ../../nbs/training/slurm.ipynb #slurm-allocation
 class Allocation(NamedTuple):
@@ -38,6 +39,14 @@ class Allocation(NamedTuple):
 ONE_GPU = Allocation()
 
 # %% ../../nbs/training/slurm.ipynb #slurm-directives
+def one_word(value: str | int) -> str:
+    "A value as sbatch reads it: in quotes where it holds a space"
+    text = str(value)
+    if not text.isprintable() or '"' in text:
+        raise ValueError(f"a batch script cannot hold the value {text!r}: leave out quotes and line breaks")
+    return f'"{text}"' if " " in text else text
+
+
 def directives(name: str, job: Allocation) -> str:
     "The #SBATCH lines of a job"
     wanted = {"gpus-per-node": job.gpus, "mem": job.memory, "partition": job.partition, "account": job.account,
@@ -45,8 +54,8 @@ def directives(name: str, job: Allocation) -> str:
     logs = "slurm-%x-%A_%a.log" if job.array else "slurm-%x-%j.log"
     lines = [f"--job-name={name}", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1",
              f"--cpus-per-task={job.cpus * max(1, job.gpus)}"]
-    lines += [f"--{key}={value}" for key, value in wanted.items() if value]
-    lines += [f"--time={job.time}", "--signal=B:USR1@120", "--requeue", "--open-mode=append", f"--output={logs}"]
+    lines += [f"--{key}={one_word(value)}" for key, value in wanted.items() if value]
+    lines += [f"--time={one_word(job.time)}", "--signal=B:USR1@120", "--requeue", "--open-mode=append", f"--output={logs}"]
     return "\n".join(f"#SBATCH {line}" for line in [*lines, *job.options])
 
 # %% ../../nbs/training/slurm.ipynb #slurm-command
@@ -136,6 +145,7 @@ def sbatch_script(
     setup = "".join(f"{line}\n" for line in lines) + (RENDEZVOUS if job.nodes > 1 else "")
     options, prefix = container_words(job.container)
     command = prefix + " ".join(run_words(notebook, accepted, values, recipes, job))
-    name = Path(notebook).stem
+    name = re.sub(r"[^\w.+-]+", "_", Path(notebook).stem)  # stands in file names and between quotes
+    made_by = made_by.replace("\n", " ")  # a remark is one line
     return SBATCH.format(directives=directives(name, job), made_by=made_by, setup=setup, name=name, container=options,
                          command=command, stopped=STOPPED)
