@@ -161,8 +161,8 @@ def _log_axis(axes, name):
     low, high = axis.get_view_interval()
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(LogLocator(subs=(2, 5)))
-    powers = np.floor(np.log10(high)) - np.ceil(np.log10(low)) + 1
-    axis.set_minor_formatter("" if powers > 1 else "{x:g}")  # one power of ten alone says too little
+    lowest, highest = np.log10([low, high])
+    axis.set_minor_formatter("" if highest // 1 > -(-lowest // 1) else "{x:g}")
 
 # %% ../../nbs/viz/plots.ipynb #plots-curve-export
 def curve(
