@@ -70,7 +70,7 @@ def add_run_arguments(run: argparse.ArgumentParser) -> None:
     "Arguments of `decomp_nb run`"
     add_values(run)
     output = "executed notebook (default: papermill_runs/out/<notebook>-<date-time>.ipynb)"
-    check = "rehearse: one step, evaluation and checkpoint; say what the run will take"
+    check = "rehearse: try some steps, one evaluation and one checkpoint; estimate the time of the whole run"
     timeout = "after S seconds ask the notebook to save and stop"
     stopped = f"exit code when a signal came and the notebook saved (default 0; batch scripts take {STOPPED})"
     run.add_argument("output", nargs="?", help=output)
@@ -95,9 +95,9 @@ def add_machine_arguments(run: argparse.ArgumentParser) -> None:
 # %% ../../nbs/training/launch.ipynb #launch-slurm-arguments
 JOB_HELP = {
     "nodes": "machines", "gpus": "GPUs of each machine, one process each", "cpus": "processor cores for each process",
-    "time": "time limit of one attempt", "memory": "memory of each machine, as 120G",
-    "partition": "", "account": "", "qos": "", "constraint": "properties of the machines, as 'a100|h100'",
-    "array": "as 0-4: one task per number, which becomes its seed",
+    "time": "time limit of one attempt", "memory": "memory of each machine, such as 120G",
+    "partition": "", "account": "", "qos": "", "constraint": "properties of the machines, such as 'a100|h100'",
+    "array": "such as 0-4: one task per number, which becomes its seed",
     "container": "image: a .sif file for Apptainer, anything else for pyxis"}
 REPEATED = {"module": ("modules", "module to load"), "setup": ("setup", "shell line before the run"),
             "option": ("options", "further #SBATCH option, as --option=--exclusive")}

@@ -23,11 +23,11 @@ __all__ = ['NAMES', 'CLEARLY_FASTER', 'choose_precision', 'native_bf16', 'trial_
 
 # %% ../../nbs/training/precision.ipynb #precision-choice-export
 NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-CLEARLY_FASTER = 1.2  # so many times as fast as float32: less is not worth the digits
+CLEARLY_FASTER = 1.2  # so many times as fast as float32: less is not worth the lost digits
 
 def choose_precision(
     kind: str,                                     # device: "cpu", "cuda", "mps", …
-    native: bool | None = None,                    # the device's word on whether it has bfloat16
+    native: bool | None = None,                    # whether the device reports bfloat16 instructions
     seconds: tuple[float, float] | None = None,    # a trial step in float32, in bfloat16
 ) -> tuple[str, str]:
     "'bf16' or 'no', and why"

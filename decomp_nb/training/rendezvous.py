@@ -58,7 +58,7 @@ def somebody_answers(host: str, port: int, timeout: float) -> bool:
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-store
 def import_torch_quietly() -> None:
-    "Import torch without its warnings about host names that it cannot look up; its children get them still"
+    "Import torch without its warnings about host names that it cannot look up; child processes still show them"
     if "TORCH_CPP_LOG_LEVEL" in os.environ:
         return
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read once, when torch is imported

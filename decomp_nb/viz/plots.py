@@ -154,14 +154,15 @@ def _name_lines(fig, axes, ends, colours):
 
 
 def _log_axis(axes, name):
-    "Logarithmic, with 0.1, 1, 10 for powers of ten"
+    "Logarithmic, with 0.1, 1, 10 for powers of ten; where there are fewer than two, also 0.2 and 0.5"
     from matplotlib.ticker import LogLocator
     getattr(axes, f"set_{name}scale")("log")
     axis = getattr(axes, f"{name}axis")
     low, high = axis.get_view_interval()
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axis.set_minor_formatter("" if high > 12 * low else "{x:g}")
+    lowest, highest = np.log10([low, high])
+    axis.set_minor_formatter("" if highest // 1 > -(-lowest // 1) else "{x:g}")
 
 # %% ../../nbs/viz/plots.ipynb #plots-curve-export
 def curve(
