@@ -58,6 +58,9 @@ _moved = {
                             "CaptionedScenes concept_task",
         "data.class_folders": "class_folders NumberedPictures",
     },
+    "data.images": {
+        "data.home": "find_data",
+    },
     "data.factors": {
         "worlds.rooms": "shape_maps compose=colour_maps",
         "worlds.sprites": "spoil=corrupt",

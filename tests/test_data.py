@@ -3,7 +3,6 @@ import gzip
 import io
 import json
 import multiprocessing
-import os
 import pickle
 import struct
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from small_data import COLOURS, NAMES, draw, frame, rows, write_clevrtex, write_dump, write_scenes
 
-from decomp_nb.data import images
+from decomp_nb.data import home
 from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
 from decomp_nb.data.images import H5Photos, ImageFolder, crop_box, open_h5, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
 from decomp_nb.data.multi_object import (
@@ -38,7 +37,7 @@ from decomp_nb.data.multi_object import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("DECOMP_DATA", ROOT.parent / "shared" / "data"))
+DATA = home.data_home()
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}: set DECOMP_DATA to the data folder")
 
 # -- scenes of which everything is known -------------------------------------------------------------------------------------------------
@@ -723,7 +722,7 @@ def test_unknown_names_and_options(scenes_file, photos, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="kind='cleverness'.*clevrtex"): open_dataset(photos, kind="cleverness")
     with pytest.raises(ValueError): open_dataset("shapes", colour="red")
     assert len(open_dataset("../shared/data/scenes.h5", split="all")) == 12  # relative names are looked for in the data folder
-    assert images.find_data("scenes.h5") == tmp_path / "scenes.h5" and images.find_data("nothing") is None
+    assert home.find_data("scenes.h5") == tmp_path / "scenes.h5" and home.find_data("nothing") is None
 
 
 def test_options_reach_the_reader(scenes_file, photos):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .factors import FOLDERS, MPI3D, Cars3D, CelebA, DSprites, Falcor3D, OfficialFolder, Shapes3D, SmallNORB
-from .images import H5Photos, ImageFolder, find_data, open_h5, split_name
+from .home import data_home, find_data
+from .images import H5Photos, ImageFolder, open_h5, split_name
 from .multi_object import RECORD_LAYOUTS, ClevrTex, ClevrWithMasks, H5Edits, H5Scenes, MoviDump, ObjectRecords
 from .natural import CocoScenes, VocScenes
 
@@ -125,6 +126,7 @@ def open_dataset(
     n: int | None = None,  # at most so many items
     seed: int = 0,  # generators: which scenes; files: which items `n` draws
     kind: str | None = None,  # a key of `READERS`; None = found out, see `recognise`
+    home: Path | str | None = None,  # the data folder; None: see `data_home`
     **options,  # what the reader takes besides, e.g. max_objects=6
 ):
     "Open a data set by name or path; whatever does not fit is one clear error that names it"
@@ -135,7 +137,7 @@ def open_dataset(
     if str(name) in GENERATORS and kind is None and not Path(name).exists():
         check_options(GENERATORS[str(name)], options)
         return GENERATORS[str(name)](**({} if size is None else {"size": size}), split=split, n=n, seed=seed, **options)
-    path = _existing(name, [*KINDS, *GENERATORS])
+    path = _existing(name, [*KINDS, *GENERATORS], home)
     if kind not in (None, *READERS): raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(READERS)}")
     whole = kind in ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", "coco", "voc", *FOLDERS)  # kinds of folders, whatever else lies there
     inside = sorted(path.iterdir()) if path.is_dir() and not whole else []
@@ -149,16 +151,14 @@ def open_dataset(
     return READERS[kind](path, **({} if size is None else {"size": size}), split=split, n=n, seed=seed, **options)
 
 
-def _existing(name: str | Path, kinds: list[str]) -> Path:
+def _existing(name: str | Path, kinds: list[str], home: Path | str | None = None) -> Path:
     path = Path(name).expanduser()
     if path.exists(): return path
-    if not path.is_absolute():
-        inside = re.sub(r"^(\.\./)*shared/data/", "", path.as_posix())
-        if (found := find_data(inside)) is not None: return found
+    if not path.is_absolute() and (found := find_data(path, home)): return found
     near = difflib.get_close_matches(str(name), kinds, 1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise FileNotFoundError(f"no data set {str(name)!r}. {hint}It is no generator ({', '.join(kinds)}), and there is no such file or "
-                            f"folder, neither here nor in the data folder ({os.environ.get('DECOMP_DATA') or '../shared/data'})")
+                            f"folder, neither here nor in the data folder ({data_home(home)}): set DECOMP_DATA, see data/home")
 
 # %% ../../nbs/data/catalog.ipynb #check-image-export
 def check_image(item: dict, size: int, name: str = "the data set") -> None:

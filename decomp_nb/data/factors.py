@@ -20,14 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .home import cache_folder
 from .images import LazyH5, choose, image_groups, list_images, open_h5, read_image, resize_crop, split_by_group, split_name, to_image_tensor
 from ..worlds.rooms import SHAPE_NAMES, colour_maps, draw_maps, hue_colours
 from ..worlds.sprites import CORRUPTIONS, SPRITE_SHAPES, corrupt, sprite, swirls
 
 # %% auto #0
-__all__ = ['GRIDS', 'FOLDERS', 'FactorGrid', 'sub_grid', 'FactorImages', 'split_rows', 'Shapes3D', 'cache_folder', 'H5Images',
-           'NpzImages', 'npz_array', 'DSprites', 'official_resize', 'picture_reader', 'MPI3D', 'Cars3D', 'read_norb',
-           'SmallNORB', 'Falcor3D', 'CelebA', 'OfficialFolder']
+__all__ = ['GRIDS', 'FOLDERS', 'FactorGrid', 'sub_grid', 'FactorImages', 'split_rows', 'Shapes3D', 'H5Images', 'NpzImages',
+           'npz_array', 'DSprites', 'official_resize', 'picture_reader', 'MPI3D', 'Cars3D', 'read_norb', 'SmallNORB',
+           'Falcor3D', 'CelebA', 'OfficialFolder']
 
 # %% ../../nbs/data/factors.ipynb #grid-export
 class FactorGrid:
@@ -207,10 +208,6 @@ def _room_maps(sizes: Sequence[int], size: int, samples: int, cache: Path | str 
         return maps.half().float()  # the same pictures with and without the file
     return maps
 
-
-def cache_folder() -> Path:
-    "Where drawn maps and unpacked archives are kept: `$DECOMP_CACHE`, else the user's cache folder"
-    return Path(os.environ.get("DECOMP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decomp_nb")
 
 # %% ../../nbs/data/factors.ipynb #shapes3d-files
 def _open_shapes(path: Path):

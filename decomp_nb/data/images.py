@@ -20,16 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['find_data', 'to_rgb', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'split_name', 'split_by_group',
-           'choose', 'list_images', 'image_groups', 'evenly', 'ImageFolder', 'open_h5', 'LazyH5', 'stored_split',
-           'H5Photos']
-
-# %% ../../nbs/data/images.ipynb #find-data-export
-def find_data(name: str = "") -> Path | None:
-    "`name` inside the data folder, or None; the folder is `$DECOMP_DATA`, else `shared/data` in the nearest parent directory that has one"
-    own, here = os.environ.get("DECOMP_DATA"), Path.cwd()
-    roots = [Path(own)] if own else [p / "shared" / "data" for p in (here, *here.parents)]
-    return next((root / name for root in roots if (root / name).exists()), None)
+__all__ = ['to_rgb', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'split_name', 'split_by_group', 'choose',
+           'list_images', 'image_groups', 'evenly', 'ImageFolder', 'open_h5', 'LazyH5', 'stored_split', 'H5Photos']
 
 # %% ../../nbs/data/images.ipynb #to-rgb-export
 def to_rgb(picture: Image.Image) -> Image.Image:
