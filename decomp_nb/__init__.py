@@ -60,6 +60,8 @@ _moved = {
     },
     "data.images": {
         "data.home": "find_data",
+        "data.hdf5": "open_h5 LazyH5 stored_split H5Photos",
+        "data.reader": "choose=subsample",
     },
     "data.factors": {
         "worlds.rooms": "shape_maps compose=colour_maps",

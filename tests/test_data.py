@@ -17,7 +17,8 @@ from small_data import COLOURS, NAMES, draw, frame, rows, write_clevrtex, write_
 
 from decomp_nb.data import home
 from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
-from decomp_nb.data.images import H5Photos, ImageFolder, crop_box, open_h5, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
+from decomp_nb.data.hdf5 import H5Photos, open_h5
+from decomp_nb.data.images import ImageFolder, crop_box, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
 from decomp_nb.data.multi_object import (
     RECORD_LAYOUTS,
     ClevrTex,

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from decomp_nb.data.hdf5 import open_h5
 from decomp_nb.data.home import data_home
-from decomp_nb.data.images import open_h5
 from decomp_nb.worlds.blocks import BLOCK
 from decomp_nb.worlds.clevr import Clevr, label_clevr, project, render_clevr
 from decomp_nb.worlds.colours import COLORS, draw_background, hsv_to_rgb, nearest_colour, render_background, texture

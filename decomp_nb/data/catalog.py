@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from .factors import FOLDERS, MPI3D, Cars3D, CelebA, DSprites, Falcor3D, OfficialFolder, Shapes3D, SmallNORB
+from .hdf5 import H5Photos, open_h5
 from .home import data_home, find_data
-from .images import H5Photos, ImageFolder, open_h5, split_name
+from .images import ImageFolder
 from .multi_object import RECORD_LAYOUTS, ClevrTex, ClevrWithMasks, H5Edits, H5Scenes, MoviDump, ObjectRecords
 from .natural import CocoScenes, VocScenes
+from .reader import split_name
 
 # %% auto #0
 __all__ = ['READERS', 'GENERATORS', 'recognise', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',

@@ -13,8 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .images import choose, evenly, read_image, resize_crop, split_name, to_image_tensor
+from .images import read_image, resize_crop, to_image_tensor
 from .multi_object import read_json, read_labels
+from .reader import Reader, split_name, subsample
 
 # %% auto #0
 __all__ = ['VOC_CLASSES', 'cut_alike', 'unpack_runs', 'mask_of_runs', 'mask_of_polygons', 'mask_of', 'CocoScenes',
@@ -83,7 +84,7 @@ def mask_of(segmentation, height: int, width: int) -> np.ndarray:
     return mask_of_runs(unpack_runs(runs) if isinstance(runs, str) else runs, height, width)
 
 # %% ../../nbs/data/natural.ipynb #coco-export
-class CocoScenes:
+class CocoScenes(Reader):
     "COCO 2017: `images/{train,val}2017/*.jpg` and `annotations/instances_{train,val}2017.json`"
 
     def __init__(
@@ -115,12 +116,10 @@ class CocoScenes:
         self.max_objects = max_objects or max(max(instances.values(), default=0), 1)
         too_many = next((p["file_name"] for p in pictures if instances[p["id"]] > self.max_objects), None)
         if too_many: raise ValueError(f"{too_many} has more than max_objects={self.max_objects} instances: raise it")
-        self.pictures = choose(pictures, n, seed)
-
-    def __len__(self) -> int: return len(self.pictures)
+        self.index = subsample(pictures, n, seed)
 
     def __getitem__(self, i: int) -> dict:
-        info = self.pictures[i]
+        info = self.index[i]
         picture = read_image(self.path / "images" / f"{self.split}2017" / info["file_name"])
         w, h = picture.size
         masks, classes, count, crowd, kinds = np.zeros((h, w), np.int64), np.zeros((h, w), np.int64), np.zeros((h, w), np.int64), np.zeros((h, w), bool), []
@@ -133,10 +132,6 @@ class CocoScenes:
             count += here
         item = cut_alike(picture, {"masks": masks, "class_masks": classes, "ignore": (count > 1) | (crowd & (count == 0))}, self.size, slide=self.slide, flip=self.flip, name=info["file_name"])
         return item | instance_labels(item["masks"], kinds, self.max_objects) | {"image_id": Path(info["file_name"]).stem}
-
-    def check(self, n: int | None = None) -> int:
-        "Read all pictures, or `n` spread evenly; the first that cannot be read raises an error naming it; returns how many were read"
-        return sum(1 for i in evenly(len(self), n) if self[i])
 
     def __repr__(self) -> str: return f"CocoScenes({self.path.name!r}: {len(self)} pictures, {self.size} px, ≤ {self.max_objects} instances, split {self.split})"
 
@@ -151,7 +146,7 @@ VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "
                "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
 
 
-class VocScenes:
+class VocScenes(Reader):
     "Pascal VOC 2012 segmentation: pictures, class masks, and instance masks where the split has them"
 
     def __init__(
@@ -175,14 +170,12 @@ class VocScenes:
         if self.split is None: raise ValueError(f"split={split!r}: {self.lists} has no list {' or '.join(f'{w}.txt' for w in wanted)}; there are {', '.join(sorted(p.stem for p in self.lists.glob('*.txt')))}")
         names = (self.lists / f"{self.split}.txt").read_text().split()
         if not names: raise ValueError(f"{self.lists / self.split}.txt is empty")
-        self.names = choose(names, n, seed)
+        self.index = subsample(names, n, seed)
         self.has_objects = self.split != "trainaug"
         self.factor_names = {"class": ["none", *VOC_CLASSES[1:]]}
 
-    def __len__(self) -> int: return len(self.names)
-
     def __getitem__(self, i: int) -> dict:
-        name = self.names[i]
+        name = self.index[i]
         picture = read_image(self.folder / f"{name}.jpg")
         augmented = self.path / "SegmentationClassAug" / f"{name}.png"
         classes = read_labels(augmented if self.split == "trainaug" and augmented.is_file() else self.path / "SegmentationClass" / f"{name}.png")
@@ -198,9 +191,5 @@ class VocScenes:
             kinds = [int(np.bincount(classes[(objects == j) & ~void], minlength=1).argmax()) if ((objects == j) & ~void).any() else 0 for j in range(1, int(objects.max()) + 1)]
             item |= instance_labels(item["masks"], kinds, self.max_objects)
         return item | {"image_id": name}
-
-    def check(self, n: int | None = None) -> int:
-        "Read all pictures, or `n` spread evenly; the first that cannot be read raises an error naming it; returns how many were read"
-        return sum(1 for i in evenly(len(self), n) if self[i])
 
     def __repr__(self) -> str: return f"VocScenes({self.path.name!r}: {len(self)} pictures, {self.size} px, list {self.split})"
