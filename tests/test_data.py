@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from small_data import COLOURS, NAMES, draw, frame, rows, write_clevrtex, write_dump, write_scenes
 
 from decomp_nb.data import home
-from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
+from decomp_nb.data.catalog import detect_format, open_dataset, validate_dataset
 from decomp_nb.data.hdf5 import H5Photos, open_h5
 from decomp_nb.data.images import ImageFolder, crop_box, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
 from decomp_nb.data.multi_object import (
@@ -689,12 +689,12 @@ def test_movi_bad_files(tmp_path):
 # -- catalog -----------------------------------------------------------------------------------------------------------------------------
 
 def test_recognise(tmp_path, photos):
-    assert recognise(photos) == "images" and recognise(write_clevrtex(tmp_path / "t", 1)) == "clevrtex"
-    assert recognise(write_scenes(tmp_path / "s.h5")) == "h5_scenes" and recognise(write_video(tmp_path / "v.hdf5")) == "h5_scenes"
-    assert recognise(write_edits(tmp_path / "e.h5")) == "h5_edits" and recognise(write_photos(tmp_path / "p.h5")) == "h5_photos"
-    for layout in ("lsd", "slot_diffusion", "steve"): assert recognise(write_dump(tmp_path / layout, layout, range(1), 1)) == "movi"
+    assert detect_format(photos) == "images" and detect_format(write_clevrtex(tmp_path / "t", 1)) == "clevrtex"
+    assert detect_format(write_scenes(tmp_path / "s.h5")) == "h5_scenes" and detect_format(write_video(tmp_path / "v.hdf5")) == "h5_scenes"
+    assert detect_format(write_edits(tmp_path / "e.h5")) == "h5_edits" and detect_format(write_photos(tmp_path / "p.h5")) == "h5_photos"
+    for layout in ("lsd", "slot_diffusion", "steve"): assert detect_format(write_dump(tmp_path / layout, layout, range(1), 1)) == "movi"
     (tmp_path / "data.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="data.npz is no data set: expected .h5"): recognise(tmp_path / "data.npz")
+    with pytest.raises(ValueError, match="data.npz is no data set: expected .h5"): detect_format(tmp_path / "data.npz")
 
 
 def test_split_files(tmp_path):
