@@ -58,6 +58,14 @@ _moved = {
                             "CaptionedScenes concept_task",
         "data.class_folders": "class_folders NumberedPictures",
     },
+    "data.catalog": {
+        "data.catalog": "recognise=detect_format",
+    },
+    "data.images": {
+        "data.home": "find_data",
+        "data.hdf5": "open_h5 LazyH5 stored_split H5Photos",
+        "data.reader": "choose=subsample",
+    },
     "data.factors": {
         "worlds.rooms": "shape_maps compose=colour_maps",
         "worlds.sprites": "spoil=corrupt",

@@ -9,6 +9,9 @@ import pytest
 import timed
 
 BEGIN = time.monotonic()
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # a checkout with real data beside it
+if DATA.is_dir():
+    os.environ.setdefault("DECOMP_DATA", str(DATA))
 LONGEST = ("test_launch", "test_cluster", "test_recipes", "test_trainer", "test_rehearsal", "test_disdiff_runs", "test_slot_runs", "test_runs",
            "test_concepts", "test_decomp_diffusion", "test_compare", "test_viz")
 

@@ -151,7 +151,7 @@ def write_pictures(folder: Path, names: list[str], side: int = 64) -> None:
 
 
 def write_data(data: Path) -> None:
-    "`../data`: what users download, each set with a few pictures"
+    "The data folder: what users download, each set with a few pictures"
     write_cars(data / "cars")
     write_celeba(data / "celeba")
     write_coco(data / "coco", train=(8, 9, 10))
@@ -178,8 +178,8 @@ def write_farm(farm: Path) -> Path:
         "clevrtex_proc/clevrtex_proc_train",
         "clevrtex_proc/clevrtex_proc_val",
     ):
-        (farm / "shared" / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        write_scenes(farm / "shared" / "data" / f"{name}.h5", 40, 64, counts=(2, 3, 4))
+        (farm / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_scenes(farm / "data" / f"{name}.h5", 40, 64, counts=(2, 3, 4))
     project.mkdir()
     (project / "settings.ini").write_text("[DEFAULT]\n")
     write_stable_diffusion(project / "stabilityai" / "stable-diffusion-2-1", "v_prediction", 96)

@@ -3,7 +3,6 @@ import gzip
 import io
 import json
 import multiprocessing
-import os
 import pickle
 import struct
 from pathlib import Path
@@ -16,9 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from small_data import COLOURS, NAMES, draw, frame, rows, write_clevrtex, write_dump, write_scenes
 
-from decomp_nb.data import images
-from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
-from decomp_nb.data.images import H5Photos, ImageFolder, crop_box, open_h5, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
+from decomp_nb.data import home
+from decomp_nb.data.catalog import detect_format, open_dataset, validate_dataset
+from decomp_nb.data.hdf5 import H5Photos, open_h5
+from decomp_nb.data.images import ImageFolder, crop_box, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
 from decomp_nb.data.multi_object import (
     RECORD_LAYOUTS,
     ClevrTex,
@@ -38,7 +38,7 @@ from decomp_nb.data.multi_object import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("DECOMP_DATA", ROOT.parent / "shared" / "data"))
+DATA = home.data_home()
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}: set DECOMP_DATA to the data folder")
 
 # -- scenes of which everything is known -------------------------------------------------------------------------------------------------
@@ -689,12 +689,12 @@ def test_movi_bad_files(tmp_path):
 # -- catalog -----------------------------------------------------------------------------------------------------------------------------
 
 def test_recognise(tmp_path, photos):
-    assert recognise(photos) == "images" and recognise(write_clevrtex(tmp_path / "t", 1)) == "clevrtex"
-    assert recognise(write_scenes(tmp_path / "s.h5")) == "h5_scenes" and recognise(write_video(tmp_path / "v.hdf5")) == "h5_scenes"
-    assert recognise(write_edits(tmp_path / "e.h5")) == "h5_edits" and recognise(write_photos(tmp_path / "p.h5")) == "h5_photos"
-    for layout in ("lsd", "slot_diffusion", "steve"): assert recognise(write_dump(tmp_path / layout, layout, range(1), 1)) == "movi"
+    assert detect_format(photos) == "images" and detect_format(write_clevrtex(tmp_path / "t", 1)) == "clevrtex"
+    assert detect_format(write_scenes(tmp_path / "s.h5")) == "h5_scenes" and detect_format(write_video(tmp_path / "v.hdf5")) == "h5_scenes"
+    assert detect_format(write_edits(tmp_path / "e.h5")) == "h5_edits" and detect_format(write_photos(tmp_path / "p.h5")) == "h5_photos"
+    for layout in ("lsd", "slot_diffusion", "steve"): assert detect_format(write_dump(tmp_path / layout, layout, range(1), 1)) == "movi"
     (tmp_path / "data.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="data.npz is no data set: expected .h5"): recognise(tmp_path / "data.npz")
+    with pytest.raises(ValueError, match="data.npz is no data set: expected .h5"): detect_format(tmp_path / "data.npz")
 
 
 def test_split_files(tmp_path):
@@ -723,7 +723,7 @@ def test_unknown_names_and_options(scenes_file, photos, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="kind='cleverness'.*clevrtex"): open_dataset(photos, kind="cleverness")
     with pytest.raises(ValueError): open_dataset("shapes", colour="red")
     assert len(open_dataset("../shared/data/scenes.h5", split="all")) == 12  # relative names are looked for in the data folder
-    assert images.find_data("scenes.h5") == tmp_path / "scenes.h5" and images.find_data("nothing") is None
+    assert home.find_data("scenes.h5") == tmp_path / "scenes.h5" and home.find_data("nothing") is None
 
 
 def test_options_reach_the_reader(scenes_file, photos):

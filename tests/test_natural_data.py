@@ -7,7 +7,7 @@ import torch
 from small_data import packed, runs_of, write_coco, write_voc
 
 from decomp_nb.data import natural
-from decomp_nb.data.catalog import open_dataset, recognise, validate_dataset
+from decomp_nb.data.catalog import detect_format, open_dataset, validate_dataset
 from decomp_nb.data.natural import CocoScenes, VocScenes
 
 
@@ -115,7 +115,7 @@ def test_voc_names_what_is_wrong(voc):
 
 def check_catalog(folder, kind, **options):
     "The catalog recognises the folder, and opens it with the options of the recipes"
-    assert recognise(folder) == kind
+    assert detect_format(folder) == kind
     train, val = (open_dataset(folder, kind=kind, size=24, split=split, **options) for split in ("train", "val"))
     validate_dataset(train, image_size=24, batch_size=1)
     assert "class_masks" in train[0] and {"masks", "class_masks", "ignore"} <= set(val[0]) and type(open_dataset(folder, size=24)) is type(val)

@@ -247,6 +247,8 @@ BREAKS = [
     (hygiene.ignored_as_it_should_be, lambda root: (root / ".gitignore").write_text("*.yaml\n"), "does not cover .venv/x"),
     (hygiene.ignored_as_it_should_be, lambda root: (root / ".gitignore").write_text("*.yaml\n"), "hides papermill_runs/recipes/x.yaml"),
     (hygiene.ignored_as_it_should_be, track_generated, "build/x.py is in git"),
+    (hygiene.data_has_a_public_home, has("data/a.py", "HOME = '../shared/data'"), "decomp_nb/data/a.py names shared/data"),
+    (hygiene.data_has_a_public_home, lambda root: save(root, notebook("core", cell("code", "a", "open('shared/data/x')"))), "nbs/core.ipynb"),
 ]
 
 

@@ -18,7 +18,7 @@ def project(tmp_path_factory):
 def farm(project, monkeypatch):
     "The project folder as a user has it, with the data beside it"
     monkeypatch.chdir(project)
-    monkeypatch.delenv("DECOMP_DATA", raising=False)
+    monkeypatch.setenv("DECOMP_DATA", str(project.parent / "data"))
     monkeypatch.setenv("DECOMP_CACHE", str(project / "cache"))
     monkeypatch.setitem(
         factors.GRIDS,

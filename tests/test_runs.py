@@ -1,6 +1,5 @@
 "Every run notebook, headless, from the repository root and in miniature: train → run directory → evaluate."
 import json
-import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from warm_kernel import warm
 
+from decomp_nb.data.home import data_home
 from decomp_nb.training.trainer import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def test_stable_lsd_runs_from_local_folders(tmp_path):
     assert Run(tmp_path / "run").config["model"]["_class_name"] == "StableLSD"
 
 
-@pytest.mark.skipif(not (Path(os.environ.get("DECOMP_DATA", ROOT.parent / "shared" / "data")) / "clevr").is_dir(), reason="no data at DECOMP_DATA (default ../shared/data)")
+@pytest.mark.skipif(not (data_home() / "clevr").is_dir(), reason="no clevr in the data folder: set DECOMP_DATA")
 def test_real_files_go_the_same_way(tmp_path):
-    data = Path(os.environ.get("DECOMP_DATA", ROOT.parent / "shared" / "data")) / "clevr" / "clevr6_tiny64.h5"
+    data = data_home() / "clevr" / "clevr6_tiny64.h5"
     execute("train_lsd", tmp_path, out_dir=str(tmp_path / "run"), data=str(data), n_images=0, preset="tiny", eval_scenes=6, sample_steps=2, eval_seeds=1, **QUICK)

@@ -1,13 +1,12 @@
 "Procedural scenes: contract, determinism, exact factors, agreement of the ray tracer with stored renders, bad input"
-import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from decomp_nb.data.images import open_h5
+from decomp_nb.data.hdf5 import open_h5
+from decomp_nb.data.home import data_home
 from decomp_nb.worlds.blocks import BLOCK
 from decomp_nb.worlds.clevr import Clevr, label_clevr, project, render_clevr
 from decomp_nb.worlds.colours import COLORS, draw_background, hsv_to_rgb, nearest_colour, render_background, texture
@@ -17,7 +16,7 @@ from decomp_nb.worlds.scenes import KINDS, VARIANTS, Scenes
 from decomp_nb.worlds.shading import CLEVR_COLORS
 from decomp_nb.worlds.shapes import SHAPES, signed_distance
 
-DATA = Path(os.environ.get("DECOMP_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+DATA = data_home()
 CASES = {"shapes": {}, "shapes-32": {"size": 32, "min_visible": 5}, "textured_shapes": {}, "textured_shapes-objects": {"foreground": "textured"},
          "tetrominoes": {"size": 32}, "tetrominoes-35": {"size": 35}, "toy_squares": {}, "clevr_scenes": {"size": 32}}
 CASES |= {f"shapes-{name}": {"variant": name} for name in VARIANTS}

@@ -515,9 +515,18 @@ def ignored_as_it_should_be(root: Path = ROOT):
     yield from (f"{p} is in git, though .gitignore names it" for p in git(root, "ls-files", "-ci", "--exclude-standard").splitlines())
 
 
+def data_has_a_public_home(root: Path = ROOT):
+    "Users have no folder shared/data: pages, package and recipes name data relative to the data folder, see data/home"
+    files = [path for folder in ("nbs", "decomp_nb", "papermill_runs") for path in (root / folder).rglob("*")]
+    for path in sorted(files):
+        ours = path.suffix in (".ipynb", ".py", ".yaml", ".md", ".sbatch") and not {"out", ".ipynb_checkpoints"} & set(path.parts)
+        if ours and path.is_file() and "shared/data" in path.read_text(encoding="utf-8"):
+            yield f"{path.relative_to(root)} names shared/data"
+
+
 PROJECT_RULES = [
     definitions_are_shown, layers_hold, nothing_is_unpickled, no_torchvision, sidebar_is_complete, site_configuration_is_linked,
-    readme_is_current, ignored_as_it_should_be,
+    readme_is_current, ignored_as_it_should_be, data_has_a_public_home,
 ]
 
 

@@ -16,202 +16,300 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .factors import FOLDERS, MPI3D, Cars3D, CelebA, DSprites, Falcor3D, OfficialFolder, Shapes3D, SmallNORB
-from .images import H5Photos, ImageFolder, find_data, open_h5, split_name
+from .hdf5 import H5Photos, open_h5
+from .home import data_home, find_data
+from .images import ImageFolder
 from .multi_object import RECORD_LAYOUTS, ClevrTex, ClevrWithMasks, H5Edits, H5Scenes, MoviDump, ObjectRecords
 from .natural import CocoScenes, VocScenes
+from .reader import split_name
 
 # %% auto #0
-__all__ = ['READERS', 'GENERATORS', 'recognise', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',
+__all__ = ['READERS', 'GENERATORS', 'detect_format', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',
            'check_masks', 'validate_dataset']
 
 # %% ../../nbs/data/catalog.ipynb #readers-export
-READERS = {"images": ImageFolder, "h5_photos": H5Photos, "h5_scenes": H5Scenes, "h5_edits": H5Edits, "clevr_with_masks": ClevrWithMasks,
-           "records": ObjectRecords, "clevrtex": ClevrTex, "movi": MoviDump, "coco": CocoScenes, "voc": VocScenes,
-           "shapes3d": Shapes3D, "dsprites": DSprites, "mpi3d": MPI3D, "cars3d": Cars3D, "smallnorb": SmallNORB, "celeba": CelebA,
-           **{kind: partial(OfficialFolder, kind=kind) for kind in FOLDERS}, "falcor3d": Falcor3D}
-GENERATORS = {"shapes3d": Shapes3D, "dsprites": DSprites, "color_dsprites": partial(DSprites, variant="color"),
-              "noisy_dsprites": partial(DSprites, variant="noise"), "scream_dsprites": partial(DSprites, variant="scream")}
+READERS = {
+    "images": ImageFolder, "h5_photos": H5Photos, "h5_scenes": H5Scenes, "h5_edits": H5Edits,
+    "clevr_with_masks": ClevrWithMasks, "records": ObjectRecords, "clevrtex": ClevrTex, "movi": MoviDump,
+    "coco": CocoScenes, "voc": VocScenes, "shapes3d": Shapes3D, "dsprites": DSprites, "mpi3d": MPI3D,
+    "cars3d": Cars3D, "smallnorb": SmallNORB, "celeba": CelebA,
+    **{kind: partial(OfficialFolder, kind=kind) for kind in FOLDERS}, "falcor3d": Falcor3D,
+}
+GENERATORS = {
+    "shapes3d": Shapes3D,
+    "dsprites": DSprites,
+    "color_dsprites": partial(DSprites, variant="color"),
+    "noisy_dsprites": partial(DSprites, variant="noise"),
+    "scream_dsprites": partial(DSprites, variant="scream"),
+}
+_H5 = (".h5", ".hdf5")
 
 
-def recognise(path: Path | str) -> str:
+def detect_format(path: Path | str) -> str:
     "Kind of data set, a key of `READERS`, that lies at `path`; reads names only, and the keys of an HDF5 file"
     path = Path(path)
-    if path.is_dir(): return _recognise_folder(path)
-    if ".tfrecord" in path.name: return "clevr_with_masks" if _record_layout(path) == "clevr_with_masks" else "records"
-    if path.suffix == ".npz" and zipfile.is_zipfile(path): return _recognise_npz(path)
-    if path.suffix not in (".h5", ".hdf5"):
-        raise ValueError(f"{path} is no data set: expected .h5, .hdf5, .npz, .tfrecords or a folder; put a single picture into a folder")
-    with open_h5(path) as f: keys = list(f)
-    if {"images", "labels"} <= set(keys): return "shapes3d"
+    if path.is_dir():
+        return _format_of_folder(path)
+    if ".tfrecord" in path.name:
+        return "clevr_with_masks" if _record_layout(path) == "clevr_with_masks" else "records"
+    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+        return _format_of_npz(path)
+    if path.suffix in _H5:
+        return _format_of_h5(path)
+    known = ".h5, .hdf5, .npz, .tfrecords or a folder"
+    raise ValueError(f"{path} is no data set: expected {known}; put a single picture into a folder")
+
+# %% ../../nbs/data/catalog.ipynb #formats-export
+_FOLDER_MARKS = [
+    ("list_attr_celeba.txt", "celeba"), ("smallnorb-*-dat.mat", "smallnorb"), ("annotations/instances_*2017.json", "coco"),
+    ("SegmentationClass", "voc"), ("*.mat", "cars3d"), ("cars/*.mat", "cars3d"),
+]
+
+
+def _format_of_folder(path):
+    "By its lists or MATLAB files, else by the first sub-folder that holds pictures"
+    for mark, kind in _FOLDER_MARKS:
+        if any(path.glob(mark)):
+            return kind
+    for _, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        patterns = ("CLEVRTEX_*_??????.png", "*_image.png", "*_mask.png", "*.png", "*.jpg")
+        seen = {p for p in patterns if fnmatch.filter(files, p)}
+        if "CLEVRTEX_*_??????.png" in seen:
+            return "clevrtex"
+        if "*_image.png" in seen or {"*.jpg", "*_mask.png"} <= seen:
+            return "movi"
+        if seen:
+            break
+    return "images"
+
+
+def _format_of_h5(path):
+    with open_h5(path) as f:
+        keys = list(f)
+    if {"images", "labels"} <= set(keys):
+        return "shapes3d"
     for key, kind in {"jpeg": "h5_photos", "edited_object": "h5_edits", "image": "h5_scenes", "video": "h5_scenes"}.items():
-        if key in keys: return kind
+        if key in keys:
+            return kind
     raise ValueError(f"{path} has none of the datasets 'image', 'video', 'jpeg'; it has: {', '.join(keys) or 'nothing'}")
 
-
-def _recognise_npz(path: Path) -> str:
-    with zipfile.ZipFile(path) as archive: arrays = [Path(name).stem for name in archive.namelist()]
-    if "imgs" in arrays: return "dsprites"
-    if "images" in arrays: return "shapes3d" if "3dshapes" in path.name else "mpi3d"
+# %% ../../nbs/data/catalog.ipynb #formats-more-export
+def _format_of_npz(path):
+    with zipfile.ZipFile(path) as archive:
+        arrays = [Path(name).stem for name in archive.namelist()]
+    if "imgs" in arrays:
+        return "dsprites"
+    if "images" in arrays:
+        return "shapes3d" if "3dshapes" in path.name else "mpi3d"
     raise ValueError(f"{path} has none of the arrays 'imgs', 'images'; it has: {', '.join(arrays) or 'nothing'}")
 
 
-def _record_layout(path: Path) -> str:
+def _record_layout(path):
     return next((layout for layout in RECORD_LAYOUTS if layout in path.name), "clevr_with_masks")
-
-
-def _recognise_folder(path: Path) -> str:
-    "By its lists or MATLAB files, else by the first sub-folder that holds pictures"
-    if (path / "list_attr_celeba.txt").is_file(): return "celeba"
-    if any(path.glob("smallnorb-*-dat.mat")): return "smallnorb"
-    if any(path.glob("annotations/instances_*2017.json")): return "coco"
-    if (path / "SegmentationClass").is_dir(): return "voc"
-    if any(path.glob("*.mat")) or any(path.glob("cars/*.mat")): return "cars3d"
-    for _, folders, files in os.walk(path, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        seen = {p for p in ("CLEVRTEX_*_??????.png", "*_image.png", "*_mask.png", "*.png", "*.jpg") if fnmatch.filter(files, p)}
-        if "CLEVRTEX_*_??????.png" in seen: return "clevrtex"
-        if "*_image.png" in seen or {"*.jpg", "*_mask.png"} <= seen: return "movi"
-        if seen: break
-    return "images"
 
 # %% ../../nbs/data/catalog.ipynb #split-file-export
 _OF_SPLIT = re.compile(r"(.+)_(train|val|validation|test)")
 
 
+def _family(file):
+    "Family and split that a file's name tells, such as (clevr6, train); None if it tells none"
+    name = _OF_SPLIT.fullmatch(file.stem)
+    return name and (name[1], split_name(name[2]))
+
+
 def split_file(folder: Path | str, split: str) -> tuple[Path, str]:
     "The HDF5 file in `folder` for `split`, and which split to take of it: `all` if the file is the split"
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".h5", ".hdf5"))
-    if len(files) == 1 and not _OF_SPLIT.fullmatch(files[0].stem): return files[0], split
-    named = {p: (m[1], split_name(m[2])) for p in files if (m := _OF_SPLIT.fullmatch(p.stem))}
-    families = {family for family, its in named.values() if its == "train"}
-    found = [p for p, (_, its) in named.items() if its == split_name(split)]
-    found = [p for p in found if named[p][0] in families] or found
-    if len(found) == 1: return found[0], "all"
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in _H5)
+    if len(files) == 1 and not _family(files[0]):
+        return files[0], split
+    wanted = split_name(split)
+    named = {p: _family(p) for p in files if _family(p)}
+    with_train = {family for family, its in named.values() if its == "train"}
+    found = [p for p, (_, its) in named.items() if its == wanted]
+    found = [p for p in found if named[p][0] in with_train] or found
+    if len(found) == 1:
+        return found[0], "all"
     there = ", ".join(p.name for p in found or files)
-    raise ValueError(f"{folder} has {len(found) or 'no'} files for split={split!r} ({there}): name one file instead of the folder")
+    count = len(found) or "no"
+    raise ValueError(f"{folder} has {count} files for split={split!r} ({there}): name one file instead of the folder")
 
 
 def own_split(file: Path, split: str) -> tuple[Path, str]:
     "What to read when `file` is given and `split` is wanted: `x_val` is the val split itself, and is found beside `x_train`"
-    name = _OF_SPLIT.fullmatch(file.stem)
-    if not name: return file, split
-    own, wanted = split_name(name[2]), split_name(split)
-    if wanted in (own, "all"): return file, "all"
-    named = {p: _OF_SPLIT.fullmatch(p.stem) for p in file.parent.iterdir() if p.suffix == file.suffix}
-    beside = [p for p, m in named.items() if m and (m[1], split_name(m[2])) == (name[1], wanted)]
-    if beside and wanted != "train": return beside[0], "all"
+    if not _family(file):
+        return file, split
+    family, own = _family(file)
+    wanted = split_name(split)
+    if wanted in (own, "all"):
+        return file, "all"
+    beside = [p for p in file.parent.iterdir() if p.suffix == file.suffix and _family(p) == (family, wanted)]
+    if beside and wanted != "train":
+        return beside[0], "all"
     raise ValueError(f"{file} is the {own} split, but split={split!r} was asked for: pass split={own!r} or another file")
 
 # %% ../../nbs/data/catalog.ipynb #check-options-export
 def check_options(reader: type, options: dict) -> None:
     "ValueError that names an option `reader` does not take, the nearest one that it takes, and all others"
-    given = {"self", "path", "size", "split", "n", "seed", *getattr(reader, "keywords", ())}  # a preset of a reader has fixed some
+    given = {"self", "path", "size", "split", "n", "seed", *getattr(reader, "keywords", ())}  # a preset has fixed some
     reader = getattr(reader, "func", reader)
     known = [p for p in inspect.signature(reader.__init__).parameters if p not in given]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = _did_you_mean(name, known, before=" ")
             raise ValueError(f"unknown option {name!r} of {reader.__name__}.{hint} Allowed: {', '.join(known)}")
 
+
+def _did_you_mean(name, known, before="", after=""):
+    near = difflib.get_close_matches(name, known, 1)
+    return f"{before}Did you mean {near[0]!r}?{after}" if near else ""
+
+# %% ../../nbs/data/catalog.ipynb #existing-export
+def _existing(name, kinds, home):
+    "The path as it stands, or in the data folder"
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not path.is_absolute() and (found := find_data(path, home)):
+        return found
+    hint = _did_you_mean(str(name), kinds, after=" ")
+    nowhere = f"there is no such file or folder, neither here nor in the data folder ({data_home(home)})"
+    message = f"no data set {str(name)!r}. {hint}It is no generator ({', '.join(kinds)}), and {nowhere}"
+    raise FileNotFoundError(f"{message}: set DECOMP_DATA, see data/home")
+
+
+def _file_of_split(path, split, whole):
+    "What of a folder is read, and which split of it"
+    inside = sorted(path.iterdir()) if path.is_dir() and not whole else []
+    records = [p for p in inside if ".tfrecord" in p.name]
+    archives = [p for p in inside if p.suffix == ".npz"]
+    if records:  # before .h5: its cache may lie beside it
+        return records[0], split
+    if any(p.suffix in _H5 for p in inside):
+        return split_file(path, split)
+    if path.suffix in _H5:
+        return own_split(path, split)
+    return archives[0] if len(archives) == 1 else path, split
+
 # %% ../../nbs/data/catalog.ipynb #open-dataset-export
+_WHOLE = ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", "coco", "voc", *FOLDERS)  # read folders, whatever lies there
+
+
 def open_dataset(
-    name: str | Path,  # a generator's name, a file or a folder; relative paths are also looked for in the data folder, see `find_data`
+    name: str | Path,  # a generator's name, a file or a folder; relative paths are also looked for in the data folder
     *,
     split: str = "train",  # train, val, test; for files also all
     size: int | None = None,  # side of the square images; None = the reader's default
     n: int | None = None,  # at most so many items
     seed: int = 0,  # generators: which scenes; files: which items `n` draws
-    kind: str | None = None,  # a key of `READERS`; None = found out, see `recognise`
+    kind: str | None = None,  # a key of `READERS`; None = found out, see `detect_format`
+    home: Path | str | None = None,  # the data folder; None: see `data_home`
     **options,  # what the reader takes besides, e.g. max_objects=6
-):
+) -> Dataset:
     "Open a data set by name or path; whatever does not fit is one clear error that names it"
     from decomp_nb.worlds.scenes import KINDS, Scenes
+    sized = {} if size is None else {"size": size}
     if str(name) in KINDS and kind is None:
-        given = {key: value for key, value in {"size": size, "n": n}.items() if value is not None}
-        return Scenes(str(name), split=split, seed=seed, **given, **options)
+        counted = {} if n is None else {"n": n}
+        return Scenes(str(name), split=split, seed=seed, **sized, **counted, **options)
     if str(name) in GENERATORS and kind is None and not Path(name).exists():
         check_options(GENERATORS[str(name)], options)
-        return GENERATORS[str(name)](**({} if size is None else {"size": size}), split=split, n=n, seed=seed, **options)
-    path = _existing(name, [*KINDS, *GENERATORS])
-    if kind not in (None, *READERS): raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(READERS)}")
-    whole = kind in ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", "coco", "voc", *FOLDERS)  # kinds of folders, whatever else lies there
-    inside = sorted(path.iterdir()) if path.is_dir() and not whole else []
-    if records := [p for p in inside if ".tfrecord" in p.name]: path = records[0]  # before .h5: its cache may lie beside it
-    elif any(p.suffix in (".h5", ".hdf5") for p in inside): path, split = split_file(path, split)
-    elif path.suffix in (".h5", ".hdf5"): path, split = own_split(path, split)
-    elif path.is_dir() and len(npz := [p for p in inside if p.suffix == ".npz"]) == 1: path = npz[0]
-    kind = kind or recognise(path)
-    if kind == "records": options = {"layout": _record_layout(path), **options}
+        return GENERATORS[str(name)](**sized, split=split, n=n, seed=seed, **options)
+    path = _existing(name, [*KINDS, *GENERATORS], home)
+    if kind not in (None, *READERS):
+        raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(READERS)}")
+    path, split = _file_of_split(path, split, kind in _WHOLE)
+    kind = kind or detect_format(path)
+    if kind == "records":
+        options = {"layout": _record_layout(path), **options}
     check_options(READERS[kind], options)
-    return READERS[kind](path, **({} if size is None else {"size": size}), split=split, n=n, seed=seed, **options)
-
-
-def _existing(name: str | Path, kinds: list[str]) -> Path:
-    path = Path(name).expanduser()
-    if path.exists(): return path
-    if not path.is_absolute():
-        inside = re.sub(r"^(\.\./)*shared/data/", "", path.as_posix())
-        if (found := find_data(inside)) is not None: return found
-    near = difflib.get_close_matches(str(name), kinds, 1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise FileNotFoundError(f"no data set {str(name)!r}. {hint}It is no generator ({', '.join(kinds)}), and there is no such file or "
-                            f"folder, neither here nor in the data folder ({os.environ.get('DECOMP_DATA') or '../shared/data'})")
+    return READERS[kind](path, **sized, split=split, n=n, seed=seed, **options)
 
 # %% ../../nbs/data/catalog.ipynb #check-image-export
 def check_image(item: dict, size: int, name: str = "the data set") -> None:
     "ValueError unless `image` is float `(3,size,size)` with finite values in [−1,1]"
     image = item.get("image") if isinstance(item, dict) else None
-    has = list(item) if isinstance(item, dict) else type(item).__name__
-    if not isinstance(image, Tensor): raise ValueError(f"an item of {name} has to be a dict with a tensor 'image', it is or has {has}")
+    if not isinstance(image, Tensor):
+        has = list(item) if isinstance(item, dict) else type(item).__name__
+        raise ValueError(f"an item of {name} has to be a dict with a tensor 'image', it is or has {has}")
     if not image.is_floating_point() or tuple(image.shape) != (3, size, size):
-        raise ValueError(f"'image' of {name} is {image.dtype} {tuple(image.shape)}, it has to be float (3,{size},{size}) as .size says")
+        found = f"{image.dtype} {tuple(image.shape)}"
+        raise ValueError(f"'image' of {name} is {found}, it has to be float (3,{size},{size}) as .size says")
     low, high = image.min().item(), image.max().item()
-    if not -1.001 <= low <= high <= 1.001: raise ValueError(f"'image' of {name} has values from {low:g} to {high:g}: scale them to [−1,1]")
+    if not -1.001 <= low <= high <= 1.001:
+        raise ValueError(f"'image' of {name} has values from {low:g} to {high:g}: scale them to [−1,1]")
 
 # %% ../../nbs/data/catalog.ipynb #check-masks-export
 def check_masks(item: dict, max_objects: int, name: str = "the data set") -> None:
     "ValueError unless `masks` are int64 labels 0…max_objects of the image's (or video's) size, and labels have `max_objects` rows"
-    masks, pictures = item["masks"], item.get("video", item["image"])
+    masks = item["masks"]
+    pictures = item.get("video", item["image"])
     wanted = (*pictures.shape[:-3], *pictures.shape[-2:])
     if masks.dtype != torch.int64 or tuple(masks.shape) != wanted:
-        raise ValueError(f"'masks' of {name} are {masks.dtype} {tuple(masks.shape)}, they have to be int64 {wanted} like the images")
+        found = f"{masks.dtype} {tuple(masks.shape)}"
+        raise ValueError(f"'masks' of {name} are {found}, they have to be int64 {wanted} like the images")
     if masks.min() < 0 or masks.max() > max_objects:
-        raise ValueError(f"'masks' of {name} hold labels {masks.min()}…{masks.max()}: they have to lie in 0…max_objects={max_objects}")
+        found = f"{masks.min()}…{masks.max()}"
+        raise ValueError(f"'masks' of {name} hold labels {found}: they have to lie in 0…max_objects={max_objects}")
     labels = item.get("labels", {})
-    if labels and "visibility" not in labels: raise ValueError(f"'labels' of {name} lack 'visibility', which says which rows are objects")
+    if labels and "visibility" not in labels:
+        raise ValueError(f"'labels' of {name} lack 'visibility', which says which rows are objects")
     for key, rows in labels.items():
-        if len(rows) != max_objects: raise ValueError(f"label {key!r} of {name} has {len(rows)} rows instead of max_objects={max_objects}")
+        if len(rows) != max_objects:
+            raise ValueError(f"label {key!r} of {name} has {len(rows)} rows instead of max_objects={max_objects}")
+
+# %% ../../nbs/data/catalog.ipynb #check-set-export
+def _check_set(ds, name, batch_size):
+    for needed in ("__len__", "__getitem__", "size"):
+        if not hasattr(ds, needed):
+            raise ValueError(f"{name} is no data set: it lacks {needed!r}")
+    if len(ds) == 0:
+        raise ValueError(f"{name} is empty")
+    if batch_size and len(ds) < batch_size:
+        raise ValueError(f"{name} is smaller than batch_size={batch_size}: lower it or add data")
+
+
+def _check_sides(ds, name, image_size, multiple_of):
+    if image_size and ds.size != image_size:
+        raise ValueError(f"{name} gives {ds.size} px, the model takes {image_size}: open it with size={image_size}")
+    if multiple_of and (ds.size < multiple_of or ds.size % multiple_of):
+        raise ValueError(f"{name} gives {ds.size} px, which the model cannot halve often enough: use a multiple of {multiple_of}")
+
+
+def _check_has_masks(item, ds, need_masks, name):
+    if need_masks and "masks" not in item:
+        raise ValueError(f"{name} has no masks, but they are needed: use a data set that has them")
+    if "masks" not in item:
+        return
+    if not hasattr(ds, "max_objects"):
+        raise ValueError(f"{name} has masks but no attribute 'max_objects'")
+    check_masks(item, ds.max_objects, name)
 
 # %% ../../nbs/data/catalog.ipynb #validate-dataset-export
 def validate_dataset(
-    ds,  # anything that should keep the data set contract
+    ds: Dataset,  # anything that should keep the data set contract
     *,
     image_size: int | None = None,  # what the model was built for
     need_masks: bool = False,  # e.g. because segmentation is measured
     batch_size: int | None = None,  # the set has to fill one batch
     multiple_of: int | None = None,  # the model's total stride
-    check_files: int | None = None,  # how many items to read beforehand; None = 10,000 pictures, 200 of other files, none of generators
+    check_files: int | None = None,  # items to read beforehand; None = 10,000 pictures, 200 of other files
 ) -> None:
-    "Check files, first and last item before any training step; the first thing that is wrong raises one error that says what to do"
+    "Check files, first and last item before any training step; the first thing that is wrong raises an error that says what to do"
     name = repr(ds) if type(ds).__repr__ is not object.__repr__ else type(ds).__name__
-    for needed in ("__len__", "__getitem__", "size"):
-        if not hasattr(ds, needed): raise ValueError(f"{name} is no data set: it lacks {needed!r}")
-    if len(ds) == 0: raise ValueError(f"{name} is empty")
-    if batch_size and len(ds) < batch_size: raise ValueError(f"{name} is smaller than batch_size={batch_size}: lower it or add data")
-    if image_size and ds.size != image_size:
-        raise ValueError(f"{name} gives {ds.size} px, the model takes {image_size}: open it with size={image_size}")
-    if multiple_of and (ds.size < multiple_of or ds.size % multiple_of):
-        raise ValueError(f"{name} gives {ds.size} px, which the model cannot halve often enough: use a multiple of {multiple_of}")
+    _check_set(ds, name, batch_size)
+    _check_sides(ds, name, image_size, multiple_of)
     default = 10_000 if isinstance(ds, (ImageFolder, H5Photos)) else 200
-    if hasattr(ds, "check") and check_files != 0: ds.check(default if check_files is None else check_files)
+    if hasattr(ds, "check") and check_files != 0:
+        ds.check(default if check_files is None else check_files)
     items = [ds[0], ds[len(ds) - 1]]
     for item in items:
         check_image(item, ds.size, name)
-        if need_masks and "masks" not in item: raise ValueError(f"{name} has no masks, but they are needed: use a data set that has them")
-        if "masks" in item and not hasattr(ds, "max_objects"): raise ValueError(f"{name} has masks but no attribute 'max_objects'")
-        if "masks" in item: check_masks(item, ds.max_objects, name)
-    try: torch.utils.data.default_collate(items)
-    except (RuntimeError, KeyError, TypeError) as error: raise ValueError(f"items of {name} cannot be stacked: {error}") from None
+        _check_has_masks(item, ds, need_masks, name)
+    try:
+        torch.utils.data.default_collate(items)
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"items of {name} cannot be stacked: {error}") from None

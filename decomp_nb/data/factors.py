@@ -20,14 +20,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .images import LazyH5, choose, image_groups, list_images, open_h5, read_image, resize_crop, split_by_group, split_name, to_image_tensor
+from .home import cache_folder
+from .hdf5 import LazyH5, open_h5
+from .images import image_groups, list_images, read_image, resize_crop, to_image_tensor
+from .reader import split_by_group, split_name, subsample
 from ..worlds.rooms import SHAPE_NAMES, colour_maps, draw_maps, hue_colours
 from ..worlds.sprites import CORRUPTIONS, SPRITE_SHAPES, corrupt, sprite, swirls
 
 # %% auto #0
-__all__ = ['GRIDS', 'FOLDERS', 'FactorGrid', 'sub_grid', 'FactorImages', 'split_rows', 'Shapes3D', 'cache_folder', 'H5Images',
-           'NpzImages', 'npz_array', 'DSprites', 'official_resize', 'picture_reader', 'MPI3D', 'Cars3D', 'read_norb',
-           'SmallNORB', 'Falcor3D', 'CelebA', 'OfficialFolder']
+__all__ = ['GRIDS', 'FOLDERS', 'FactorGrid', 'sub_grid', 'FactorImages', 'split_rows', 'Shapes3D', 'H5Images', 'NpzImages',
+           'npz_array', 'DSprites', 'official_resize', 'picture_reader', 'MPI3D', 'Cars3D', 'read_norb', 'SmallNORB',
+           'Falcor3D', 'CelebA', 'OfficialFolder']
 
 # %% ../../nbs/data/factors.ipynb #grid-export
 class FactorGrid:
@@ -99,7 +102,7 @@ class FactorImages:
         self.grid, self.size, self.split, self.table = grid, size, split_name(split), table
         self.factor_sizes = dict(zip(grid.names, grid.sizes))
         self.factor_names = {name: [str(v) for v in (values or {}).get(name, range(size))] for name, size in self.factor_sizes.items()}
-        self.rows = np.array(choose(split_rows(len(grid) if table is None else len(table), split), n, seed))
+        self.rows = np.array(subsample(split_rows(len(grid) if table is None else len(table), split), n, seed))
 
     def pictures(self, rows: np.ndarray) -> Tensor:
         "Rows `(b,)` → float pictures `(b,3,size,size)` in [−1,1]"
@@ -207,10 +210,6 @@ def _room_maps(sizes: Sequence[int], size: int, samples: int, cache: Path | str 
         return maps.half().float()  # the same pictures with and without the file
     return maps
 
-
-def cache_folder() -> Path:
-    "Where drawn maps and unpacked archives are kept: `$DECOMP_CACHE`, else the user's cache folder"
-    return Path(os.environ.get("DECOMP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "decomp_nb")
 
 # %% ../../nbs/data/factors.ipynb #shapes3d-files
 def _open_shapes(path: Path):
@@ -530,7 +529,7 @@ class CelebA(FactorImages):
         table = np.array([line[1:] for line in lines], np.int64) > 0
         super().__init__(FactorGrid(dict.fromkeys(names, 2)), size, table=table.astype(np.int64),
                          values=dict.fromkeys(names, ("no", "yes")))
-        self.split, self.rows = split_name(split), np.array(choose(self._split_rows(split), n, seed))
+        self.split, self.rows = split_name(split), np.array(subsample(self._split_rows(split), n, seed))
 
     def _split_rows(self, split: str) -> np.ndarray:
         parts = self.path / "list_eval_partition.txt"
@@ -585,11 +584,11 @@ class OfficialFolder:
         if not any(found) and self.path.is_dir(): found = [list_images(self.path)]
         elif missing := [p for p, files in zip(patterns, found) if not files]:
             raise FileNotFoundError(f"{kind}: nothing at {self.path}/{missing[0]}")
-        if kind == "faces" and len(found) == 2 and n: found = [choose(files, n // 2, seed) for files in found]  # half faces, half portraits
+        if kind == "faces" and len(found) == 2 and n: found = [subsample(files, n // 2, seed) for files in found]  # half faces, half portraits
         files = [f for part in found for f in part]
         once = sorted(set(files))
         chosen = {once[i] for i in split_by_group(image_groups(once, "folder" if self.columns else "file"), split)}
-        self.files = choose([f for f in files if f in chosen], n, seed)
+        self.files = subsample([f for f in files if f in chosen], n, seed)
 
     def __len__(self) -> int: return len(self.files)
 
@@ -606,7 +605,7 @@ class OfficialFolder:
 
     def check(self, n: int | None = None) -> int:
         "Decode `n` pictures spread evenly, or all; ValueError names the first bad one"
-        from decomp_nb.data.images import evenly
+        from decomp_nb.data.reader import evenly
         chosen = evenly(len(self), n)
         for i in chosen: self[i]
         return len(chosen)

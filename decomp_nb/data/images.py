@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import io
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +17,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# %% auto #0
-__all__ = ['find_data', 'to_rgb', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'split_name', 'split_by_group',
-           'choose', 'list_images', 'image_groups', 'evenly', 'ImageFolder', 'open_h5', 'LazyH5', 'stored_split',
-           'H5Photos']
+from .reader import SPLIT_NAMES, Reader, evenly, split_by_group, split_name, subsample
 
-# %% ../../nbs/data/images.ipynb #find-data-export
-def find_data(name: str = "") -> Path | None:
-    "`name` inside the data folder, or None; the folder is `$DECOMP_DATA`, else `shared/data` in the nearest parent directory that has one"
-    own, here = os.environ.get("DECOMP_DATA"), Path.cwd()
-    roots = [Path(own)] if own else [p / "shared" / "data" for p in (here, *here.parents)]
-    return next((root / name for root in roots if (root / name).exists()), None)
+# %% auto #0
+__all__ = ['to_rgb', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'square_image', 'list_images', 'image_groups',
+           'ImageFolder']
 
 # %% ../../nbs/data/images.ipynb #to-rgb-export
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -37,12 +29,19 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         grey = np.asarray(picture).astype(np.float64)
-        top = 65535 if picture.mode.startswith("I;16") or grey.max() > 255 else 1 if picture.mode == "F" and grey.max() <= 1 else 255
-        picture = Image.fromarray((grey * (255 / top)).round().clip(0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+        scaled = (grey * (255 / _white(picture.mode, grey))).round().clip(0, 255)
+        picture = Image.fromarray(scaled.astype(np.uint8))
+    if {"A", "a"} & set(picture.getbands()) or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def _white(mode, grey):
+    "The number that stands for white"
+    if mode.startswith("I;16") or grey.max() > 255:
+        return 65535
+    return 1 if mode == "F" and grey.max() <= 1 else 255
 
 # %% ../../nbs/data/images.ipynb #to-image-tensor-export
 def to_image_tensor(picture: Image.Image | np.ndarray) -> Tensor:
@@ -57,10 +56,11 @@ def to_image_tensor(picture: Image.Image | np.ndarray) -> Tensor:
 def crop_box(
     height: int,  # of the stored picture, in pixels
     width: int,
-    crop: int | Sequence[int] | None = None,  # None: the largest centred square; a side: a centred square; (top, left, side): that square
+    crop: int | Sequence[int] | None = None,  # None: the largest centred square; a side; (top, left, side)
 ) -> tuple[int, int, int]:
     "The square to keep as (top, left, side)"
-    if isinstance(crop, Sequence): top, left, side = crop
+    if isinstance(crop, Sequence):
+        top, left, side = crop
     else:
         side = min(height, width) if crop is None else crop
         top, left = (height - side) // 2, (width - side) // 2
@@ -77,12 +77,13 @@ def resize_crop(x: Tensor, size: int, crop: int | Sequence[int] | None = None) -
     """
     top, left, side = crop_box(*x.shape[-2:], crop)
     x = x[..., top:top + side, left:left + side]
-    if side == size: return x
+    if side == size:
+        return x
     if not x.is_floating_point():
         centres = ((torch.arange(size, device=x.device) + 0.5) * side / size).long()
         return x[..., centres[:, None], centres]
-    flat = x.reshape(1, -1, side, side)
-    y = F.interpolate(flat, size, mode="area") if side % size == 0 else F.interpolate(flat, size, mode="bilinear", antialias=True)
+    how = {"mode": "area"} if side % size == 0 else {"mode": "bilinear", "antialias": True}
+    y = F.interpolate(x.reshape(1, -1, side, side), size, **how)
     return y.reshape(*x.shape[:-2], size, size)
 
 # %% ../../nbs/data/images.ipynb #read-image-export
@@ -90,92 +91,95 @@ def read_image(
     source: Path | str | bytes,  # a file, or the bytes of one
     name: str = "",  # how to call the picture in errors; the path by default
     *,
-    at_least: int | None = None,  # JPEGs may be decoded at a reduced scale with sides ≥ this: several times faster for large photographs
+    at_least: int | None = None,  # JPEGs may be decoded at a reduced scale with sides ≥ this: several times faster
     min_size: int = 1,  # pictures whose shorter side is smaller are refused
 ) -> Image.Image:
     "Decode one picture to upright RGB; ValueError naming it when it is damaged, cut short, too small or no picture at all"
     name = name or str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            if min(picture.size) < min_size:
-                size = f"{picture.width}x{picture.height}"
-                raise ValueError(f"image {name} is {size}, smaller than min_size={min_size}: remove it or lower min_size")
-            if at_least: picture.draft("RGB", (at_least, at_least))
+            _check_size(picture, min_size, name)
+            if at_least:
+                picture.draft("RGB", (at_least, at_least))
             picture.load()
             return to_rgb(picture)
-    except FileNotFoundError: raise
-    except Image.UnidentifiedImageError: reason = "its content is no picture format that PIL knows"
-    except (OSError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error: reason = str(error)
+    except FileNotFoundError:
+        raise
+    except Image.UnidentifiedImageError:
+        reason = "its content is no picture format that PIL knows"
+    except (OSError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        reason = str(error)
     raise ValueError(f"cannot read image {name}: {reason}. Delete or replace the file")
 
-# %% ../../nbs/data/images.ipynb #split-export
-_SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
 
+def _check_size(picture, min_size, name):
+    if min(picture.size) < min_size:
+        size = f"{picture.width}x{picture.height}"
+        raise ValueError(f"image {name} is {size}, smaller than min_size={min_size}: remove it or lower min_size")
 
-def split_name(split: str) -> str:
-    "`train`, `val`, `test` or `all`, also from their longer spellings; ValueError for anything else"
-    for short, spellings in _SPLIT_NAMES.items():
-        if split in spellings: return short
-    if split == "all": return "all"
-    raise ValueError(f"split={split!r} is unknown: use 'train', 'val', 'test' or 'all'")
-
-
-def split_by_group(
-    groups: Sequence[str],  # for every item the name of what must stay together
-    split: str,  # train, val, test or all
-    fractions: tuple[float, float] = (0.05, 0.05),  # of the groups, for val and for test
-) -> list[int]:
-    "Positions of the items in `split`; val and test get at least one group each. ValueError when there are fewer than 3 groups to deal out"
-    split, names = split_name(split), sorted(set(groups), key=lambda g: hashlib.sha1(g.encode()).hexdigest())
-    if split == "all" or split == "train" and len(names) < 3: return list(range(len(groups)))
-    if len(names) < 3: raise ValueError(f"split={split!r} needs at least 3 groups of images, there are {len(names)}: use split='all'")
-    n_val, n_test = (max(1, round(f * len(names))) for f in fractions)
-    parts = {"val": names[:n_val], "test": names[n_val:n_val + n_test], "train": names[n_val + n_test:]}
-    chosen = set(parts[split])
-    return [i for i, group in enumerate(groups) if group in chosen]
-
-# %% ../../nbs/data/images.ipynb #choose-export
-def choose(index: Sequence, n: int | None, seed: int = 0) -> list:
-    "At most `n` of the items, drawn with `seed`, in their old order; a smaller `n` draws a subset of a larger one's items"
-    if n is None: return list(index)
-    if n < 1: raise ValueError(f"n={n}: a data set needs at least one item")
-    return [index[i] for i in sorted(np.random.default_rng(seed).permutation(len(index))[:n].tolist())]
+# %% ../../nbs/data/images.ipynb #square-export
+def square_image(
+    picture: Image.Image,
+    size: int,
+    crop: int | Sequence[int] | None = None,  # see `crop_box`
+    flip: bool = False,  # mirrored with chance ½ (torch's random state)
+) -> Tensor:
+    "A picture as `(3,size,size)` in [−1,1]"
+    image = resize_crop(to_image_tensor(picture), size, crop)
+    return image.flip(-1) if flip and torch.rand(()) < 0.5 else image
 
 # %% ../../nbs/data/images.ipynb #list-images-export
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
+def _is_image(file, pattern):
+    known = Path(file).suffix.lower() in _IMAGE_SUFFIXES
+    return known and not file.startswith(".") and fnmatch.fnmatch(file, pattern)
+
+
 def list_images(path: Path | str, pattern: str = "*") -> list[str]:
     "Sorted paths, relative to `path`, of all pictures below it whose file name matches `pattern`; an error where there are none"
-    if not Path(path).is_dir(): raise FileNotFoundError(f"there is no image folder {path}: check the path")
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"there is no image folder {path}: check the path")
     found = []
     for folder, folders, files in os.walk(path, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith((".", "__"))]
-        found += [Path(folder, f).relative_to(path).as_posix() for f in files
-                  if Path(f).suffix.lower() in _IMAGE_SUFFIXES and not f.startswith(".") and fnmatch.fnmatch(f, pattern)]
+        inside = Path(folder).relative_to(path)
+        found += [(inside / f).as_posix() for f in files if _is_image(f, pattern)]
     if not found:
         wanted = "" if pattern == "*" else f" that match {pattern!r}"
-        raise ValueError(f"no images{wanted} in folder {path}: expected {' '.join(sorted(_IMAGE_SUFFIXES))} files, there or in sub-folders")
+        known = " ".join(sorted(_IMAGE_SUFFIXES))
+        raise ValueError(f"no images{wanted} in folder {path}: expected {known} files, there or in sub-folders")
     return sorted(found)
 
 # %% ../../nbs/data/images.ipynb #group-export
 def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]:
-    "Group of each relative path: its `file` or its `folder`; None: the folder where several hold only numbered frames, as videos do"
-    if group_by not in (None, "file", "folder"): raise ValueError(f"group_by={group_by!r} is unknown: use 'file' or 'folder'")
+    "Group of each relative path: its `file` or its `folder`; None: the folder where several hold only numbered frames"
+    if group_by not in (None, "file", "folder"):
+        raise ValueError(f"group_by={group_by!r} is unknown: use 'file' or 'folder'")
     if group_by is None:
         folders = {Path(p).parent for p in paths}
         numbered = all(Path(p).stem.split("_")[0].isdigit() for p in paths)
         group_by = "folder" if numbered and len(folders) > 1 else "file"
-    return [Path(p).parent.as_posix() if group_by == "folder" else p for p in paths]
+    if group_by == "file":
+        return list(paths)
+    return [Path(p).parent.as_posix() for p in paths]
 
-# %% ../../nbs/data/images.ipynb #evenly-export
-def evenly(count: int, n: int | None) -> list[int]:
-    "At most `n` of the positions 0…count−1, spread evenly; all for None"
-    return list(range(count)) if n is None else sorted(set(np.linspace(0, count - 1, min(n, count)).round().astype(int).tolist()))
+# %% ../../nbs/data/images.ipynb #split-folders-export
+def _files_of_split(files, path, split, group_by):
+    "Files below folders that are named like the split; dealt out by their groups where no folder is named like any"
+    wanted = split_name(split)
+    folders = {f.split("/")[0] for f in files if "/" in f}
+    own = folders & set(SPLIT_NAMES.get(wanted, ()))
+    if own:
+        return [f for f in files if f.split("/")[0] in own]
+    if wanted != "all" and folders & set(sum(SPLIT_NAMES.values(), ())):
+        raise ValueError(f"{path} has split folders {sorted(folders)} but none for split={split!r}")
+    return [files[i] for i in split_by_group(image_groups(files, group_by), wanted)]
 
 # %% ../../nbs/data/images.ipynb #image-folder-export
-class ImageFolder:
-    "Pictures below a folder as `{image, image_id}`; damaged ones are named by `check()` before training, or by the read that meets them"
+class ImageFolder(Reader):
+    "Pictures below a folder as `{image, image_id}`; damaged ones are named by `check()`, or by the read that meets them"
 
     def __init__(
         self,
@@ -191,135 +195,33 @@ class ImageFolder:
         flip: bool = False,  # mirror half of the pictures at random (torch's random state)
         min_size: int = 8,  # pictures with a shorter side are refused; larger ones are enlarged if need be
     ):
-        self.path, self.size, self.flip, self.crop, self.min_size, self.split = Path(path), size, flip, crop, min_size, split_name(split)
-        files = list_images(path, pattern)
-        folders = {f.split("/")[0] for f in files if "/" in f}
-        own = [f for f in _SPLIT_NAMES.get(self.split, ()) if f in folders]
-        if own: files = [f for f in files if f.split("/")[0] in own]
-        elif self.split != "all" and folders & set(sum(_SPLIT_NAMES.values(), ())):
-            raise ValueError(f"{path} has split folders {sorted(folders)} but none for split={split!r}")
-        else: files = [files[i] for i in split_by_group(image_groups(files, group_by), self.split)]
-        self.files = choose(files, n, seed)
-
-    def __len__(self) -> int: return len(self.files)
+        self.path = Path(path)
+        self.size = size
+        self.flip = flip
+        self.crop = crop
+        self.min_size = min_size
+        self.split = split_name(split)
+        files = _files_of_split(list_images(path, pattern), self.path, split, group_by)
+        self.index = self.files = subsample(files, n, seed)
 
     def __getitem__(self, i: int) -> dict:
         # a whole-number box names pixels of the full picture, so it forbids decoding at a reduced scale
-        picture = read_image(self.path / self.files[i], at_least=2 * self.size if self.crop is None else None, min_size=self.min_size)
-        image = resize_crop(to_image_tensor(picture), self.size, self.crop)
-        return {"image": image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image, "image_id": self.files[i]}
+        at_least = 2 * self.size if self.crop is None else None
+        picture = read_image(self.path / self.files[i], at_least=at_least, min_size=self.min_size)
+        return {"image": square_image(picture, self.size, self.crop, self.flip), "image_id": self.files[i]}
 
     def check(self, n: int | None = None) -> int:
         "Decode all pictures, or `n` spread evenly, and name every bad one in a single ValueError; returns how many were decoded"
-        chosen, bad = evenly(len(self), n), []
-        for i in chosen:
-            try: read_image(self.path / self.files[i], at_least=32, min_size=self.min_size)
-            except ValueError as error: bad.append(str(error))
-        more = ["…"] * (len(bad) > 5)
-        if bad: raise ValueError("\n".join([f"{len(bad)} of {len(chosen)} images in {self.path} cannot be used:", *bad[:5], *more]))
+        chosen = evenly(len(self), n)
+        bad = list(filter(None, map(self._complaint, chosen)))
+        if bad:
+            head = f"{len(bad)} of {len(chosen)} images in {self.path} cannot be used:"
+            raise ValueError("\n".join([head, *bad[:5], *["…"] * (len(bad) > 5)]))
         return len(chosen)
 
-    def __repr__(self) -> str: return f"ImageFolder({self.path.name!r}: {len(self)} images, {self.size} px, split {self.split})"
-
-# %% ../../nbs/data/images.ipynb #open-h5-export
-def open_h5(path: Path | str):
-    "Open an HDF5 file for reading; FileNotFoundError, or ValueError when it is no HDF5 file or was cut short"
-    import h5py
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}: check the path")
-    with path.open("rb") as stream: start = stream.read(12)
-    if not h5py.is_hdf5(path): raise ValueError(f"{path} is not an HDF5 file (it begins with {start!r}): download it again")
-    try: return h5py.File(path, "r", locking=False)
-    except OSError as error: raise ValueError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
-
-# %% ../../nbs/data/images.ipynb #lazy-h5-export
-class LazyH5:
-    "An HDF5 file that every process opens for itself when it first reads; pickles as its path"
-
-    def __init__(self, path: Path | str): self.path, self._file, self._process, self._sets = Path(path), None, None, {}
-    def __getstate__(self) -> dict: return {"path": self.path, "_file": None, "_process": None, "_sets": {}}
-
-    @property
-    def is_open(self) -> bool:
-        "Whether this process holds a handle; one inherited by a fork does not count"
-        return self._file is not None and self._process == os.getpid()
-
-    @property
-    def file(self):
-        "The open file, for this process alone"
-        if not self.is_open: self._file, self._process, self._sets = open_h5(self.path), os.getpid(), {}
-        return self._file
-
-    def read(self, key: str, index=()) -> np.ndarray:
-        "`file[key][index]`; ValueError that names file and key when it is missing or its bytes are damaged"
-        file = self.file
-        if key not in self._sets:  # looking a name up costs as much as reading a small picture
-            if key not in file: raise ValueError(f"{self.path} has no dataset {key!r}; it has: {', '.join(file)}")
-            self._sets[key] = file[key]
-        try: return self._sets[key][index]
-        except OSError as error:
-            raise ValueError(f"{self.path}: {key!r}[{index}] is damaged ({error}): copy or download the file again") from None
-
-# %% ../../nbs/data/images.ipynb #stored-split-export
-def stored_split(file, split: str) -> list[int] | None:
-    "Positions that the file's own `split` dataset gives to `split`; None where it has no such dataset, ValueError where nothing is left"
-    if "split" not in file: return None
-    names, stored = json.loads(file.attrs.get("split_names", "[]")), file["split"][:].tolist()
-    if not names and not isinstance(stored[0], bytes):
-        raise ValueError(f"{file.filename}: 'split' holds numbers, but there is no attribute 'split_names' that names them")
-    stored = [split_name(s.decode() if isinstance(s, bytes) else names[s]) for s in stored]
-    chosen = [i for i, s in enumerate(stored) if split_name(split) in (s, "all")]
-    if not chosen: raise ValueError(f"{file.filename} has nothing for split={split!r}; its splits are {sorted(set(stored))}")
-    return chosen
-
-# %% ../../nbs/data/images.ipynb #h5-photos-export
-class H5Photos:
-    "JPEG bytes in HDF5 as `{image, image_id}` and, where the file knows them, `caption` and `class_index`"
-
-    def __init__(
-        self,
-        path: Path | str,  # the .h5 file
-        size: int = 128,  # side of the square that is returned
-        *,
-        split: str = "all",  # from the file's own `split`, else by hash of clip or name
-        n: int | None = None,  # at most so many pictures of the split
-        seed: int = 0,  # which ones `n` draws
-        crop: int | Sequence[int] | None = None,  # see `crop_box`
-        flip: bool = False,  # mirror half of the pictures at random (torch's random state)
-    ):
-        self.path, self.size, self.flip, self.crop, self.split = Path(path), size, flip, crop, split_name(split)
-        self.data = LazyH5(path)
-        with open_h5(path) as f:
-            if "jpeg" not in f: raise ValueError(f"{path} has no dataset 'jpeg' with one JPEG file per row; it has: {', '.join(f)}")
-            texts = {key: [v.decode() for v in f[key][:]] for key in ("name", "subject", "clip") if key in f}
-            self.class_names = json.loads(f.attrs["classes"]) if "label" in f and "classes" in f.attrs else None
-            self._class = f["label"][:].astype(int).tolist() if self.class_names else None
-            frames = f["frame"][:].tolist() if "frame" in f else range(len(f["jpeg"]))
-            chosen = stored_split(f, split)
-        numbers = [f"{t:06d}" for t in frames]
-        self._names = texts.get("name") or ([f"{c}/{t}" for c, t in zip(texts["clip"], numbers)] if "clip" in texts else numbers)
-        self._subjects = [s.rstrip("0123456789").replace("_", " ") for s in texts["subject"]] if "subject" in texts else None
-        self.index = choose(split_by_group(texts.get("clip", self._names), split) if chosen is None else chosen, n, seed)
-
-    def __len__(self) -> int: return len(self.index)
-
-    def __getitem__(self, i: int) -> dict:
-        row = self.index[i]
-        hint = 2 * self.size if self.crop is None else None
-        picture = read_image(self._bytes(row), f"{self.path} [{row}] {self._names[row]}", at_least=hint)
-        image = resize_crop(to_image_tensor(picture), self.size, self.crop)
-        item = {"image": image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image, "image_id": self._names[row]}
-        what = self.class_names[self._class[row]] if self._class else self._subjects[row] if self._subjects else None
-        if what: item["caption"] = f"a photo of a {what}"
-        if self._class: item["class_index"] = torch.tensor(self._class[row])
-        return item
-
-    def _bytes(self, row: int) -> bytes: return self.data.read("jpeg", row).tobytes()
-
-    def check(self, n: int | None = None) -> int:
-        "Decode all pictures, or `n` spread evenly; ValueError naming the first bad one; returns how many were decoded"
-        rows = [self.index[i] for i in evenly(len(self), n)]
-        for row in rows: read_image(self._bytes(row), f"{self.path} [{row}] {self._names[row]}", at_least=32)
-        return len(rows)
-
-    def __repr__(self) -> str: return f"H5Photos({self.path.name!r}: {len(self)} photographs, {self.size} px, split {self.split})"
+    def _complaint(self, i):
+        "Why a picture cannot be read; None if it can"
+        try:
+            read_image(self.path / self.files[i], at_least=32, min_size=self.min_size)
+        except ValueError as error:
+            return str(error)

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .images import LazyH5, choose, crop_box, evenly, open_h5, read_image, resize_crop, to_image_tensor
-from .images import split_by_group, split_name, stored_split
+from .hdf5 import LazyH5, open_h5, stored_split
+from .images import crop_box, read_image, resize_crop, to_image_tensor
+from .reader import Reader, evenly, split_by_group, split_name, subsample
 
 # %% auto #0
 __all__ = ['RECORD_LAYOUTS', 'MOVI_CLASSES', 'relabel', 'follow_crop', 'scene_item', 'H5Layout', 'h5_layout', 'count_objects',
@@ -153,7 +154,7 @@ def clip_starts(
     return list(range(0, n_frames - span + 1, hop or length * step)), length
 
 # %% ../../nbs/data/multi_object.ipynb #h5-scenes-export
-class H5Scenes:
+class H5Scenes(Reader):
     "Scenes with label maps and factors in one HDF5 file"
 
     def __init__(
@@ -193,10 +194,8 @@ class H5Scenes:
         most = layout.n_rows - self.n_background if layout.n_rows else max(self._counts) if self._counts is not None else 0
         self.max_objects = max_objects or int(most)
         self.factor_names = layout.classes
-        self.index = choose([(i, t) for i in scenes for t in starts], n, seed)
+        self.index = subsample([(i, t) for i in scenes for t in starts], n, seed)
         self._factors = None
-
-    def __len__(self) -> int: return len(self.index)
 
     def __getstate__(self) -> dict: return {**self.__dict__, "_factors": None}
 
@@ -234,10 +233,6 @@ class H5Scenes:
             rows[key] = (np.moveaxis(values, 1, 0) if kind == "step" and not self.single else values)[ids]
         return ids, rows
 
-    def check(self, n: int | None = None) -> int:
-        "Read all items, or `n` spread evenly; the first that cannot be read raises a ValueError; returns how many were read"
-        return sum(1 for i in evenly(len(self), n) if self[i])
-
     def __repr__(self) -> str:
         what = "scenes" if self.layout.n_steps is None else "frames" if self.single else f"clips of {self.n_frames}"
         limit = f"≤ {self.max_objects} objects" if self.has_masks else "no masks"
@@ -252,7 +247,7 @@ def edited_ids(n_original: int, n_now: int, edited: int) -> list[int]:
     raise ValueError(f"an edit left {n_now} of {n_original} objects: only edits that keep all, remove one or remove all are understood")
 
 # %% ../../nbs/data/multi_object.ipynb #h5-edits-export
-class H5Edits:
+class H5Edits(Reader):
     "Scenes with their true renders after edits: the original's dict, `edits` {name: {image, masks, labels}} and `edited_object` (a label)"
 
     def __init__(
@@ -277,9 +272,7 @@ class H5Edits:
         self.size, self.max_objects, self.factor_names = size or min(layout.hw), max_objects or layout.n_rows - 1, layout.classes
         scenes = [i for i in split_by_position(layout.n_scenes, split) if self._counts[i][0] <= self.max_objects]
         if not scenes: raise ValueError(f"{path}: no scene of split={split!r} has at most max_objects={max_objects} objects")
-        self.index = choose(scenes, n, seed)
-
-    def __len__(self) -> int: return len(self.index)
+        self.index = subsample(scenes, n, seed)
 
     def __getitem__(self, i: int) -> dict:
         scene = self.index[i]
@@ -296,10 +289,6 @@ class H5Edits:
             kind = np.int64 if key in self.layout.classes else np.float32
             rows[key] = np.stack([values[r, i] if i else np.zeros_like(values[r, i]) for i in ids]).astype(kind)
         return scene_item(image, mask, ids, rows, size=self.size, max_objects=self.max_objects, image_id=f"{self.path.stem}/{scene:06d}")
-
-    def check(self, n: int | None = None) -> int:
-        "Read all scenes, or `n` spread evenly; the first that cannot be read raises a ValueError; returns how many were read"
-        return sum(1 for i in evenly(len(self), n) if self[i])
 
     def __repr__(self) -> str:
         return f"H5Edits({self.path.name!r}: {len(self)} scenes, each also after {', '.join(self.ops[1:])}, {self.size} px)"
@@ -529,7 +518,7 @@ def clevrtex_factors(objects: list[dict], classes: dict[str, list[str]]) -> dict
     return factors | {"pixel_coords": np.array([o["pixel_coords"] for o in objects], np.float32).reshape(-1, 3)}
 
 # %% ../../nbs/data/multi_object.ipynb #clevrtex-export
-class ClevrTex:
+class ClevrTex(Reader):
     "CLEVRTex as published: pictures, flat label maps and JSON files in folders"
 
     def __init__(
@@ -557,7 +546,8 @@ class ClevrTex:
         files = files[start:stop]
         if max_objects is not None: files = [f for f in files if len(self._objects(f)) <= max_objects]
         if not files: raise ValueError(f"{path} has no scene for split={split!r} with at most max_objects={max_objects} objects")
-        self.max_objects, self.files = max_objects or 10, choose(files, n, seed)
+        self.max_objects = max_objects or 10
+        self.index = self.files = subsample(files, n, seed)
 
     def _objects(self, file: str) -> list[dict]:
         return sorted(read_json(self.path / file.replace(".png", ".json"))["objects"], key=lambda o: o["index"])
@@ -571,8 +561,6 @@ class ClevrTex:
                     if isinstance(o.get(name), str): found.setdefault(name, set()).add(o[name])
         return {name: ["none", *sorted(values)] for name, values in found.items()}
 
-    def __len__(self) -> int: return len(self.files)
-
     def __getitem__(self, i: int) -> dict:
         file = self.files[i]
         image, mask = np.asarray(read_image(self.path / file)), read_labels(self.path / file.replace(".png", "_flat.png"))
@@ -582,10 +570,6 @@ class ClevrTex:
             raise ValueError(f"{self.path / file}: {error} in its JSON file; list all classes in factor_names=") from None
         return scene_item(image, mask, [o["index"] for o in objects], factors, size=self.size, max_objects=self.max_objects, crop=self.crop,
                           image_id=Path(file).with_suffix("").as_posix())
-
-    def check(self, n: int | None = None) -> int:
-        "Read all scenes, or `n` spread evenly; the first that cannot be read raises an error naming the file; returns how many were read"
-        return sum(1 for i in evenly(len(self), n) if self[i])
 
     def __repr__(self) -> str:
         return f"ClevrTex({self.path.name!r}: {len(self)} scenes, {self.size} px, ≤ {self.max_objects} objects, split {self.split})"
@@ -660,7 +644,7 @@ def dump_split_folders(path: Path, split: str) -> tuple[list[Path], list[str]]:
 _MASK_FILES = {"lsd": "segment.png", "slot_diffusion": "mask.png", "steve": "mask_00.png"}
 
 
-class MoviDump:
+class MoviDump(Reader):
     "Frames or clips of MOVi, from any of the three dumps; splits keep videos whole"
 
     def __init__(
@@ -700,7 +684,7 @@ class MoviDump:
         lengths = sorted({len(v.frames) for v in videos})
         if frames == "clip" and clip_length is None and len(lengths) > 1:
             raise ValueError(f"{path}: videos have {lengths} frames, pass clip_length=")
-        self.index = choose(index, n, seed)
+        self.index = subsample(index, n, seed)
 
     def _most_objects(self, videos: list[DumpVideo]) -> int:
         "From the set's name (MOVi-A…C 10, D…F 23), the JSON files, or STEVE's number of mask files"
@@ -727,8 +711,6 @@ class MoviDump:
         layers = np.stack([read_labels(f) > 127 for f in files])
         return np.where(layers.any(0), 1 + layers.argmax(0), 0)
 
-    def __len__(self) -> int: return len(self.index)
-
     def __getitem__(self, i: int) -> dict:
         video, start = self.index[i]
         times = [start + t * self.step for t in range(self.n_frames)]
@@ -746,10 +728,6 @@ class MoviDump:
         (ids, first) = frames[0]
         if self.single: return ids, first
         return ids, {k: v if k in self.factor_names else np.stack([f[k] for _, f in frames], axis=1) for k, v in first.items()}
-
-    def check(self, n: int | None = None) -> int:
-        "Read all items, or `n` spread evenly; the first that cannot be read raises an error naming the file; returns how many were read"
-        return sum(1 for i in evenly(len(self), n) if self[i])
 
     def __repr__(self) -> str:
         what = "frames" if self.single else f"clips of {self.n_frames}"

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .images import choose, evenly, read_image, resize_crop, split_name, to_image_tensor
+from .images import read_image, resize_crop, to_image_tensor
 from .multi_object import read_json, read_labels
+from .reader import Reader, split_name, subsample
 
 # %% auto #0
 __all__ = ['VOC_CLASSES', 'cut_alike', 'unpack_runs', 'mask_of_runs', 'mask_of_polygons', 'mask_of', 'CocoScenes',
@@ -32,59 +34,76 @@ def cut_alike(
 ) -> dict[str, Tensor]:
     "Picture `(3,size,size)` in [−1,1] and its maps, cut to one square and scaled"
     w, h = picture.size
-    side = min(h, w)
     for key, value in maps.items():
-        if value.shape != (h, w): raise ValueError(f"{name}: {key} is {value.shape[0]}×{value.shape[1]}, but the picture is {h}×{w} (height×width)")
-    spare = max(h, w) - side
+        if value.shape != (h, w):
+            sides = "×".join(map(str, value.shape))
+            raise ValueError(f"{name}: {key} is {sides}, but the picture is {h}×{w} (height×width)")
+    spare = abs(h - w)
     shift = int(torch.randint(spare + 1, ())) if slide else spare // 2
-    box = (shift, 0, side) if h > w else (0, shift, side)
+    box = (shift, 0, w) if h > w else (0, shift, h)
     out = {"image": resize_crop(to_image_tensor(picture), size, box)}
     for key, value in maps.items():
         scaled = resize_crop(torch.from_numpy(value.astype(np.int64)), size, box)
         out[key] = scaled.bool() if value.dtype == bool else scaled
-    return {key: value.flip(-1) for key, value in out.items()} if flip and torch.rand(()) < 0.5 else out
+    if flip and torch.rand(()) < 0.5:
+        return {key: value.flip(-1) for key, value in out.items()}
+    return out
 
 # %% ../../nbs/data/natural.ipynb #rle-export
-def unpack_runs(text: str) -> list[int]:
-    "Run lengths from COCO's packed text: six bits a letter, five of them value, and from the third number on differences to the last but one"
-    runs, at = [], 0
+def _unpack_number(text, at):
+    "The number written at `at`, five bits a letter with the lowest first, and the position behind it"
+    value = shift = 0
     while at < len(text):
-        value, shift, more = 0, 0, True
-        while more:
-            if at >= len(text): raise ValueError("the packed run lengths are cut short")
-            letter = ord(text[at]) - 48
-            value |= (letter & 31) << shift
-            more, shift, at = bool(letter & 32), shift + 5, at + 1
-            if not more and letter & 16: value |= -1 << shift
+        letter = ord(text[at]) - 48
+        value |= (letter & 31) << shift
+        at += 1
+        shift += 5
+        if not letter & 32:
+            return (value | -1 << shift if letter & 16 else value), at
+    raise ValueError("the packed run lengths are cut short")
+
+
+def unpack_runs(text: str) -> list[int]:
+    "Run lengths from COCO's packed text; from the third number on, differences to the last but one"
+    runs = []
+    at = 0
+    while at < len(text):
+        value, at = _unpack_number(text, at)
         runs.append(value + runs[-2] if len(runs) > 2 else value)
     return runs
 
 
 def mask_of_runs(runs: Sequence[int], height: int, width: int) -> np.ndarray:
     "Bool mask `(h,w)` from run lengths of 0, 1, 0 … down the columns"
-    if sum(runs) != height * width: raise ValueError(f"run lengths cover {sum(runs)} pixels, the picture has {height * width}")
+    if sum(runs) != height * width:
+        raise ValueError(f"run lengths cover {sum(runs)} pixels, the picture has {height * width}")
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return flat.reshape(width, height).T
+    return rearrange(flat, "(w h) -> h w", h=height)
 
 
 def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
     "Bool mask `(h,w)` of the union of polygons `[x0, y0, x1, y1 …]`; pixels whose centres lie inside"
-    scale, canvas = 4, Image.new("1", (width * 4, height * 4))
+    scale = 4
+    canvas = Image.new("1", (width * scale, height * scale))
     for points in polygons:
-        if len(points) < 6 or len(points) % 2: raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
+        if len(points) < 6 or len(points) % 2:
+            raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
         ImageDraw.Draw(canvas).polygon([p * scale - 0.5 for p in points], fill=1)
     return np.asarray(canvas)[scale // 2::scale, scale // 2::scale].copy()
 
 
-def mask_of(segmentation, height: int, width: int) -> np.ndarray:
+def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     "Bool mask of a COCO `segmentation`: polygons, run lengths, or packed run lengths"
-    if isinstance(segmentation, list): return mask_of_polygons(segmentation, height, width)
+    if isinstance(segmentation, list):
+        return mask_of_polygons(segmentation, height, width)
     runs = segmentation["counts"]
     return mask_of_runs(unpack_runs(runs) if isinstance(runs, str) else runs, height, width)
 
 # %% ../../nbs/data/natural.ipynb #coco-export
-class CocoScenes:
+class CocoScenes(Reader):
     "COCO 2017: `images/{train,val}2017/*.jpg` and `annotations/instances_{train,val}2017.json`"
+
+    items = "pictures"
 
     def __init__(
         self,
@@ -99,59 +118,99 @@ class CocoScenes:
         flip: bool = False,  # mirror half of the pictures at random
         slide: bool = False,  # cut the square at a random place along the longer side
     ):
-        self.path, self.size, self.split, self.flip, self.slide = Path(path), size, split_name(split), flip, slide
-        if self.split not in ("train", "val"): raise ValueError(f"split={split!r}: COCO has annotations for 'train' and 'val' only")
-        file = self.path / "annotations" / f"instances_{self.split}2017.json"
-        content = read_json(file)
-        missing = [k for k in ("images", "annotations", "categories") if k not in content]
-        if missing: raise ValueError(f"{file} has no {', '.join(missing)}: it is no COCO instance file")
-        self.class_of = {c["id"]: i for i, c in enumerate(sorted(content["categories"], key=lambda c: c["id"]), 1)}
-        self.factor_names = {"class": ["none", *(c["name"] for c in sorted(content["categories"], key=lambda c: c["id"]))]}
+        self.path = Path(path)
+        self.size = size
+        self.split = split_name(split)
+        self.flip = flip
+        self.slide = slide
+        if self.split not in ("train", "val"):
+            raise ValueError(f"split={split!r}: COCO has annotations for 'train' and 'val' only")
+        content = _read_instances(self.path / "annotations" / f"instances_{self.split}2017.json")
+        categories = sorted(content["categories"], key=_id)
+        self.class_of = {c["id"]: i for i, c in enumerate(categories, 1)}
+        self.factor_names = {"class": ["none", *(c["name"] for c in categories)]}
         self.annotations: dict[int, list[dict]] = {}
-        for a in content["annotations"]: self.annotations.setdefault(a["image_id"], []).append(a)
-        pictures = sorted(content["images"], key=lambda p: p["id"])
-        instances = {p["id"]: sum(not a.get("iscrowd") for a in self.annotations.get(p["id"], [])) for p in pictures}
-        if not (self.split == "val" if keep_empty is None else keep_empty): pictures = [p for p in pictures if instances[p["id"]]]
-        self.max_objects = max_objects or max(max(instances.values(), default=0), 1)
-        too_many = next((p["file_name"] for p in pictures if instances[p["id"]] > self.max_objects), None)
-        if too_many: raise ValueError(f"{too_many} has more than max_objects={self.max_objects} instances: raise it")
-        self.pictures = choose(pictures, n, seed)
+        for a in content["annotations"]:
+            self.annotations.setdefault(a["image_id"], []).append(a)
+        keep_empty = self.split == "val" if keep_empty is None else keep_empty
+        pictures = self._suitable(sorted(content["images"], key=_id), keep_empty, max_objects)
+        self.index = subsample(pictures, n, seed)
 
-    def __len__(self) -> int: return len(self.pictures)
+    def _suitable(self, pictures, keep_empty, max_objects):
+        "Pictures with enough instances and not too many"
+        counts = [sum(not a.get("iscrowd") for a in self.annotations.get(p["id"], [])) for p in pictures]
+        self.max_objects = max_objects or max([1, *counts])
+        for p, count in zip(pictures, counts):
+            if count > self.max_objects:
+                raise ValueError(f"{p['file_name']} has more than max_objects={self.max_objects} instances: raise it")
+        return [p for p, count in zip(pictures, counts) if count or keep_empty]
 
     def __getitem__(self, i: int) -> dict:
-        info = self.pictures[i]
-        picture = read_image(self.path / "images" / f"{self.split}2017" / info["file_name"])
-        w, h = picture.size
-        masks, classes, count, crowd, kinds = np.zeros((h, w), np.int64), np.zeros((h, w), np.int64), np.zeros((h, w), np.int64), np.zeros((h, w), bool), []
+        info = self.index[i]
+        name = info["file_name"]
+        picture = read_image(self.path / "images" / f"{self.split}2017" / name)
+        maps, kinds = self._maps(info, *picture.size)
+        item = cut_alike(picture, maps, self.size, slide=self.slide, flip=self.flip, name=name)
+        return item | instance_labels(item["masks"], kinds, self.max_objects) | {"image_id": Path(name).stem}
+
+    def _maps(self, info, w, h):
+        "Label maps of instances and classes, pixels to ignore (crowds, overlaps), and the class of every instance"
+        masks, classes, count = np.zeros((3, h, w), np.int64)
+        crowd = np.zeros((h, w), bool)
+        kinds = []
         for a in self.annotations.get(info["id"], []):
-            try: here = mask_of(a["segmentation"], h, w)
-            except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{info['file_name']}, annotation {a.get('id')}: {error}") from None
-            if a.get("iscrowd"): crowd |= here; continue
+            here = _annotated(a, h, w, info["file_name"])
+            if a.get("iscrowd"):
+                crowd |= here
+                continue
             kinds.append(self.class_of[a["category_id"]])
-            masks[here], classes[here] = len(kinds), kinds[-1]
+            masks[here] = len(kinds)
+            classes[here] = kinds[-1]
             count += here
-        item = cut_alike(picture, {"masks": masks, "class_masks": classes, "ignore": (count > 1) | (crowd & (count == 0))}, self.size, slide=self.slide, flip=self.flip, name=info["file_name"])
-        return item | instance_labels(item["masks"], kinds, self.max_objects) | {"image_id": Path(info["file_name"]).stem}
+        ignore = (count > 1) | (crowd & (count == 0))
+        return {"masks": masks, "class_masks": classes, "ignore": ignore}, kinds
 
-    def check(self, n: int | None = None) -> int:
-        "Read all pictures, or `n` spread evenly; the first that cannot be read raises an error naming it; returns how many were read"
-        return sum(1 for i in evenly(len(self), n) if self[i])
+    @property
+    def limit(self) -> str:
+        "For the description"
+        return f", ≤ {self.max_objects} instances"
 
-    def __repr__(self) -> str: return f"CocoScenes({self.path.name!r}: {len(self)} pictures, {self.size} px, ≤ {self.max_objects} instances, split {self.split})"
+# %% ../../nbs/data/natural.ipynb #instances-export
+def _id(entry):
+    return entry["id"]
+
+
+def _read_instances(file):
+    "Content of an instance file; ValueError if it is none"
+    content = read_json(file)
+    missing = [k for k in ("images", "annotations", "categories") if k not in content]
+    if missing:
+        raise ValueError(f"{file} has no {', '.join(missing)}: it is no COCO instance file")
+    return content
+
+
+def _annotated(annotation, h, w, name):
+    "Mask of an annotation; ValueError naming it"
+    try:
+        return mask_of(annotation["segmentation"], h, w)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}, annotation {annotation.get('id')}: {error}") from None
 
 
 def instance_labels(masks: Tensor, kinds: Sequence[int], max_objects: int) -> dict:
     "`labels` of the contract: class of every instance, and whether it shows in the square"
     seen = torch.bincount(masks.flatten(), minlength=max_objects + 1)[1:max_objects + 1] > 0
-    return {"labels": {"visibility": seen.float(), "class": torch.tensor([*kinds, *[0] * (max_objects - len(kinds))])}}
+    classes = torch.tensor([*kinds, *[0] * (max_objects - len(kinds))])
+    return {"labels": {"visibility": seen.float(), "class": classes}}
 
 # %% ../../nbs/data/natural.ipynb #voc-export
-VOC_CLASSES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person",
-               "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+VOC_CLASSES = [
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]
 
 
-class VocScenes:
+class VocScenes(Reader):
     "Pascal VOC 2012 segmentation: pictures, class masks, and instance masks where the split has them"
 
     def __init__(
@@ -159,48 +218,79 @@ class VocScenes:
         path: Path | str,  # `VOC/` with `images` and `sets`, or `VOC2012/` with `JPEGImages` and `ImageSets/Segmentation`
         size: int = 224,  # side of the square that is returned
         *,
-        split: str = "val",  # val, or train (= trainaug where that list exists); or the name of a list, such as trainaug
+        split: str = "val",  # val, or train (= trainaug where that list exists); or the name of a list
         n: int | None = None,  # at most so many pictures of the split
         seed: int = 0,  # which ones `n` draws
         max_objects: int = 56,  # rows that labels are padded to; the largest number of objects of the original
         flip: bool = False,  # mirror half of the pictures at random (published, for training)
         slide: bool = False,  # cut the square at a random place along the longer side (published, for training)
     ):
-        self.path, self.size, self.flip, self.slide, self.max_objects = Path(path), size, flip, slide, max_objects
-        self.folder = next((self.path / f for f in ("images", "JPEGImages") if (self.path / f).is_dir()), None)
-        self.lists = next((self.path / f for f in ("sets", "ImageSets/Segmentation") if (self.path / f).is_dir()), None)
-        if self.folder is None or self.lists is None: raise FileNotFoundError(f"{path} is no VOC folder: it needs images/ and sets/ (or JPEGImages/ and ImageSets/Segmentation/)")
-        wanted = {"train": ("trainaug", "train"), "val": ("val",)}.get(split, (split,))
-        self.split = next((name for name in wanted if (self.lists / f"{name}.txt").is_file()), None)
-        if self.split is None: raise ValueError(f"split={split!r}: {self.lists} has no list {' or '.join(f'{w}.txt' for w in wanted)}; there are {', '.join(sorted(p.stem for p in self.lists.glob('*.txt')))}")
-        names = (self.lists / f"{self.split}.txt").read_text().split()
-        if not names: raise ValueError(f"{self.lists / self.split}.txt is empty")
-        self.names = choose(names, n, seed)
+        self.path = Path(path)
+        self.size = size
+        self.flip = flip
+        self.slide = slide
+        self.max_objects = max_objects
+        self.folder, lists = _voc_folders(self.path)
+        self.split = _voc_list(lists, split)
+        names = (lists / f"{self.split}.txt").read_text().split()
+        if not names:
+            raise ValueError(f"{lists / self.split}.txt is empty")
+        self.index = subsample(names, n, seed)
         self.has_objects = self.split != "trainaug"
         self.factor_names = {"class": ["none", *VOC_CLASSES[1:]]}
 
-    def __len__(self) -> int: return len(self.names)
-
     def __getitem__(self, i: int) -> dict:
-        name = self.names[i]
+        name = self.index[i]
         picture = read_image(self.folder / f"{name}.jpg")
-        augmented = self.path / "SegmentationClassAug" / f"{name}.png"
-        classes = read_labels(augmented if self.split == "trainaug" and augmented.is_file() else self.path / "SegmentationClass" / f"{name}.png")
-        maps = {"class_masks": classes}
-        if self.has_objects: maps["masks"] = read_labels(self.path / "SegmentationObject" / f"{name}.png")
-        void = np.any([m == 255 for m in maps.values()], 0)
-        maps = {key: np.where(void, 0, value) for key, value in maps.items()} | {"ignore": void}
-        if classes.max(initial=0, where=~void) >= len(VOC_CLASSES): raise ValueError(f"{name}: class {classes[~void].max()} is unknown, VOC has {len(VOC_CLASSES) - 1}")
+        maps = self._maps(name)
         item = cut_alike(picture, maps, self.size, slide=self.slide, flip=self.flip, name=name)
         if self.has_objects:
-            objects = maps["masks"]
-            if objects.max() > self.max_objects: raise ValueError(f"{name} has {objects.max()} objects: pass a max_objects larger than {self.max_objects}")
-            kinds = [int(np.bincount(classes[(objects == j) & ~void], minlength=1).argmax()) if ((objects == j) & ~void).any() else 0 for j in range(1, int(objects.max()) + 1)]
-            item |= instance_labels(item["masks"], kinds, self.max_objects)
+            item |= instance_labels(item["masks"], self._classes(maps, name), self.max_objects)
         return item | {"image_id": name}
 
-    def check(self, n: int | None = None) -> int:
-        "Read all pictures, or `n` spread evenly; the first that cannot be read raises an error naming it; returns how many were read"
-        return sum(1 for i in evenly(len(self), n) if self[i])
+    def _maps(self, name):
+        "Label maps of classes and instances, 0 where they are void, and the pixels to ignore"
+        augmented = self.path / "SegmentationClassAug" / f"{name}.png"
+        plain = self.path / "SegmentationClass" / f"{name}.png"
+        classes = read_labels(augmented if self.split == "trainaug" and augmented.is_file() else plain)
+        maps = {"class_masks": classes}
+        if self.has_objects:
+            maps["masks"] = read_labels(self.path / "SegmentationObject" / f"{name}.png")
+        void = np.any([m == 255 for m in maps.values()], 0)
+        known = len(VOC_CLASSES)
+        if classes.max(initial=0, where=~void) >= known:
+            raise ValueError(f"{name}: class {classes[~void].max()} is unknown, VOC has {known - 1}")
+        return {key: np.where(void, 0, value) for key, value in maps.items()} | {"ignore": void}
 
-    def __repr__(self) -> str: return f"VocScenes({self.path.name!r}: {len(self)} pictures, {self.size} px, list {self.split})"
+    def _classes(self, maps, name):
+        "The commonest class of every instance's pixels"
+        objects = maps["masks"]
+        count = int(objects.max())
+        if count > self.max_objects:
+            raise ValueError(f"{name} has {count} objects: pass a max_objects larger than {self.max_objects}")
+        inside = [maps["class_masks"][(objects == j) & ~maps["ignore"]] for j in range(1, count + 1)]
+        return [int(np.bincount(pixels, minlength=1).argmax()) for pixels in inside]
+
+    def __repr__(self) -> str:
+        return f"VocScenes({self.path.name!r}: {len(self)} pictures, {self.size} px, list {self.split})"
+
+# %% ../../nbs/data/natural.ipynb #voc-folders-export
+def _voc_folders(path):
+    "The folders of pictures and of lists, in either layout"
+    pictures = [path / f for f in ("images", "JPEGImages") if (path / f).is_dir()]
+    lists = [path / f for f in ("sets", "ImageSets/Segmentation") if (path / f).is_dir()]
+    if not (pictures and lists):
+        needs = "it needs images/ and sets/ (or JPEGImages/ and ImageSets/Segmentation/)"
+        raise FileNotFoundError(f"{path} is no VOC folder: {needs}")
+    return pictures[0], lists[0]
+
+
+def _voc_list(lists, split):
+    "The name of the list that is the split"
+    wanted = {"train": ("trainaug", "train"), "val": ("val",)}.get(split, (split,))
+    for name in wanted:
+        if (lists / f"{name}.txt").is_file():
+            return name
+    files = " or ".join(f"{name}.txt" for name in wanted)
+    there = ", ".join(sorted(p.stem for p in lists.glob("*.txt")))
+    raise ValueError(f"split={split!r}: {lists} has no list {files}; there are {there}")
