@@ -11,7 +11,8 @@ _homes = {
     "methods.slate": "SLATE",
     "methods.slot_attention_ae": "SlotAttentionAE",
     "methods.concepts": "Concepts load_official_concepts",
-    "training.trainer": "Trainer Run",
+    "training.trainer": "Trainer",
+    "training.run_directory": "Run",
     "training.config": "TrainConfig",
     "data.catalog": "open_dataset",
     "worlds.scenes": "Scenes",
@@ -69,6 +70,18 @@ _moved = {
     },
     "viz.attribution": {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",
+    },
+    "training.trainer": {
+        "training.stream": "epoch_order micro_batch Stream preserve_random_state",
+        "training.signals": "STOP_SIGNALS",
+        "training.files": "sync remove_folder checksum seal",
+        "training.weights": "trainable load_weights fingerprint",
+        "training.record": "difference",
+        "training.run_directory": "summary load_run",
+        "training.checkpoint": "list_checkpoints",
+        "training.reporting": "clock progress read_metrics",
+        "training.accelerator": "WAIT UNCONNECTED tracker_names fresh_accelerate connect",
+        "training.engine": "parameter_groups make_optimizer lr_factor",
     },
 }
 

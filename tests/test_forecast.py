@@ -9,7 +9,9 @@ from training_toys import Slower, train
 
 from decomp_nb.training import trainer as trainer_module
 from decomp_nb.training.forecast import Plan
-from decomp_nb.training.trainer import Run, list_checkpoints, seal
+from decomp_nb.training.checkpoint import list_checkpoints
+from decomp_nb.training.files import seal
+from decomp_nb.training.run_directory import Run
 
 
 @pytest.fixture

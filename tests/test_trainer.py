@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 from training_toys import Denoiser, Pictures, Slower, train, train_in_process
 
+from decomp_nb.training import checkpoint, stream
 from decomp_nb.training import trainer as trainer_module
 from decomp_nb.training.config import TrainConfig, check_parameters_cell, read_parameters, resolve_out_dir
-from decomp_nb.training.trainer import Run, defect, list_checkpoints, load_run
+from decomp_nb.training.checkpoint import list_checkpoints
+from decomp_nb.training.files import defect
+from decomp_nb.training.run_directory import Run, load_run
 
 TIMES = ("seconds", "images_per_second")
 
@@ -161,8 +164,8 @@ def test_resume_with_another_batch_goes_on_where_the_images_left_off(tmp_path):
             read.append(i)
             return super().__getitem__(i)
     train(tmp_path / "run", data=Spy(), max_steps=6, batch_size=2, resume="auto")
-    stream = torch.cat([trainer_module.epoch_order(22, 0, epoch) for epoch in range(2)]).tolist()
-    assert read[-2:] == stream[20:22]
+    order = torch.cat([stream.epoch_order(22, 0, epoch) for epoch in range(2)]).tolist()
+    assert read[-2:] == order[20:22]
 
 
 def test_evaluation_does_not_change_training(tmp_path):
@@ -293,13 +296,13 @@ def test_half_written_checkpoint_disappears(tmp_path):
 
 
 def test_full_disk_while_saving(tmp_path, monkeypatch):
-    run_dir, honest = tmp_path / "run", trainer_module.save_weights
+    run_dir, honest = tmp_path / "run", checkpoint.save_weights
     def full(tensors, path):
         if "step-00000008" in str(path):
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         honest(tensors, path)
-    monkeypatch.setattr(trainer_module, "save_weights", full)
+    monkeypatch.setattr(checkpoint, "save_weights", full)
     with pytest.raises(OSError, match="step-00000008.*No space left.*intact") as error: train(run_dir, save_every=4)
     assert error.value.errno == errno.ENOSPC
     assert names(run_dir) == ["step-00000004"] and not list(run_dir.rglob(".tmp-*")) and (run_dir / "model" / "model.safetensors").exists()
