@@ -72,16 +72,19 @@ _moved = {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",
     },
     "training.trainer": {
-        "training.stream": "epoch_order micro_batch Stream preserve_random_state",
+        "training.stream": "mix=mix_seeds epoch_order micro_batch Stream seed_everything random_state set_random_state "
+                           "preserve_random_state Positions=MicroBatchSampler check_data",
         "training.signals": "STOP_SIGNALS",
-        "training.files": "sync remove_folder checksum seal",
-        "training.weights": "trainable load_weights fingerprint",
-        "training.record": "difference",
+        "training.files": "write_text sync remove_folder checksum seal=write_manifest defect=verify_manifest",
+        "training.weights": "trainable restorable save_weights load_weights fingerprint",
+        "training.record": "versions git_commit difference hardware read_record check_model",
         "training.run_directory": "summary load_run",
         "training.checkpoint": "list_checkpoints",
-        "training.reporting": "clock progress read_metrics",
-        "training.accelerator": "WAIT UNCONNECTED tracker_names fresh_accelerate connect",
+        "training.reporting": "clock=format_duration short=format_number progress read_metrics rewind_metrics Meter Stopwatch",
+        "training.accelerator": "WAIT UNCONNECTED tracker_names fresh_accelerate connect agree_on_precision "
+                                "make_accelerator gather_states",
         "training.engine": "parameter_groups make_optimizer lr_factor",
+        "training.session": "make_forecast",
     },
 }
 

@@ -13,10 +13,9 @@ from torch import nn
 from training_toys import Denoiser, Pictures, Slower, train, train_in_process
 
 from decomp_nb.training import checkpoint, stream
-from decomp_nb.training import trainer as trainer_module
 from decomp_nb.training.config import TrainConfig, check_parameters_cell, read_parameters, resolve_out_dir
 from decomp_nb.training.checkpoint import list_checkpoints
-from decomp_nb.training.files import defect
+from decomp_nb.training.files import verify_manifest
 from decomp_nb.training.run_directory import Run, load_run
 
 TIMES = ("seconds", "images_per_second")
@@ -277,7 +276,7 @@ def test_damaged_checkpoint_is_passed_over_or_refused(tmp_path, damage):
     with pytest.warns(UserWarning, match="step-00000012.*passing over"): _, resumed = train(tmp_path / "run", resume="auto", save_every=6)
     _, whole = train(tmp_path / "whole")
     assert_same_run(whole, resumed)
-    assert defect(newest) == ""
+    assert verify_manifest(newest) == ""
 
 
 def test_going_back_to_an_older_checkpoint_replaces_the_newer_ones(tmp_path):
@@ -312,15 +311,15 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
 
 
 def test_full_disk_while_writing_model(tmp_path, monkeypatch):
-    honest, calls = trainer_module.write_text, []
+    honest, calls = checkpoint.write_text, []
     def full(path, text):
         if path.parent.name == ".tmp-model":
             calls.append(path)
             if len(calls) == 2: raise OSError(errno.ENOSPC, "No space left on device")
         honest(path, text)
-    monkeypatch.setattr(trainer_module, "write_text", full)
+    monkeypatch.setattr(checkpoint, "write_text", full)
     with pytest.raises(OSError, match="could not save model"): train(tmp_path / "run", save_every=4)
-    assert defect(tmp_path / "run" / "checkpoints" / "step-00000008") == "" and not list((tmp_path / "run").glob(".tmp-*"))
+    assert verify_manifest(tmp_path / "run" / "checkpoints" / "step-00000008") == "" and not list((tmp_path / "run").glob(".tmp-*"))
     load_file(tmp_path / "run" / "model" / "model.safetensors")
 
 
@@ -353,7 +352,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
             return {**output, "loss": output["loss"] * (float("nan") if self.calls == 7 else 1)}
     with pytest.raises(FloatingPointError, match=r"step 7 \(learning rate: encoder.*head.*step-00000006"):
         train(tmp_path / "run", model=Broken(), save_every=3, log_every=4)
-    assert names(tmp_path / "run") == ["step-00000003", "step-00000006"] and not defect(tmp_path / "run" / "checkpoints" / "step-00000006")
+    assert names(tmp_path / "run") == ["step-00000003", "step-00000006"] and not verify_manifest(tmp_path / "run" / "checkpoints" / "step-00000006")
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 

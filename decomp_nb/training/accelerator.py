@@ -26,42 +26,56 @@ __all__ = ['WAIT', 'UNCONNECTED', 'tracker_names', 'fresh_accelerate', 'connect'
 def tracker_names(trackers: str) -> list[str]:
     "Names of the trackers; a `ValueError` for one that is not installed"
     from accelerate.tracking import get_available_trackers
+
     there = [str(name) for name in get_available_trackers()]
     names = [name.strip() for name in trackers.split(",") if name.strip()]
     for name in names:
-        if name not in there: raise ValueError(f"trackers: {name!r} is not installed; there are: {', '.join(there)}; or leave it empty")
+        if name not in there:
+            raise ValueError(
+                f"trackers: {name!r} is not installed; there are: {', '.join(there)}; or leave it empty"
+            )
     return names
 
+
 def fresh_accelerate() -> None:
-    "Forget an earlier training of this Python process, which may have had another precision or device; processes stay connected"
+    "Forget an earlier training of this Python process, with its precision and device; processes stay connected"
     from accelerate.state import AcceleratorState, GradientState
+
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
 
+
 WAIT = datetime.timedelta(hours=12)  # the others wait while one evaluates
 
-UNCONNECTED = "{} processes were started, but accelerate sees {}: on a CPU set cpu=True or ACCELERATE_USE_CPU=1"
+UNCONNECTED = (
+    "{} processes were started, but accelerate sees {}: on a CPU set cpu=True or ACCELERATE_USE_CPU=1"
+)
+
 
 def connect(config: TrainConfig):
     "accelerate's view of the processes, which meet here, and of this one's device"
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
+
     fresh_accelerate()
     cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     wanted = int(os.environ.get("WORLD_SIZE", 1))
     environment = dict(os.environ)
     try:
         return PartialState(cpu=cpu, timeout=WAIT)
-    except ValueError as error:  # accelerate before 1.11 asks for an address where later ones see a single process
+    except (
+        ValueError
+    ) as error:  # accelerate before 1.11 asks for an address where later ones see a single process
         if cpu or wanted == 1 or "MASTER_ADDR" not in str(error):
             raise
         os.environ.clear()  # it has set ranks that nobody else knows
         os.environ.update(environment)
         raise RuntimeError(UNCONNECTED.format(wanted, 1)) from error
 
+# %% ../../nbs/training/accelerator.ipynb #agree-export
 def agree_on_precision(
     config: TrainConfig,
-    record: Mapping[str, Any] | None = None,   # `config.json` of the run that goes on
+    record: Mapping[str, Any] | None = None,  # `config.json` of the run that goes on
 ) -> Precision:
     "What the run computes with; the answer of the main process counts for all"
     state = connect(config)
@@ -69,8 +83,10 @@ def agree_on_precision(
         answer = settle_precision(config.mixed_precision, state.device.type, record)
     else:
         answer = Precision("auto", "no", "as the main process says", "")
-    if state.num_processes == 1: return answer
+    if state.num_processes == 1:
+        return answer
     from accelerate.utils import broadcast
+
     number = broadcast(torch.tensor([list(NAMES).index(answer.chosen)], device=state.device))
     return dataclasses.replace(answer, chosen=list(NAMES)[number.item()])
 
@@ -79,17 +95,27 @@ def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters:
     "accelerate, set up by the configuration; refuses to run as several unconnected processes"
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
     precision = config.mixed_precision
     if precision == "auto":
         precision = agree_on_precision(config).chosen
-    if precision == "fp16" and (config.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())):
+    if precision == "fp16" and (
+        config.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    ):
         raise ValueError("mixed_precision: fp16 needs a GPU; choose 'auto', 'bf16' or 'no'")
     fresh_accelerate()
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
-                InitProcessGroupKwargs(timeout=WAIT)]
+    handlers = [
+        DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+        InitProcessGroupKwargs(timeout=WAIT),
+    ]
     trackers = tracker_names(config.trackers) or None
-    accelerator = Accelerator(mixed_precision=precision, cpu=config.cpu, log_with=trackers,
-                              project_dir=run_dir / "trackers", kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=config.cpu,
+        log_with=trackers,
+        project_dir=run_dir / "trackers",
+        kwargs_handlers=handlers,
+    )
     there, wanted = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
     if there != wanted:
         raise RuntimeError(UNCONNECTED.format(wanted, there))
@@ -98,18 +124,21 @@ def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters:
 # %% ../../nbs/training/accelerator.ipynb #gather-export
 def gather_states(accelerator, state: dict[str, Any]) -> list[dict[str, Any]]:
     "`state` of every process, by rank"
-    if accelerator.num_processes == 1: return [state]
+    if accelerator.num_processes == 1:
+        return [state]
     buffer = io.BytesIO()
     torch.save(state, buffer)
     row = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(accelerator.device)
     sizes = accelerator.gather(torch.tensor([len(row)], device=accelerator.device)).tolist()
     padded = torch.zeros(1, max(sizes), dtype=torch.uint8, device=accelerator.device)
-    padded[0, :len(row)] = row
+    padded[0, : len(row)] = row
     rows = accelerator.gather(padded).cpu().numpy()
     return [torch.load(io.BytesIO(row[:size].tobytes()), weights_only=True) for row, size in zip(rows, sizes)]
 
+
 def sums(accelerator, numbers: list[float]) -> list[float]:
     "Sum of every number over all processes, the same in each of them"
-    if accelerator.num_processes == 1: return numbers
+    if accelerator.num_processes == 1:
+        return numbers
     row = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
     return accelerator.reduce(row, "sum").tolist()

@@ -5,6 +5,7 @@
 # %% ../../nbs/training/checkpoint.ipynb #imports-export
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -14,43 +15,64 @@ from typing import Any
 import torch
 
 from .engine import Engine
-from .files import defect, remove_folder, seal
+from decomp_nb.training.files import (
+    atomic_folder,
+    explain_disk_errors,
+    remove_folder,
+    verify_manifest,
+    write_manifest,
+    write_text,
+)
+from .record import model_record
 from .weights import fingerprint, load_weights, restorable, save_weights
 
 # %% auto #0
-__all__ = ['list_checkpoints', 'newest_checkpoint', 'prune_checkpoints', 'save_state', 'load_state']
+__all__ = ['list_checkpoints', 'newest_checkpoint', 'prune_checkpoints', 'save_state', 'load_state', 'export_model']
 
 # %% ../../nbs/training/checkpoint.ipynb #list-export
 def list_checkpoints(folder: Path) -> list[Path]:
     "Folders `step-…` by step, oldest first, whole or not"
     return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
 
+
 def newest_checkpoint(folder: Path) -> Path | None:
     "The newest whole checkpoint; warns of damaged ones that it passes over"
     for path in reversed(list_checkpoints(folder)):
-        problem = defect(path)
-        if not problem: return path
+        problem = verify_manifest(path)
+        if not problem:
+            return path
         warnings.warn(f"checkpoint {path.name} {problem}; passing over it", stacklevel=2)
     return None
 
+
 def prune_checkpoints(newest: Path, keep: int) -> None:
-    "Keep `newest`, just written, and the `keep` − 1 before it; later steps date from before a resume, `.tmp-…` from crashed saves"
+    "Keep `newest`, just written, and `keep` − 1 before it; later steps are from before a resume, `.tmp-…` from crashes"
     folder = newest.parent
     steps = list_checkpoints(folder)
     place = steps.index(newest) + 1
-    for path in steps[:max(0, place - keep)] + steps[place:]: remove_folder(path)
-    for path in folder.glob(".tmp-*"): shutil.rmtree(path, ignore_errors=True)
+    for path in steps[: max(0, place - keep)] + steps[place:]:
+        remove_folder(path)
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/training/checkpoint.ipynb #state-export
 def save_state(engine: Engine, folder: Path, progress: Mapping[str, Any]) -> None:
-    "Write a checkpoint into `folder`: weights, average, optimiser, and `progress` (step, images seen, seconds, per-process state)"
+    "Write a checkpoint into `folder`: weights, average, optimiser, and `progress`, see `Session.progress`"
     save_weights(restorable(engine.raw), folder / "model.safetensors")
     ema, scaler = engine.ema, engine.accelerator.scaler
-    if ema is not None: save_weights(dict(zip(engine.weights, ema.shadow_params)), folder / "ema.safetensors")
-    state = {**progress, "optimizer": engine.optimizer.state_dict()["state"], "scaler": scaler.state_dict() if scaler else None,
-             "ema_steps": ema.optimization_step if ema is not None else 0, "frozen": fingerprint(engine.raw)}
-    with (folder / "state.pt").open("wb") as file: torch.save(state, file)
-    seal(folder)
+    if ema is not None:
+        save_weights(dict(zip(engine.weights, ema.shadow_params)), folder / "ema.safetensors")
+    state = {
+        **progress,
+        "optimizer": engine.optimizer.state_dict()["state"],
+        "scaler": scaler.state_dict() if scaler else None,
+        "ema_steps": ema.optimization_step if ema is not None else 0,
+        "frozen": fingerprint(engine.raw),
+    }
+    with (folder / "state.pt").open("wb") as file:
+        torch.save(state, file)
+    write_manifest(folder)
+
 
 def load_state(engine: Engine, folder: Path) -> dict[str, Any]:
     "Read what `save_state` wrote into the engine; returns `progress`"
@@ -59,10 +81,29 @@ def load_state(engine: Engine, folder: Path) -> dict[str, Any]:
     ema, scaler = engine.ema, engine.accelerator.scaler
     if ema is not None:
         source = folder / "ema.safetensors"
-        load_weights(dict(zip(engine.weights, ema.shadow_params)), source if source.exists() else folder / "model.safetensors")
+        load_weights(
+            dict(zip(engine.weights, ema.shadow_params)),
+            source if source.exists() else folder / "model.safetensors",
+        )
         ema.optimization_step = state["ema_steps"]
-    engine.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": engine.optimizer.state_dict()["param_groups"]})
-    if scaler and state["scaler"]: scaler.load_state_dict(state["scaler"])
+    engine.optimizer.load_state_dict(
+        {"state": state["optimizer"], "param_groups": engine.optimizer.state_dict()["param_groups"]}
+    )
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
     changed = [name for name, value in fingerprint(engine.raw).items() if state["frozen"].get(name) != value]
-    if changed: warnings.warn(f"{len(changed)} frozen parameters differ from those of the run, {changed[0]} first", stacklevel=2)
+    if changed:
+        warnings.warn(
+            f"{len(changed)} frozen parameters differ from those of the run, {changed[0]} first", stacklevel=2
+        )
     return state
+
+# %% ../../nbs/training/checkpoint.ipynb #export-export
+def export_model(engine: Engine, path: Path) -> None:
+    "Write the averaged weights into the folder `path`, as `from_pretrained` wants them"
+    with explain_disk_errors(path), engine.averaged() as model, atomic_folder(path) as folder:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder)
+        else:
+            save_weights(restorable(model), folder / "model.safetensors")
+            write_text(folder / "config.json", json.dumps(model_record(model)))

@@ -23,20 +23,31 @@ __all__ = ['parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode',
 
 # %% ../../nbs/training/engine.ipynb #groups-export
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    "Optimiser groups of the trainable parameters: `params`, `name`, `lr` (peak) and, where the model says so, `weight_decay`"
-    given = model.parameter_groups() if hasattr(model, "parameter_groups") else [{"params": model.parameters(), "name": "all"}]
+    "Optimiser groups of the trainable parameters: `params`, `name`, `lr` (peak), `weight_decay` if the model says so"
+    given = (
+        model.parameter_groups()
+        if hasattr(model, "parameter_groups")
+        else [{"params": model.parameters(), "name": "all"}]
+    )
     groups = []
     for number, group in enumerate(given):
         name = group.get("name", f"group{number}")
         scale = group.get("lr_scale", 1.0) * (config.encoder_lr_scale if name == "encoder" else 1.0)
         params = [p for p in group["params"] if p.requires_grad]
-        if params: groups.append({**group, "params": params, "name": name, "lr": config.learning_rate * scale})
+        if params:
+            groups.append({**group, "params": params, "name": name, "lr": config.learning_rate * scale})
     grouped = {id(p) for group in groups for p in group["params"]}
     forgotten = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
-    if forgotten: raise ValueError(f"parameter_groups() of {type(model).__name__} leaves out trainable {', '.join(forgotten[:3])}")
-    if not groups: raise ValueError(f"{type(model).__name__} has no trainable parameter")
+    if forgotten:
+        raise ValueError(
+            f"parameter_groups() of {type(model).__name__} leaves out trainable {', '.join(forgotten[:3])}"
+        )
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter")
     if config.encoder_lr_scale != 1 and all(group["name"] != "encoder" for group in groups):
-        raise ValueError(f"encoder_lr_scale: {type(model).__name__} has no parameter group named 'encoder' with trainable parameters")
+        raise ValueError(
+            f"encoder_lr_scale: {type(model).__name__} has no parameter group named 'encoder' with trainable parameters"
+        )
     return groups
 
 # %% ../../nbs/training/engine.ipynb #adamw-export
@@ -50,75 +61,118 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
         with contextlib.suppress(RuntimeError):
             torch.optim.AdamW([probe], fused=True).step()
             extra["fused"] = True
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-                             weight_decay=config.weight_decay, **extra)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        **extra,
+    )
 
 # %% ../../nbs/training/engine.ipynb #schedule-export
 def lr_factor(config: TrainConfig) -> Callable[[int], float]:
     "Step → factor on the peak learning rate, in diffusers' shapes; `constant` warms up too if `warmup_steps` says so"
     from diffusers.optimization import get_scheduler
-    name = "constant_with_warmup" if config.lr_schedule == "constant" and config.warmup_steps else config.lr_schedule
+
+    name = (
+        "constant_with_warmup"
+        if config.lr_schedule == "constant" and config.warmup_steps
+        else config.lr_schedule
+    )
     nobody = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    return get_scheduler(name, nobody, num_warmup_steps=config.warmup, num_training_steps=config.max_steps).lr_lambdas[0]
+    spans = {"num_warmup_steps": config.warmup, "num_training_steps": config.max_steps}
+    return get_scheduler(name, nobody, **spans).lr_lambdas[0]
 
 # %% ../../nbs/training/engine.ipynb #swap-export
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module, params: list[nn.Parameter], ema=None):
     "The model with averaged weights, in eval mode, without gradients; restores weights, modes and random state"
     modes = {module: module.training for module in model.modules()}
-    if ema is not None: ema.store(params); ema.copy_to(params)
+    if ema is not None:
+        ema.store(params)
+        ema.copy_to(params)
     model.eval()
     try:
-        with torch.no_grad(), preserve_random_state(): yield model
+        with torch.no_grad(), preserve_random_state():
+            yield model
     finally:
-        if ema is not None: ema.restore(params)
-        for module, training in modes.items(): module.training = training
+        if ema is not None:
+            ema.restore(params)
+        for module, training in modes.items():
+            module.training = training
 
 # %% ../../nbs/training/engine.ipynb #losses-export
 def read_losses(output: Any, model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "`loss` and the other scalars of what `forward(batch)` returned"
     loss = output.get("loss") if isinstance(output, Mapping) else None
     if not isinstance(loss, torch.Tensor) or loss.dim():
-        raise TypeError(f"{type(model).__name__}.forward(batch) must return a dict with a scalar tensor 'loss'")
-    if not loss.requires_grad: raise ValueError(f"the loss of {type(model).__name__} does not depend on any trainable parameter")
-    return loss, {name: value for name, value in output.items() if name != "loss" and isinstance(value, torch.Tensor) and value.dim() == 0}
+        raise TypeError(
+            f"{type(model).__name__}.forward(batch) must return a dict with a scalar tensor 'loss'"
+        )
+    if not loss.requires_grad:
+        raise ValueError(f"the loss of {type(model).__name__} does not depend on any trainable parameter")
+    return loss, {
+        name: value
+        for name, value in output.items()
+        if name != "loss" and isinstance(value, torch.Tensor) and value.dim() == 0
+    }
 
 # %% ../../nbs/training/engine.ipynb #engine-export
 class Engine:
-    "What a training needs beside model and data: accelerate, the wrapped model, AdamW, the learning rate, the averaged weights"
+    "The model as accelerate wraps it, AdamW, the learning rate, the averaged weights"
 
     def __init__(self, model: nn.Module, config: TrainConfig, accelerator):
         from diffusers.training_utils import EMAModel
+
         self.accelerator, self.config, self.raw = accelerator, config, model
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         groups = parameter_groups(model, config)
         self.weights = trainable(model)
         self.params = list(self.weights.values())
         self.set_options(model, config)
-        self.model = accelerator.prepare_model(model)  # moves it, wraps forward in autocast and, with several processes, in DDP
+        self.model = accelerator.prepare_model(
+            model
+        )  # moves it, wraps forward in autocast and, with several processes, in DDP
         self.peaks = {group["name"]: group["lr"] for group in groups}
         self.factor = lr_factor(config)
         self.plan = Plan.whole(config.max_steps, config.warmup)
         self.optimizer = make_optimizer(groups, config)
-        if accelerator.scaler is not None: self.optimizer = accelerator.prepare_optimizer(self.optimizer)  # fp16: through the loss scaler
+        if accelerator.scaler is not None:
+            self.optimizer = accelerator.prepare_optimizer(self.optimizer)  # fp16: through the loss scaler
         self.ema = None
-        if config.ema_decay: self.ema = EMAModel(self.params, decay=config.ema_decay, use_ema_warmup=config.ema_warmup, foreach=True)
+        if config.ema_decay:
+            self.ema = EMAModel(
+                self.params, decay=config.ema_decay, use_ema_warmup=config.ema_warmup, foreach=True
+            )
 
     @staticmethod
     def set_options(model: nn.Module, config: TrainConfig) -> None:
         "Memory layout, gradient checkpointing and compilation"
-        if config.channels_last: model.to(memory_format=torch.channels_last)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:
             if not hasattr(model, "enable_gradient_checkpointing"):
-                raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no enable_gradient_checkpointing()")
+                raise ValueError(
+                    f"gradient_checkpointing: {type(model).__name__} has no enable_gradient_checkpointing()"
+                )
             model.enable_gradient_checkpointing()
-        if config.compile: model.compile()
+        if config.compile:
+            model.compile()
 
     def place(self, batch: Any) -> Any:
         "A batch on the device, pictures in the model's memory layout"
         from accelerate.utils import recursively_apply, send_to_device
+
         batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        def last(x): return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.is_floating_point() else x
+
+        def last(x):
+            return (
+                x.contiguous(memory_format=torch.channels_last)
+                if x.dim() == 4 and x.is_floating_point()
+                else x
+            )
+
         return recursively_apply(last, batch) if self.config.channels_last else batch
 
     def rates(self, step: int) -> dict[str, float]:
@@ -126,14 +180,21 @@ class Engine:
         factor = self.factor(self.plan.position_at(step))
         return {name: peak * factor for name, peak in self.peaks.items()}
 
+    def named_rates(self, step: int) -> dict[str, float]:
+        "The rates as metrics: `lr`, or `lr/…` where there are several groups"
+        rates = self.rates(step)
+        return {f"lr/{name}" if len(rates) > 1 else "lr": rate for name, rate in rates.items()}
+
     def update(self, step: int) -> torch.Tensor:
         "Clip, AdamW with the learning rate of `step`, average; returns the gradient norm before clipping"
         norm = self.accelerator.clip_grad_norm_(self.params, self.config.max_grad_norm or math.inf)
         rates = self.rates(step)
-        for group in self.optimizer.param_groups: group["lr"] = rates[group["name"]]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ema is not None: self.ema.step(self.params)
+        if self.ema is not None:
+            self.ema.step(self.params)
         return norm
 
     def averaged(self):
@@ -143,6 +204,9 @@ class Engine:
     def release(self) -> None:
         "Take accelerate's and the compiler's wrapping off the model"
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"): self.raw.__dict__.pop(name, None)
-        if self.config.compile: self.raw._compiled_call_impl = None
-        for tracker in self.accelerator.trackers: tracker.finish()
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.raw.__dict__.pop(name, None)
+        if self.config.compile:
+            self.raw._compiled_call_impl = None
+        for tracker in self.accelerator.trackers:
+            tracker.finish()

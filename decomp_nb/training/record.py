@@ -20,7 +20,7 @@ from torch import nn
 from .config import project_root
 
 # %% auto #0
-__all__ = ['model_record', 'versions', 'git_commit', 'difference', 'hardware', 'read_record', 'check_model']
+__all__ = ['model_record', 'versions', 'git_commit', 'difference', 'hardware', 'circumstances', 'read_record', 'check_model']
 
 # %% ../../nbs/training/record.ipynb #record-export
 def model_record(model: nn.Module) -> dict[str, Any]:
@@ -29,44 +29,75 @@ def model_record(model: nn.Module) -> dict[str, Any]:
     config = {k: v for k, v in config.items() if not k.startswith("_")} if isinstance(config, Mapping) else {}
     return json.loads(json.dumps({"_class_name": type(model).__name__, **config}, default=str))
 
+
 def versions() -> dict[str, str]:
     "Versions of what can change a result"
     found = {"python": platform.python_version()}
     for name in ("decomp_nb", "torch", "diffusers", "transformers", "accelerate", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
+
 
 def git_commit() -> str | None:
     "Commit of the project that the run is started from, with `+` when it has uncommitted changes; None outside git"
+
     def git(*words):
-        return subprocess.run(["git", "-C", project_root(), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", project_root(), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+
 
 def difference(saved: Any, new: Any, name: str = "model") -> str:
     "First difference between two records as `model.slot_dim: 64 in the run, 32 now`; an empty string when they agree"
-    if not (isinstance(saved, dict) and isinstance(new, dict)): return "" if saved == new else f"{name}: {saved!r} in the run, {new!r} now"
+    if not (isinstance(saved, dict) and isinstance(new, dict)):
+        return "" if saved == new else f"{name}: {saved!r} in the run, {new!r} now"
     for key in {**saved, **new}:
-        if key not in saved or key not in new: return f"{name}.{key}: only {'in the run' if key in saved else 'now'}"
-        if found := difference(saved[key], new[key], f"{name}.{key}"): return found
+        if key not in saved or key not in new:
+            return f"{name}.{key}: only {'in the run' if key in saved else 'now'}"
+        if found := difference(saved[key], new[key], f"{name}.{key}"):
+            return found
     return ""
 
 # %% ../../nbs/training/record.ipynb #hardware-export
 def hardware(accelerator) -> dict[str, Any]:
     "What the run is computed on"
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "kind": device.type, "processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "device": name,
+        "kind": device.type,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def circumstances(accelerator: Any) -> dict[str, Any]:
+    "What may change a result beside model, data and options: `versions`, `hardware`, `git`"
+    return {"versions": versions(), "hardware": hardware(accelerator), "git": git_commit()}
 
 # %% ../../nbs/training/record.ipynb #check-export
 def read_record(config_file: Path) -> dict[str, Any]:
     "`config.json` of a run; empty where there is none"
     return json.loads(config_file.read_text()) if config_file.exists() else {}
 
+
 def check_model(config_file: Path, model: nn.Module) -> None:
     "The run in this folder must be one of this model: same class, same config"
-    if not config_file.exists(): return
+    if not config_file.exists():
+        return
     changed = difference(read_record(config_file).get("model", {}), model_record(model))
     if changed:
-        raise ValueError(f"{changed}. The run directory {config_file.parent.name} holds another model: choose another out_dir, "
-                         "or build the model as it was")
+        raise ValueError(
+            f"{changed}. The run directory {config_file.parent.name} holds another model: choose another out_dir, "
+            "or build the model as it was"
+        )

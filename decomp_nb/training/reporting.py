@@ -18,44 +18,56 @@ import torch
 from .files import write_text
 
 # %% auto #0
-__all__ = ['clock', 'short', 'metric_label', 'progress_line', 'progress', 'read_metrics', 'append_metrics', 'rewind_metrics',
-           'Meter', 'Stopwatch']
+__all__ = ['format_duration', 'format_number', 'metric_label', 'progress_line', 'progress', 'read_metrics', 'append_metrics',
+           'rewind_metrics', 'Meter', 'Stopwatch']
 
 # %% ../../nbs/training/reporting.ipynb #progress-export
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     "133 → 2:13, 7384 → 2:03:04"
     minutes, second = divmod(int(round(seconds)), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
 
-def short(value: float) -> str:
+
+def format_number(value: float) -> str:
     "Three significant digits"
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
 
+
 def metric_label(name: str) -> str:
     "fg_ari → FG-ARI, miou → mIoU"
-    return {"miou": "mIoU", "mbo": "mBO"}.get(name, name.upper().replace("_", "-") if len(name) <= 6 else name.replace("_", " "))
+    return {"miou": "mIoU", "mbo": "mBO"}.get(
+        name, name.upper().replace("_", "-") if len(name) <= 6 else name.replace("_", " ")
+    )
+
 
 def progress_line(
-    step: int,                              # steps done
-    total: int,                             # steps to do
-    loss: float,                            # mean since the last line
-    speed: float,                           # images per second
-    seconds_left: float,                    # estimate
+    step: int,  # steps done
+    total: int,  # steps to do
+    loss: float,  # mean since the last line
+    speed: float,  # images per second
+    seconds_left: float,  # estimate
     scores: Mapping[str, float] | None = None,  # last evaluation; the first one is shown
 ) -> str:
     "`step 200/3000 · loss 0.123 · 410 img/s · 2:13 left · FG-ARI 0.712`"
     speed = f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}"
-    parts = [f"step {step}/{total}", f"loss {short(loss)}", f"{speed} img/s", f"{clock(seconds_left)} left"]
-    parts += [f"{metric_label(name)} {short(value)}" for name, value in list((scores or {}).items())[:1]]
+    parts = [
+        f"step {step}/{total}",
+        f"loss {format_number(loss)}",
+        f"{speed} img/s",
+        f"{format_duration(seconds_left)} left",
+    ]
+    parts += [
+        f"{metric_label(name)} {format_number(value)}" for name, value in list((scores or {}).items())[:1]
+    ]
     return " · ".join(parts)
 
 # %% ../../nbs/training/reporting.ipynb #iterate-export
 def progress(
-    items: Iterable,          # what to go through
-    label: str = "",          # begins each line
-    total: int | None = None, # `len(items)` unless told
-    every: float = 10.0,      # seconds between lines
+    items: Iterable,  # what to go through
+    label: str = "",  # begins each line
+    total: int | None = None,  # `len(items)` unless told
+    every: float = 10.0,  # seconds between lines
 ) -> Iterator:
     "Yield the items; print a line of text about every ten seconds, none if it is over sooner"
     total = total if total is not None else len(items) if hasattr(items, "__len__") else None
@@ -63,9 +75,10 @@ def progress(
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - last < every: continue
+        if now - last < every:
+            continue
         last, speed = now, done / (now - start)
-        left = f" · {clock((total - done) / speed)} left" if total else ""
+        left = f" · {format_duration((total - done) / speed)} left" if total else ""
         print(f"{label} {done}{f'/{total}' if total else ''} · {speed:.1f}/s{left}".strip(), flush=True)
 
 # %% ../../nbs/training/reporting.ipynb #metrics-export
@@ -73,13 +86,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     "The lines of a metrics file; a torn last line is left out"
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError): rows.append(json.loads(line))
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
     return rows
+
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     "Add one line; values that are not finite become null"
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with path.open("a") as file: file.write(json.dumps(clean) + "\n")
+    with path.open("a") as file:
+        file.write(json.dumps(clean) + "\n")
+
 
 def rewind_metrics(path: Path, step: int) -> None:
     "Drop the lines after `step`"
@@ -109,9 +126,12 @@ class Meter:
 
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> dict[str, float]:
         "name → mean; `reduce` averages over processes"
-        if not self.sums: return {}
+        if not self.sums:
+            return {}
         names = sorted(self.sums)
-        return dict(zip(names, reduce(torch.stack([self.sums[name] / self.counts[name] for name in names])).tolist()))
+        return dict(
+            zip(names, reduce(torch.stack([self.sums[name] / self.counts[name] for name in names])).tolist())
+        )
 
     def state(self) -> dict[str, dict]:
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": dict(self.counts)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ from torch import nn
 
 from .checkpoint import list_checkpoints, newest_checkpoint
 from .config import project_root, resolve_out_dir
-from .files import defect
-from .reporting import clock, metric_label, read_metrics, short
+from .files import verify_manifest, write_text
+from decomp_nb.training.reporting import (
+    format_duration,
+    format_number,
+    metric_label,
+    read_metrics,
+    rewind_metrics,
+)
 from .weights import load_weights, restorable, trainable
 
 # %% auto #0
@@ -28,12 +35,32 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.checkpoints, self.pictures, self.metrics_file = self.path / "checkpoints", self.path / "pictures", self.path / "metrics.jsonl"
+        self.checkpoints, self.pictures, self.metrics_file = (
+            self.path / "checkpoints",
+            self.path / "pictures",
+            self.path / "metrics.jsonl",
+        )
 
     @property
     def started(self) -> bool:
         "Whether a training has ever written here"
-        return (self.path / "config.json").exists() or self.metrics_file.exists() or bool(list_checkpoints(self.checkpoints))
+        return (
+            (self.path / "config.json").exists()
+            or self.metrics_file.exists()
+            or bool(list_checkpoints(self.checkpoints))
+        )
+
+    def begin(self, record: Mapping[str, Any], step: int) -> None:
+        "Make the folders, write `config.json`, drop the metrics after `step`"
+        self.checkpoints.mkdir(exist_ok=True)
+        self.pictures.mkdir(exist_ok=True)
+        write_text(self.path / "config.json", json.dumps(record, indent=1, default=str))
+        rewind_metrics(self.metrics_file, step)
+
+    def last_step(self, kind: str) -> int:
+        "Step of the last line of metrics of this kind; 0 where there is none"
+        rows = self.metrics(kind)
+        return rows[-1]["step"] if rows else 0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -42,8 +69,13 @@ class Run:
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         "Lines of `metrics.jsonl`: `kind` 'train', 'eval' or all"
-        def is_eval(row): return any(name.startswith("eval/") for name in row)
-        return [row for row in read_metrics(self.metrics_file) if kind is None or is_eval(row) == (kind == "eval")]
+
+        def is_eval(row):
+            return any(name.startswith("eval/") for name in row)
+
+        return [
+            row for row in read_metrics(self.metrics_file) if kind is None or is_eval(row) == (kind == "eval")
+        ]
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         "Steps and values of one quantity, such as `loss` or `eval/fg_ari`"
@@ -56,60 +88,102 @@ class Run:
     def model(self, step: int | None = None) -> nn.Module:
         "The trained model with averaged weights, of the newest checkpoint or of the one at `step`"
         from decomp_nb.core import load_decomposer
-        if not (self.path / "model").is_dir(): raise FileNotFoundError(f"{self.path.name} has no model/: nothing has been saved yet")
+
+        if not (self.path / "model").is_dir():
+            raise FileNotFoundError(f"{self.path.name} has no model/: nothing has been saved yet")
         model = load_decomposer(self.path / "model")
-        if step is not None: self.load_weights(model, step)
+        if step is not None:
+            self.load_weights(model, step)
         return model
 
     def load_weights(self, model: nn.Module, step: int | None = None) -> nn.Module:
         "Put the averaged weights of a checkpoint (the newest, or the one at `step`) into `model`"
         folder = self.checkpoint(step)
         load_weights(restorable(model), folder / "model.safetensors")
-        if (folder / "ema.safetensors").exists(): load_weights(trainable(model), folder / "ema.safetensors")
+        if (folder / "ema.safetensors").exists():
+            load_weights(trainable(model), folder / "ema.safetensors")
         return model
 
     def checkpoint(self, step: int | None = None) -> Path:
         "Folder of a whole checkpoint; a `FileNotFoundError` lists what there is"
-        folder = newest_checkpoint(self.checkpoints) if step is None else self.checkpoints / f"step-{step:08d}"
-        if folder is None or defect(folder):
+        folder = (
+            newest_checkpoint(self.checkpoints) if step is None else self.checkpoints / f"step-{step:08d}"
+        )
+        if folder is None or verify_manifest(folder):
             there = ", ".join(p.name for p in list_checkpoints(self.checkpoints)) or "none"
-            what = f"checkpoint {folder.name} {defect(folder)}" if folder else "there is no whole checkpoint"
+            what = (
+                f"checkpoint {folder.name} {verify_manifest(folder)}"
+                if folder
+                else "there is no whole checkpoint"
+            )
             raise FileNotFoundError(f"{self.path.name}: {what}; there are: {there}")
         return folder
 
     def _repr_markdown_(self) -> str:
-        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary(self).items())])
+        return "\n".join(
+            ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary(self).items())]
+        )
 
+# %% ../../nbs/training/run_directory.ipynb #summary-export
 def summary(run: Run) -> dict[str, str]:
     "The run in a few words: name, model, steps, loss, time, speed, last scores"
     train, scores = run.metrics("train"), run.metrics("eval")
     words = {"run": run.config["name"] or run.path.name, "model": run.config["model"]["_class_name"]}
     if train:
         last = train[-1]
-        words |= {"steps": str(last["step"]), "loss": short(last["loss"]), "time": clock(last["seconds"]),
-                  "images/s": f"{last['images_per_second']:.0f}"}
-    if scores: words |= {metric_label(k[5:]): short(v) for k, v in scores[-1].items() if k.startswith("eval/") and v is not None}
+        words |= {
+            "steps": str(last["step"]),
+            "loss": format_number(last["loss"]),
+            "time": format_duration(last["seconds"]),
+            "images/s": f"{last['images_per_second']:.0f}",
+        }
+    if scores:
+        words |= {
+            metric_label(k[5:]): format_number(v)
+            for k, v in scores[-1].items()
+            if k.startswith("eval/") and v is not None
+        }
     return words
+
 
 def load_run(path: str | Path) -> Run:
     "An existing run directory; relative paths start at the project root"
     run = Run(path if Path(path).is_dir() else resolve_out_dir(path))
-    if not (run.path / "config.json").exists(): raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
+    if not (run.path / "config.json").exists():
+        raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
     return run
 
 # %% ../../nbs/training/run_directory.ipynb #resume-export
 def find_resume(run: Run, resume: str) -> Path | None:
     "Checkpoint to go on from, or None to begin"
     holds = f"out_dir: {run.path.name} already holds a run"
-    if resume == "auto": return newest_checkpoint(run.checkpoints)
+    if resume == "auto":
+        return newest_checkpoint(run.checkpoints)
     if resume == "never":
-        if run.started: raise FileExistsError(f"{holds}: set resume='auto' to go on with it, choose another out_dir, or delete the folder")
+        if run.started:
+            raise FileExistsError(
+                f"{holds}: set resume='auto' to go on with it, choose another out_dir, or delete the folder"
+            )
         return None
-    folder = next((place for place in (Path(resume), run.checkpoints / resume, resolve_out_dir(resume)) if place.is_dir()), None)
-    if folder is None: raise FileNotFoundError(f"resume: no checkpoint {resume!r}; give 'auto', 'never' or a folder checkpoints/step-…")
-    if (folder / "checkpoints").is_dir(): folder = newest_checkpoint(folder / "checkpoints") or folder
-    if problem := defect(folder):
-        whole = ", ".join(path.name for path in list_checkpoints(folder.parent) if not defect(path)) or "none"
+    folder = next(
+        (
+            place
+            for place in (Path(resume), run.checkpoints / resume, resolve_out_dir(resume))
+            if place.is_dir()
+        ),
+        None,
+    )
+    if folder is None:
+        raise FileNotFoundError(
+            f"resume: no checkpoint {resume!r}; give 'auto', 'never' or a folder checkpoints/step-…"
+        )
+    if (folder / "checkpoints").is_dir():
+        folder = newest_checkpoint(folder / "checkpoints") or folder
+    if problem := verify_manifest(folder):
+        whole = (
+            ", ".join(path.name for path in list_checkpoints(folder.parent) if not verify_manifest(path))
+            or "none"
+        )
         raise ValueError(f"resume: checkpoint {folder.name} {problem}. Whole checkpoints there: {whole}")
     if run.started and folder.resolve().parent != run.checkpoints.resolve():
         raise FileExistsError(f"{holds}, and {resume!r} belongs to another: choose a fresh out_dir")
@@ -120,8 +194,12 @@ def check_writable(folder: Path) -> None:
     "The run directory must take files"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error: raise OSError(error.errno, f"out_dir: cannot write to {folder}: {error.strerror}; choose another") from error
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"out_dir: cannot write to {folder}: {error.strerror}; choose another"
+        ) from error
 
 # %% ../../nbs/training/run_directory.ipynb #path-export
 def display_path(path: Path) -> str:

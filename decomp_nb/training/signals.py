@@ -8,25 +8,33 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'stop_signals']
 
 # %% ../../nbs/training/signals.ipynb #numbers-export
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
+)
 
 # %% ../../nbs/training/signals.ipynb #signal-export
 @contextlib.contextmanager
-def stop_signals():
-    "List that fills with the names of stop signals (SIGTERM, SIGUSR1, SIGINT) that arrive inside the block, in place of their usual effect"
+def stop_signals() -> Iterator[list[str]]:
+    "Names of the stop signals that arrive inside the block, in place of their usual effect; none in another thread"
     received: list[str] = []
+
     def note(number, frame):
-        if number == signal.SIGINT and "SIGINT" in received: raise KeyboardInterrupt
+        if number == signal.SIGINT and "SIGINT" in received:
+            raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
+
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     old = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try: yield received
+    try:
+        yield received
     finally:
-        for number, handler in old.items(): signal.signal(number, handler or signal.SIG_DFL)
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import random
@@ -20,25 +21,26 @@ from .config import TrainConfig
 from .signals import STOP_SIGNALS
 
 # %% auto #0
-__all__ = ['mix', 'epoch_order', 'micro_batch', 'seed_everything', 'random_state', 'set_random_state', 'preserve_random_state',
-           'Stream', 'Positions', 'workers_at_most', 'stream_loader', 'check_data']
+__all__ = ['mix_seeds', 'epoch_order', 'micro_batch', 'seed_everything', 'random_state', 'set_random_state',
+           'preserve_random_state', 'Stream', 'MicroBatchSampler', 'workers_at_most', 'stream_loader', 'check_data']
 
 # %% ../../nbs/training/stream.ipynb #order-export
-def mix(*numbers: int) -> int:
+def mix_seeds(*numbers: int) -> int:
     "One 32-bit seed out of several numbers; neighbouring inputs give unrelated seeds"
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
+
 def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
     "Permutation `(n,)` of the images in this epoch: a pure function of its arguments"
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix_seeds(seed, epoch)))
 
 # %% ../../nbs/training/stream.ipynb #micro-export
 def micro_batch(
-    seen: int,         # images seen before this optimiser step
-    micro: int,        # which micro-batch of the step, from 0
-    rank: int,         # which process, from 0
-    processes: int,    # how many processes
-    batch_size: int,   # images per process and micro-batch
+    seen: int,  # images seen before this optimiser step
+    micro: int,  # which micro-batch of the step, from 0
+    rank: int,  # which process, from 0
+    processes: int,  # how many processes
+    batch_size: int,  # images per process and micro-batch
 ) -> range:
     "Stream positions of one micro-batch of one process"
     start = seen + (micro * processes + rank) * batch_size
@@ -47,16 +49,24 @@ def micro_batch(
 # %% ../../nbs/training/stream.ipynb #random-export
 def seed_everything(seed: int) -> None:
     "Seed PyTorch (all devices), NumPy and Python"
-    torch.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
 
 def random_state() -> dict[str, Any]:
     "State of all generators, as tensors and plain values"
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     version, numbers, spare = random.getstate()
-    state = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-             "python": [version, torch.tensor(numbers), spare]}
-    if torch.cuda.is_available() and torch.cuda.is_initialized(): state["cuda"] = torch.cuda.get_rng_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, torch.tensor(numbers), spare],
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
+
 
 def set_random_state(state: Mapping[str, Any]) -> None:
     "Put all generators back into a state of `random_state`"
@@ -65,17 +75,18 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, numbers, spare = state["python"]
     random.setstate((version, tuple(numbers.tolist()), spare))
-    if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
 
 @contextlib.contextmanager
 def preserve_random_state():
     "Whatever is drawn inside leaves no trace outside"
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    try: yield
+    state = random_state()
+    try:
+        yield
     finally:
-        torch.set_rng_state(states[0]); np.random.set_state(states[1]); random.setstate(states[2])
-        if cuda is not None: torch.cuda.set_rng_state(cuda)
+        set_random_state(state)
 
 # %% ../../nbs/training/stream.ipynb #stream-export
 class Stream(torch.utils.data.Dataset):
@@ -91,20 +102,25 @@ class Stream(torch.utils.data.Dataset):
 
     def seed_dice(self, j: int) -> None:
         "Generators as they shall be when the image at position `j` is drawn"
-        seed = mix(self.seed, j)
-        random.seed(seed); np.random.seed(seed); torch.default_generator.manual_seed(seed)
+        seed = mix_seeds(self.seed, j)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
 
     def __getitem__(self, j: int):
         self.seed_dice(j)
         return self.data[self.index(j)]
 
     def __getitems__(self, positions: list[int]) -> list:
-        if torch.utils.data.get_worker_info(): return self.fetch(positions)
-        with preserve_random_state(): return self.fetch(positions)
+        if torch.utils.data.get_worker_info():
+            return self.fetch(positions)
+        with preserve_random_state():
+            return self.fetch(positions)
 
     def fetch(self, positions: list[int]) -> list:
-        "The items one by one, or all at once where the data set knows how (`__getitems__`); then the first position seeds them all"
-        if not hasattr(self.data, "__getitems__"): return [self[j] for j in positions]
+        "The items one by one, or all at once where the data set has `__getitems__`; then the first seeds all"
+        if not hasattr(self.data, "__getitems__"):
+            return [self[j] for j in positions]
         self.seed_dice(positions[0])
         return self.data.__getitems__([self.index(j) for j in positions])
 
@@ -115,11 +131,15 @@ class Stream(torch.utils.data.Dataset):
         self.__init__(**state)
 
 # %% ../../nbs/training/stream.ipynb #positions-export
-class Positions:
+@dataclasses.dataclass
+class MicroBatchSampler:
     "Batch sampler of a `Stream`: the micro-batches of one process, from `seen` on, for ever"
 
-    def __init__(self, seen: int, rank: int, processes: int, accumulation: int, batch_size: int):
-        self.seen, self.rank, self.processes, self.accumulation, self.batch_size = seen, rank, processes, accumulation, batch_size
+    seen: int  # images seen before
+    rank: int  # which process, from 0
+    processes: int
+    accumulation: int  # micro-batches of an optimiser step
+    batch_size: int  # images of a micro-batch
 
     def __iter__(self) -> Iterator[list[int]]:
         seen = self.seen
@@ -128,9 +148,12 @@ class Positions:
                 yield list(micro_batch(seen, micro, self.rank, self.processes, self.batch_size))
             seen += self.accumulation * self.processes * self.batch_size
 
+
 def _outlive_stop_signals(worker: int) -> None:
-    "A loader worker works on after a stop signal, at most for a minute, so that its training process can finish the step"
-    for number in STOP_SIGNALS: signal.signal(number, lambda *_: signal.alarm(60))
+    "A loader worker works on after a stop signal, at most for a minute, so that its training can finish the step"
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: signal.alarm(60))
+
 
 def workers_at_most(wanted: int, cores: int | None = None) -> int:
     "`wanted` loader workers, but no more than there are cores for this process: others would only wait"
@@ -138,24 +161,35 @@ def workers_at_most(wanted: int, cores: int | None = None) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(wanted, cores)
 
+
 def stream_loader(
-    data,                  # data set with `len` and `[i]`
-    positions: Positions,  # which part of the stream
+    data,  # data set with `len` and `[i]`
+    positions: MicroBatchSampler,  # which part of the stream
     seed: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> torch.utils.data.DataLoader:
     "Endless loader of collated micro-batches"
     return torch.utils.data.DataLoader(
-        Stream(data, seed), batch_sampler=positions, num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=_outlive_stop_signals, generator=torch.Generator().manual_seed(mix(seed)))  # its own: no draw from the global one
+        Stream(data, seed),
+        batch_sampler=positions,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_outlive_stop_signals,
+        generator=torch.Generator().manual_seed(mix_seeds(seed)),
+    )  # its own: no draw from the global one
 
 # %% ../../nbs/training/stream.ipynb #check-export
 def check_data(data, config: TrainConfig, processes: int = 1) -> None:
     "A data set must have `len` and `[i]`, one image that loads, and enough images for one micro-batch of every process"
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(f"{type(data).__name__} is not a data set: it needs len(data) and data[i]")
-    if len(data) == 0: raise ValueError(f"the data set is empty ({type(data).__name__}): check its path and split")
+    if len(data) == 0:
+        raise ValueError(f"the data set is empty ({type(data).__name__}): check its path and split")
     if len(data) < config.batch_size * processes:
-        raise ValueError(f"batch_size: {config.batch_size} × {processes} process(es) is more than the {len(data)} images of the data set")
-    with preserve_random_state(): data[0]
+        raise ValueError(
+            f"batch_size: {config.batch_size} × {processes} process(es) is more than the {len(data)} images "
+            "of the data set"
+        )
+    with preserve_random_state():
+        data[0]

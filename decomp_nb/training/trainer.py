@@ -9,315 +9,425 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .accelerator import agree_on_precision, gather_states, make_accelerator, sums
-from .checkpoint import load_state, newest_checkpoint, prune_checkpoints, save_state
+from .accelerator import sums
+from decomp_nb.training.checkpoint import (
+    export_model,
+    load_state,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_state,
+)
 from .config import TrainConfig, resolve_out_dir
 from .engine import Engine, evaluation_mode, read_losses
-from .files import atomic_folder, defect, explain_disk_errors, write_text
-from .forecast import Forecast, Plan, expectation
+from .files import atomic_folder, explain_disk_errors, verify_manifest
 from .precision import Precision
-from .record import check_model, git_commit, hardware, model_record, read_record, versions
+from .record import circumstances, model_record
 from .rehearsal import rehearse, rehearsing
-from .reporting import Meter, Stopwatch, append_metrics, metric_label, progress_line, rewind_metrics, short
+from .reporting import append_metrics, format_number, metric_label, progress_line
 from .run_directory import Run, check_writable, display_path, find_resume
+from decomp_nb.training.session import (
+    BEGINNING,
+    Session,
+    first_lines,
+    images_per_step,
+    open_trackers,
+    prepare,
+)
 from .signals import stop_signals
-from .stream import Positions, check_data, mix, random_state, seed_everything, set_random_state, stream_loader, workers_at_most
-from .weights import restorable, save_weights
+from .stream import MicroBatchSampler, stream_loader, workers_at_most
 
 # %% auto #0
-__all__ = ['first_lines', 'make_forecast', 'Session', 'Reporter', 'Keeper', 'Trainer']
+__all__ = ['check_finite', 'diagnose', 'describe_progress', 'Reporter', 'Keeper', 'Stepper', 'foresee', 'stop_reason',
+           'last_lines', 'Trainer']
 
-# %% ../../nbs/training/trainer.ipynb #trainer-first-export
-def first_lines(
-    config: TrainConfig,
-    images: int,                  # of one step, all processes together
-    precision: Precision,
-    begun: int | None = None,     # step from which a run goes on; None: a new one
-) -> list[str]:
-    "How much is to be done, in which precision, and what was adapted"
-    lines = [] if begun is None else [f"going on from step {begun} of {config.max_steps}"]
-    lines.append(f"{expectation(config.max_steps, images, config.max_minutes)}; {precision}")
-    if config.warmup < config.warmup_steps:
-        lines.append(f"warm-up: {config.warmup} of {config.max_steps} steps (warmup_steps is {config.warmup_steps})")
-    return lines
+# %% ../../nbs/training/trainer.ipynb #trainer-finite-export
+def check_finite(session: Session, engine: Engine) -> None:
+    "`FloatingPointError` if the loss or the gradient was not finite at some step since the last check"
+    bad = session.meter.first_bad.item()
+    if bad < 0:
+        return
+    main = session.accelerator.is_main_process
+    kept = newest_checkpoint(session.run.checkpoints) if main else None
+    rates = ", ".join(f"{name} {format_number(rate)}" for name, rate in engine.rates(bad - 1).items())
+    raise FloatingPointError(
+        f"the loss or its gradient is not finite at step {bad} (learning rate: {rates}). "
+        f"Last good checkpoint: {display_path(kept) if kept else 'none'}. "
+        "Lower learning_rate or max_grad_norm, or lengthen warmup_steps, and run again: "
+        "training goes on from that checkpoint"
+    )
 
-def make_forecast(config: TrainConfig, plan: Mapping[str, Any] | None = None, step: int = 0) -> Forecast:
-    "The forecast of a session that begins at `step`, with the plan of its checkpoint, if any"
-    whole = Plan.whole(config.max_steps, config.warmup)
-    forecast = Forecast(whole, config.max_minutes, falls=not config.lr_schedule.startswith("constant"))
-    forecast.load(plan, step)
-    return forecast
 
-# %% ../../nbs/training/trainer.ipynb #trainer-session-export
-class Session:
-    "Model, data and configuration, and how they get ready: checks, devices, resume, `config.json`"
+def diagnose(session: Session, engine: Engine) -> dict[str, float]:
+    "What the model's `diagnostics(batch)` says about the last batch, such as signs of collapse"
+    if not hasattr(engine.raw, "diagnostics") or not session.accelerator.is_main_process:
+        return {}
+    with evaluation_mode(engine.raw, engine.params):
+        found = engine.raw.diagnostics(session.batch)
+    return {f"diagnostics/{name}": float(value) for name, value in found.items()}
 
-    def __init__(
-        self,
-        model: nn.Module,      # `forward(batch) → {"loss": scalar, …}`
-        data,                  # data set: `len(data)`, `data[i]`
-        config: TrainConfig,
-        *,
-        evaluate: Callable[[nn.Module, int], dict] | None = None,  # `evaluate(model, step)` → scores; what has `.save` is a picture
-        name: str = "",        # for trackers and tables
-        extra_config: Mapping[str, Any] | None = None,             # about the data, for `config.json`
-    ):
-        self.model, self.data, self.config = model, data, config.validate()
-        self.hook, self.name, self.extra_config = evaluate, name, dict(extra_config or {})
-        self.run = Run(resolve_out_dir(config.out_dir))
-        self.engine: Engine | None = None
-        self.loader = None
 
-    @property
-    def run_dir(self) -> Path:
-        "Where this run writes"
-        return self.run.path
-
-    @property
-    def images_per_step(self) -> int:
-        "Images of one optimiser step, all processes together"
-        return self.config.batch_size * self.config.grad_accumulation * self.accelerator.num_processes
-
-    def start(self) -> None:
-        "All checks, then all preparations; nothing is written before the checks have passed in every process"
-        config = self.config
-        checkpoint = find_resume(self.run, config.resume)
-        origin = (checkpoint.parent.parent if checkpoint else self.run.path) / "config.json"
-        self.precision = agree_on_precision(config, read_record(origin) if checkpoint else None)
-        settled = dataclasses.replace(config, mixed_precision=self.precision.chosen)
-        unused = getattr(self.model, "find_unused_parameters", False)
-        self.accelerator = make_accelerator(settled, self.run.path, unused)
-        check_model(origin, self.model)
-        check_data(self.data, config, self.accelerator.num_processes)
-        self.engine = Engine(self.model, config, self.accelerator)
-        progress = load_state(self.engine, checkpoint) if checkpoint else {"step": 0, "seen": 0, "seconds": 0.0, "ranks": []}
-        check_writable(self.run.path)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process: self.begin(progress["step"], resumed=checkpoint is not None)
-        self.accelerator.wait_for_everyone()
-        self.restore(progress)
-
-    def begin(self, step: int, resumed: bool) -> None:
-        "Write `config.json`, cut the metrics back to `step`, open the trackers"
-        self.run.checkpoints.mkdir(exist_ok=True)
-        self.run.pictures.mkdir(exist_ok=True)
-        record = {"name": self.name, "train": self.config.to_dict(), "model": model_record(self.model), "data": self.extra_config,
-                  "precision": dataclasses.asdict(self.precision), "versions": versions(), "hardware": hardware(self.accelerator),
-                  "git": git_commit()}
-        write_text(self.run.path / "config.json", json.dumps(record, indent=1, default=str))
-        rewind_metrics(self.run.metrics_file, step)
-        if self.accelerator.log_with:
-            self.accelerator.init_trackers(self.name or self.run.path.name, None if resumed else self.config.to_dict(),
-                                           {"tensorboard": {"purge_step": step + 1}})
-        lines = first_lines(self.config, self.images_per_step, self.precision, step if resumed else None)
-        print("\n".join([f"run directory: {display_path(self.run.path)}", *lines]), flush=True)
-
-    def restore(self, progress: Mapping[str, Any]) -> None:
-        "Counters, meter, watch; the dice last, so that nothing draws between here and the first step"
-        self.step, self.seen, self.started_at = progress["step"], progress["seen"], progress["step"]
-        self.meter, self.watch = Meter(self.accelerator.device), Stopwatch(progress["seconds"], self.seen)
-        self.loss, self.scores, self.batch, self.last_line = math.nan, {}, None, None
-        train, evaluation = self.run.metrics("train"), self.run.metrics("eval")
-        self.logged, self.evaluated = (rows[-1]["step"] if rows else 0 for rows in (train, evaluation))
-        self.forecast = make_forecast(self.config, progress.get("plan"), self.step)
-        self.engine.plan = self.forecast.plan
-        self.model.train()
-        rank, ranks = self.accelerator.process_index, progress["ranks"]
-        if len(ranks) == self.accelerator.num_processes:
-            self.meter.load(ranks[rank]["meter"])
-            set_random_state(ranks[rank]["random"])
-        else: seed_everything(mix(self.config.seed, rank, self.step))  # a new run, or one that goes on with another number of processes
-
-    def release(self) -> None:
-        "Give the model back as it came, with the weights of the last step"
-        if self.engine is not None: self.engine.release()
-        if hasattr(self.loader, "_shutdown_workers"): self.loader._shutdown_workers()  # a traceback would keep them alive
-        self.engine = self.loader = self.batch = None
+def describe_progress(session: Session, elapsed: float, loss: float, scores: Mapping[str, float]) -> str:
+    "A `progress_line` of what has been reached `elapsed` seconds after the session began"
+    watch = session.watch
+    limit = 60 * session.config.max_minutes
+    made = max(session.step - session.started_at, 1)
+    end = session.forecast.plan.end
+    left = elapsed / made * (end - session.step)
+    if limit:
+        left = max(0.0, min(left, limit - watch.total()))
+    speed = made * session.images_per_step / max(elapsed - watch.paused, 1e-9)
+    loss = session.meter.means().get("loss", loss)
+    return progress_line(session.step, end, loss, speed, left, scores)
 
 # %% ../../nbs/training/trainer.ipynb #trainer-reporter-export
-class Reporter(Session):
-    "A session that tells: JSON lines, trackers, a line of text, and a clear stop when the numbers are none"
+class Reporter:
+    "Tells how a session goes: lines of metrics, trackers, lines of text; only the main process speaks"
 
-    def log(self) -> None:
-        "A line of `metrics.jsonl`: means since the last one"
-        self.check_finite()
-        means = self.meter.means(functools.partial(self.accelerator.reduce, reduction="mean"))
-        self.meter.reset()
-        self.loss, self.logged = means["loss"], self.step
-        rates = self.engine.rates(self.step - 1)
-        rates = {f"lr/{name}" if len(rates) > 1 else "lr": rate for name, rate in rates.items()}
-        speed = {"images_per_second": self.watch.speed(self.seen), "seconds": self.watch.total()}
-        self.record({"loss": means.pop("loss"), **means, **rates, **self.diagnose(), **speed})
-
-    def diagnose(self) -> dict[str, float]:
-        "What the model's `diagnostics(batch)` tells about the last batch, such as signs of collapse"
-        if not hasattr(self.model, "diagnostics") or not self.accelerator.is_main_process: return {}
-        with evaluation_mode(self.model, self.engine.params): found = self.model.diagnostics(self.batch)
-        return {f"diagnostics/{name}": float(value) for name, value in found.items()}
+    def __init__(self, session: Session, engine: Engine):
+        self.session = session
+        self.engine = engine
+        self.loss = math.nan
+        self.scores: dict[str, float] = {}
+        self.told_at: float | None = None
 
     def record(self, row: Mapping[str, float]) -> None:
         "Into `metrics.jsonl` and the trackers"
-        if not self.accelerator.is_main_process: return
-        with explain_disk_errors(self.run.metrics_file): append_metrics(self.run.metrics_file, {"step": self.step, **row})
-        if self.accelerator.log_with: self.accelerator.log(dict(row), step=self.step)
+        session = self.session
+        if not session.accelerator.is_main_process:
+            return
+        file = session.run.metrics_file
+        with explain_disk_errors(file):
+            append_metrics(file, {"step": session.step, **row})
+        if session.accelerator.log_with:
+            session.accelerator.log(dict(row), step=session.step)
 
-    def report(self, now: bool = False) -> None:
+    def log(self) -> None:
+        "A line of `metrics.jsonl`: means since the last one"
+        session = self.session
+        check_finite(session, self.engine)
+        means = session.meter.means(functools.partial(session.accelerator.reduce, reduction="mean"))
+        session.meter.reset()
+        session.logged = session.step
+        self.loss = means.pop("loss")
+        speed = {"images_per_second": session.watch.speed(session.seen), "seconds": session.watch.total()}
+        found = diagnose(session, self.engine)
+        rates = self.engine.named_rates(session.step - 1)
+        self.record({"loss": self.loss, **means, **rates, **found, **speed})
+
+    def tell(self, now: bool = False) -> None:
         "A line of text after the first log and then about every ten seconds"
-        if not self.accelerator.is_main_process: return
-        elapsed, first = self.watch.elapsed(), self.last_line is None and not math.isnan(self.loss)
-        if not (now or first or elapsed - (self.last_line or 0) >= 10): return
-        self.last_line, made = elapsed, max(self.step - self.started_at, 1)
-        steps = self.forecast.plan.end
-        left = elapsed / made * (steps - self.step)
-        if self.config.max_minutes: left = max(0.0, min(left, 60 * self.config.max_minutes - self.watch.total()))
-        speed = made * self.images_per_step / max(elapsed - self.watch.paused, 1e-9)
-        loss = self.meter.means().get("loss", self.loss)
-        print(progress_line(self.step, steps, loss, speed, left, self.scores), flush=True)
-
-    def check_finite(self) -> None:
-        "Stop if the loss or the gradient was not finite at some step since the last check"
-        bad = self.meter.first_bad.item()
-        if bad < 0: return
-        kept = newest_checkpoint(self.run.checkpoints) if self.accelerator.is_main_process else None
-        rates = ", ".join(f"{name} {short(rate)}" for name, rate in self.engine.rates(bad - 1).items())
-        raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {bad} (learning rate: {rates}). Last good checkpoint: "
-            f"{display_path(kept) if kept else 'none'}. Lower learning_rate or max_grad_norm, or lengthen warmup_steps, and run again: "
-            "training goes on from that checkpoint")
+        session = self.session
+        if not session.accelerator.is_main_process:
+            return
+        elapsed = session.watch.elapsed()
+        first = self.told_at is None and not math.isnan(self.loss)
+        if now or first or elapsed - (self.told_at or 0) >= 10:
+            self.told_at = elapsed
+            print(describe_progress(session, elapsed, self.loss, self.scores), flush=True)
 
 # %% ../../nbs/training/trainer.ipynb #trainer-keeper-export
-class Keeper(Reporter):
-    "A reporter that keeps: scores and pictures of the averaged weights, checkpoints, `model/`"
+class Keeper:
+    "Keeps what a session has learned: scores and pictures of the averaged weights, checkpoints, `model/`"
+
+    def __init__(self, session: Session, engine: Engine, reporter: Reporter, hook: Callable | None = None):
+        self.session = session
+        self.engine = engine
+        self.reporter = reporter
+        self.hook = hook
 
     def evaluate(self) -> None:
         "Scores of the averaged weights, by the main process; the others wait"
-        self.check_finite()
-        self.evaluated = self.step
-        if self.hook is None: return
-        with self.watch.pause("evaluation"):
-            if self.accelerator.is_main_process:
-                with self.engine.averaged() as model: results = self.hook(model, self.step) or {}
-                pictures = {name: value for name, value in results.items() if hasattr(value, "save")}
-                for name, picture in pictures.items(): picture.save(self.run.pictures / f"{name}-{self.step:08d}.png")
-                self.scores = {name: float(value) for name, value in results.items() if name not in pictures}
-                self.record({f"eval/{name}": value for name, value in self.scores.items()} | {"seconds": self.watch.total()})
-                scores = [f"{metric_label(name)} {short(value)}" for name, value in self.scores.items()]
-                print(" · ".join([f"step {self.step} evaluated", *scores]), flush=True)
-            self.accelerator.wait_for_everyone()
+        session = self.session
+        check_finite(session, self.engine)
+        session.evaluated = session.step
+        if self.hook is None:
+            return
+        with session.watch.pause("evaluation"):
+            if session.accelerator.is_main_process:
+                with self.engine.averaged() as model:
+                    results = self.hook(model, session.step) or {}
+                self.keep_results(results)
+            session.accelerator.wait_for_everyone()
+
+    def keep_results(self, results: Mapping[str, Any]) -> None:
+        "What can be saved is a picture, everything else a score"
+        session = self.session
+        pictures = {name: value for name, value in results.items() if hasattr(value, "save")}
+        for name, picture in pictures.items():
+            picture.save(session.run.pictures / f"{name}-{session.step:08d}.png")
+        scores = {name: float(value) for name, value in results.items() if name not in pictures}
+        self.reporter.scores = scores
+        row = {f"eval/{name}": value for name, value in scores.items()}
+        self.reporter.record({**row, "seconds": session.watch.total()})
+        words = [f"{metric_label(name)} {format_number(value)}" for name, value in scores.items()]
+        print(" · ".join([f"step {session.step} evaluated", *words]), flush=True)
 
     def save(self) -> None:
         "A checkpoint, then `model/` with the averaged weights; old checkpoints go last"
-        self.check_finite()
-        ranks = gather_states(self.accelerator, {"random": random_state(), "meter": self.meter.state()})
-        path = self.run.checkpoints / f"step-{self.step:08d}"
-        with self.watch.pause("save"):
-            if self.accelerator.is_main_process and (defect(path) or not (self.run.path / "model").exists()):
-                progress = {"step": self.step, "seen": self.seen, "seconds": self.watch.total(), "ranks": ranks,
-                            "plan": self.forecast.state()}
-                with explain_disk_errors(path), atomic_folder(path) as folder: save_state(self.engine, folder, progress)
-                prune_checkpoints(path, self.config.keep_checkpoints)
-                self.export()
-            self.accelerator.wait_for_everyone()
+        session = self.session
+        check_finite(session, self.engine)
+        progress = session.progress()
+        with session.watch.pause("save"):
+            if session.accelerator.is_main_process:
+                self.write(progress)
+            session.accelerator.wait_for_everyone()
 
-    def export(self) -> None:
-        "`model/`: the averaged weights, as `from_pretrained` wants them"
-        path = self.run.path / "model"
-        with explain_disk_errors(path), self.engine.averaged() as model, atomic_folder(path) as folder:
-            if hasattr(model, "save_pretrained"): model.save_pretrained(folder)
-            else:
-                save_weights(restorable(model), folder / "model.safetensors")
-                write_text(folder / "config.json", json.dumps(model_record(model)))
+    def write(self, progress: Mapping[str, Any]) -> None:
+        "Write what is not there yet"
+        session = self.session
+        path = session.run.checkpoints / f"step-{session.step:08d}"
+        model = session.run.path / "model"
+        if model.exists() and not verify_manifest(path):
+            return
+        progress = {**progress, "seconds": session.watch.total(), "plan": session.forecast.state()}
+        with explain_disk_errors(path), atomic_folder(path) as folder:
+            save_state(self.engine, folder, progress)
+        prune_checkpoints(path, session.config.keep_checkpoints)
+        export_model(self.engine, model)
 
-# %% ../../nbs/training/trainer.ipynb #trainer-trainer-export
-class Trainer(Keeper):
-    "Trains any module whose `forward(batch)` returns a dict with a scalar `loss`"
+# %% ../../nbs/training/trainer.ipynb #trainer-stepper-export
+class Stepper:
+    "Takes the optimiser steps of a session: micro-batches from the stream, their gradients, one update"
 
-    def fit(self) -> Run:
-        "Check everything, then train; a stop signal saves and raises `SystemExit(0)`, Ctrl-C saves and raises `KeyboardInterrupt`"
-        if rehearsing(self.run.path): rehearse(self)
-        try:
-            self.start()
-            with stop_signals() as received:
-                reason = self.stop_reason(received)
-                batches = self.batches()
-                while not reason:
-                    self.train_step(next(batches))
-                    if self.due(self.config.log_every): self.log()
-                    self.report()
-                    if self.due(self.config.eval_every): self.evaluate()
-                    if self.due(self.config.save_every): self.save()
-                    self.foresee()
-                    reason = self.stop_reason(received)
-                self.finish(reason)
-                self.accelerator.wait_for_everyone()  # nobody reads what the main process is still writing
-        finally: self.release()
-        if reason == "signal": raise KeyboardInterrupt if "SIGINT" in received else SystemExit(0)
-        return self.run
+    def __init__(self, session: Session, engine: Engine, data: Any):
+        self.session = session
+        self.engine = engine
+        self.data = data
+        self.loader: Iterator | None = None
 
     def batches(self) -> Iterator[Iterator[Any]]:
         "For every optimiser step its micro-batches, on the device"
-        parts, where = self.config.grad_accumulation, self.accelerator
-        positions = Positions(self.seen, where.process_index, where.num_processes, parts, self.config.batch_size)
-        pin, workers = where.device.type == "cuda", workers_at_most(self.config.num_workers)
-        self.loader = iter(stream_loader(self.data, positions, self.config.seed, workers, pin_memory=pin))
-        while True: yield map(self.engine.place, itertools.islice(self.loader, parts))
+        config, where = self.session.config, self.session.accelerator
+        sampler = MicroBatchSampler(
+            self.session.seen,
+            where.process_index,
+            where.num_processes,
+            config.grad_accumulation,
+            config.batch_size,
+        )
+        pin = where.device.type == "cuda"
+        workers = workers_at_most(config.num_workers)
+        self.loader = iter(stream_loader(self.data, sampler, config.seed, workers, pin_memory=pin))
+        while True:
+            yield map(self.engine.place, itertools.islice(self.loader, config.grad_accumulation))
 
     def train_step(self, micro_batches: Iterable[Any]) -> None:
         "Gradients of all micro-batches together, then one update"
-        parts, engine = self.config.grad_accumulation, self.engine
-        for number, self.batch in enumerate(micro_batches, 1):
-            with contextlib.nullcontext() if number == parts else self.accelerator.no_sync(engine.model):  # processes meet at the last one
-                loss, others = read_losses(engine.model(self.batch), self.model)
-                self.accelerator.backward(loss / parts)
-            self.meter.add({"loss": loss, **others})
-            self.meter.watch(self.step + 1, loss)
-        norm = engine.update(self.step)
-        self.meter.add({"grad_norm": norm})
-        if self.accelerator.scaler is None: self.meter.watch(self.step + 1, norm)  # with fp16 the scaler skips steps that overflow
-        self.step += 1
-        self.seen += self.images_per_step
+        session, engine = self.session, self.engine
+        parts = session.config.grad_accumulation
+        for number, batch in enumerate(micro_batches, 1):
+            session.batch = batch
+            last = number == parts  # processes meet at the last one
+            with contextlib.nullcontext() if last else session.accelerator.no_sync(engine.model):
+                loss, others = read_losses(engine.model(batch), engine.raw)
+                session.accelerator.backward(loss / parts)
+            session.meter.add({"loss": loss, **others})
+            session.meter.watch(session.step + 1, loss)
+        norm = engine.update(session.step)
+        session.meter.add({"grad_norm": norm})
+        if session.accelerator.scaler is None:  # with fp16 the scaler skips steps that overflow
+            session.meter.watch(session.step + 1, norm)
+        session.step += 1
+        session.seen += session.images_per_step
 
-    def due(self, every: int) -> bool:
-        "Whether something happens after this step; 0 = never"
-        return every > 0 and self.step % every == 0
+    def close(self) -> None:
+        "End the workers of the loader, which a traceback would keep alive"
+        if hasattr(self.loader, "_shutdown_workers"):
+            self.loader._shutdown_workers()
 
-    def foresee(self) -> None:
-        "Measure how fast it goes; say how far the run will get, once it is known"
-        if not self.accelerator.is_main_process: return
-        taken = self.watch.pauses
-        pauses = [(self.config.eval_every, taken.get("evaluation", 0.0)),
-                  (self.config.save_every, taken.get("save", 0.0))]
-        seconds, total = self.watch.training(), self.watch.total()
-        words = self.forecast.observe(self.step, seconds, total, pauses, self.due(self.config.log_every))
-        if words: print(words, flush=True)
+# %% ../../nbs/training/trainer.ipynb #trainer-stop-export
+def foresee(session: Session) -> None:
+    "Measure how fast it goes; say how far the run will get, once it is known"
+    if not session.accelerator.is_main_process:
+        return
+    config, taken = session.config, session.watch.pauses
+    pauses = [(config.eval_every, taken.get("evaluation", 0.0)), (config.save_every, taken.get("save", 0.0))]
+    seconds = session.watch.training()
+    total = session.watch.total()
+    words = session.forecast.observe(session.step, seconds, total, pauses, session.due(config.log_every))
+    if words:
+        print(words, flush=True)
+
+
+def stop_reason(session: Session, engine: Engine, received: list[str]) -> str:
+    "'signal', 'steps', 'time' or '' to go on; the same in every process, as is the planned end"
+    config = session.config
+    late = 0 < 60 * config.max_minutes <= session.watch.total()
+    planned = session.forecast.end if session.accelerator.is_main_process else 0
+    signals, lates, end = sums(session.accelerator, [bool(received), late, planned])
+    if signals:
+        return "signal"
+    if session.step >= config.max_steps:
+        return "steps"
+    if lates:
+        return "time"
+    plan = engine.plan = session.forecast.adopt(session.step, int(end))
+    return "time" if plan.cut and session.step >= plan.end else ""
+
+
+def last_lines(session: Session, reason: str) -> str:
+    "How the session ended, and where everything is"
+    lines = {
+        "signal": f"stopped by a signal at step {session.step}; start it again to go on",
+        "steps": f"trained for {session.step} steps",
+        "time": f"trained for {session.config.max_minutes:g} minutes, {session.step} steps",
+    }
+    ending = f"{lines[reason]}\nrun directory: {display_path(session.run.path)}"
+    if reason == "signal" or session.step > session.started_at:
+        return ending
+    advice = "already trained; raise max_steps or max_minutes to go on, choose another out_dir to begin anew"
+    return f"{advice}\n{ending}"
+
+# %% ../../nbs/training/trainer.ipynb #trainer-trainer-export
+class Trainer:
+    "Trains any module whose `forward(batch)` returns a dict with a scalar `loss`"
+
+    def __init__(
+        self,
+        model: nn.Module,  # `forward(batch) → {"loss": scalar, …}`
+        data: Any,  # data set: `len(data)`, `data[i]`
+        config: TrainConfig,
+        *,
+        evaluate: Callable[[nn.Module, int], dict] | None = None,  # (model, step) → scores and pictures
+        name: str = "",  # for trackers and tables
+        extra_config: Mapping[str, Any] | None = None,  # about the data, for `config.json`
+    ):
+        self.model = model
+        self.data = data
+        self.config = config.validate()
+        self.hook = evaluate
+        self.name = name
+        self.extra_config = dict(extra_config or {})
+        self.run = Run(resolve_out_dir(config.out_dir))
+        self.engine: Engine | None = None
+        self.session: Session | None = None
+        self.reporter: Reporter | None = None
+        self.keeper: Keeper | None = None
+        self.stepper: Stepper | None = None
+
+    run_dir = property(operator.attrgetter("run.path"))
+    accelerator = property(operator.attrgetter("session.accelerator"))
+    forecast = property(operator.attrgetter("session.forecast"))
+    step = property(operator.attrgetter("session.step"))
+    seen = property(operator.attrgetter("session.seen"))
+    evaluated = property(operator.attrgetter("session.evaluated"))
+    images_per_step = property(operator.attrgetter("session.images_per_step"))
+
+    def start(self) -> None:
+        "All checks, then all preparations; nothing is written before the checks have passed in every process"
+        checkpoint = find_resume(self.run, self.config.resume)
+        accelerator, precision = prepare(self.model, self.data, self.config, self.run, checkpoint)
+        self.engine = Engine(self.model, self.config, accelerator)
+        progress = load_state(self.engine, checkpoint) if checkpoint else BEGINNING
+        check_writable(self.run.path)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.begin(precision, progress["step"], resumed=checkpoint is not None)
+        accelerator.wait_for_everyone()
+        self.restore(progress)
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        "Begin a session where a checkpoint left off"
+        self.session = Session(self.engine, self.run, self.config, progress)
+        self.reporter = Reporter(self.session, self.engine)
+        self.keeper = Keeper(self.session, self.engine, self.reporter, self.hook)
+        self.stepper = Stepper(self.session, self.engine, self.data)
+
+    def begin(self, precision: Precision, step: int, resumed: bool) -> None:
+        "Write `config.json`, cut the metrics back to `step`, open the trackers, say what is to be done"
+        config, accelerator = self.config, self.engine.accelerator
+        record = {"name": self.name, "train": config.to_dict(), "model": model_record(self.model)}
+        record |= {"data": self.extra_config, "precision": dataclasses.asdict(precision)}
+        self.run.begin(record | circumstances(accelerator), step)
+        open_trackers(accelerator, config, self.name or self.run.path.name, step, resumed)
+        images = images_per_step(config, accelerator)
+        lines = first_lines(config, images, precision, step if resumed else None)
+        print("\n".join([f"run directory: {display_path(self.run.path)}", *lines]), flush=True)
+
+    def fit(self) -> Run:
+        "Check everything, then train; a stop signal saves and raises `SystemExit(0)`, Ctrl-C `KeyboardInterrupt`"
+        if rehearsing(self.run.path):
+            rehearse(self)
+        try:
+            self.start()
+            with stop_signals() as received:
+                reason = self.loop(received)
+                self.finish(reason)
+                self.session.accelerator.wait_for_everyone()  # nobody reads what is still being written
+        finally:
+            self.release()
+        if reason == "signal":
+            raise KeyboardInterrupt if "SIGINT" in received else SystemExit(0)
+        return self.run
+
+    def loop(self, received: list[str]) -> str:
+        "Steps, and what happens between them, until there is a reason to stop"
+        config, session = self.config, self.session
+        reason = self.stop_reason(received)
+        batches = self.batches()
+        while not reason:
+            self.train_step(next(batches))
+            if session.due(config.log_every):
+                self.log()
+            self.reporter.tell()
+            if session.due(config.eval_every):
+                self.evaluate()
+            if session.due(config.save_every):
+                self.save()
+            foresee(session)
+            reason = self.stop_reason(received)
+        return reason
+
+    def batches(self) -> Iterator[Iterator[Any]]:
+        "For every optimiser step its micro-batches"
+        return self.stepper.batches()
+
+    def train_step(self, micro_batches: Iterable[Any]) -> None:
+        "One optimiser step"
+        self.stepper.train_step(micro_batches)
+
+    def log(self) -> None:
+        "A line of metrics"
+        self.reporter.log()
+
+    def evaluate(self) -> None:
+        "Scores of the averaged weights"
+        self.keeper.evaluate()
+
+    def save(self) -> None:
+        "A checkpoint, and `model/`"
+        self.keeper.save()
 
     def stop_reason(self, received: list[str]) -> str:
-        "'signal', 'steps', 'time' or '' to go on; the same in every process, as is the planned end"
-        late = 0 < 60 * self.config.max_minutes <= self.watch.total()
-        planned = self.forecast.end if self.accelerator.is_main_process else 0
-        signals, lates, end = sums(self.accelerator, [bool(received), late, planned])
-        if signals: return "signal"
-        if self.step >= self.config.max_steps: return "steps"
-        if lates: return "time"
-        plan = self.engine.plan = self.forecast.adopt(self.step, int(end))
-        return "time" if plan.cut and self.step >= plan.end else ""
+        "Why to stop now: 'signal', 'steps', 'time', or '' to go on"
+        return stop_reason(self.session, self.engine, received)
 
     def finish(self, reason: str) -> None:
         "Evaluate, save, say where everything is; after a signal only save"
-        if reason != "signal" and self.evaluated != self.step: self.evaluate()
+        session, planned = self.session, reason != "signal"
+        if planned and session.evaluated != session.step:
+            self.evaluate()
         self.save()
-        if reason != "signal" and self.logged != self.step and self.meter.sums: self.log()
-        if not self.accelerator.is_main_process: return
-        if self.step > self.started_at: self.report(now=True)
-        elif reason != "signal": print("already trained; raise max_steps or max_minutes to go on, choose another out_dir to begin anew")
-        done = {"signal": f"stopped by a signal at step {self.step}; start it again to go on", "steps": f"trained for {self.step} steps",
-                "time": f"trained for {self.config.max_minutes:g} minutes, {self.step} steps"}[reason]
-        print(f"{done}\nrun directory: {display_path(self.run.path)}", flush=True)
+        if planned and session.logged != session.step and session.meter.sums:
+            self.log()
+        if session.accelerator.is_main_process:
+            if session.step > session.started_at:
+                self.reporter.tell(now=True)
+            print(last_lines(session, reason), flush=True)
+
+    def release(self) -> None:
+        "Give the model back as it came, with the weights of the last step"
+        if self.engine is not None:
+            self.engine.release()
+        if self.stepper is not None:
+            self.stepper.close()
+        if self.session is not None:
+            self.session.batch = None
+        self.engine = self.reporter = self.keeper = self.stepper = None

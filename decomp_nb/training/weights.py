@@ -13,40 +13,57 @@ import torch
 from torch import nn
 
 # %% auto #0
-__all__ = ['trainable', 'restorable', 'save_weights', 'load_weights', 'fingerprint']
+__all__ = ['trainable', 'restorable', 'save_weights', 'load_weights', 'fingerprint', 'sample_checksum']
 
 # %% ../../nbs/training/weights.ipynb #weights-export
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     "name → trainable parameter, tied ones once"
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+
 def restorable(model: nn.Module) -> dict[str, torch.Tensor]:
     "What a checkpoint holds of a model: trainable parameters and persistent buffers"
     kept = model.state_dict().keys()
-    return {**trainable(model), **{name: buffer for name, buffer in model.named_buffers() if name in kept}}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**trainable(model), **buffers}
+
 
 def save_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     "Write tensors as safetensors, in ordinary memory layout"
     from safetensors.torch import save_file
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
+
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, path)
+
 
 def load_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     "Copy weights into `tensors`; a `ValueError` names the first that is missing or has another shape"
     from safetensors.torch import load_file
+
     saved, place = load_file(path), path.parent.name
     for name in sorted(tensors.keys() ^ saved.keys()):
         where = f"the model but not in {place}" if name in tensors else f"{place} but not in the model"
         raise ValueError(f"{name} is in {where}: it was saved from another model")
     for name, tensor in tensors.items():
         if saved[name].shape != tensor.shape:
-            raise ValueError(f"{name} is {tuple(saved[name].shape)} in {place} and {tuple(tensor.shape)} in the model")
+            raise ValueError(
+                f"{name} is {tuple(saved[name].shape)} in {place} and {tuple(tensor.shape)} in the model"
+            )
     with torch.no_grad():
-        for name, tensor in tensors.items(): tensor.copy_(saved[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+
 
 def fingerprint(model: nn.Module) -> dict[str, int]:
     "name → checksum of a sample of each frozen parameter, those of a Decomposer's foundations included"
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for part, module in getattr(model, "foundations", dict)().items():
         frozen |= {f"{part}.{name}": p for name, p in module.named_parameters()}
-    samples = {name: p.detach().flatten()[::max(1, p.numel() // 64)].float().cpu() for name, p in frozen.items()}
-    return {name: zlib.crc32(sample.numpy().tobytes()) for name, sample in samples.items()}
+    return {name: sample_checksum(p) for name, p in frozen.items()}
+
+
+def sample_checksum(tensor: torch.Tensor) -> int:
+    "CRC-32 of about 64 of its values, in float32"
+    step = max(1, tensor.numel() // 64)
+    sample = tensor.detach().flatten()[::step].float().cpu()
+    return zlib.crc32(sample.numpy().tobytes())
