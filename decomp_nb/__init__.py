@@ -11,7 +11,8 @@ _homes = {
     "methods.slate": "SLATE",
     "methods.slot_attention_ae": "SlotAttentionAE",
     "methods.concepts": "Concepts load_official_concepts",
-    "training.trainer": "Trainer Run",
+    "training.trainer": "Trainer",
+    "training.run_directory": "Run",
     "training.config": "TrainConfig",
     "data.catalog": "open_dataset",
     "worlds.scenes": "Scenes",
@@ -93,6 +94,21 @@ _moved = {
     "metrics.probing": {"metrics.probing": "split_by_group=split_groups"},
     "metrics.concepts": {
         "metrics.concepts": "coverage=class_shares mutual_information_score=normalized_mutual_info_score",
+    },
+    "training.trainer": {
+        "training.stream": "mix=mix_seeds epoch_order micro_batch Stream seed_everything random_state set_random_state "
+                           "preserve_random_state Positions=MicroBatchSampler check_data",
+        "training.signals": "STOP_SIGNALS",
+        "training.files": "write_text sync remove_folder checksum seal=write_manifest defect=verify_manifest",
+        "training.weights": "trainable restorable save_weights load_weights fingerprint",
+        "training.record": "versions git_commit difference hardware read_record check_model",
+        "training.run_directory": "summary load_run",
+        "training.checkpoint": "list_checkpoints",
+        "training.reporting": "clock=format_duration short=format_number progress read_metrics rewind_metrics Meter Stopwatch",
+        "training.accelerator": "WAIT UNCONNECTED tracker_names fresh_accelerate connect agree_on_precision "
+                                "make_accelerator gather_states",
+        "training.engine": "parameter_groups make_optimizer lr_factor",
+        "training.session": "make_forecast",
     },
 }
 

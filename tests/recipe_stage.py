@@ -43,7 +43,9 @@ from decomp_nb.training.config import resolve_out_dir
 from decomp_nb.training.launch import make_parser, take_parameters
 from decomp_nb.training.parameters import check_values, gather_values, parameters
 from decomp_nb.training.rehearsal import smaller
-from decomp_nb.training.trainer import Run, append_metrics, read_losses
+from decomp_nb.training.engine import read_losses
+from decomp_nb.training.reporting import append_metrics
+from decomp_nb.training.run_directory import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "papermill_runs" / "recipes").glob("*.yaml"))

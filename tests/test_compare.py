@@ -6,7 +6,8 @@ import math
 import pytest
 from test_eval import execute
 
-from decomp_nb.training.trainer import Run, Trainer
+from decomp_nb.training.run_directory import Run
+from decomp_nb.training.trainer import Trainer
 
 TINY = dict(n_images=24, image_budget=32, time_budget=0.3, clock="processor", autoencoder_images=16, eval_scenes=4, n_evaluations=2, n_reference=12, sample_steps=2, examples=2, batch_size=8, seeds=[3], cpu=True)
 

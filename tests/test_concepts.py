@@ -17,7 +17,8 @@ from decomp_nb.methods.concepts import (Concepts, ScoreStatistics, begin_at_pict
                                         save, score_statistics, select, solve_weights)
 from decomp_nb.metrics import concepts as metrics
 from decomp_nb.training.config import TrainConfig
-from decomp_nb.training.trainer import Run, Trainer
+from decomp_nb.training.run_directory import Run
+from decomp_nb.training.trainer import Trainer
 from decomp_nb.viz.attribution import attribute
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers

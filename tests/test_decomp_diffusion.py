@@ -15,7 +15,7 @@ from decomp_nb.core import Factors, recombine, sample
 from decomp_nb.methods.decomp_diffusion import (DecompDiffusion, ddim_invert, decode_across, decomp_diffusion_preset, decomp_sampler, keep_mask, orthogonality,
                                                 swap_across)
 from decomp_nb.metrics.separation import object_shares, recombination_accuracy, separation
-from decomp_nb.training.trainer import Run
+from decomp_nb.training.run_directory import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ from test_runs import QUICK, execute
 from decomp_nb.components.codebooks import VQLatents, build_space
 from decomp_nb.components.latent_diffusion import LatentDiffusion
 from decomp_nb.methods.disdiff import DisDiff
-from decomp_nb.training.trainer import Run
+from decomp_nb.training.run_directory import Run
 
 ROOMS = dict(data="shapes3d", data_options={"sizes": [3, 3, 3, 2, 2, 2]}, n_images=24)
 SMALL = dict(channels=[8, 16], layers_per_block=1, attention_levels=[1], n_heads=2, groups=4)

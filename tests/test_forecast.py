@@ -7,16 +7,19 @@ import torch
 from test_trainer import assert_same_run, rows
 from training_toys import Slower, train
 
+from decomp_nb.training import reporting
 from decomp_nb.training import trainer as trainer_module
 from decomp_nb.training.forecast import Plan
-from decomp_nb.training.trainer import Run, list_checkpoints, seal
+from decomp_nb.training.checkpoint import list_checkpoints
+from decomp_nb.training.files import write_manifest
+from decomp_nb.training.run_directory import Run
 
 
 @pytest.fixture
 def clock(monkeypatch):
     "Every training step takes `clock.per_step` seconds of an imagined time, and nothing else takes any"
     clock = SimpleNamespace(seconds=0.0, per_step=0.4)
-    monkeypatch.setattr(trainer_module.Stopwatch, "now", staticmethod(lambda: clock.seconds))
+    monkeypatch.setattr(reporting.Stopwatch, "now", staticmethod(lambda: clock.seconds))
     honest = trainer_module.Trainer.train_step
     def timed(self, batches):
         honest(self, batches)
@@ -125,7 +128,7 @@ def test_run_directory_from_before_there_were_plans(tmp_path):
     del state["plan"]
     torch.save(state, folder / "state.pt")
     (folder / "complete.json").unlink()
-    seal(folder)
+    write_manifest(folder)
     record = run.config
     del record["precision"]
     (run.path / "config.json").write_text(json.dumps(record))

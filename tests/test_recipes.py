@@ -6,7 +6,8 @@ import pytest
 from recipe_stage import RECIPES, Farm, OneStep, heavy, training_step, write_farm
 
 from decomp_nb.data import factors
-from decomp_nb.training.trainer import lr_factor, parameter_groups, tracker_names
+from decomp_nb.training.accelerator import tracker_names
+from decomp_nb.training.engine import lr_factor, parameter_groups
 
 
 @pytest.fixture(scope="session")

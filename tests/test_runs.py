@@ -9,7 +9,7 @@ import torch
 from warm_kernel import warm
 
 from decomp_nb.data.home import data_home
-from decomp_nb.training.trainer import Run
+from decomp_nb.training.run_directory import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = dict(max_steps=4, warmup_steps=1, eval_every=2, save_every=2, log_every=1, batch_size=4, trackers="", resume="never", num_workers=0)

@@ -12,7 +12,7 @@ from decomp_nb.methods.slate import SLATE, load_dvae, slate_preset
 from decomp_nb.methods.slot_attention_ae import SlotAttentionAE, slot_attention_preset
 from decomp_nb.methods.slot_diffusion import SlotDiffusion, slot_diffusion_denoiser, slot_diffusion_preset
 from decomp_nb.training.config import TrainConfig
-from decomp_nb.training.trainer import parameter_groups
+from decomp_nb.training.engine import parameter_groups
 
 EYES = dict(image_size=16, encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=2, kernel=3, groups=0, activation="relu"),
             slots_config=dict(n_slots=4, slot_dim=16, hidden_dim=32, init="learned", position="ends"))

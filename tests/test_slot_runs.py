@@ -8,7 +8,7 @@ from decomp_nb.components.codebooks import VQLatents, build_space
 from decomp_nb.methods.slate import SLATE
 from decomp_nb.methods.slot_attention_ae import SlotAttentionAE
 from decomp_nb.methods.slot_diffusion import SlotDiffusion
-from decomp_nb.training.trainer import Run
+from decomp_nb.training.run_directory import Run
 
 SMALL = dict(n_images=24, eval_scenes=4, eval_seeds=1, preset="tiny", mixed_precision="no", **QUICK)
 

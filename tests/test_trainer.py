@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 from training_toys import Denoiser, Pictures, Slower, train, train_in_process
 
-from decomp_nb.training import trainer as trainer_module
+from decomp_nb.training import checkpoint, stream
 from decomp_nb.training.config import TrainConfig, check_parameters_cell, read_parameters, resolve_out_dir
-from decomp_nb.training.trainer import Run, defect, list_checkpoints, load_run
+from decomp_nb.training.checkpoint import list_checkpoints
+from decomp_nb.training.files import verify_manifest
+from decomp_nb.training.run_directory import Run, load_run
 
 TIMES = ("seconds", "images_per_second")
 
@@ -161,8 +163,8 @@ def test_resume_with_another_batch_goes_on_where_the_images_left_off(tmp_path):
             read.append(i)
             return super().__getitem__(i)
     train(tmp_path / "run", data=Spy(), max_steps=6, batch_size=2, resume="auto")
-    stream = torch.cat([trainer_module.epoch_order(22, 0, epoch) for epoch in range(2)]).tolist()
-    assert read[-2:] == stream[20:22]
+    order = torch.cat([stream.epoch_order(22, 0, epoch) for epoch in range(2)]).tolist()
+    assert read[-2:] == order[20:22]
 
 
 def test_evaluation_does_not_change_training(tmp_path):
@@ -274,7 +276,7 @@ def test_damaged_checkpoint_is_passed_over_or_refused(tmp_path, damage):
     with pytest.warns(UserWarning, match="step-00000012.*passing over"): _, resumed = train(tmp_path / "run", resume="auto", save_every=6)
     _, whole = train(tmp_path / "whole")
     assert_same_run(whole, resumed)
-    assert defect(newest) == ""
+    assert verify_manifest(newest) == ""
 
 
 def test_going_back_to_an_older_checkpoint_replaces_the_newer_ones(tmp_path):
@@ -293,13 +295,13 @@ def test_half_written_checkpoint_disappears(tmp_path):
 
 
 def test_full_disk_while_saving(tmp_path, monkeypatch):
-    run_dir, honest = tmp_path / "run", trainer_module.save_weights
+    run_dir, honest = tmp_path / "run", checkpoint.save_weights
     def full(tensors, path):
         if "step-00000008" in str(path):
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         honest(tensors, path)
-    monkeypatch.setattr(trainer_module, "save_weights", full)
+    monkeypatch.setattr(checkpoint, "save_weights", full)
     with pytest.raises(OSError, match="step-00000008.*No space left.*intact") as error: train(run_dir, save_every=4)
     assert error.value.errno == errno.ENOSPC
     assert names(run_dir) == ["step-00000004"] and not list(run_dir.rglob(".tmp-*")) and (run_dir / "model" / "model.safetensors").exists()
@@ -309,15 +311,15 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
 
 
 def test_full_disk_while_writing_model(tmp_path, monkeypatch):
-    honest, calls = trainer_module.write_text, []
+    honest, calls = checkpoint.write_text, []
     def full(path, text):
         if path.parent.name == ".tmp-model":
             calls.append(path)
             if len(calls) == 2: raise OSError(errno.ENOSPC, "No space left on device")
         honest(path, text)
-    monkeypatch.setattr(trainer_module, "write_text", full)
+    monkeypatch.setattr(checkpoint, "write_text", full)
     with pytest.raises(OSError, match="could not save model"): train(tmp_path / "run", save_every=4)
-    assert defect(tmp_path / "run" / "checkpoints" / "step-00000008") == "" and not list((tmp_path / "run").glob(".tmp-*"))
+    assert verify_manifest(tmp_path / "run" / "checkpoints" / "step-00000008") == "" and not list((tmp_path / "run").glob(".tmp-*"))
     load_file(tmp_path / "run" / "model" / "model.safetensors")
 
 
@@ -350,7 +352,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
             return {**output, "loss": output["loss"] * (float("nan") if self.calls == 7 else 1)}
     with pytest.raises(FloatingPointError, match=r"step 7 \(learning rate: encoder.*head.*step-00000006"):
         train(tmp_path / "run", model=Broken(), save_every=3, log_every=4)
-    assert names(tmp_path / "run") == ["step-00000003", "step-00000006"] and not defect(tmp_path / "run" / "checkpoints" / "step-00000006")
+    assert names(tmp_path / "run") == ["step-00000003", "step-00000006"] and not verify_manifest(tmp_path / "run" / "checkpoints" / "step-00000006")
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 

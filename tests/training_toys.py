@@ -16,7 +16,7 @@ import accelerate  # noqa: F401  imported here so that forked processes have the
 import diffusers.optimization  # noqa: F401
 import diffusers.training_utils  # noqa: F401
 
-from decomp_nb.training import precision, trainer
+from decomp_nb.training import precision, reporting, trainer
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.trainer import Trainer
 
@@ -101,4 +101,4 @@ def make_ranks_differ(rank):
     trainer.append_metrics = late
     precision.native_bf16 = lambda kind: True
     precision.trial_seconds = lambda: ((2.0, 1.0), (1.0, 2.0))[rank]
-    trainer.Stopwatch.now = staticmethod(lambda: next(steps) * (0.1, 0.01)[rank])
+    reporting.Stopwatch.now = staticmethod(lambda: next(steps) * (0.1, 0.01)[rank])

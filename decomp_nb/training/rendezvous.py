@@ -104,7 +104,7 @@ def last_checkpoint(out_dir: str) -> str:
 
 def run_record(notebook: Path, values: dict, out_dir: str = "") -> dict[str, Any]:
     "What has to be equal on all machines"
-    from decomp_nb.training.trainer import git_commit, versions
+    from decomp_nb.training.record import git_commit, versions
     sources = ["".join(cell["source"]) for cell in read_cells(notebook)]
     record = {f"version of {name}": version for name, version in versions().items() if name != "python"}
     record |= {"git commit": git_commit(), "code of decomp_nb": code_digest()}

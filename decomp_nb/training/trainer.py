@@ -7,1159 +7,427 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import errno
 import functools
-import io
 import itertools
-import json
 import math
-import os
-import platform
-import random
-import shutil
-import signal
-import subprocess
-import tempfile
-import threading
-import time
-import warnings
-import zlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from .config import TrainConfig, project_root, resolve_out_dir
-from .forecast import Forecast, Plan, expectation
-from .precision import NAMES, Precision, settle_precision
+from .accelerator import sums
+from decomp_nb.training.checkpoint import (
+    export_model,
+    load_state,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_state,
+)
+from .config import TrainConfig, resolve_out_dir
+from .engine import Engine, evaluation_mode, read_losses
+from .files import atomic_folder, explain_disk_errors, verify_manifest
+from .precision import Precision
+from .record import circumstances, model_record
 from .rehearsal import rehearse, rehearsing
+from .reporting import append_metrics, format_number, metric_label, progress_line
+from .run_directory import Run, check_writable, display_path, find_resume
+from decomp_nb.training.session import (
+    BEGINNING,
+    Session,
+    first_lines,
+    images_per_step,
+    open_trackers,
+    prepare,
+)
+from .signals import stop_signals
+from .stream import MicroBatchSampler, stream_loader, workers_at_most
 
 # %% auto #0
-__all__ = ['STOP_SIGNALS', 'WAIT', 'UNCONNECTED', 'mix', 'epoch_order', 'micro_batch', 'Stream', 'seed_everything',
-           'random_state', 'set_random_state', 'preserve_random_state', 'Positions', 'workers_at_most', 'stream_loader',
-           'parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode', 'clock', 'short', 'metric_label',
-           'progress_line', 'progress', 'read_metrics', 'append_metrics', 'rewind_metrics', 'write_text',
-           'atomic_folder', 'sync', 'remove_folder', 'checksum', 'seal', 'defect', 'list_checkpoints',
-           'newest_checkpoint', 'prune_checkpoints', 'explain_disk_errors', 'trainable', 'restorable', 'save_weights',
-           'load_weights', 'fingerprint', 'model_record', 'versions', 'git_commit', 'difference', 'Run', 'summary',
-           'load_run', 'stop_signals', 'Meter', 'read_losses', 'Stopwatch', 'check_data', 'check_writable',
-           'read_record', 'check_model', 'find_resume', 'tracker_names', 'fresh_accelerate', 'connect',
-           'agree_on_precision', 'make_accelerator', 'Engine', 'save_state', 'load_state', 'gather_states', 'sums',
-           'display_path', 'first_lines', 'make_forecast', 'Session', 'hardware', 'Reporter', 'Keeper', 'Trainer']
-
-# %% ../../nbs/training/trainer.ipynb #trainer-order-export
-def mix(*numbers: int) -> int:
-    "One 32-bit seed out of several numbers; neighbouring inputs give unrelated seeds"
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
-    "Permutation `(n,)` of the images in this epoch: a pure function of its arguments"
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, epoch)))
-
-# %% ../../nbs/training/trainer.ipynb #trainer-micro-export
-def micro_batch(
-    seen: int,         # images seen before this optimiser step
-    micro: int,        # which micro-batch of the step, from 0
-    rank: int,         # which process, from 0
-    processes: int,    # how many processes
-    batch_size: int,   # images per process and micro-batch
-) -> range:
-    "Stream positions of one micro-batch of one process"
-    start = seen + (micro * processes + rank) * batch_size
-    return range(start, start + batch_size)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-stream-export
-class Stream(torch.utils.data.Dataset):
-    "Endless view of a data set: item `j` and the randomness with which it is drawn depend on `(seed, j)` alone"
-
-    def __init__(self, data, seed: int = 0):
-        self.data, self.seed, self.n = data, seed, len(data)
-        self.order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, self.n, seed))
-
-    def index(self, j: int) -> int:
-        "Which image stands at position `j`"
-        return int(self.order(j // self.n)[j % self.n])
-
-    def seed_dice(self, j: int) -> None:
-        "Generators as they shall be when the image at position `j` is drawn"
-        seed = mix(self.seed, j)
-        random.seed(seed); np.random.seed(seed); torch.default_generator.manual_seed(seed)
-
-    def __getitem__(self, j: int):
-        self.seed_dice(j)
-        return self.data[self.index(j)]
-
-    def __getitems__(self, positions: list[int]) -> list:
-        if torch.utils.data.get_worker_info(): return self.fetch(positions)
-        with preserve_random_state(): return self.fetch(positions)
-
-    def fetch(self, positions: list[int]) -> list:
-        "The items one by one, or all at once where the data set knows how (`__getitems__`); then the first position seeds them all"
-        if not hasattr(self.data, "__getitems__"): return [self[j] for j in positions]
-        self.seed_dice(positions[0])
-        return self.data.__getitems__([self.index(j) for j in positions])
-
-    def __getstate__(self):  # for workers that are spawned: the cache cannot travel
-        return {"data": self.data, "seed": self.seed}
-
-    def __setstate__(self, state):
-        self.__init__(**state)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-random-export
-def seed_everything(seed: int) -> None:
-    "Seed PyTorch (all devices), NumPy and Python"
-    torch.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
-
-def random_state() -> dict[str, Any]:
-    "State of all generators, as tensors and plain values"
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, numbers, spare = random.getstate()
-    state = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-             "python": [version, torch.tensor(numbers), spare]}
-    if torch.cuda.is_available() and torch.cuda.is_initialized(): state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    "Put all generators back into a state of `random_state`"
-    torch.set_rng_state(state["torch"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, spare = state["python"]
-    random.setstate((version, tuple(numbers.tolist()), spare))
-    if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
-
-@contextlib.contextmanager
-def preserve_random_state():
-    "Whatever is drawn inside leaves no trace outside"
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    try: yield
-    finally:
-        torch.set_rng_state(states[0]); np.random.set_state(states[1]); random.setstate(states[2])
-        if cuda is not None: torch.cuda.set_rng_state(cuda)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-positions-export
-class Positions:
-    "Batch sampler of a `Stream`: the micro-batches of one process, from `seen` on, for ever"
-
-    def __init__(self, seen: int, rank: int, processes: int, accumulation: int, batch_size: int):
-        self.seen, self.rank, self.processes, self.accumulation, self.batch_size = seen, rank, processes, accumulation, batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        seen = self.seen
-        while True:
-            for micro in range(self.accumulation):
-                yield list(micro_batch(seen, micro, self.rank, self.processes, self.batch_size))
-            seen += self.accumulation * self.processes * self.batch_size
-
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-
-def _outlive_stop_signals(worker: int) -> None:
-    "A loader worker works on after a stop signal, at most for a minute, so that its training process can finish the step"
-    for number in STOP_SIGNALS: signal.signal(number, lambda *_: signal.alarm(60))
-
-def workers_at_most(wanted: int, cores: int | None = None) -> int:
-    "`wanted` loader workers, but no more than there are cores for this process: others would only wait"
-    if cores is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted, cores)
-
-def stream_loader(
-    data,                  # data set with `len` and `[i]`
-    positions: Positions,  # which part of the stream
-    seed: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> torch.utils.data.DataLoader:
-    "Endless loader of collated micro-batches"
-    return torch.utils.data.DataLoader(
-        Stream(data, seed), batch_sampler=positions, num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=_outlive_stop_signals, generator=torch.Generator().manual_seed(mix(seed)))  # its own: no draw from the global one
-
-# %% ../../nbs/training/trainer.ipynb #trainer-groups-export
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    "Optimiser groups of the trainable parameters: `params`, `name`, `lr` (peak) and, where the model says so, `weight_decay`"
-    given = model.parameter_groups() if hasattr(model, "parameter_groups") else [{"params": model.parameters(), "name": "all"}]
-    groups = []
-    for number, group in enumerate(given):
-        name = group.get("name", f"group{number}")
-        scale = group.get("lr_scale", 1.0) * (config.encoder_lr_scale if name == "encoder" else 1.0)
-        params = [p for p in group["params"] if p.requires_grad]
-        if params: groups.append({**group, "params": params, "name": name, "lr": config.learning_rate * scale})
-    grouped = {id(p) for group in groups for p in group["params"]}
-    forgotten = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
-    if forgotten: raise ValueError(f"parameter_groups() of {type(model).__name__} leaves out trainable {', '.join(forgotten[:3])}")
-    if not groups: raise ValueError(f"{type(model).__name__} has no trainable parameter")
-    if config.encoder_lr_scale != 1 and all(group["name"] != "encoder" for group in groups):
-        raise ValueError(f"encoder_lr_scale: {type(model).__name__} has no parameter group named 'encoder' with trainable parameters")
-    return groups
-
-# %% ../../nbs/training/trainer.ipynb #trainer-adamw-export
-def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
-    "AdamW over the groups; fused where wanted and supported"
-    device = groups[0]["params"][0].device
-    extra = {}
-    if config.fused_adamw:
-        probe = torch.zeros(1, device=device, requires_grad=True)
-        probe.grad = torch.zeros_like(probe)
-        with contextlib.suppress(RuntimeError):
-            torch.optim.AdamW([probe], fused=True).step()
-            extra["fused"] = True
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-                             weight_decay=config.weight_decay, **extra)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-schedule-export
-def lr_factor(config: TrainConfig) -> Callable[[int], float]:
-    "Step → factor on the peak learning rate, in diffusers' shapes; `constant` warms up too if `warmup_steps` says so"
-    from diffusers.optimization import get_scheduler
-    name = "constant_with_warmup" if config.lr_schedule == "constant" and config.warmup_steps else config.lr_schedule
-    nobody = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    return get_scheduler(name, nobody, num_warmup_steps=config.warmup, num_training_steps=config.max_steps).lr_lambdas[0]
-
-# %% ../../nbs/training/trainer.ipynb #trainer-swap-export
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module, params: list[nn.Parameter], ema=None):
-    "The model with averaged weights, in eval mode, without gradients; restores weights, modes and random state"
-    modes = {module: module.training for module in model.modules()}
-    if ema is not None: ema.store(params); ema.copy_to(params)
-    model.eval()
-    try:
-        with torch.no_grad(), preserve_random_state(): yield model
-    finally:
-        if ema is not None: ema.restore(params)
-        for module, training in modes.items(): module.training = training
-
-# %% ../../nbs/training/trainer.ipynb #trainer-progress-export
-def clock(seconds: float) -> str:
-    "133 → 2:13, 7384 → 2:03:04"
-    minutes, second = divmod(int(round(seconds)), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
-
-def short(value: float) -> str:
-    "Three significant digits"
-    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
-
-def metric_label(name: str) -> str:
-    "fg_ari → FG-ARI, miou → mIoU"
-    return {"miou": "mIoU", "mbo": "mBO"}.get(name, name.upper().replace("_", "-") if len(name) <= 6 else name.replace("_", " "))
-
-def progress_line(
-    step: int,                              # steps done
-    total: int,                             # steps to do
-    loss: float,                            # mean since the last line
-    speed: float,                           # images per second
-    seconds_left: float,                    # estimate
-    scores: Mapping[str, float] | None = None,  # last evaluation; the first one is shown
-) -> str:
-    "`step 200/3000 · loss 0.123 · 410 img/s · 2:13 left · FG-ARI 0.712`"
-    speed = f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}"
-    parts = [f"step {step}/{total}", f"loss {short(loss)}", f"{speed} img/s", f"{clock(seconds_left)} left"]
-    parts += [f"{metric_label(name)} {short(value)}" for name, value in list((scores or {}).items())[:1]]
-    return " · ".join(parts)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-iterate-export
-def progress(
-    items: Iterable,          # what to go through
-    label: str = "",          # begins each line
-    total: int | None = None, # `len(items)` unless told
-    every: float = 10.0,      # seconds between lines
-) -> Iterator:
-    "Yield the items; print a line of text about every ten seconds, none if it is over sooner"
-    total = total if total is not None else len(items) if hasattr(items, "__len__") else None
-    start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last < every: continue
-        last, speed = now, done / (now - start)
-        left = f" · {clock((total - done) / speed)} left" if total else ""
-        print(f"{label} {done}{f'/{total}' if total else ''} · {speed:.1f}/s{left}".strip(), flush=True)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-metrics-export
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    "The lines of a metrics file; a torn last line is left out"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError): rows.append(json.loads(line))
-    return rows
-
-def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
-    "Add one line; values that are not finite become null"
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with path.open("a") as file: file.write(json.dumps(clean) + "\n")
-
-def rewind_metrics(path: Path, step: int) -> None:
-    "Drop the lines after `step`"
-    write_text(path, "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step))
-
-def write_text(path: Path, text: str) -> None:
-    "Write a small file so that it is there completely or not at all"
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w") as file:
-        file.write(text); file.flush(); os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-atomic-export
-@contextlib.contextmanager
-def atomic_folder(path: Path):
-    "A temporary folder that becomes `path` when the block ends well, and disappears when it does not"
-    temporary = path.with_name(f".tmp-{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"): sync(file)
-        remove_folder(path)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-# %% ../../nbs/training/trainer.ipynb #trainer-sync-export
-def sync(path: Path) -> None:
-    "Make sure that a file or folder has reached the disk"
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-def remove_folder(path: Path) -> None:
-    "Remove a folder under another name, so that a crash leaves no half of it under this one"
-    if not path.exists(): return
-    trash = path.with_name(f".tmp-old-{path.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.replace(path, trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-seal-export
-def checksum(path: Path) -> int:
-    "CRC-32 of a file"
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22): value = zlib.crc32(block, value)
-    return value
-
-def seal(folder: Path) -> None:
-    "List every file of a folder, with size and checksum, in `complete.json`"
-    files = {path.name: {"bytes": path.stat().st_size, "crc32": checksum(path)} for path in sorted(folder.iterdir())}
-    write_text(folder / "complete.json", json.dumps({"files": files}, indent=1))
-
-def defect(folder: Path) -> str:
-    "What is wrong with a sealed folder; an empty string if it is whole"
-    if not folder.is_dir(): return "does not exist"
-    try: listed = json.loads((folder / "complete.json").read_text())["files"]
-    except FileNotFoundError: return "has no complete.json, so it was never finished"
-    except (json.JSONDecodeError, KeyError, TypeError): return "has an unreadable complete.json"
-    for name, entry in listed.items():
-        path = folder / name
-        if not path.exists(): return f"lacks {name}"
-        if path.stat().st_size != entry["bytes"]: return f"has {path.stat().st_size} of {entry['bytes']} bytes in {name}"
-        if checksum(path) != entry["crc32"]: return f"has a damaged {name} (checksum differs)"
-    return ""
-
-# %% ../../nbs/training/trainer.ipynb #trainer-list-export
-def list_checkpoints(folder: Path) -> list[Path]:
-    "Folders `step-…` by step, oldest first, whole or not"
-    return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    "The newest whole checkpoint; warns of damaged ones that it passes over"
-    for path in reversed(list_checkpoints(folder)):
-        problem = defect(path)
-        if not problem: return path
-        warnings.warn(f"checkpoint {path.name} {problem}; passing over it", stacklevel=2)
-    return None
-
-def prune_checkpoints(newest: Path, keep: int) -> None:
-    "Keep `newest`, just written, and the `keep` − 1 before it; later steps date from before a resume, `.tmp-…` from crashed saves"
-    folder = newest.parent
-    steps = list_checkpoints(folder)
-    place = steps.index(newest) + 1
-    for path in steps[:max(0, place - keep)] + steps[place:]: remove_folder(path)
-    for path in folder.glob(".tmp-*"): shutil.rmtree(path, ignore_errors=True)
-
-@contextlib.contextmanager
-def explain_disk_errors(path: Path):
-    "Turn whatever a full or broken disk makes the writers raise into one `OSError` that says what is lost (nothing) and what to do"
-    from safetensors import SafetensorError
-    try: yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(path.parent if path.parent.exists() else path.anchor or ".").free / 2**20
-        message = (f"could not save {path.name}: {error} ({free:.0f} MiB free). What was saved before is intact; "
-                   "make room or choose another out_dir, then run again to go on from the last checkpoint")
-        raise OSError(getattr(error, "errno", None) or errno.EIO, message) from error
-
-# %% ../../nbs/training/trainer.ipynb #trainer-weights-export
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    "name → trainable parameter, tied ones once"
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-def restorable(model: nn.Module) -> dict[str, torch.Tensor]:
-    "What a checkpoint holds of a model: trainable parameters and persistent buffers"
-    kept = model.state_dict().keys()
-    return {**trainable(model), **{name: buffer for name, buffer in model.named_buffers() if name in kept}}
-
-def save_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    "Write tensors as safetensors, in ordinary memory layout"
-    from safetensors.torch import save_file
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
-
-def load_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    "Copy weights into `tensors`; a `ValueError` names the first that is missing or has another shape"
-    from safetensors.torch import load_file
-    saved, place = load_file(path), path.parent.name
-    for name in sorted(tensors.keys() ^ saved.keys()):
-        where = f"the model but not in {place}" if name in tensors else f"{place} but not in the model"
-        raise ValueError(f"{name} is in {where}: it was saved from another model")
-    for name, tensor in tensors.items():
-        if saved[name].shape != tensor.shape:
-            raise ValueError(f"{name} is {tuple(saved[name].shape)} in {place} and {tuple(tensor.shape)} in the model")
-    with torch.no_grad():
-        for name, tensor in tensors.items(): tensor.copy_(saved[name])
-
-def fingerprint(model: nn.Module) -> dict[str, int]:
-    "name → checksum of a sample of each frozen parameter, those of a Decomposer's foundations included"
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    for part, module in getattr(model, "foundations", dict)().items():
-        frozen |= {f"{part}.{name}": p for name, p in module.named_parameters()}
-    samples = {name: p.detach().flatten()[::max(1, p.numel() // 64)].float().cpu() for name, p in frozen.items()}
-    return {name: zlib.crc32(sample.numpy().tobytes()) for name, sample in samples.items()}
-
-# %% ../../nbs/training/trainer.ipynb #trainer-record-export
-def model_record(model: nn.Module) -> dict[str, Any]:
-    "Class name and, for models with a config, its public entries, as JSON would read them back"
-    config = getattr(model, "config", None)
-    config = {k: v for k, v in config.items() if not k.startswith("_")} if isinstance(config, Mapping) else {}
-    return json.loads(json.dumps({"_class_name": type(model).__name__, **config}, default=str))
-
-def versions() -> dict[str, str]:
-    "Versions of what can change a result"
-    found = {"python": platform.python_version()}
-    for name in ("decomp_nb", "torch", "diffusers", "transformers", "accelerate", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError): found[name] = metadata.version(name)
-    return found
-
-def git_commit() -> str | None:
-    "Commit of the project that the run is started from, with `+` when it has uncommitted changes; None outside git"
-    def git(*words):
-        return subprocess.run(["git", "-C", project_root(), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-def difference(saved: Any, new: Any, name: str = "model") -> str:
-    "First difference between two records as `model.slot_dim: 64 in the run, 32 now`; an empty string when they agree"
-    if not (isinstance(saved, dict) and isinstance(new, dict)): return "" if saved == new else f"{name}: {saved!r} in the run, {new!r} now"
-    for key in {**saved, **new}:
-        if key not in saved or key not in new: return f"{name}.{key}: only {'in the run' if key in saved else 'now'}"
-        if found := difference(saved[key], new[key], f"{name}.{key}"): return found
-    return ""
-
-# %% ../../nbs/training/trainer.ipynb #trainer-run-export
-class Run:
-    "A run directory: what was configured, how it went, what was learned"
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.checkpoints, self.pictures, self.metrics_file = self.path / "checkpoints", self.path / "pictures", self.path / "metrics.jsonl"
-
-    @property
-    def started(self) -> bool:
-        "Whether a training has ever written here"
-        return (self.path / "config.json").exists() or self.metrics_file.exists() or bool(list_checkpoints(self.checkpoints))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        "`config.json`: name, train, model, data, versions, hardware, git"
-        return json.loads((self.path / "config.json").read_text())
-
-    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
-        "Lines of `metrics.jsonl`: `kind` 'train', 'eval' or all"
-        def is_eval(row): return any(name.startswith("eval/") for name in row)
-        return [row for row in read_metrics(self.metrics_file) if kind is None or is_eval(row) == (kind == "eval")]
-
-    def curve(self, name: str) -> tuple[list[int], list[float]]:
-        "Steps and values of one quantity, such as `loss` or `eval/fg_ari`"
-        points = [(row["step"], row[name]) for row in self.metrics() if row.get(name) is not None]
-        if not points:
-            there = sorted({key for row in self.metrics() for key in row} - {"step"})
-            raise KeyError(f"no {name!r} in {self.metrics_file.name}; there are {', '.join(there)}")
-        return [x for x, _ in points], [y for _, y in points]
-
-    def model(self, step: int | None = None) -> nn.Module:
-        "The trained model with averaged weights, of the newest checkpoint or of the one at `step`"
-        from decomp_nb.core import load_decomposer
-        if not (self.path / "model").is_dir(): raise FileNotFoundError(f"{self.path.name} has no model/: nothing has been saved yet")
-        model = load_decomposer(self.path / "model")
-        if step is not None: self.load_weights(model, step)
-        return model
-
-    def load_weights(self, model: nn.Module, step: int | None = None) -> nn.Module:
-        "Put the averaged weights of a checkpoint (the newest, or the one at `step`) into `model`"
-        folder = self.checkpoint(step)
-        load_weights(restorable(model), folder / "model.safetensors")
-        if (folder / "ema.safetensors").exists(): load_weights(trainable(model), folder / "ema.safetensors")
-        return model
-
-    def checkpoint(self, step: int | None = None) -> Path:
-        "Folder of a whole checkpoint; a `FileNotFoundError` lists what there is"
-        folder = newest_checkpoint(self.checkpoints) if step is None else self.checkpoints / f"step-{step:08d}"
-        if folder is None or defect(folder):
-            there = ", ".join(p.name for p in list_checkpoints(self.checkpoints)) or "none"
-            what = f"checkpoint {folder.name} {defect(folder)}" if folder else "there is no whole checkpoint"
-            raise FileNotFoundError(f"{self.path.name}: {what}; there are: {there}")
-        return folder
-
-    def _repr_markdown_(self) -> str:
-        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary(self).items())])
-
-def summary(run: Run) -> dict[str, str]:
-    "The run in a few words: name, model, steps, loss, time, speed, last scores"
-    train, scores = run.metrics("train"), run.metrics("eval")
-    words = {"run": run.config["name"] or run.path.name, "model": run.config["model"]["_class_name"]}
-    if train:
-        last = train[-1]
-        words |= {"steps": str(last["step"]), "loss": short(last["loss"]), "time": clock(last["seconds"]),
-                  "images/s": f"{last['images_per_second']:.0f}"}
-    if scores: words |= {metric_label(k[5:]): short(v) for k, v in scores[-1].items() if k.startswith("eval/") and v is not None}
-    return words
-
-def load_run(path: str | Path) -> Run:
-    "An existing run directory; relative paths start at the project root"
-    run = Run(path if Path(path).is_dir() else resolve_out_dir(path))
-    if not (run.path / "config.json").exists(): raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
-    return run
-
-# %% ../../nbs/training/trainer.ipynb #trainer-signal-export
-@contextlib.contextmanager
-def stop_signals():
-    "List that fills with the names of stop signals (SIGTERM, SIGUSR1, SIGINT) that arrive inside the block, in place of their usual effect"
-    received: list[str] = []
-    def note(number, frame):
-        if number == signal.SIGINT and "SIGINT" in received: raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-    if threading.current_thread() is not threading.main_thread():
-        yield received
+__all__ = ['check_finite', 'diagnose', 'describe_progress', 'Reporter', 'Keeper', 'Stepper', 'foresee', 'stop_reason',
+           'last_lines', 'Trainer']
+
+# %% ../../nbs/training/trainer.ipynb #trainer-finite-export
+def check_finite(session: Session, engine: Engine) -> None:
+    "`FloatingPointError` if the loss or the gradient was not finite at some step since the last check"
+    bad = session.meter.first_bad.item()
+    if bad < 0:
         return
-    old = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try: yield received
-    finally:
-        for number, handler in old.items(): signal.signal(number, handler or signal.SIG_DFL)
+    main = session.accelerator.is_main_process
+    kept = newest_checkpoint(session.run.checkpoints) if main else None
+    rates = ", ".join(f"{name} {format_number(rate)}" for name, rate in engine.rates(bad - 1).items())
+    raise FloatingPointError(
+        f"the loss or its gradient is not finite at step {bad} (learning rate: {rates}). "
+        f"Last good checkpoint: {display_path(kept) if kept else 'none'}. "
+        "Lower learning_rate or max_grad_norm, or lengthen warmup_steps, and run again: "
+        "training goes on from that checkpoint"
+    )
 
-# %% ../../nbs/training/trainer.ipynb #trainer-meter-export
-class Meter:
-    "Means of named scalars since the last `reset`, and the first step at which something was not finite"
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.first_bad = torch.full((), -1, dtype=torch.long, device=device)
-        self.reset()
+def diagnose(session: Session, engine: Engine) -> dict[str, float]:
+    "What the model's `diagnostics(batch)` says about the last batch, such as signs of collapse"
+    if not hasattr(engine.raw, "diagnostics") or not session.accelerator.is_main_process:
+        return {}
+    with evaluation_mode(engine.raw, engine.params):
+        found = engine.raw.diagnostics(session.batch)
+    return {f"diagnostics/{name}": float(value) for name, value in found.items()}
 
-    def reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
 
-    def add(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def watch(self, step: int, value: torch.Tensor) -> None:
-        "Note `step` if `value` is the first that is not finite"
-        bad = ~torch.isfinite(value.detach()) & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, torch.full_like(self.first_bad, step), self.first_bad)
-
-    def means(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> dict[str, float]:
-        "name → mean; `reduce` averages over processes"
-        if not self.sums: return {}
-        names = sorted(self.sums)
-        return dict(zip(names, reduce(torch.stack([self.sums[name] / self.counts[name] for name in names])).tolist()))
-
-    def state(self) -> dict[str, dict]:
-        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": dict(self.counts)}
-
-    def load(self, state: Mapping[str, dict]) -> None:
-        self.sums = {name: value.to(self.first_bad.device) for name, value in state["sums"].items()}
-        self.counts = dict(state["counts"])
-
-# %% ../../nbs/training/trainer.ipynb #trainer-losses-export
-def read_losses(output: Any, model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    "`loss` and the other scalars of what `forward(batch)` returned"
-    loss = output.get("loss") if isinstance(output, Mapping) else None
-    if not isinstance(loss, torch.Tensor) or loss.dim():
-        raise TypeError(f"{type(model).__name__}.forward(batch) must return a dict with a scalar tensor 'loss'")
-    if not loss.requires_grad: raise ValueError(f"the loss of {type(model).__name__} does not depend on any trainable parameter")
-    return loss, {name: value for name, value in output.items() if name != "loss" and isinstance(value, torch.Tensor) and value.dim() == 0}
-
-# %% ../../nbs/training/trainer.ipynb #trainer-stopwatch-export
-class Stopwatch:
-    "Seconds of the whole run, and images per second without the pauses"
-
-    now = staticmethod(time.monotonic)  # tests put an imagined clock here
-
-    def __init__(self, before: float = 0.0, seen: int = 0):
-        self.before, self.begin, self.paused = before, self.now(), 0.0
-        self.pauses: dict[str, float] = {}
-        self.lap_at, self.lap_seen = 0.0, seen
-
-    def elapsed(self) -> float:
-        "Seconds of this session"
-        return self.now() - self.begin
-
-    def training(self) -> float:
-        "Seconds of this session without pauses"
-        return self.elapsed() - self.paused
-
-    def total(self) -> float:
-        "Seconds since the run began, earlier sessions included"
-        return self.before + self.elapsed()
-
-    def speed(self, seen: int) -> float:
-        "Images per second since the last call"
-        now = self.training()
-        speed = (seen - self.lap_seen) / max(now - self.lap_at, 1e-9)
-        self.lap_at, self.lap_seen = now, seen
-        return speed
-
-    @contextlib.contextmanager
-    def pause(self, name: str = "pause"):
-        "Stop the watch; `pauses[name]` is how long the last pause of this name took"
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.pauses[name] = self.now() - start
-            self.paused += self.pauses[name]
-
-# %% ../../nbs/training/trainer.ipynb #trainer-checkdata-export
-def check_data(data, config: TrainConfig, processes: int = 1) -> None:
-    "A data set must have `len` and `[i]`, one image that loads, and enough images for one micro-batch of every process"
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise TypeError(f"{type(data).__name__} is not a data set: it needs len(data) and data[i]")
-    if len(data) == 0: raise ValueError(f"the data set is empty ({type(data).__name__}): check its path and split")
-    if len(data) < config.batch_size * processes:
-        raise ValueError(f"batch_size: {config.batch_size} × {processes} process(es) is more than the {len(data)} images of the data set")
-    with preserve_random_state(): data[0]
-
-def check_writable(folder: Path) -> None:
-    "The run directory must take files"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error: raise OSError(error.errno, f"out_dir: cannot write to {folder}: {error.strerror}; choose another") from error
-
-def read_record(config_file: Path) -> dict[str, Any]:
-    "`config.json` of a run; empty where there is none"
-    return json.loads(config_file.read_text()) if config_file.exists() else {}
-
-def check_model(config_file: Path, model: nn.Module) -> None:
-    "The run in this folder must be one of this model: same class, same config"
-    if not config_file.exists(): return
-    changed = difference(read_record(config_file).get("model", {}), model_record(model))
-    if changed:
-        raise ValueError(f"{changed}. The run directory {config_file.parent.name} holds another model: choose another out_dir, "
-                         "or build the model as it was")
-
-# %% ../../nbs/training/trainer.ipynb #trainer-resume-export
-def find_resume(run: Run, resume: str) -> Path | None:
-    "Checkpoint to go on from, or None to begin"
-    holds = f"out_dir: {run.path.name} already holds a run"
-    if resume == "auto": return newest_checkpoint(run.checkpoints)
-    if resume == "never":
-        if run.started: raise FileExistsError(f"{holds}: set resume='auto' to go on with it, choose another out_dir, or delete the folder")
-        return None
-    folder = next((place for place in (Path(resume), run.checkpoints / resume, resolve_out_dir(resume)) if place.is_dir()), None)
-    if folder is None: raise FileNotFoundError(f"resume: no checkpoint {resume!r}; give 'auto', 'never' or a folder checkpoints/step-…")
-    if (folder / "checkpoints").is_dir(): folder = newest_checkpoint(folder / "checkpoints") or folder
-    if problem := defect(folder):
-        whole = ", ".join(path.name for path in list_checkpoints(folder.parent) if not defect(path)) or "none"
-        raise ValueError(f"resume: checkpoint {folder.name} {problem}. Whole checkpoints there: {whole}")
-    if run.started and folder.resolve().parent != run.checkpoints.resolve():
-        raise FileExistsError(f"{holds}, and {resume!r} belongs to another: choose a fresh out_dir")
-    return folder
-
-# %% ../../nbs/training/trainer.ipynb #trainer-accelerator-export
-def tracker_names(trackers: str) -> list[str]:
-    "Names of the trackers; a `ValueError` for one that is not installed"
-    from accelerate.tracking import get_available_trackers
-    there = [str(name) for name in get_available_trackers()]
-    names = [name.strip() for name in trackers.split(",") if name.strip()]
-    for name in names:
-        if name not in there: raise ValueError(f"trackers: {name!r} is not installed; there are: {', '.join(there)}; or leave it empty")
-    return names
-
-def fresh_accelerate() -> None:
-    "Forget an earlier training of this Python process, which may have had another precision or device; processes stay connected"
-    from accelerate.state import AcceleratorState, GradientState
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    GradientState._reset_state()
-
-WAIT = datetime.timedelta(hours=12)  # the others wait while one evaluates
-
-UNCONNECTED = "{} processes were started, but accelerate sees {}: on a CPU set cpu=True or ACCELERATE_USE_CPU=1"
-
-def connect(config: TrainConfig):
-    "accelerate's view of the processes, which meet here, and of this one's device"
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-    fresh_accelerate()
-    cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
-    wanted = int(os.environ.get("WORLD_SIZE", 1))
-    environment = dict(os.environ)
-    try:
-        return PartialState(cpu=cpu, timeout=WAIT)
-    except ValueError as error:  # accelerate before 1.11 asks for an address where later ones see a single process
-        if cpu or wanted == 1 or "MASTER_ADDR" not in str(error):
-            raise
-        os.environ.clear()  # it has set ranks that nobody else knows
-        os.environ.update(environment)
-        raise RuntimeError(UNCONNECTED.format(wanted, 1)) from error
-
-def agree_on_precision(
-    config: TrainConfig,
-    record: Mapping[str, Any] | None = None,   # `config.json` of the run that goes on
-) -> Precision:
-    "What the run computes with; the answer of the main process counts for all"
-    state = connect(config)
-    if state.is_main_process or config.mixed_precision != "auto":
-        answer = settle_precision(config.mixed_precision, state.device.type, record)
-    else:
-        answer = Precision("auto", "no", "as the main process says", "")
-    if state.num_processes == 1: return answer
-    from accelerate.utils import broadcast
-    number = broadcast(torch.tensor([list(NAMES).index(answer.chosen)], device=state.device))
-    return dataclasses.replace(answer, chosen=list(NAMES)[number.item()])
-
-# %% ../../nbs/training/trainer.ipynb #trainer-make-accelerator-export
-def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters: bool = False):
-    "accelerate, set up by the configuration; refuses to run as several unconnected processes"
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = agree_on_precision(config).chosen
-    if precision == "fp16" and (config.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())):
-        raise ValueError("mixed_precision: fp16 needs a GPU; choose 'auto', 'bf16' or 'no'")
-    fresh_accelerate()
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
-                InitProcessGroupKwargs(timeout=WAIT)]
-    trackers = tracker_names(config.trackers) or None
-    accelerator = Accelerator(mixed_precision=precision, cpu=config.cpu, log_with=trackers,
-                              project_dir=run_dir / "trackers", kwargs_handlers=handlers)
-    there, wanted = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
-    if there != wanted:
-        raise RuntimeError(UNCONNECTED.format(wanted, there))
-    return accelerator
-
-# %% ../../nbs/training/trainer.ipynb #trainer-engine-export
-class Engine:
-    "What a training needs beside model and data: accelerate, the wrapped model, AdamW, the learning rate, the averaged weights"
-
-    def __init__(self, model: nn.Module, config: TrainConfig, accelerator):
-        from diffusers.training_utils import EMAModel
-        self.accelerator, self.config, self.raw = accelerator, config, model
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        groups = parameter_groups(model, config)
-        self.weights = trainable(model)
-        self.params = list(self.weights.values())
-        self.set_options(model, config)
-        self.model = accelerator.prepare_model(model)  # moves it, wraps forward in autocast and, with several processes, in DDP
-        self.peaks = {group["name"]: group["lr"] for group in groups}
-        self.factor = lr_factor(config)
-        self.plan = Plan.whole(config.max_steps, config.warmup)
-        self.optimizer = make_optimizer(groups, config)
-        if accelerator.scaler is not None: self.optimizer = accelerator.prepare_optimizer(self.optimizer)  # fp16: through the loss scaler
-        self.ema = None
-        if config.ema_decay: self.ema = EMAModel(self.params, decay=config.ema_decay, use_ema_warmup=config.ema_warmup, foreach=True)
-
-    @staticmethod
-    def set_options(model: nn.Module, config: TrainConfig) -> None:
-        "Memory layout, gradient checkpointing and compilation"
-        if config.channels_last: model.to(memory_format=torch.channels_last)
-        if config.gradient_checkpointing:
-            if not hasattr(model, "enable_gradient_checkpointing"):
-                raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no enable_gradient_checkpointing()")
-            model.enable_gradient_checkpointing()
-        if config.compile: model.compile()
-
-    def place(self, batch: Any) -> Any:
-        "A batch on the device, pictures in the model's memory layout"
-        from accelerate.utils import recursively_apply, send_to_device
-        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        def last(x): return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.is_floating_point() else x
-        return recursively_apply(last, batch) if self.config.channels_last else batch
-
-    def rates(self, step: int) -> dict[str, float]:
-        "Learning rate of every group at `step`"
-        factor = self.factor(self.plan.position_at(step))
-        return {name: peak * factor for name, peak in self.peaks.items()}
-
-    def update(self, step: int) -> torch.Tensor:
-        "Clip, AdamW with the learning rate of `step`, average; returns the gradient norm before clipping"
-        norm = self.accelerator.clip_grad_norm_(self.params, self.config.max_grad_norm or math.inf)
-        rates = self.rates(step)
-        for group in self.optimizer.param_groups: group["lr"] = rates[group["name"]]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema is not None: self.ema.step(self.params)
-        return norm
-
-    def averaged(self):
-        "`evaluation_mode` with the averaged weights"
-        return evaluation_mode(self.raw, self.params, self.ema)
-
-    def release(self) -> None:
-        "Take accelerate's and the compiler's wrapping off the model"
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"): self.raw.__dict__.pop(name, None)
-        if self.config.compile: self.raw._compiled_call_impl = None
-        for tracker in self.accelerator.trackers: tracker.finish()
-
-# %% ../../nbs/training/trainer.ipynb #trainer-state-export
-def save_state(engine: Engine, folder: Path, progress: Mapping[str, Any]) -> None:
-    "Write a checkpoint into `folder`: weights, average, optimiser, and `progress` (step, images seen, seconds, per-process state)"
-    save_weights(restorable(engine.raw), folder / "model.safetensors")
-    ema, scaler = engine.ema, engine.accelerator.scaler
-    if ema is not None: save_weights(dict(zip(engine.weights, ema.shadow_params)), folder / "ema.safetensors")
-    state = {**progress, "optimizer": engine.optimizer.state_dict()["state"], "scaler": scaler.state_dict() if scaler else None,
-             "ema_steps": ema.optimization_step if ema is not None else 0, "frozen": fingerprint(engine.raw)}
-    with (folder / "state.pt").open("wb") as file: torch.save(state, file)
-    seal(folder)
-
-def load_state(engine: Engine, folder: Path) -> dict[str, Any]:
-    "Read what `save_state` wrote into the engine; returns `progress`"
-    load_weights(restorable(engine.raw), folder / "model.safetensors")
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    ema, scaler = engine.ema, engine.accelerator.scaler
-    if ema is not None:
-        source = folder / "ema.safetensors"
-        load_weights(dict(zip(engine.weights, ema.shadow_params)), source if source.exists() else folder / "model.safetensors")
-        ema.optimization_step = state["ema_steps"]
-    engine.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": engine.optimizer.state_dict()["param_groups"]})
-    if scaler and state["scaler"]: scaler.load_state_dict(state["scaler"])
-    changed = [name for name, value in fingerprint(engine.raw).items() if state["frozen"].get(name) != value]
-    if changed: warnings.warn(f"{len(changed)} frozen parameters differ from those of the run, {changed[0]} first", stacklevel=2)
-    return state
-
-# %% ../../nbs/training/trainer.ipynb #trainer-gather-export
-def gather_states(accelerator, state: dict[str, Any]) -> list[dict[str, Any]]:
-    "`state` of every process, by rank"
-    if accelerator.num_processes == 1: return [state]
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    row = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(accelerator.device)
-    sizes = accelerator.gather(torch.tensor([len(row)], device=accelerator.device)).tolist()
-    padded = torch.zeros(1, max(sizes), dtype=torch.uint8, device=accelerator.device)
-    padded[0, :len(row)] = row
-    rows = accelerator.gather(padded).cpu().numpy()
-    return [torch.load(io.BytesIO(row[:size].tobytes()), weights_only=True) for row, size in zip(rows, sizes)]
-
-def sums(accelerator, numbers: list[float]) -> list[float]:
-    "Sum of every number over all processes, the same in each of them"
-    if accelerator.num_processes == 1: return numbers
-    row = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
-    return accelerator.reduce(row, "sum").tolist()
-
-def display_path(path: Path) -> str:
-    "Path as seen from the current folder, where that is shorter than the whole of it"
-    path, here = Path(path).resolve(), Path.cwd().resolve()
-    root = project_root(here)
-    return os.path.relpath(path, here) if path.is_relative_to(root) else str(path)
-
-# %% ../../nbs/training/trainer.ipynb #trainer-first-export
-def first_lines(
-    config: TrainConfig,
-    images: int,                  # of one step, all processes together
-    precision: Precision,
-    begun: int | None = None,     # step from which a run goes on; None: a new one
-) -> list[str]:
-    "How much is to be done, in which precision, and what was adapted"
-    lines = [] if begun is None else [f"going on from step {begun} of {config.max_steps}"]
-    lines.append(f"{expectation(config.max_steps, images, config.max_minutes)}; {precision}")
-    if config.warmup < config.warmup_steps:
-        lines.append(f"warm-up: {config.warmup} of {config.max_steps} steps (warmup_steps is {config.warmup_steps})")
-    return lines
-
-def make_forecast(config: TrainConfig, plan: Mapping[str, Any] | None = None, step: int = 0) -> Forecast:
-    "The forecast of a session that begins at `step`, with the plan of its checkpoint, if any"
-    whole = Plan.whole(config.max_steps, config.warmup)
-    forecast = Forecast(whole, config.max_minutes, falls=not config.lr_schedule.startswith("constant"))
-    forecast.load(plan, step)
-    return forecast
-
-# %% ../../nbs/training/trainer.ipynb #trainer-session-export
-class Session:
-    "Model, data and configuration, and how they get ready: checks, devices, resume, `config.json`"
-
-    def __init__(
-        self,
-        model: nn.Module,      # `forward(batch) → {"loss": scalar, …}`
-        data,                  # data set: `len(data)`, `data[i]`
-        config: TrainConfig,
-        *,
-        evaluate: Callable[[nn.Module, int], dict] | None = None,  # `evaluate(model, step)` → scores; what has `.save` is a picture
-        name: str = "",        # for trackers and tables
-        extra_config: Mapping[str, Any] | None = None,             # about the data, for `config.json`
-    ):
-        self.model, self.data, self.config = model, data, config.validate()
-        self.hook, self.name, self.extra_config = evaluate, name, dict(extra_config or {})
-        self.run = Run(resolve_out_dir(config.out_dir))
-        self.engine: Engine | None = None
-        self.loader = None
-
-    @property
-    def run_dir(self) -> Path:
-        "Where this run writes"
-        return self.run.path
-
-    @property
-    def images_per_step(self) -> int:
-        "Images of one optimiser step, all processes together"
-        return self.config.batch_size * self.config.grad_accumulation * self.accelerator.num_processes
-
-    def start(self) -> None:
-        "All checks, then all preparations; nothing is written before the checks have passed in every process"
-        config = self.config
-        checkpoint = find_resume(self.run, config.resume)
-        origin = (checkpoint.parent.parent if checkpoint else self.run.path) / "config.json"
-        self.precision = agree_on_precision(config, read_record(origin) if checkpoint else None)
-        settled = dataclasses.replace(config, mixed_precision=self.precision.chosen)
-        unused = getattr(self.model, "find_unused_parameters", False)
-        self.accelerator = make_accelerator(settled, self.run.path, unused)
-        check_model(origin, self.model)
-        check_data(self.data, config, self.accelerator.num_processes)
-        self.engine = Engine(self.model, config, self.accelerator)
-        progress = load_state(self.engine, checkpoint) if checkpoint else {"step": 0, "seen": 0, "seconds": 0.0, "ranks": []}
-        check_writable(self.run.path)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process: self.begin(progress["step"], resumed=checkpoint is not None)
-        self.accelerator.wait_for_everyone()
-        self.restore(progress)
-
-    def begin(self, step: int, resumed: bool) -> None:
-        "Write `config.json`, cut the metrics back to `step`, open the trackers"
-        self.run.checkpoints.mkdir(exist_ok=True)
-        self.run.pictures.mkdir(exist_ok=True)
-        record = {"name": self.name, "train": self.config.to_dict(), "model": model_record(self.model), "data": self.extra_config,
-                  "precision": dataclasses.asdict(self.precision), "versions": versions(), "hardware": hardware(self.accelerator),
-                  "git": git_commit()}
-        write_text(self.run.path / "config.json", json.dumps(record, indent=1, default=str))
-        rewind_metrics(self.run.metrics_file, step)
-        if self.accelerator.log_with:
-            self.accelerator.init_trackers(self.name or self.run.path.name, None if resumed else self.config.to_dict(),
-                                           {"tensorboard": {"purge_step": step + 1}})
-        lines = first_lines(self.config, self.images_per_step, self.precision, step if resumed else None)
-        print("\n".join([f"run directory: {display_path(self.run.path)}", *lines]), flush=True)
-
-    def restore(self, progress: Mapping[str, Any]) -> None:
-        "Counters, meter, watch; the dice last, so that nothing draws between here and the first step"
-        self.step, self.seen, self.started_at = progress["step"], progress["seen"], progress["step"]
-        self.meter, self.watch = Meter(self.accelerator.device), Stopwatch(progress["seconds"], self.seen)
-        self.loss, self.scores, self.batch, self.last_line = math.nan, {}, None, None
-        train, evaluation = self.run.metrics("train"), self.run.metrics("eval")
-        self.logged, self.evaluated = (rows[-1]["step"] if rows else 0 for rows in (train, evaluation))
-        self.forecast = make_forecast(self.config, progress.get("plan"), self.step)
-        self.engine.plan = self.forecast.plan
-        self.model.train()
-        rank, ranks = self.accelerator.process_index, progress["ranks"]
-        if len(ranks) == self.accelerator.num_processes:
-            self.meter.load(ranks[rank]["meter"])
-            set_random_state(ranks[rank]["random"])
-        else: seed_everything(mix(self.config.seed, rank, self.step))  # a new run, or one that goes on with another number of processes
-
-    def release(self) -> None:
-        "Give the model back as it came, with the weights of the last step"
-        if self.engine is not None: self.engine.release()
-        if hasattr(self.loader, "_shutdown_workers"): self.loader._shutdown_workers()  # a traceback would keep them alive
-        self.engine = self.loader = self.batch = None
-
-# %% ../../nbs/training/trainer.ipynb #trainer-hardware-export
-def hardware(accelerator) -> dict[str, Any]:
-    "What the run is computed on"
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "kind": device.type, "processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+def describe_progress(session: Session, elapsed: float, loss: float, scores: Mapping[str, float]) -> str:
+    "A `progress_line` of what has been reached `elapsed` seconds after the session began"
+    watch = session.watch
+    limit = 60 * session.config.max_minutes
+    made = max(session.step - session.started_at, 1)
+    end = session.forecast.plan.end
+    left = elapsed / made * (end - session.step)
+    if limit:
+        left = max(0.0, min(left, limit - watch.total()))
+    speed = made * session.images_per_step / max(elapsed - watch.paused, 1e-9)
+    loss = session.meter.means().get("loss", loss)
+    return progress_line(session.step, end, loss, speed, left, scores)
 
 # %% ../../nbs/training/trainer.ipynb #trainer-reporter-export
-class Reporter(Session):
-    "A session that tells: JSON lines, trackers, a line of text, and a clear stop when the numbers are none"
+class Reporter:
+    "Tells how a session goes: lines of metrics, trackers, lines of text; only the main process speaks"
 
-    def log(self) -> None:
-        "A line of `metrics.jsonl`: means since the last one"
-        self.check_finite()
-        means = self.meter.means(functools.partial(self.accelerator.reduce, reduction="mean"))
-        self.meter.reset()
-        self.loss, self.logged = means["loss"], self.step
-        rates = self.engine.rates(self.step - 1)
-        rates = {f"lr/{name}" if len(rates) > 1 else "lr": rate for name, rate in rates.items()}
-        speed = {"images_per_second": self.watch.speed(self.seen), "seconds": self.watch.total()}
-        self.record({"loss": means.pop("loss"), **means, **rates, **self.diagnose(), **speed})
-
-    def diagnose(self) -> dict[str, float]:
-        "What the model's `diagnostics(batch)` tells about the last batch, such as signs of collapse"
-        if not hasattr(self.model, "diagnostics") or not self.accelerator.is_main_process: return {}
-        with evaluation_mode(self.model, self.engine.params): found = self.model.diagnostics(self.batch)
-        return {f"diagnostics/{name}": float(value) for name, value in found.items()}
+    def __init__(self, session: Session, engine: Engine):
+        self.session = session
+        self.engine = engine
+        self.loss = math.nan
+        self.scores: dict[str, float] = {}
+        self.told_at: float | None = None
 
     def record(self, row: Mapping[str, float]) -> None:
         "Into `metrics.jsonl` and the trackers"
-        if not self.accelerator.is_main_process: return
-        with explain_disk_errors(self.run.metrics_file): append_metrics(self.run.metrics_file, {"step": self.step, **row})
-        if self.accelerator.log_with: self.accelerator.log(dict(row), step=self.step)
+        session = self.session
+        if not session.accelerator.is_main_process:
+            return
+        file = session.run.metrics_file
+        with explain_disk_errors(file):
+            append_metrics(file, {"step": session.step, **row})
+        if session.accelerator.log_with:
+            session.accelerator.log(dict(row), step=session.step)
 
-    def report(self, now: bool = False) -> None:
+    def log(self) -> None:
+        "A line of `metrics.jsonl`: means since the last one"
+        session = self.session
+        check_finite(session, self.engine)
+        means = session.meter.means(functools.partial(session.accelerator.reduce, reduction="mean"))
+        session.meter.reset()
+        session.logged = session.step
+        self.loss = means.pop("loss")
+        speed = {"images_per_second": session.watch.speed(session.seen), "seconds": session.watch.total()}
+        found = diagnose(session, self.engine)
+        rates = self.engine.named_rates(session.step - 1)
+        self.record({"loss": self.loss, **means, **rates, **found, **speed})
+
+    def tell(self, now: bool = False) -> None:
         "A line of text after the first log and then about every ten seconds"
-        if not self.accelerator.is_main_process: return
-        elapsed, first = self.watch.elapsed(), self.last_line is None and not math.isnan(self.loss)
-        if not (now or first or elapsed - (self.last_line or 0) >= 10): return
-        self.last_line, made = elapsed, max(self.step - self.started_at, 1)
-        steps = self.forecast.plan.end
-        left = elapsed / made * (steps - self.step)
-        if self.config.max_minutes: left = max(0.0, min(left, 60 * self.config.max_minutes - self.watch.total()))
-        speed = made * self.images_per_step / max(elapsed - self.watch.paused, 1e-9)
-        loss = self.meter.means().get("loss", self.loss)
-        print(progress_line(self.step, steps, loss, speed, left, self.scores), flush=True)
-
-    def check_finite(self) -> None:
-        "Stop if the loss or the gradient was not finite at some step since the last check"
-        bad = self.meter.first_bad.item()
-        if bad < 0: return
-        kept = newest_checkpoint(self.run.checkpoints) if self.accelerator.is_main_process else None
-        rates = ", ".join(f"{name} {short(rate)}" for name, rate in self.engine.rates(bad - 1).items())
-        raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {bad} (learning rate: {rates}). Last good checkpoint: "
-            f"{display_path(kept) if kept else 'none'}. Lower learning_rate or max_grad_norm, or lengthen warmup_steps, and run again: "
-            "training goes on from that checkpoint")
+        session = self.session
+        if not session.accelerator.is_main_process:
+            return
+        elapsed = session.watch.elapsed()
+        first = self.told_at is None and not math.isnan(self.loss)
+        if now or first or elapsed - (self.told_at or 0) >= 10:
+            self.told_at = elapsed
+            print(describe_progress(session, elapsed, self.loss, self.scores), flush=True)
 
 # %% ../../nbs/training/trainer.ipynb #trainer-keeper-export
-class Keeper(Reporter):
-    "A reporter that keeps: scores and pictures of the averaged weights, checkpoints, `model/`"
+class Keeper:
+    "Keeps what a session has learned: scores and pictures of the averaged weights, checkpoints, `model/`"
+
+    def __init__(self, session: Session, engine: Engine, reporter: Reporter, hook: Callable | None = None):
+        self.session = session
+        self.engine = engine
+        self.reporter = reporter
+        self.hook = hook
 
     def evaluate(self) -> None:
         "Scores of the averaged weights, by the main process; the others wait"
-        self.check_finite()
-        self.evaluated = self.step
-        if self.hook is None: return
-        with self.watch.pause("evaluation"):
-            if self.accelerator.is_main_process:
-                with self.engine.averaged() as model: results = self.hook(model, self.step) or {}
-                pictures = {name: value for name, value in results.items() if hasattr(value, "save")}
-                for name, picture in pictures.items(): picture.save(self.run.pictures / f"{name}-{self.step:08d}.png")
-                self.scores = {name: float(value) for name, value in results.items() if name not in pictures}
-                self.record({f"eval/{name}": value for name, value in self.scores.items()} | {"seconds": self.watch.total()})
-                scores = [f"{metric_label(name)} {short(value)}" for name, value in self.scores.items()]
-                print(" · ".join([f"step {self.step} evaluated", *scores]), flush=True)
-            self.accelerator.wait_for_everyone()
+        session = self.session
+        check_finite(session, self.engine)
+        session.evaluated = session.step
+        if self.hook is None:
+            return
+        with session.watch.pause("evaluation"):
+            if session.accelerator.is_main_process:
+                with self.engine.averaged() as model:
+                    results = self.hook(model, session.step) or {}
+                self.keep_results(results)
+            session.accelerator.wait_for_everyone()
+
+    def keep_results(self, results: Mapping[str, Any]) -> None:
+        "What can be saved is a picture, everything else a score"
+        session = self.session
+        pictures = {name: value for name, value in results.items() if hasattr(value, "save")}
+        for name, picture in pictures.items():
+            picture.save(session.run.pictures / f"{name}-{session.step:08d}.png")
+        scores = {name: float(value) for name, value in results.items() if name not in pictures}
+        self.reporter.scores = scores
+        row = {f"eval/{name}": value for name, value in scores.items()}
+        self.reporter.record({**row, "seconds": session.watch.total()})
+        words = [f"{metric_label(name)} {format_number(value)}" for name, value in scores.items()]
+        print(" · ".join([f"step {session.step} evaluated", *words]), flush=True)
 
     def save(self) -> None:
         "A checkpoint, then `model/` with the averaged weights; old checkpoints go last"
-        self.check_finite()
-        ranks = gather_states(self.accelerator, {"random": random_state(), "meter": self.meter.state()})
-        path = self.run.checkpoints / f"step-{self.step:08d}"
-        with self.watch.pause("save"):
-            if self.accelerator.is_main_process and (defect(path) or not (self.run.path / "model").exists()):
-                progress = {"step": self.step, "seen": self.seen, "seconds": self.watch.total(), "ranks": ranks,
-                            "plan": self.forecast.state()}
-                with explain_disk_errors(path), atomic_folder(path) as folder: save_state(self.engine, folder, progress)
-                prune_checkpoints(path, self.config.keep_checkpoints)
-                self.export()
-            self.accelerator.wait_for_everyone()
+        session = self.session
+        check_finite(session, self.engine)
+        progress = session.progress()
+        with session.watch.pause("save"):
+            if session.accelerator.is_main_process:
+                self.write(progress)
+            session.accelerator.wait_for_everyone()
 
-    def export(self) -> None:
-        "`model/`: the averaged weights, as `from_pretrained` wants them"
-        path = self.run.path / "model"
-        with explain_disk_errors(path), self.engine.averaged() as model, atomic_folder(path) as folder:
-            if hasattr(model, "save_pretrained"): model.save_pretrained(folder)
-            else:
-                save_weights(restorable(model), folder / "model.safetensors")
-                write_text(folder / "config.json", json.dumps(model_record(model)))
+    def write(self, progress: Mapping[str, Any]) -> None:
+        "Write what is not there yet"
+        session = self.session
+        path = session.run.checkpoints / f"step-{session.step:08d}"
+        model = session.run.path / "model"
+        if model.exists() and not verify_manifest(path):
+            return
+        progress = {**progress, "seconds": session.watch.total(), "plan": session.forecast.state()}
+        with explain_disk_errors(path), atomic_folder(path) as folder:
+            save_state(self.engine, folder, progress)
+        prune_checkpoints(path, session.config.keep_checkpoints)
+        export_model(self.engine, model)
 
-# %% ../../nbs/training/trainer.ipynb #trainer-trainer-export
-class Trainer(Keeper):
-    "Trains any module whose `forward(batch)` returns a dict with a scalar `loss`"
+# %% ../../nbs/training/trainer.ipynb #trainer-stepper-export
+class Stepper:
+    "Takes the optimiser steps of a session: micro-batches from the stream, their gradients, one update"
 
-    def fit(self) -> Run:
-        "Check everything, then train; a stop signal saves and raises `SystemExit(0)`, Ctrl-C saves and raises `KeyboardInterrupt`"
-        if rehearsing(self.run.path): rehearse(self)
-        try:
-            self.start()
-            with stop_signals() as received:
-                reason = self.stop_reason(received)
-                batches = self.batches()
-                while not reason:
-                    self.train_step(next(batches))
-                    if self.due(self.config.log_every): self.log()
-                    self.report()
-                    if self.due(self.config.eval_every): self.evaluate()
-                    if self.due(self.config.save_every): self.save()
-                    self.foresee()
-                    reason = self.stop_reason(received)
-                self.finish(reason)
-                self.accelerator.wait_for_everyone()  # nobody reads what the main process is still writing
-        finally: self.release()
-        if reason == "signal": raise KeyboardInterrupt if "SIGINT" in received else SystemExit(0)
-        return self.run
+    def __init__(self, session: Session, engine: Engine, data: Any):
+        self.session = session
+        self.engine = engine
+        self.data = data
+        self.loader: Iterator | None = None
 
     def batches(self) -> Iterator[Iterator[Any]]:
         "For every optimiser step its micro-batches, on the device"
-        parts, where = self.config.grad_accumulation, self.accelerator
-        positions = Positions(self.seen, where.process_index, where.num_processes, parts, self.config.batch_size)
-        pin, workers = where.device.type == "cuda", workers_at_most(self.config.num_workers)
-        self.loader = iter(stream_loader(self.data, positions, self.config.seed, workers, pin_memory=pin))
-        while True: yield map(self.engine.place, itertools.islice(self.loader, parts))
+        config, where = self.session.config, self.session.accelerator
+        sampler = MicroBatchSampler(
+            self.session.seen,
+            where.process_index,
+            where.num_processes,
+            config.grad_accumulation,
+            config.batch_size,
+        )
+        pin = where.device.type == "cuda"
+        workers = workers_at_most(config.num_workers)
+        self.loader = iter(stream_loader(self.data, sampler, config.seed, workers, pin_memory=pin))
+        while True:
+            yield map(self.engine.place, itertools.islice(self.loader, config.grad_accumulation))
 
     def train_step(self, micro_batches: Iterable[Any]) -> None:
         "Gradients of all micro-batches together, then one update"
-        parts, engine = self.config.grad_accumulation, self.engine
-        for number, self.batch in enumerate(micro_batches, 1):
-            with contextlib.nullcontext() if number == parts else self.accelerator.no_sync(engine.model):  # processes meet at the last one
-                loss, others = read_losses(engine.model(self.batch), self.model)
-                self.accelerator.backward(loss / parts)
-            self.meter.add({"loss": loss, **others})
-            self.meter.watch(self.step + 1, loss)
-        norm = engine.update(self.step)
-        self.meter.add({"grad_norm": norm})
-        if self.accelerator.scaler is None: self.meter.watch(self.step + 1, norm)  # with fp16 the scaler skips steps that overflow
-        self.step += 1
-        self.seen += self.images_per_step
+        session, engine = self.session, self.engine
+        parts = session.config.grad_accumulation
+        for number, batch in enumerate(micro_batches, 1):
+            session.batch = batch
+            last = number == parts  # processes meet at the last one
+            with contextlib.nullcontext() if last else session.accelerator.no_sync(engine.model):
+                loss, others = read_losses(engine.model(batch), engine.raw)
+                session.accelerator.backward(loss / parts)
+            session.meter.add({"loss": loss, **others})
+            session.meter.watch(session.step + 1, loss)
+        norm = engine.update(session.step)
+        session.meter.add({"grad_norm": norm})
+        if session.accelerator.scaler is None:  # with fp16 the scaler skips steps that overflow
+            session.meter.watch(session.step + 1, norm)
+        session.step += 1
+        session.seen += session.images_per_step
 
-    def due(self, every: int) -> bool:
-        "Whether something happens after this step; 0 = never"
-        return every > 0 and self.step % every == 0
+    def close(self) -> None:
+        "End the workers of the loader, which a traceback would keep alive"
+        if hasattr(self.loader, "_shutdown_workers"):
+            self.loader._shutdown_workers()
 
-    def foresee(self) -> None:
-        "Measure how fast it goes; say how far the run will get, once it is known"
-        if not self.accelerator.is_main_process: return
-        taken = self.watch.pauses
-        pauses = [(self.config.eval_every, taken.get("evaluation", 0.0)),
-                  (self.config.save_every, taken.get("save", 0.0))]
-        seconds, total = self.watch.training(), self.watch.total()
-        words = self.forecast.observe(self.step, seconds, total, pauses, self.due(self.config.log_every))
-        if words: print(words, flush=True)
+# %% ../../nbs/training/trainer.ipynb #trainer-stop-export
+def foresee(session: Session) -> None:
+    "Measure how fast it goes; say how far the run will get, once it is known"
+    if not session.accelerator.is_main_process:
+        return
+    config, taken = session.config, session.watch.pauses
+    pauses = [(config.eval_every, taken.get("evaluation", 0.0)), (config.save_every, taken.get("save", 0.0))]
+    seconds = session.watch.training()
+    total = session.watch.total()
+    words = session.forecast.observe(session.step, seconds, total, pauses, session.due(config.log_every))
+    if words:
+        print(words, flush=True)
+
+
+def stop_reason(session: Session, engine: Engine, received: list[str]) -> str:
+    "'signal', 'steps', 'time' or '' to go on; the same in every process, as is the planned end"
+    config = session.config
+    late = 0 < 60 * config.max_minutes <= session.watch.total()
+    planned = session.forecast.end if session.accelerator.is_main_process else 0
+    signals, lates, end = sums(session.accelerator, [bool(received), late, planned])
+    if signals:
+        return "signal"
+    if session.step >= config.max_steps:
+        return "steps"
+    if lates:
+        return "time"
+    plan = engine.plan = session.forecast.adopt(session.step, int(end))
+    return "time" if plan.cut and session.step >= plan.end else ""
+
+
+def last_lines(session: Session, reason: str) -> str:
+    "How the session ended, and where everything is"
+    lines = {
+        "signal": f"stopped by a signal at step {session.step}; start it again to go on",
+        "steps": f"trained for {session.step} steps",
+        "time": f"trained for {session.config.max_minutes:g} minutes, {session.step} steps",
+    }
+    ending = f"{lines[reason]}\nrun directory: {display_path(session.run.path)}"
+    if reason == "signal" or session.step > session.started_at:
+        return ending
+    advice = "already trained; raise max_steps or max_minutes to go on, choose another out_dir to begin anew"
+    return f"{advice}\n{ending}"
+
+# %% ../../nbs/training/trainer.ipynb #trainer-trainer-export
+class Trainer:
+    "Trains any module whose `forward(batch)` returns a dict with a scalar `loss`"
+
+    def __init__(
+        self,
+        model: nn.Module,  # `forward(batch) → {"loss": scalar, …}`
+        data: Any,  # data set: `len(data)`, `data[i]`
+        config: TrainConfig,
+        *,
+        evaluate: Callable[[nn.Module, int], dict] | None = None,  # (model, step) → scores and pictures
+        name: str = "",  # for trackers and tables
+        extra_config: Mapping[str, Any] | None = None,  # about the data, for `config.json`
+    ):
+        self.model = model
+        self.data = data
+        self.config = config.validate()
+        self.hook = evaluate
+        self.name = name
+        self.extra_config = dict(extra_config or {})
+        self.run = Run(resolve_out_dir(config.out_dir))
+        self.engine: Engine | None = None
+        self.session: Session | None = None
+        self.reporter: Reporter | None = None
+        self.keeper: Keeper | None = None
+        self.stepper: Stepper | None = None
+
+    run_dir = property(operator.attrgetter("run.path"))
+    accelerator = property(operator.attrgetter("session.accelerator"))
+    forecast = property(operator.attrgetter("session.forecast"))
+    step = property(operator.attrgetter("session.step"))
+    seen = property(operator.attrgetter("session.seen"))
+    evaluated = property(operator.attrgetter("session.evaluated"))
+    images_per_step = property(operator.attrgetter("session.images_per_step"))
+
+    def start(self) -> None:
+        "All checks, then all preparations; nothing is written before the checks have passed in every process"
+        checkpoint = find_resume(self.run, self.config.resume)
+        accelerator, precision = prepare(self.model, self.data, self.config, self.run, checkpoint)
+        self.engine = Engine(self.model, self.config, accelerator)
+        progress = load_state(self.engine, checkpoint) if checkpoint else BEGINNING
+        check_writable(self.run.path)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.begin(precision, progress["step"], resumed=checkpoint is not None)
+        accelerator.wait_for_everyone()
+        self.restore(progress)
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        "Begin a session where a checkpoint left off"
+        self.session = Session(self.engine, self.run, self.config, progress)
+        self.reporter = Reporter(self.session, self.engine)
+        self.keeper = Keeper(self.session, self.engine, self.reporter, self.hook)
+        self.stepper = Stepper(self.session, self.engine, self.data)
+
+    def begin(self, precision: Precision, step: int, resumed: bool) -> None:
+        "Write `config.json`, cut the metrics back to `step`, open the trackers, say what is to be done"
+        config, accelerator = self.config, self.engine.accelerator
+        record = {"name": self.name, "train": config.to_dict(), "model": model_record(self.model)}
+        record |= {"data": self.extra_config, "precision": dataclasses.asdict(precision)}
+        self.run.begin(record | circumstances(accelerator), step)
+        open_trackers(accelerator, config, self.name or self.run.path.name, step, resumed)
+        images = images_per_step(config, accelerator)
+        lines = first_lines(config, images, precision, step if resumed else None)
+        print("\n".join([f"run directory: {display_path(self.run.path)}", *lines]), flush=True)
+
+    def fit(self) -> Run:
+        "Check everything, then train; a stop signal saves and raises `SystemExit(0)`, Ctrl-C `KeyboardInterrupt`"
+        if rehearsing(self.run.path):
+            rehearse(self)
+        try:
+            self.start()
+            with stop_signals() as received:
+                reason = self.loop(received)
+                self.finish(reason)
+                self.session.accelerator.wait_for_everyone()  # nobody reads what is still being written
+        finally:
+            self.release()
+        if reason == "signal":
+            raise KeyboardInterrupt if "SIGINT" in received else SystemExit(0)
+        return self.run
+
+    def loop(self, received: list[str]) -> str:
+        "Steps, and what happens between them, until there is a reason to stop"
+        config, session = self.config, self.session
+        reason = self.stop_reason(received)
+        batches = self.batches()
+        while not reason:
+            self.train_step(next(batches))
+            if session.due(config.log_every):
+                self.log()
+            self.reporter.tell()
+            if session.due(config.eval_every):
+                self.evaluate()
+            if session.due(config.save_every):
+                self.save()
+            foresee(session)
+            reason = self.stop_reason(received)
+        return reason
+
+    def batches(self) -> Iterator[Iterator[Any]]:
+        "For every optimiser step its micro-batches"
+        return self.stepper.batches()
+
+    def train_step(self, micro_batches: Iterable[Any]) -> None:
+        "One optimiser step"
+        self.stepper.train_step(micro_batches)
+
+    def log(self) -> None:
+        "A line of metrics"
+        self.reporter.log()
+
+    def evaluate(self) -> None:
+        "Scores of the averaged weights"
+        self.keeper.evaluate()
+
+    def save(self) -> None:
+        "A checkpoint, and `model/`"
+        self.keeper.save()
 
     def stop_reason(self, received: list[str]) -> str:
-        "'signal', 'steps', 'time' or '' to go on; the same in every process, as is the planned end"
-        late = 0 < 60 * self.config.max_minutes <= self.watch.total()
-        planned = self.forecast.end if self.accelerator.is_main_process else 0
-        signals, lates, end = sums(self.accelerator, [bool(received), late, planned])
-        if signals: return "signal"
-        if self.step >= self.config.max_steps: return "steps"
-        if lates: return "time"
-        plan = self.engine.plan = self.forecast.adopt(self.step, int(end))
-        return "time" if plan.cut and self.step >= plan.end else ""
+        "Why to stop now: 'signal', 'steps', 'time', or '' to go on"
+        return stop_reason(self.session, self.engine, received)
 
     def finish(self, reason: str) -> None:
         "Evaluate, save, say where everything is; after a signal only save"
-        if reason != "signal" and self.evaluated != self.step: self.evaluate()
+        session, planned = self.session, reason != "signal"
+        if planned and session.evaluated != session.step:
+            self.evaluate()
         self.save()
-        if reason != "signal" and self.logged != self.step and self.meter.sums: self.log()
-        if not self.accelerator.is_main_process: return
-        if self.step > self.started_at: self.report(now=True)
-        elif reason != "signal": print("already trained; raise max_steps or max_minutes to go on, choose another out_dir to begin anew")
-        done = {"signal": f"stopped by a signal at step {self.step}; start it again to go on", "steps": f"trained for {self.step} steps",
-                "time": f"trained for {self.config.max_minutes:g} minutes, {self.step} steps"}[reason]
-        print(f"{done}\nrun directory: {display_path(self.run.path)}", flush=True)
+        if planned and session.logged != session.step and session.meter.sums:
+            self.log()
+        if session.accelerator.is_main_process:
+            if session.step > session.started_at:
+                self.reporter.tell(now=True)
+            print(last_lines(session, reason), flush=True)
+
+    def release(self) -> None:
+        "Give the model back as it came, with the weights of the last step"
+        if self.engine is not None:
+            self.engine.release()
+        if self.stepper is not None:
+            self.stepper.close()
+        if self.session is not None:
+            self.session.batch = None
+        self.engine = self.reporter = self.keeper = self.stepper = None
