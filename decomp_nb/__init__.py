@@ -18,8 +18,10 @@ _homes = {
     "worlds.scenes": "Scenes",
     "viz.figures": "show grid overlay strip",
     "viz.mixer": "mixer",
-    "convert": "load_official_lsd save_official_lsd load_official_decomp_diffusion save_official_decomp_diffusion "
-               "load_official_disdiff load_official_latent_diffusion load_official_autoencoder",
+    "official.lsd": "load_official_lsd save_official_lsd",
+    "official.decomp_diffusion": "load_official_decomp_diffusion save_official_decomp_diffusion",
+    "official.disdiff": "load_official_disdiff load_official_latent_diffusion",
+    "official.autoencoders": "load_official_autoencoder",
 }
 _home_of = {name: home for home, names in _homes.items() for name in names.split()}
 __all__ = sorted(_home_of)
@@ -75,6 +77,29 @@ _moved = {
         "viz.sheets": "Picture",
         "viz.figures": "show grid paint overlay masked slots strip matrix Film film save_picture",
         "viz.plots": "figure plotted curve bars heat",
+    },
+    "convert": {
+        "official.reading": "LIGHTNING rename read_weights load_strict take count_of read_flat refuse_rest "
+                            "keep_with read_lightning part_of",
+        "official.lsd": "SLOT_KEYS COMPUTED BESIDE POSITION_KEYS IGNORED LATER WEIGHTS check_grid "
+                        "official_grid convert_lsd_slot_attention lsd_slots_config official_slots_config "
+                        "unet_level official_sines check_computed table_beside convert_lsd_encoder "
+                        "convert_lsd_unet effective_config lsd_encoder_config lsd_denoiser_config "
+                        "read_official_part check_positions OfficialLSD read_official_lsd load_official_lsd "
+                        "save_official_lsd official_config position_kind",
+        "official.decomp_diffusion": "read_decomp_state decomp_sizes convert_decomp "
+                                     "load_official_decomp_diffusion decomp_heads "
+                                     "save_official_decomp_diffusion",
+        "official.unets": "RESIDUAL_KEYS=MODULE_KEYS RES_KEYS=MODULE_KEYS",
+        "official.autoencoders": "vq_config convert_vq=convert_vae convert_dvae read_vq read_dvae read_kl "
+                                 "read_autoencoder load_official_autoencoder load_official_discriminator",
+        "official.slots": "FAMILY_SLOT_KEYS RESNET_KEYS WRITER_KEYS WRITER_PARTS SCHEDULE_BUFFERS "
+                          "check_edge_grid take_slot_attention take_encoder convert_resnet "
+                          "family_slots_config family_encoder_config ldm_unet_config=family_unet_config "
+                          "convert_writer convert_broadcast take_schedule load_official_slots",
+        "official.disdiff": "SHIFT_KEYS FIELD_KEYS averaged latent_unet_sizes convert_latent_unet "
+                            "convert_shift_decoder stored_schedule load_official_latent_diffusion "
+                            "latent_space load_official_disdiff",
     },
     "viz.attribution": {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",

@@ -202,7 +202,7 @@ def test_official_steps_and_noise():
 
 
 def test_saved_with_a_path_and_loaded(tmp_path):
-    from decomp_nb.convert import keep_with
+    from decomp_nb.official.reading import keep_with
     model = disdiff().eval()
     keep_with(model, tmp_path / "whole")
     again = load_decomposer(tmp_path / "whole").eval()

@@ -340,7 +340,7 @@ def definitions_are_shown(root: Path = ROOT, wanted: float = 0.9):
 
 # --- layers --------------------------------------------------------------------------------------------------------------------------
 
-LAYERS = [{"core"}, {"data", "worlds", "viz.figures"}, {"components"}, {"methods"}, {"metrics", "training", "convert", "viz.mixer",
+LAYERS = [{"core"}, {"data", "worlds", "viz.figures"}, {"components"}, {"methods"}, {"metrics", "training", "official", "viz.mixer",
           "viz.attribution"}]
 NEIGHBOURS = {("data", "worlds")}  # data sets by name may be drawn ones; worlds read no files
 SHARED = {"viz.colours": "core", "viz.sheets": "viz.figures", "viz.plots": "viz.figures"}  # modules that share a room

@@ -193,5 +193,5 @@ def load_unet(name_or_folder: str, subfolder: str | None = "unet", **options):
     try: config = UNet2DConditionModel.load_config(name_or_folder, subfolder=subfolder)
     except OSError as e: raise FileNotFoundError(f"no UNet at {name_or_folder!r} (subfolder {subfolder!r}): give a hub name or a folder that holds config.json") from e
     if config.get("pos_type") or config.get("_class_name") == "UNet2DConditionModelWithPos":
-        raise ValueError(f"{name_or_folder!r} is an official LSD denoiser; a plain UNet would lose its position weights: use decomp_nb.convert.load_official_lsd")
+        raise ValueError(f"{name_or_folder!r} is an official LSD denoiser; a plain UNet would lose its position weights: use decomp_nb.load_official_lsd")
     return UNet2DConditionModel.from_pretrained(name_or_folder, subfolder=subfolder, **options).requires_grad_(False).eval()

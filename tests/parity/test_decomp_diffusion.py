@@ -1,6 +1,6 @@
 """Decomp Diffusion against arrays recorded from the official code.
 
-Weights come in through `decomp_nb.convert`, as a user's checkpoint would. Each check reads what it is `given` (pictures, noise, times), computes everything else
+Weights come in through `decomp_nb.official`, as a user's checkpoint would. Each check reads what it is `given` (pictures, noise, times), computes everything else
 and compares it array by array. Sizes, step counts, scales and masks come from the files, so another set of the same layout passes unchanged.
 """
 import copy
@@ -16,7 +16,7 @@ from recorded import close, compared_and_given, every_alteration_fails, keys_of,
 from safetensors.torch import load_file, save_file
 from test_lsd import watch
 
-from decomp_nb import convert
+from decomp_nb.official import decomp_diffusion as convert, reading
 from decomp_nb.components.diffusion import noise_at
 from decomp_nb.core import Factors, recombine, sample
 from decomp_nb.methods.decomp_diffusion import check_partners, ddim_invert, decomp_sampler, keep_mask, mixture, swap_across
@@ -129,8 +129,7 @@ def check_encoder(r):
 
 def block_modules(model, names):
     "Official block name → the last of our modules in it"
-    unet = model.config.denoiser_config
-    places = {**convert.DECOMP_KEYS, **convert.decomp_places(len(unet["channels"]), unet["layers_per_block"], unet["attention_levels"])}
+    places = convert.encoder_places() | convert.decomp_places(dict(denoiser_config=model.config.denoiser_config))
     found = {}
     for name in names:
         inside = {int(k[len(name) + 1:].split(".")[0]): v for k, v in places.items() if k.startswith(f"{name}.")}
@@ -431,7 +430,7 @@ def test_conversion_is_lossless(which, golden, tmp_path):
     "official → ours → official gives every stored tensor back, bit for bit"
     folder = golden("decomp_diffusion")
     state = load_file(folder / ("weights.safetensors" if which == "main" else "variant_weights.safetensors"))
-    again = convert.read_weights(convert.save_official_decomp_diffusion(Recorded(folder).model(which), tmp_path / "model_1.pt"))
+    again = reading.read_weights(convert.save_official_decomp_diffusion(Recorded(folder).model(which), tmp_path / "model_1.pt"))
     assert set(again) == set(state)
     assert [k for k in state if not torch.equal(again[k], state[k])] == []
 

@@ -1,6 +1,6 @@
 """DisDiff against arrays recorded from the official code: all three stages, VQ and KL autoencoders.
 
-Weights come in through `decomp_nb.convert`, as a user's checkpoint would. Each check reads what it is `given` (pictures, noise, times, choices), computes everything
+Weights come in through `decomp_nb.official`, as a user's checkpoint would. Each check reads what it is `given` (pictures, noise, times, choices), computes everything
 else and compares it array by array. Kinds, sizes, names of gradients and steps come from the files, so another set of the same layout passes unchanged.
 The arrays of `metrics.npz` are compared by test_disentanglement_metrics.py.
 """
@@ -20,7 +20,7 @@ from recorded import Recorded as Arrays
 from recorded import compared_and_given, every_alteration_fails, keys_of, load_arrays, once, run
 from safetensors.torch import load_file
 
-from decomp_nb import convert
+from decomp_nb.official import disdiff as convert, autoencoders, reading
 from decomp_nb.components.adversarial import AdversarialAutoencoder
 from decomp_nb.components.codebooks import codebook_loss, nearest_codes, quantise
 from decomp_nb.components.diffusion import noise_at, to_x0
@@ -66,7 +66,7 @@ class Recorded(Arrays):
         "(diffusers model, kind, pictures) behind the arrays `ae.…` or `ae2.…`"
         kind = self.kind if prefix == "ae" else {"vq": "kl", "kl": "vq"}[self.kind]
         file = self.file if prefix == "ae" else self.folder / f"ae2_{kind}.safetensors"
-        return convert.load_official_autoencoder(file), kind, self.images if prefix == "ae" else self.images[:1]
+        return autoencoders.load_official_autoencoder(file), kind, self.images if prefix == "ae" else self.images[:1]
 
     @property
     def draws(self) -> dict[str, torch.Tensor]:
@@ -142,7 +142,7 @@ def check_stage1(r):
     for prefix in ("ae", "ae2"):
         vae, kind, images = r.autoencoder(prefix)
         model = AdversarialAutoencoder(vae, start=0 if kind == "vq" else 1)
-        model.discriminator = convert.load_official_discriminator(r.folder / "stage1_disc.safetensors")
+        model.discriminator = autoencoders.load_official_discriminator(r.folder / "stage1_disc.safetensors")
         if kind == "vq":
             out = model.train()({"image": images})
             out["loss"].backward()
@@ -458,7 +458,7 @@ def test_refuses(damage, golden, tmp_path):
 def test_a_model_saved_with_all_it_stands_on_loads_by_itself(golden, tmp_path):
     from decomp_nb.methods.disdiff import DisDiff
     r = Recorded(golden("disdiff"))
-    convert.keep_with(r.model(), tmp_path / "whole")
+    reading.keep_with(r.model(), tmp_path / "whole")
     (tmp_path / "whole").rename(tmp_path / "moved")
     model = DisDiff.from_pretrained(tmp_path / "moved").eval()
     _, _, t, z_t = r.noised(model)

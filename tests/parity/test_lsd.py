@@ -25,7 +25,7 @@ from recorded import Recorded as Arrays
 from recorded import close, compared_and_given, every_alteration_fails, keys_of, once, run
 from safetensors.torch import save_file
 
-from decomp_nb import convert
+from decomp_nb.official import lsd as convert, reading
 from decomp_nb.components import denoisers, diffusion
 from decomp_nb.components.slots import SlotAttention, coordinate_grid
 from decomp_nb.core import sample
@@ -115,7 +115,7 @@ def check_slot_attn(r: Recorded):
 
 def check_slot_attn_variant(r: Recorded):
     config, state = convert.read_official_part(r.folder / "variant_slot_attn")
-    slots = convert.load_strict(SlotAttention(config["input_size"], **convert.lsd_slots_config(config)), convert.convert_lsd_slot_attention(state, config), "variant")
+    slots = reading.load_strict(SlotAttention(config["input_size"], **convert.lsd_slots_config(config)), convert.convert_lsd_slot_attention(state, config), "variant")
     features = r.given("slot_attn_variant", "features").requires_grad_()
     result = slots(features)
     (result.out * r.given("slot_attn_variant", "loss_weight")).sum().backward()
@@ -147,7 +147,7 @@ def check_unet(r: Recorded):
             positions = {k: r.given(file, k) for k in r.names(file)} if kind != "none" else {}
             changed = config | dict(pos_type=kind)
             convert.check_positions(changed, plain | positions)
-            unet = convert.load_strict(denoisers.slot_denoiser(convert.lsd_denoiser_config(changed)), convert.convert_lsd_unet(plain | positions, changed), kind)
+            unet = reading.load_strict(denoisers.slot_denoiser(convert.lsd_denoiser_config(changed)), convert.convert_lsd_unet(plain | positions, changed), kind)
             yield "unet", name, unet(x, t, slots).sample, SINGLE
     with torch.no_grad(): found = model.slots(r.given("slot_attn", "features"), noise=r.slot_noise("slot_attn"))
     yield "unet", "slots", found.out, SINGLE

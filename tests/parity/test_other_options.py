@@ -15,7 +15,7 @@ import torch
 from recorded import close, parity, run
 from safetensors.torch import load_file, save_file
 
-from decomp_nb import convert
+from decomp_nb.official import autoencoders, decomp_diffusion, disdiff, reading
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation"
@@ -91,8 +91,8 @@ def odd_set(folder: Path, k: int = 3):
         encoder_config=dict(width=4, norm="batch", end="relu"),
         denoiser_config=unet,
     )
-    convert.save_official_decomp_diffusion(shake(model), folder / "model_1.pt")
-    save_file(convert.read_weights(folder / "model_1.pt"), folder / "weights.safetensors")
+    decomp_diffusion.save_official_decomp_diffusion(shake(model), folder / "model_1.pt")
+    save_file(reading.read_weights(folder / "model_1.pt"), folder / "weights.safetensors")
     config = dict(
         main=dict(image_size=16, num_heads=2, num_head_channels=-1, num_heads_upsample=-1),
         slice_custom_indices="0,1,1",
@@ -230,7 +230,7 @@ def kl_set(folder: Path, golden: Path):
         state[f"model.diffusion_model.{name}"] = 0.2 * torch.randn(shape, generator=rng(i))
     given = {name: recorded.read(name) for name in SETTINGS}
     latent = (
-        convert.load_official_autoencoder(golden / "ae2_kl.safetensors").encode(recorded.images).latent_dist
+        autoencoders.load_official_autoencoder(golden / "ae2_kl.safetensors").encode(recorded.images).latent_dist
     )
     posterior_noise, noise = (torch.randn(latent.mean.shape, generator=rng(seed)) for seed in (7, 8))
     z = latent.mean + latent.std * posterior_noise
@@ -238,7 +238,7 @@ def kl_set(folder: Path, golden: Path):
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "disdiff.safetensors")
     (folder / "config.json").write_text(json.dumps(recorded.config | dict(first_stage="kl")))
     np.savez(folder / "arrays.npz", **{k: v.numpy() for k, v in given.items()})
-    model = convert.load_official_latent_diffusion(folder / "disdiff.safetensors", **recorded.heads())
+    model = disdiff.load_official_latent_diffusion(folder / "disdiff.safetensors", **recorded.heads())
     bars = (1 - torch.linspace(0.0015**0.5, 0.0155**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)[
         given["t"]
     ][:, None, None, None]

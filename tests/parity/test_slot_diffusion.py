@@ -18,7 +18,7 @@ from recorded import Recorded as Arrays
 from recorded import compared_and_given, every_alteration_fails, once, run
 from safetensors.torch import load_file
 
-from decomp_nb import convert
+from decomp_nb.official import slots as convert, autoencoders, reading
 from decomp_nb.components import codebooks, diffusion, solvers
 from decomp_nb.components.encoders import ResNetEncoder, build_encoder
 from decomp_nb.components.slot_model import mix_slots
@@ -88,7 +88,7 @@ def check_slot_attention(r: Recorded):
     slots = SlotAttention(config["in_features"], n_slots=config["num_slots"], slot_dim=config["slot_size"], hidden_dim=config["mlp_hidden_size"], n_iterations=config["num_iterations"],
                           epsilon=config["eps"], init="learned", position=None, input_mlp=False)
     state = {f"slot_attention.{k}": v for k, v in r.weights("slot_attention").items()} | {"init_latents": slots.slot_mean.detach()}
-    convert.load_strict(slots, convert.take_slot_attention(state), "slot_attention")
+    reading.load_strict(slots, convert.take_slot_attention(state), "slot_attention")
     inputs, start = given("inputs").requires_grad_(), given("slots_init").requires_grad_()
     found = slots(inputs.transpose(1, 2)[..., None], slots=start)  # features as a map of one column
     (found.slots * given("loss_weight")).sum().backward()
@@ -125,7 +125,7 @@ def check_resnet_gn(r: Recorded):
     config, image, state = r.json("resnet_gn"), r.given("resnet_gn", "img"), r.weights("resnet_gn")
     n = 4 if config["use_layer4"] else 3
     encoder = ResNetEncoder(image.shape[-1], config["layers"][:n], dilate=config["replace_stride_with_dilation"])
-    convert.load_strict(encoder, convert.convert_resnet(state), "resnet_gn")
+    reading.load_strict(encoder, convert.convert_resnet(state), "resnet_gn")
     with torch.no_grad(): yield "resnet_gn", "feat", encoder(image), SINGLE
 
 
@@ -133,13 +133,13 @@ def check_dino_encoder(r: Recorded):
     config, pixels = r.json("dino_encoder"), r.given("dino_encoder", "img_u8")
     vit = dict(config.items())
     encoder = build_encoder(dict(kind="vit", vit_config=vit, image_size=pixels.shape[-1]))
-    convert.load_strict(encoder, convert.take_encoder(r.weights("dino_encoder")), "dino_encoder")
+    reading.load_strict(encoder, convert.take_encoder(r.weights("dino_encoder")), "dino_encoder")
     yield "dino_encoder", "feat", encoder.eval()((pixels.float() / 255 - 0.5) / 0.5), SINGLE
 
 
 def check_vqvae(r: Recorded):
     given, config = lambda name: r.given("vqvae", name), r.json("vqvae")
-    vq = convert.read_vq(r.weights("vqvae"))
+    vq = autoencoders.read_vq(r.weights("vqvae"))
     image, book = given("img"), vq.quantize.embedding.weight
     trained = codebooks.VQAutoencoder(vq.requires_grad_(), beta=config["beta"], legacy=config["legacy"]).eval()
     painted, z, index = trained.reconstruct(image)
@@ -148,7 +148,7 @@ def check_vqvae(r: Recorded):
     for name, ours in dict(h=z, quant=quant, recon=painted, quant_loss=out["codebook"], recon_loss=out["reconstruction"], l1=(painted - image).abs().mean()).items():
         yield "vqvae", name, ours.detach(), SINGLE
     yield "vqvae", "indices", index, EXACT
-    space = codebooks.VQLatents(convert.read_vq(r.weights("vqvae")))
+    space = codebooks.VQLatents(autoencoders.read_vq(r.weights("vqvae")))
     with torch.no_grad(): yield "vqvae", "quantize_decode", space.vae.decode(space.quantise(space.encode(image)), force_not_quantize=True).sample, SINGLE
     out["loss"].backward()
     yield "vqvae", "grad_embedding", book.grad, CHAIN
@@ -157,7 +157,7 @@ def check_vqvae(r: Recorded):
 
 def check_dvae(r: Recorded):
     given = lambda name: r.given("dvae", name)
-    dvae, image, noise = convert.read_dvae(r.weights("dvae")), given("img"), given("exp_noise")
+    dvae, image, noise = autoencoders.read_dvae(r.weights("dvae")), given("img"), given("exp_noise")
     with torch.no_grad():
         logits = dvae.logits(image)
         yield "dvae", "logits", logits, SINGLE
@@ -599,7 +599,7 @@ def test_a_folder_keeps_the_autoencoder_with_the_model(golden, tmp_path):
     folder = golden("slotdiffusion")
     for name, cls in (("sa_ldm", SlotDiffusion), ("slate", SLATE)):
         model = Recorded(folder).model(name)
-        again = cls.from_pretrained(convert.keep_with(model, tmp_path / name)).eval()
+        again = cls.from_pretrained(reading.keep_with(model, tmp_path / name)).eval()
         codes = Factors(torch.randn(1, *model.slot_attention.slot_mean.shape[1:], generator=torch.Generator().manual_seed(0)))
         options = dict(steps=3, noise=torch.randn(1, *model.latent_shape)) if name == "sa_ldm" else {}
         torch.testing.assert_close(again.decode(codes, **options), model.decode(codes, **options))
