@@ -199,7 +199,7 @@ def _draw_objects(keys, options):
 def sample_clevr(
     keys: Tensor,
     size: int,
-    options: Clevr,
+    options: SceneType,  # a `Clevr`, below
 ) -> SceneFactors:
     "Factors of CLEVR scenes, arranged anew until every object shows enough pixels"
     factors = _draw_objects(keys, options)
