@@ -19,7 +19,8 @@ from .stream import preserve_random_state
 from .weights import trainable
 
 # %% auto #0
-__all__ = ['parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode', 'read_losses', 'Engine']
+__all__ = ['parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode', 'read_losses', 'set_options', 'make_average',
+           'to_device', 'Engine']
 
 # %% ../../nbs/training/engine.ipynb #groups-export
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -118,62 +119,67 @@ def read_losses(output: Any, model: nn.Module) -> tuple[torch.Tensor, dict[str, 
         if name != "loss" and isinstance(value, torch.Tensor) and value.dim() == 0
     }
 
+# %% ../../nbs/training/engine.ipynb #options-export
+def set_options(model: nn.Module, config: TrainConfig) -> None:
+    "Memory layout, gradient checkpointing and compilation"
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        if not hasattr(model, "enable_gradient_checkpointing"):
+            name = type(model).__name__
+            raise ValueError(f"gradient_checkpointing: {name} has no enable_gradient_checkpointing()")
+        model.enable_gradient_checkpointing()
+    if config.compile:
+        model.compile()
+
+
+def make_average(params: list[nn.Parameter], config: TrainConfig) -> Any:
+    "diffusers' `EMAModel` of the weights; None where `ema_decay` is 0"
+    from diffusers.training_utils import EMAModel
+
+    if not config.ema_decay:
+        return None
+    return EMAModel(params, decay=config.ema_decay, use_ema_warmup=config.ema_warmup, foreach=True)
+
+
+def to_device(batch: Any, device: torch.device, channels_last: bool = False) -> Any:
+    "A batch on the device; with `channels_last` pictures `(b,c,h,w)` in that memory layout"
+    from accelerate.utils import recursively_apply, send_to_device
+
+    def last(x):
+        is_picture = x.dim() == 4 and x.is_floating_point()
+        return x.contiguous(memory_format=torch.channels_last) if is_picture else x
+
+    batch = send_to_device(batch, device, non_blocking=True)
+    return recursively_apply(last, batch) if channels_last else batch
+
 # %% ../../nbs/training/engine.ipynb #engine-export
 class Engine:
     "The model as accelerate wraps it, AdamW, the learning rate, the averaged weights"
 
-    def __init__(self, model: nn.Module, config: TrainConfig, accelerator):
-        from diffusers.training_utils import EMAModel
-
-        self.accelerator, self.config, self.raw = accelerator, config, model
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    def __init__(self, model: nn.Module, config: TrainConfig, accelerator: Any):
+        self.accelerator = accelerator
+        self.config = config
+        self.raw = model
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        torch.backends.cudnn.allow_tf32 = config.allow_tf32
         groups = parameter_groups(model, config)
         self.weights = trainable(model)
         self.params = list(self.weights.values())
-        self.set_options(model, config)
-        self.model = accelerator.prepare_model(
-            model
-        )  # moves it, wraps forward in autocast and, with several processes, in DDP
+        set_options(model, config)
+        # moves the model, wraps forward in autocast and, with several processes, in DDP
+        self.model = accelerator.prepare_model(model)
         self.peaks = {group["name"]: group["lr"] for group in groups}
         self.factor = lr_factor(config)
         self.plan = Plan.whole(config.max_steps, config.warmup)
         self.optimizer = make_optimizer(groups, config)
-        if accelerator.scaler is not None:
-            self.optimizer = accelerator.prepare_optimizer(self.optimizer)  # fp16: through the loss scaler
-        self.ema = None
-        if config.ema_decay:
-            self.ema = EMAModel(
-                self.params, decay=config.ema_decay, use_ema_warmup=config.ema_warmup, foreach=True
-            )
-
-    @staticmethod
-    def set_options(model: nn.Module, config: TrainConfig) -> None:
-        "Memory layout, gradient checkpointing and compilation"
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)
-        if config.gradient_checkpointing:
-            if not hasattr(model, "enable_gradient_checkpointing"):
-                raise ValueError(
-                    f"gradient_checkpointing: {type(model).__name__} has no enable_gradient_checkpointing()"
-                )
-            model.enable_gradient_checkpointing()
-        if config.compile:
-            model.compile()
+        if accelerator.scaler is not None:  # fp16: through the loss scaler
+            self.optimizer = accelerator.prepare_optimizer(self.optimizer)
+        self.ema = make_average(self.params, config)
 
     def place(self, batch: Any) -> Any:
         "A batch on the device, pictures in the model's memory layout"
-        from accelerate.utils import recursively_apply, send_to_device
-
-        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-
-        def last(x):
-            return (
-                x.contiguous(memory_format=torch.channels_last)
-                if x.dim() == 4 and x.is_floating_point()
-                else x
-            )
-
-        return recursively_apply(last, batch) if self.config.channels_last else batch
+        return to_device(batch, self.accelerator.device, self.config.channels_last)
 
     def rates(self, step: int) -> dict[str, float]:
         "Learning rate of every group at `step`"

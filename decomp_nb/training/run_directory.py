@@ -35,20 +35,15 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.checkpoints, self.pictures, self.metrics_file = (
-            self.path / "checkpoints",
-            self.path / "pictures",
-            self.path / "metrics.jsonl",
-        )
+        self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / "pictures"
+        self.metrics_file = self.path / "metrics.jsonl"
 
     @property
     def started(self) -> bool:
         "Whether a training has ever written here"
-        return (
-            (self.path / "config.json").exists()
-            or self.metrics_file.exists()
-            or bool(list_checkpoints(self.checkpoints))
-        )
+        files = (self.path / "config.json", self.metrics_file)
+        return any(file.exists() for file in files) or bool(list_checkpoints(self.checkpoints))
 
     def begin(self, record: Mapping[str, Any], step: int) -> None:
         "Make the folders, write `config.json`, drop the metrics after `step`"
