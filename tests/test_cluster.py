@@ -168,6 +168,14 @@ def test_a_number_that_two_machines_have(toy, capsys):
     assert 2 in codes[1:] and "two machines were started as node 1" in capsys.readouterr().err
 
 
+def test_a_port_that_something_else_uses():
+    "A server of another kind accepts the connection and never speaks: refused after the timeout, not waited for"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConnectionError, match="something answers there, but not machine 0"):
+            open_store("127.0.0.1", port, serve=False, timeout=1)
+
+
 def test_a_rendezvous_that_nobody_answers(toy, capfd):
     begin = time.monotonic()
     assert run_nodes(["--node-rank", "1"], timeout="2") == [2]

@@ -13,7 +13,10 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,9 @@ from .config import resolve_out_dir
 from .parameters import read_cells
 
 # %% auto #0
-__all__ = ['SILENCE', 'parse_address', 'port_is_free', 'somebody_answers', 'import_torch_quietly', 'open_store', 'digest',
-           'code_digest', 'last_checkpoint', 'run_record', 'differences', 'Board', 'wait_for_all', 'exchange', 'agree',
-           'Watch', 'leave', 'interface_address', 'interface_towards']
+__all__ = ['SILENCE', 'parse_address', 'port_is_free', 'somebody_answers', 'import_torch_quietly', 'within', 'open_store',
+           'digest', 'code_digest', 'last_checkpoint', 'run_record', 'differences', 'Board', 'wait_for_all', 'exchange',
+           'agree', 'Watch', 'leave', 'interface_address', 'interface_towards']
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-address
 def parse_address(text: str) -> tuple[str, int]:
@@ -66,6 +69,19 @@ def import_torch_quietly() -> None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
+def within(seconds: float, action: Callable[[], Any]) -> Any:
+    "What `action()` returns or raises; `TimeoutError` when it takes longer (it is then left alone)"
+    outcome = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(action())
+        except Exception as error:
+            outcome.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return outcome.result(seconds)
+
+
 def open_store(host: str, port: int, serve: bool, timeout: float):
     """The `TCPStore` at host:port: served from this process, or reached within `timeout` seconds.
     Sockets are tried first, because torch prints a page of addresses for every failed try"""
@@ -76,9 +92,11 @@ def open_store(host: str, port: int, serve: bool, timeout: float):
         raise ConnectionError(f"{where}: nobody answered within {timeout:g} s. Was the command started on "
                               "machine 0 (--node-rank 0), is the address right, is the port open?")
     from torch.distributed import TCPStore
-    seconds = timedelta(seconds=timeout)
+    options = dict(is_master=serve, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     try:
-        return TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=seconds)
+        return within(timeout + 2, lambda: TCPStore(host, port, **options))
+    except TimeoutError:  # torch itself waits for ever where something else uses the port
+        raise ConnectionError(f"{where}: something answers there, but not machine 0 of this run; take another port") from None
     except RuntimeError as error:
         raise ConnectionError(f"{where}: {str(error).splitlines()[0]}") from None
 
