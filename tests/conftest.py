@@ -16,6 +16,16 @@ LONGEST = ("test_launch", "test_cluster", "test_recipes", "test_trainer", "test_
            "test_concepts", "test_decomp_diffusion", "test_compare", "test_viz")
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    "Whatever a test, or a library that it calls, writes into the environment is gone after it"
+    before = dict(os.environ)
+    yield
+    before["PYTEST_CURRENT_TEST"] = os.environ.get("PYTEST_CURRENT_TEST", "")
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def place(item: pytest.Item) -> int:
     "Position of a test's module among those that take long; all others come after them"
     module = Path(item.path).stem

@@ -444,6 +444,7 @@ def test_unwritable_out_dir(tmp_path):
 
 def test_several_processes_that_do_not_see_each_other_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     with pytest.raises(RuntimeError, match="2 processes were started, but accelerate sees 1.*ACCELERATE_USE_CPU"): train(tmp_path / "run", cpu=False)
 
 

@@ -63,13 +63,12 @@ def connect(config: TrainConfig):
     environment = dict(os.environ)
     try:
         return PartialState(cpu=cpu, timeout=WAIT)
-    except (
-        ValueError
-    ) as error:  # accelerate before 1.11 asks for an address where later ones see a single process
+    except ValueError as error:
+        os.environ.clear()  # accelerate has set ranks that nobody else knows
+        os.environ.update(environment)
         if cpu or wanted == 1 or "MASTER_ADDR" not in str(error):
             raise
-        os.environ.clear()  # it has set ranks that nobody else knows
-        os.environ.update(environment)
+        # accelerate before 1.11 asks for an address where later ones see a single process
         raise RuntimeError(UNCONNECTED.format(wanted, 1)) from error
 
 # %% ../../nbs/training/accelerator.ipynb #agree-export
