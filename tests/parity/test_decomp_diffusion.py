@@ -144,12 +144,12 @@ def check_answers(r):
     yield "arrays", "x_t", x_t, SINGLE
     f = model.encode(images)
     every = [v[:, None].expand(-1, f.n_factors, *v.shape[1:]) for v in (x_t, t)]
-    yield "arrays", "out_components", model.answers(*every, f.codes), SINGLE
+    yield "arrays", "out_components", model.predict_components(*every, f.codes), SINGLE
     yield "arrays", "out_composed", model.predict(x_t, t, f), SINGLE
     yield "arrays", "out_null", model.predict(x_t, t, Factors(torch.zeros_like(f.codes))), SINGLE
     close(model.predict(x_t, t, model.null_factors(f)), r.array("arrays", "out_null"), SINGLE, "one evaluation is enough for nothing")
     seen, names = {}, r.json("config")["block_names"]
-    with watch(block_modules(model, names), seen): model._ask(x_t[:1], t[:1], f.codes[:1, 0])
+    with watch(block_modules(model, names), seen): model.predict_component(x_t[:1], t[:1], f.codes[:1, 0])
     outputs = {name: seen[f"{name}.out"] for name in names}
     yield "arrays", "block_stats", torch.stack([torch.stack([v.mean(), v.std(), v.abs().max()]) for v in outputs.values()]), SINGLE
     for name in r.names("arrays"):
@@ -334,7 +334,7 @@ def check_variant(r):
     yield file, "x_t", x_t, SINGLE
     yield file, "latents", f.codes.flatten(1), SINGLE
     every = [v[:, None].expand(-1, f.n_factors, *v.shape[1:]) for v in (x_t, t)]
-    yield file, "out_components", model.answers(*every, f.codes), SINGLE
+    yield file, "out_components", model.predict_components(*every, f.codes), SINGLE
     yield file, "out_composed", model.predict(x_t, t, f), SINGLE
     yield file, "loss_x0", model({"image": images, "noise": noise, "timesteps": t})["per_image"], SINGLE
     for name, n in steps_of(r, r"ddim(\d+)_x0_final", file):
