@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -33,9 +33,8 @@ from ..core import Decomposer, Factors, recombine, sample
 from ..viz.figures import Film, film
 
 # %% auto #0
-__all__ = ['DECOMP_SCHEDULE', 'PRESETS', 'composition_weights', 'Mixture', 'mixture', 'code_cosines', 'orthogonality',
-           'early_weight', 'UnitPixels', 'DecompDiffusion', 'keep_mask', 'check_partners', 'decode_across',
-           'swap_across', 'decomp_diffusion_preset']
+__all__ = ['DECOMP_SCHEDULE', 'PRESETS', 'composition_weights', 'code_cosines', 'orthogonality', 'early_weight', 'UnitPixels',
+           'DecompDiffusion', 'keep_mask', 'check_partners', 'decode_across', 'swap_across', 'decomp_diffusion_preset']
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #weights-export
 def composition_weights(
@@ -51,36 +50,6 @@ def composition_weights(
     if factors.weights is not None and not w.requires_grad and zero.any():
         raise ValueError(f"weights {w[zero[:, 0]][0].tolist()} add up to 0, and have no mean: change one of them")
     return w / total
-
-# %% ../../nbs/methods/decomp_diffusion.ipynb #mixture-export
-class Mixture(NamedTuple):
-    "Which codes the denoiser reads, and how its predictions add up to `n` pictures"
-    codes: Tensor  # `(b,m,d)`, one evaluation of the denoiser each
-    shares: Tensor  # `(b,m)`, how much each prediction counts
-    owner: Tensor  # `(m,)`, the picture it belongs to
-    n: int
-
-
-def _with_shares(factors: Factors, how: str, scale: float) -> Factors:
-    "The set with its shares as weights; guidance adds a vector of zeros that counts 1 − scale"
-    shares = composition_weights(factors, how)
-    if scale == 1:
-        return Factors(factors.codes, shares)
-    null = Factors(torch.zeros_like(factors.codes[:, :1]), (1 - scale) * shares.sum(-1, keepdim=True))
-    return Factors(factors.codes, scale * shares).cat(null)
-
-
-def mixture(
-    sets: Sequence[Factors],  # n sets with k_1 … k_n factors, codes `(b,k_i,d)`
-    how: str = "mean",
-    guidance_scale: float = 1.0,  # s: each picture becomes (1 − s) · unconditional + s · conditional prediction
-) -> Mixture:
-    "Plan for n pictures at once: all their factors side by side, one more for guidance"
-    planned = [_with_shares(factors, how, guidance_scale) for factors in sets]
-    joined = planned[0].cat(*planned[1:])
-    device = joined.codes.device
-    owner = [torch.full((f.n_factors,), i, device=device) for i, f in enumerate(planned)]
-    return Mixture(joined.codes, joined.weights, torch.cat(owner), len(planned))
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #orthogonality-export
 def code_cosines(codes: Tensor) -> Tensor:
@@ -165,10 +134,6 @@ class _Encoding:
             return torch.ones(self.n_factors, device=self.device)
         return self.n_factors * self.component_logits.softmax(-1)
 
-    def null_factors(self, factors: Factors) -> Factors:
-        "One vector of zeros: the mean of K equal predictions is that prediction"
-        return Factors(torch.zeros_like(factors.codes[:, :1]))
-
 # %% ../../nbs/methods/decomp_diffusion.ipynb #predict-export
 class _Prediction:
     "One denoiser, evaluated once for each component; the predictions are composed"
@@ -181,37 +146,56 @@ class _Prediction:
         tokens = codes if self.to_token is None else self.to_token(codes)
         return self.unet(x_t, t, encoder_hidden_states=tokens[:, None].to(x_t.dtype)).sample
 
-    def _predict_chunk(self, *inputs: Tensor) -> Tensor:
-        rows = [v.flatten(0, 1) for v in inputs]
+    def _predict_chunk(self, x_t: Tensor, t: Tensor, codes: Tensor, used: Tensor) -> Tensor:
+        k = codes.shape[1]
+        every = repeat(x_t, "b ... -> b k ...", k=k), repeat(t, "b -> b k", k=k), codes
+        inputs = [v.flatten(0, 1) if used is None else v[used] for v in every]
         if self.component_backward and torch.is_grad_enabled():
-            predicted = checkpoint(self.predict_component, *rows, use_reentrant=False)
+            predicted = checkpoint(self.predict_component, *inputs, use_reentrant=False)
         else:
-            predicted = self.predict_component(*rows)
-        return predicted.unflatten(0, inputs[0].shape[:2])
+            predicted = self.predict_component(*inputs)
+        if used is None:
+            return predicted.unflatten(0, codes.shape[:2])
+        whole = predicted.new_zeros(*used.shape, *x_t.shape[1:])
+        whole[used] = predicted
+        return whole
 
-    def predict_components(self, x_t: Tensor, t: Tensor, codes: Tensor) -> Tensor:
-        "`(b,m,c,h,w)`, `(b,m)`, `(b,m,d)` → predictions `(b,m,c,h,w)`, in one call or one for each `factor_chunk`"
-        m = codes.shape[1]
-        size = self.factor_chunk or (1 if self.component_backward else m)
-        chunks = zip(*(v.split(size, 1) for v in (x_t, t, codes)))
-        return torch.cat([self._predict_chunk(*chunk) for chunk in chunks], 1)
+    def predict_components(self, x_t: Tensor, t: Tensor, codes: Tensor, used: Tensor | None = None) -> Tensor:
+        """Predictions `(b,k,c,h,w)` for `x_t` `(b,c,h,w)` at `t` `(b,)`, given each of the codes `(b,k,d)`.
 
-    def predict_many(self, x_t: Tensor, t: Tensor, plan: Mixture) -> Tensor:
-        "Composed predictions for n pictures at once: `(b,n,c,h,w)` at `(b,n)` → `(b,n,c,h,w)`"
-        each = self.predict_components(x_t[:, plan.owner], t[:, plan.owner], plan.codes)
-        each = each * rearrange(plan.shares.to(each.dtype), "b m -> b m 1 1 1")
-        if plan.n == 1:
-            return each.sum(1, keepdim=True)
-        return torch.zeros_like(x_t, dtype=each.dtype).index_add(1, plan.owner, each)
+        One call of the denoiser, or one for each `factor_chunk`; 0 where `used` `(b,k)` is False."""
+        k = codes.shape[1]
+        size = self.factor_chunk or (1 if self.component_backward else k)
+        parts = []
+        for chunk in (slice(i, i + size) for i in range(0, k, size)):
+            parts.append(self._predict_chunk(x_t, t, codes[:, chunk], None if used is None else used[:, chunk]))
+        return torch.cat(parts, 1)
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "Mean (or sum) over the components of the denoiser's predictions"
+        "Mean (or sum) over the components of the denoiser's predictions, `(b,c,h,w)`"
         return self.guided(factors)(x_t, t)
 
+# %% ../../nbs/methods/decomp_diffusion.ipynb #guided-export
+class _Guidance:
+    "Composition with guidance: one more component, nothing, with the share 1 − scale"
+
+    def null_factors(self, factors: Factors) -> Factors:
+        "One vector of zeros: the mean of K equal predictions is that prediction"
+        return Factors(torch.zeros_like(factors.codes[:, :1]))
+
     def guided(self, factors: Factors, scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-        "`predict` with the factors filled in; guidance is one more component with the share 1 − scale"
-        plan = mixture([factors], self.config.composition, scale)
-        return lambda x_t, t: self.predict_many(x_t[:, None], t[:, None], plan)[:, 0]
+        "`predict` with the factors filled in; components of weight 0 cost nothing"
+        codes = factors.codes
+        shares = composition_weights(factors, self.config.composition)
+        if scale != 1:
+            codes = factors.cat(self.null_factors(factors)).codes
+            shares = torch.cat([scale * shares, (1 - scale) * shares.sum(-1, keepdim=True)], 1)
+        used = None if factors.weights is None or shares.requires_grad else shares != 0
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            each = self.predict_components(x_t, t, codes, used)
+            return (each * rearrange(shares.to(each.dtype), "b k -> b k 1 1 1")).sum(1)
+        return predict
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #training-export
 class _Training:
@@ -345,18 +329,17 @@ class _Reports:
         found = {"code_cosine": 1.0, "dead_codes": dead.float().mean().item(), "difference": 0.0}
         if k == 1:
             return found
-        generator = torch.Generator(codes.device).manual_seed(0)
-        noise = torch.randn(b, *self.latent_shape, generator=generator, device=codes.device)
-        t = torch.full((b, k), self.scheduler.config.num_train_timesteps - 1, device=codes.device)
-        predicted = self.predict_components(repeat(noise, "b c h w -> b k c h w", k=k), t, codes).float()
+        noise = self.starting_noise(b, generator=torch.Generator(codes.device).manual_seed(0))
+        t = torch.full((b,), self.scheduler.config.num_train_timesteps - 1, device=codes.device)
+        predicted = self.predict_components(noise, t, codes).float()
         pairs = ~torch.eye(k, dtype=torch.bool, device=codes.device)
         found["code_cosine"] = code_cosines(codes)[:, pairs].mean().item()
         found["difference"] = (predicted.std(1).mean() / predicted.std().clamp_min(1e-8)).item()
         return found
 
-# %% ../../nbs/methods/decomp_diffusion.ipynb #sets-export
-class _JointSampling:
-    "Many pictures of the same scenes in one run of the sampler"
+# %% ../../nbs/methods/decomp_diffusion.ipynb #pictures-export
+class _Pictures:
+    "Pictures that show a set of components, from the same noise, in one run of the sampler"
 
     def starting_noise(self, b: int, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         "`noise`, or a draw of `(b,c,h,w)`, on the model's device and in its precision"
@@ -366,56 +349,38 @@ class _JointSampling:
             noise = torch.randn(b, *self.latent_shape, generator=generator, device=device)
         return noise.to(first.device, first.dtype)
 
-    def run_sampler(
+    def decode_weighted(
         self,
-        predict: Callable[[Tensor, Tensor], Tensor],  # `(x_t, t) → prediction`
-        noise: Tensor,  # `(b,c,h,w)`
+        factors: Factors,
+        weights: Tensor,  # `(n,k)`
         *,
-        steps: int = 25,
-        scheduler: Any = None,  # instead of the model's own sampler
-        **options: Any,  # generator and callback of `sample`
-    ) -> Tensor:
-        "Pictures `(b,3,h,w)` from noise"
-        return self.latents.decode(sample(predict, noise, scheduler or self.sampler, steps, **options))
-
-    @torch.no_grad()
-    def decode_sets(
-        self,
-        sets: Sequence[Factors],  # n sets of any sizes, all of the same b pictures
-        *,
-        guidance_scale: float = 1.0,
-        noise: Tensor | None = None,  # `(b,c,h,w)`, shared by the n pictures of a row, or `(b,n,c,h,w)`
+        noise: Tensor | None = None,  # `(b,c,h,w)`, shared by the n pictures
         generator: torch.Generator | None = None,
-        **options: Any,  # steps, scheduler, callback as `decode` has them
+        **options: Any,  # further ones of `decode`
     ) -> Tensor:
-        "Draw n pictures from n sets at once, `(b,n,3,h,w)`: one call of the denoiser per step"
-        plan = mixture([f.to(self.device) for f in sets], self.config.composition, guidance_scale)
-        noise = self.starting_noise(len(plan.codes), noise, generator)
-        if noise.ndim == 4:
-            noise = repeat(noise, "b c h w -> b n c h w", n=plan.n)
-        split = noise.shape[:2]
-
-        def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            return self.predict_many(x_t.unflatten(0, split), t.unflatten(0, split), plan).flatten(0, 1)
-        return self.run_sampler(predict, noise.flatten(0, 1), generator=generator, **options).unflatten(0, split)
-
-# %% ../../nbs/methods/decomp_diffusion.ipynb #pictures-export
-class _Pictures:
-    "Pictures that show a set of components"
+        "n pictures of each set, `(b,n,3,h,w)`, in which the components count as the rows of `weights` say"
+        b, n = len(factors.codes), len(weights)
+        noise = self.starting_noise(b, noise, generator).repeat_interleave(n, 0)
+        sets = factors.repeat(n) * weights.repeat(b, 1).to(factors.codes)
+        return self.decode(sets, noise=noise, generator=generator, **options).unflatten(0, (b, n))
 
     def decomposition(self, factors: Factors, **options: Any) -> tuple[Tensor, Tensor]:
-        "Every component alone `(b,k,3,h,w)` and all together `(b,3,h,w)`, from the same noise, in one run"
-        alone = [factors.pick(i) for i in range(factors.n_factors)]
-        drawn = self.decode_sets([*alone, factors], **options)
+        "Every component alone `(b,k,3,h,w)` and all together `(b,3,h,w)`; options as `decode`"
+        k = factors.n_factors
+        drawn = self.decode_weighted(factors, torch.cat([torch.eye(k), torch.ones(1, k)]), **options)
         return drawn[:, :-1], drawn[:, -1]
 
     def growing(self, factors: Factors, order: Sequence[int] | None = None, **options: Any) -> Tensor:
-        "Pictures of 1, 2, … components, `(b,k,3,h,w)`, added in `order`"
+        "Pictures of 1, 2, … components, `(b,k,3,h,w)`, added in `order`; options as `decode`"
         order = list(order or range(factors.n_factors))
-        return self.decode_sets([factors.pick(order[:n]) for n in range(1, len(order) + 1)], **options)
+        return self.decode_weighted(factors, torch.eye(factors.n_factors)[order].cumsum(0), **options)
+
+# %% ../../nbs/methods/decomp_diffusion.ipynb #film-export
+class _Films:
+    "The way from noise to the components"
 
     def progress(self, factors: Factors, n_frames: int = 10, *, steps: int = 25, **options: Any) -> Tensor:
-        "States on the way from noise, `(frames,b,k+1,3,h,w)`: the components, then all together"
+        "States of the sampler, `(frames,b,k+1,3,h,w)`: the components, then all together"
         wanted = torch.linspace(0, steps - 1, min(n_frames, steps)).round().tolist()
         frames = []
 
@@ -426,7 +391,7 @@ class _Pictures:
         return rearrange(frames, "f (b k) c h w -> f b k c h w", b=len(factors.codes))
 
     def film(self, factors: Factors, n_frames: int = 10, *, fps: float = 5, **options: Any) -> Film:
-        "`progress` as a moving picture; `.save(\"name.gif\")` writes it"
+        "`progress` as a moving picture; `.save('name.gif')` writes it"
         frames = self.progress(factors, n_frames, **options)
         titles = [f"component {i}" for i in range(factors.n_factors)] + ["all"]
         named = titles if len(factors.codes) == 1 else None
@@ -451,13 +416,11 @@ class _Edits:
     @torch.no_grad()
     def invert(
         self,
-        images: Tensor,
-        factors: Factors | None = None,  # None = the pictures' own
+        images: Tensor,  # `(b,3,h,w)`
         *,
         steps: int = 50,  # the same number as for drawing
         start: int = 1,  # how many of the least noisy steps are skipped: there errors of the noise are large
         noise: Tensor | None = None,  # added to reach the first step
-        guidance_scale: float = 1.0,
     ) -> Tensor:
         "The noise `(b,c,h,w)` from which DDIM with \"leading\" time steps draws these very pictures"
         ddim = decomp_sampler("ddim", self.scheduler, timestep_spacing="leading")
@@ -469,8 +432,7 @@ class _Edits:
         noise = torch.randn_like(x0) if noise is None else noise.to(x0)
         x_t = noise_at(self.scheduler, x0, noise, torch.full((len(x0),), times[start], device=x0.device))
         bound = ddim.config.clip_sample_range if ddim.config.clip_sample else None
-        factors = self.encode(images) if factors is None else factors
-        predict = self.guided(factors, guidance_scale)
+        predict = self.guided(self.encode(images))
         return ddim_invert(predict, x_t, self.scheduler, times[start:], clip=bound)[-1]
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #options-export
@@ -486,7 +448,7 @@ def _check_options(config: Any) -> None:
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #class-export
 class DecompDiffusion(
-    _Encoding, _Prediction, _Training, _Frozen, _Reports, _JointSampling, _Pictures, _Edits, Decomposer
+    _Encoding, _Prediction, _Guidance, _Training, _Frozen, _Reports, _Pictures, _Films, _Edits, Decomposer
 ):
     "Compositional image decomposition: each of K vectors conditions the same denoiser (Su et al., ICML 2024)"
 
@@ -576,10 +538,12 @@ def decode_across(
     models: Sequence[DecompDiffusion],
     sets: Sequence[Factors],  # one set for each model, codes of that model's encoder
     *,
+    steps: int = 25,
     guidance_scale: float = 1.0,
-    noise: Tensor | None = None,  # `(b,c,h,w)`
     generator: torch.Generator | None = None,
-    **options: Any,  # steps, scheduler, callback as `decode` has them
+    noise: Tensor | None = None,  # `(b,c,h,w)`
+    scheduler: SchedulerMixin | None = None,
+    callback: Callable[[dict], Tensor | None] | None = None,
 ) -> Tensor:
     "One picture from factors of several separately trained models, `(b,3,h,w)`: the mean over all components"
     check_partners(models)
@@ -591,7 +555,8 @@ def decode_across(
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         return sum(share * each(x_t, t) for share, each in zip(shares, guided))
-    return first.run_sampler(predict, noise, generator=generator, **options)
+    x = sample(predict, noise, scheduler or first.sampler, steps, generator=generator, callback=callback)
+    return first.latents.decode(x)
 
 
 @torch.no_grad()
@@ -611,96 +576,78 @@ def swap_across(
     return decode_across([model for model, _, _ in sources], sets, **options)
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #published-export
-def _published(size: int, k: int, dim: int, channels: Sequence[int] = (64, 128, 192), layers: int = 2) -> dict:
-    "A setting of the official code: attention at feature maps of side 32, 16 and 8"
-    attended = [level for level in range(len(channels)) if size // 2**level in (32, 16, 8)]
-    denoiser = dict(channels=list(channels), layers_per_block=layers, dropout=0.1, attention_levels=attended)
-    encoder = dict(width=64, norm="batch", end="relu")
-    sizes = dict(image_size=size, n_factors=k, factor_dim=dim)
-    return sizes | dict(data_range="unit", encoder_config=encoder, denoiser_config=denoiser)
-
-
+_OFFICIAL = dict(
+    image_size=64,
+    n_factors=4,
+    factor_dim=128,
+    data_range="unit",
+    encoder_config=dict(width=64, norm="batch", end="relu"),
+    denoiser_config=dict(channels=[64, 128, 192], layers_per_block=2, dropout=0.1, attention_levels=[1, 2]),
+)
 _PUBLISHED = {
-    "clevr": _published(64, 4, 32),
-    "clevr_toy": _published(64, 4, 32),
-    "celebahq": _published(64, 4, 128),
-    "faces": _published(64, 4, 128),
-    "vkitti": _published(64, 4, 128),
-    "comb_kitti": _published(64, 4, 128),
-    "falcor3d": _published(64, 4, 16, (64, 128)),
-    "tetris": _published(32, 3, 128, (64, 128), layers=1),
-    "celebahq_128": _published(128, 4, 128, (64, 128, 192, 256)),
-    "celebahq_256": _published(256, 4, 128, (64, 128, 192, 256, 256)),
+    "clevr": dict(factor_dim=32),
+    "clevr_toy": dict(factor_dim=32),
+    "celebahq": {},
+    "faces": {},
+    "vkitti": {},
+    "falcor3d": dict(factor_dim=16, denoiser_config=dict(channels=[64, 128], attention_levels=[1])),
+    "tetris": dict(
+        image_size=32,
+        n_factors=3,
+        denoiser_config=dict(channels=[64, 128], layers_per_block=1, attention_levels=[0, 1]),
+    ),
+    "celebahq_128": dict(
+        image_size=128, denoiser_config=dict(channels=[64, 128, 192, 256], attention_levels=[2, 3])
+    ),
+    "celebahq_256": dict(
+        image_size=256, denoiser_config=dict(channels=[64, 128, 192, 256, 256], attention_levels=[3, 4])
+    ),
 }
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #small-export
-def _small(size: int, k: int, dim: int, width: int, maps: int = 10) -> dict:
-    "Minutes on a CPU: patches, waves of the coordinates, mostly noisy pictures, factors that compete for places"
-    encoder = dict(width=16, levels=size // 32, readout="spatial_softmax", maps=maps)
-    unet = dict(channels=[width], layers_per_block=1, attention_levels=[], head_dim=32, groups=8)
-    unet |= dict(time_dim=32, scale_shift=True, coordinates=4)
-    return dict(
-        image_size=size,
-        n_factors=k,
-        factor_dim=dim,
-        patch_size=size // 8,
-        timestep_sampling="near_noise",
-        timestep_strength=8.0,
-        orthogonality=0.004,
-        encoder_config=encoder,
-        denoiser_config=unet,
-    )
-
-
-_SMALL = {
-    "toy_squares": _small(32, 3, 24, 64),
-    "tetrominoes": _small(32, 3, 24, 96),
-    "clevr6": _small(64, 6, 32, 128, maps=20),
-    "tiny": dict(
-        image_size=16,
-        n_factors=3,
-        factor_dim=4,
-        encoder_config=dict(width=8, levels=2),
-        denoiser_config=dict(channels=[16, 16], layers_per_block=1, attention_levels=[1], head_dim=8, groups=4),
+_EMBEDDED = dict(
+    image_size=32,
+    n_factors=3,
+    factor_dim=24,
+    patch_size=4,
+    timestep_sampling="near_noise",
+    timestep_strength=8.0,
+    orthogonality=0.004,
+    encoder_config=dict(width=16, levels=1, readout="spatial_softmax", maps=10),
+    denoiser_config=dict(
+        channels=[64], layers_per_block=1, attention_levels=[], head_dim=32, groups=8, time_dim=32,
+        scale_shift=True, coordinates=4,
     ),
-}
-
-# %% ../../nbs/methods/decomp_diffusion.ipynb #latent-export
-_TOKENS = dict(
-    kind="tokens",
-    sample_size=16,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=[128, 256, 512, 512],
-    layers_per_block=2,
-    norm_num_groups=1,
-    attention_head_dim=1,
-    down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 )
-_LATENT = {
-    "latent": dict(
-        image_size=128,
-        n_factors=4,
-        factor_dim=64,
-        latents_path="stabilityai/stable-diffusion-2-1",
-        encoder_config=dict(width=128, norm="batch", end="relu"),
-        denoiser_config=_TOKENS,
-        scheduler_config=dict(
-            beta_schedule="linear", beta_start=0.00085, beta_end=0.012, prediction_type="epsilon"
-        ),
-    ),
-    "latent_frozen": dict(
-        image_size=512,
-        n_factors=4,
-        factor_dim=64,
-        foundation="stabilityai/stable-diffusion-2-1",
-        encoder_config=dict(width=64),
+_SMALL = {
+    "toy_squares": {},
+    "tetrominoes": dict(denoiser_config=dict(channels=[96])),
+    "clevr6": dict(
+        image_size=64, n_factors=6, factor_dim=32, patch_size=8,
+        encoder_config=dict(levels=2, maps=20), denoiser_config=dict(channels=[128]),
     ),
 }
+_TINY = dict(
+    image_size=16,
+    n_factors=3,
+    factor_dim=4,
+    encoder_config=dict(width=8, levels=2),
+    denoiser_config=dict(channels=[16, 16], layers_per_block=1, attention_levels=[1], head_dim=8, groups=4),
+)
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #preset-export
-PRESETS = _PUBLISHED | _SMALL | _LATENT
+def _merge(config: dict, changes: dict) -> dict:
+    "A copy with `changes`; where both are dicts, they are merged"
+    merged = copy.deepcopy(config)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(config.get(key), dict)
+        merged[key] = merged[key] | value if both else value
+    return merged
+
+
+PRESETS = {"tiny": _TINY}
+PRESETS |= {name: _merge(_OFFICIAL, changes) for name, changes in _PUBLISHED.items()}
+PRESETS |= {name: _merge(_EMBEDDED, changes) for name, changes in _SMALL.items()}
 
 
 def decomp_diffusion_preset(
@@ -710,8 +657,4 @@ def decomp_diffusion_preset(
     "Arguments of `DecompDiffusion` for a known setting"
     if name not in PRESETS:
         raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, PRESETS))}")
-    config = copy.deepcopy(PRESETS[name])
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(config.get(key), dict)
-        config[key] = config[key] | value if both else value
-    return config
+    return _merge(PRESETS[name], changes)
