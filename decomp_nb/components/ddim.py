@@ -37,7 +37,7 @@ class ClippedDDIM(DDIMScheduler):
 
 # %% ../../nbs/components/ddim.ipynb #ddpm-export
 class OfficialDDPM(DDPMScheduler):
-    "Ancestral sampling with log σ² = f log β + (1 − f) log β̃, f = (β + 1) / 2: a left-over of learned variances"
+    "Ancestral sampling with log σ² = f log β + (1 − f) log β̃, f = (β + 1) / 2"
 
     def _get_variance(self, t: Tensor, *args: Any, **options: Any) -> Tensor:
         return self.log_variance(t).exp()
@@ -84,7 +84,7 @@ def ddim_invert(
     *,
     clip: float | None = 1.0,  # bound of the clean picture; None = none
 ) -> Tensor:
-    "DDIM run backwards, all states `(len(timesteps),b,c,h,w)`; from the last, pure noise, DDIM draws the picture again"
+    "DDIM run backwards: all states `(len(timesteps),b,c,h,w)`, of which the last is pure noise"
     levels = [signal_and_noise(scheduler, int(t), x) for t in timesteps]
     levels.append((0.0, 1.0))
     states = []
