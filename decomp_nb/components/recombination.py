@@ -42,7 +42,7 @@ class ComponentPictures:
         generator: torch.Generator | None = None,
         **options: Any,  # further ones of `decode`
     ) -> Tensor:
-        "n pictures of each set, `(b,n,3,h,w)`, in which the components count as the rows of `weights` say"
+        "n pictures of each set, `(b,n,3,h,w)`, in which the components count as in the rows of `weights`"
         b, n = len(factors.codes), len(weights)
         noise = self.starting_noise(b, noise, generator).repeat_interleave(n, 0)
         sets = factors.repeat(n) * weights.repeat(b, 1).to(factors.codes)

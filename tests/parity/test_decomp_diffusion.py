@@ -19,7 +19,8 @@ from test_lsd import watch
 from decomp_nb.official import decomp_diffusion as convert, reading
 from decomp_nb.components.diffusion import noise_at
 from decomp_nb.core import Factors, recombine, sample
-from decomp_nb.methods.decomp_diffusion import check_partners, ddim_invert, decomp_sampler, keep_mask, swap_across
+from decomp_nb.components.ddim import ddim_invert, decomp_sampler
+from decomp_nb.components.recombination import check_partners, keep_mask, swap_across
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 
