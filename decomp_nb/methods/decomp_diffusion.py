@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..components.ddim import ddim_invert, decomp_sampler
+from ..components import ddim
 from ..components.denoisers import load_unet, slot_denoiser
 from decomp_nb.components.diffusion import (
     diffusion_target, make_scheduler, min_snr_weight, noise_at, prediction_type_of, sample_timesteps,
@@ -345,17 +345,17 @@ class _Inversion:
         noise: Tensor | None = None,  # added to reach the first step
     ) -> Tensor:
         "The noise `(b,c,h,w)` from which DDIM with \"leading\" time steps draws these very pictures"
-        ddim = decomp_sampler("ddim", self.scheduler, timestep_spacing="leading")
-        ddim.set_timesteps(steps)
-        times = ddim.timesteps.flip(0).tolist()
+        sampler = ddim.decomp_sampler("ddim", self.scheduler, timestep_spacing="leading")
+        sampler.set_timesteps(steps)
+        times = sampler.timesteps.flip(0).tolist()
         if not 0 <= start < len(times):
             raise ValueError(f"start={start}: give one of the {len(times)} steps, 0 to {len(times) - 1}")
         x0 = self.latents.encode(images)
         t = torch.full((len(x0),), times[start], device=x0.device)
         x_t = noise_at(self.scheduler, x0, torch.randn_like(x0) if noise is None else noise.to(x0), t)
-        bound = ddim.config.clip_sample_range if ddim.config.clip_sample else None
+        bound = sampler.config.clip_sample_range if sampler.config.clip_sample else None
         predict = self.guided(self.encode(images))
-        return ddim_invert(predict, x_t, self.scheduler, times[start:], clip=bound)[-1]
+        return ddim.ddim_invert(predict, x_t, self.scheduler, times[start:], clip=bound)[-1]
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #options-export
 def _check_options(config: Any) -> None:
@@ -403,7 +403,7 @@ class DecompDiffusion(
         self.factor_chunk = 0  # components evaluated in one call of the denoiser; 0 = all
         self.component_backward = False  # True: keep the activations of one chunk at a time
         self.scheduler = _training_schedule(foundation, latents_path, scheduler_config or {})
-        self.sampler = decomp_sampler("ddim", self.scheduler, timestep_spacing="trailing")
+        self.sampler = ddim.decomp_sampler("ddim", self.scheduler, timestep_spacing="trailing")
         width = n_factors * factor_dim
         options = {"groups": n_factors} | (encoder_config or {})
         self.encoder = build_with(VectorEncoder, "encoder_config", image_size, width, **options)
