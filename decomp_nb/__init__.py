@@ -105,7 +105,11 @@ _moved = {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",
     },
     "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
-    "methods.decomp_diffusion": {"metrics.separation": "object_shares separation recombination_accuracy"},
+    "methods.decomp_diffusion": {
+        "metrics.separation": "object_shares separation recombination_accuracy",
+        "components.ddim": "ClippedDDIM OfficialDDPM decomp_sampler ddim_invert",
+        "components.recombination": "keep_mask check_partners decode_across swap_across",
+    },
     "metrics.generation": {
         "components.lpips": "VGGMaps=VGGFeatures load_lpips",
         "metrics.extractors": "damage OwnExtractor train_extractor ScriptExtractor load_extractor SceneExtractor "

@@ -8,12 +8,13 @@ import pytest
 import torch
 from test_runs import QUICK, execute
 
+from decomp_nb.components.ddim import ddim_invert, decomp_sampler
 from decomp_nb.components.diffusion import signal_and_noise
+from decomp_nb.components.recombination import decode_across, keep_mask, swap_across
 from decomp_nb.components.text import tiny_pipeline
 from decomp_nb.components.vectors import SpatialSoftmax
 from decomp_nb.core import Factors, recombine, sample
-from decomp_nb.methods.decomp_diffusion import (DecompDiffusion, ddim_invert, decode_across, decomp_diffusion_preset, decomp_sampler, keep_mask, orthogonality,
-                                                swap_across)
+from decomp_nb.methods.decomp_diffusion import DecompDiffusion, decomp_diffusion_preset, orthogonality
 from decomp_nb.metrics.separation import object_shares, recombination_accuracy, separation
 from decomp_nb.training.run_directory import Run
 
@@ -53,7 +54,7 @@ def test_prediction_is_the_composition_of_separate_calls(composition, images):
     model = tiny(composition=composition)
     if composition == "learned": model.component_logits.copy_(torch.tensor([0.5, -1.0, 2.0]))
     f, x, t = model.encode(images), noise_for(model), torch.tensor([3, 400, 800, 999])
-    each = torch.stack([model._ask(x, t, f.codes[:, i]) for i in range(3)], 1)
+    each = torch.stack([model.predict_component(x, t, f.codes[:, i]) for i in range(3)], 1)
     w = {"mean": torch.ones(3) / 3, "sum": torch.ones(3), "learned": torch.tensor([0.5, -1.0, 2.0]).softmax(0)}[composition]
     near(model.predict(x, t, f), (each * w[:, None, None, None]).sum(1))
 
@@ -207,10 +208,10 @@ def test_gradient_checkpointing_changes_nothing(images):
 def test_null_dropout_blanks_whole_pictures(images):
     model = tiny(null_dropout=0.5).train()
     f = model.encode(images.repeat(50, 1, 1, 1))
-    shown = model._leave_out(f, None).codes
+    shown = model.drop_condition(f).codes
     blank = (shown == 0).all(-1)
     assert (blank.all(1) | (~blank).all(1)).all() and 0.3 < blank.float().mean() < 0.7
-    assert model.eval()._leave_out(f, None) is f
+    assert model.eval().drop_condition(f) is f
 
 
 def test_dead_codes_are_rewarded_only_officially():

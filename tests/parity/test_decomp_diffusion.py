@@ -19,7 +19,8 @@ from test_lsd import watch
 from decomp_nb.official import decomp_diffusion as convert, reading
 from decomp_nb.components.diffusion import noise_at
 from decomp_nb.core import Factors, recombine, sample
-from decomp_nb.methods.decomp_diffusion import check_partners, ddim_invert, decomp_sampler, keep_mask, mixture, swap_across
+from decomp_nb.components.ddim import ddim_invert, decomp_sampler
+from decomp_nb.components.recombination import check_partners, keep_mask, swap_across
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 
@@ -143,13 +144,12 @@ def check_answers(r):
     x_t = noise_at(model.scheduler, x0, noise, t)
     yield "arrays", "x_t", x_t, SINGLE
     f = model.encode(images)
-    every = [v[:, None].expand(-1, f.n_factors, *v.shape[1:]) for v in (x_t, t)]
-    yield "arrays", "out_components", model.answers(*every, f.codes), SINGLE
+    yield "arrays", "out_components", model.predict_components(x_t, t, f.codes), SINGLE
     yield "arrays", "out_composed", model.predict(x_t, t, f), SINGLE
     yield "arrays", "out_null", model.predict(x_t, t, Factors(torch.zeros_like(f.codes))), SINGLE
     close(model.predict(x_t, t, model.null_factors(f)), r.array("arrays", "out_null"), SINGLE, "one evaluation is enough for nothing")
     seen, names = {}, r.json("config")["block_names"]
-    with watch(block_modules(model, names), seen): model._ask(x_t[:1], t[:1], f.codes[:1, 0])
+    with watch(block_modules(model, names), seen): model.predict_component(x_t[:1], t[:1], f.codes[:1, 0])
     outputs = {name: seen[f"{name}.out"] for name in names}
     yield "arrays", "block_stats", torch.stack([torch.stack([v.mean(), v.std(), v.abs().max()]) for v in outputs.values()]), SINGLE
     for name in r.names("arrays"):
@@ -333,8 +333,7 @@ def check_variant(r):
     f, x_t = model.encode(images), noise_at(model.scheduler, x0, noise, t)
     yield file, "x_t", x_t, SINGLE
     yield file, "latents", f.codes.flatten(1), SINGLE
-    every = [v[:, None].expand(-1, f.n_factors, *v.shape[1:]) for v in (x_t, t)]
-    yield file, "out_components", model.answers(*every, f.codes), SINGLE
+    yield file, "out_components", model.predict_components(x_t, t, f.codes), SINGLE
     yield file, "out_composed", model.predict(x_t, t, f), SINGLE
     yield file, "loss_x0", model({"image": images, "noise": noise, "timesteps": t})["per_image"], SINGLE
     for name, n in steps_of(r, r"ddim(\d+)_x0_final", file):
@@ -475,12 +474,17 @@ def test_nothing_is_unpickled(golden, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"): convert.load_official_decomp_diffusion(tmp_path / "model_5.pt")
 
 
+@torch.no_grad()
 def test_guided_plan_is_one_call(golden):
     "Guidance and K components together are one batch for the denoiser"
     r = Recorded(golden("decomp_diffusion"))
     model, images = r.model(), r.inputs()[0]
-    plan = mixture([model.encode(images)], guidance_scale=3.0)
-    assert plan.codes.shape[1] == model.n_factors + 1 and torch.allclose(plan.shares.sum(1), torch.ones(len(images)))
+    f, (x0, noise, t) = model.encode(images), r.inputs()[1:]
+    rows = []
+    hook = model.denoiser.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    model.guided(f, 3.0)(noise_at(model.scheduler, x0, noise, t), t)
+    hook.remove()
+    assert rows == [len(images) * (model.n_factors + 1)]
 
 
 def test_an_official_file_as_safetensors(golden, tmp_path):
