@@ -5,80 +5,148 @@
 # %% ../../nbs/components/text_to_image.ipynb #imports-export
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .diffusion import diffusion_loss, diffusion_target, make_scheduler, noise_at, sample_timesteps
-from .foundations import clip_tokenizer
-from .latents import KLLatents, build_latents
+from .latents import KLLatents, build_latents, small_vae
 from .text import quiet
 from ..core import sample
 
 # %% auto #0
-__all__ = ['text_model', 'text_unet', 'clear_vae', 'TextToImage']
+__all__ = ['clip_tokenizer', 'text_model', 'text_unet', 'identity_vae', 'save_pipeline', 'TextUNet', 'TextDiffusion',
+           'TextToImage', 'random_pipeline']
+
+# %% ../../nbs/components/text_to_image.ipynb #tokenizer-export
+def clip_tokenizer(words: Iterable[str], max_tokens: int = 77) -> Any:
+    "A CLIP tokenizer for which each of `words` is one token"
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    end = "</w>"
+    learner = Tokenizer(models.BPE(end_of_word_suffix=end))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    options = dict(vocab_size=100_000, min_frequency=1, end_of_word_suffix=end, show_progress=False)
+    learner.train_from_iterator(sorted(set(words)), trainers.BpeTrainer(**options))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = letters + [x + end for x in letters] + [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 # %% ../../nbs/components/text_to_image.ipynb #parts-export
-def text_model(tokenizer, width: int = 128, layers: int = 2, heads: int = 4) -> nn.Module:
-    "A small CLIP text model for a tokenizer"
+def text_model(tokenizer: Any, width: int = 128, layers: int = 2, heads: int = 4) -> nn.Module:
+    "A small CLIP text model for a tokenizer: prompts `(b,n)` → `(b,n,width)`"
     from transformers import CLIPTextConfig, CLIPTextModel
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads, projection_dim=width,
-                                        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+    return CLIPTextModel(config)
 
 
-def text_unet(side: int, channels: int = 4, widths: Sequence[int] = (64, 128), text_width: int = 128, heads: int = 4, deaf: int = 0) -> nn.Module:
-    "A UNet with cross-attention at every resolution but the `deaf` finest ones"
+def text_unet(
+    side: int,  # of the latents
+    channels: int = 4,
+    widths: Sequence[int] = (64, 128),  # channels of every resolution, from fine to coarse
+    text_width: int = 128,
+    heads: int = 4,
+    deaf: int = 0,  # finest resolutions without cross-attention
+) -> nn.Module:
+    "A UNet that attends to the text"
     from diffusers import UNet2DConditionModel
-    n = len(widths) - deaf
-    return UNet2DConditionModel(sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=tuple(widths), layers_per_block=1, norm_num_groups=8, attention_head_dim=heads,
-                                cross_attention_dim=text_width, down_block_types=("DownBlock2D",) * deaf + ("CrossAttnDownBlock2D",) * n, up_block_types=("CrossAttnUpBlock2D",) * n + ("UpBlock2D",) * deaf)
+    reading = len(widths) - deaf
+    return UNet2DConditionModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=heads,
+        cross_attention_dim=text_width,
+        down_block_types=("DownBlock2D",) * deaf + ("CrossAttnDownBlock2D",) * reading,
+        up_block_types=("CrossAttnUpBlock2D",) * reading + ("UpBlock2D",) * deaf,
+    )
 
 # %% ../../nbs/components/text_to_image.ipynb #clear-export
-def clear_vae(scaling_factor: float = 1.0, level: float = 100.0) -> nn.Module:
-    "An `AutoencoderKL` that changes nothing, for pictures so small that there is nothing to compress: its latents are the pixels, times `scaling_factor`"
+def identity_vae(scaling_factor: float = 1.0, level: float = 100.0) -> nn.Module:
+    "An `AutoencoderKL` whose latents are the pixels times `scaling_factor`, for pictures too small to compress"
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL(block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), layers_per_block=1, latent_channels=3, norm_num_groups=1,
-                        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=scaling_factor)
+    vae = AutoencoderKL(
+        block_out_channels=(8,),
+        latent_channels=3,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=scaling_factor,
+    )
     with torch.no_grad():
-        for p in vae.parameters(): p.zero_()
+        for p in vae.parameters():
+            p.zero_()
         for part in (vae.encoder, vae.decoder):
-            for c in range(3): part.conv_in.weight[c, c, 1, 1] = part.conv_out.weight[c, c, 1, 1] = 1.0  # three channels are the colours
-            part.conv_in.bias[3:7] = torch.tensor([level, -level, level, -level])  # four are so large that the norm divides by the same number everywhere
-            part.conv_norm_out.weight.fill_(level / 2 ** 0.5)  # which this undoes
+            for colour in range(3):
+                part.conv_in.weight[colour, colour, 1, 1] = 1.0
+                part.conv_out.weight[colour, colour, 1, 1] = 1.0
+            # so large that the norm divides by the same number everywhere, which its weight undoes
+            part.conv_in.bias[3:7] = torch.tensor([level, -level, level, -level])
+            part.conv_norm_out.weight.fill_(level / 2 ** 0.5)
             part.conv_norm_out.bias.fill_(12.0)  # where SiLU is a straight line
-            part.conv_out.weight[:3, 7, 1, 1] = -1.0  # the empty channel knows the mean that the norm took away, and the 12
-        vae.encoder.conv_out.bias[3:] = -30.0  # no spread
+            part.conv_out.weight[:3, 7, 1, 1] = -1.0  # the empty channel: minus the mean, and the 12
+        vae.encoder.conv_out.bias[3:] = -30.0  # log-variance: no noise
     return vae.eval()
 
-# %% ../../nbs/components/text_to_image.ipynb #class-export
-class TextToImage(nn.Module):
-    "Text model and UNet in training on a frozen autoencoder; `save_pretrained` writes a Stable Diffusion pipeline"
+# %% ../../nbs/components/text_to_image.ipynb #save-export
+def save_pipeline(folder: str | Path, parts: dict[str, Any]) -> None:
+    "Write Stable Diffusion's `parts` (unet, vae, scheduler, text_encoder, tokenizer), and the index that names them"
+    folder = Path(folder)
+    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    index |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
+    for name, part in parts.items():
+        with quiet():
+            part.save_pretrained(str(folder / name))
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        index[name] = (library, type(part).__name__)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+# %% ../../nbs/components/text_to_image.ipynb #network-export
+class TextUNet(nn.Module):
+    "Tokenizer, text model and UNet on the latents of a frozen autoencoder"
+
     def __init__(
         self,
         words: Sequence[str],  # each is one token
-        image_size: int = 32,
-        latents_path: str | None = None,  # autoencoder: a run of train_autoencoder, a folder, a hub name
+        image_size: int,
+        latents: KLLatents,
         *,
-        latents: KLLatents | None = None,  # or itself
-        widths: Sequence[int] = (64, 128), text_width: int = 128, text_layers: int = 2, heads: int = 4, max_tokens: int = 24,
+        widths: Sequence[int] = (64, 128),  # channels of the UNet, from fine to coarse
+        text_width: int = 128,
+        text_layers: int = 2,
+        heads: int = 4,
+        max_tokens: int = 24,
         deaf: int = 0,  # finest resolutions without cross-attention
-        null_dropout: float = 0.12,  # share of captions left empty
-        timestep_sampling: str = "uniform", timestep_strength: float = 1.0,  # which noise levels training visits (`sample_timesteps`), evenly spread over every batch
-        schedule: dict | None = None,
     ):
         super().__init__()
-        if latents is None and not latents_path: raise ValueError("give latents_path: Stable Diffusion's layout needs an autoencoder")
-        self.__dict__["latents"] = latents if latents is not None else build_latents(latents_path)
-        if type(self.latents.vae).__name__ == "AutoencoderDC":
-            raise ValueError("latents_path: Stable Diffusion's layout has no place for an AutoencoderDC; give an AutoencoderKL or AutoencoderTiny")
-        self.tokenizer, (channels, side, _) = clip_tokenizer(words, max_tokens), self.latents.shape(image_size)
+        self.__dict__["latents"] = latents
+        self.latent_shape = latents.shape(image_size)
+        channels, side, _ = self.latent_shape
+        self.tokenizer = clip_tokenizer(words, max_tokens)
         self.text_encoder = text_model(self.tokenizer, text_width, text_layers, heads)
         self.unet = text_unet(side, channels, widths, text_width, heads, deaf)
-        self.null_dropout, self.image_size, self.times = null_dropout, image_size, dict(how=timestep_sampling, strength=timestep_strength, stratified=True)
-        self.scheduler = make_scheduler("ddim", {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-                                                 "set_alpha_to_one": False, "steps_offset": 1, **(schedule or {})})
 
     def _apply(self, fn, recurse=True):
         self.latents._apply(fn)
@@ -86,40 +154,106 @@ class TextToImage(nn.Module):
 
     def read(self, captions: Sequence[str]) -> Tensor:
         "Captions → `(b,n,d)`"
-        ids = self.tokenizer(list(captions), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+        options = dict(padding="max_length", truncation=True, return_tensors="pt")
+        ids = self.tokenizer(list(captions), **options).input_ids
         return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
 
+    def predict(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        "Output of the UNet for `x_t` `(b,c,h,w)` at `t` `(b,)`, given what was read"
+        return self.unet(x_t, t, encoder_hidden_states=states).sample
+
+# %% ../../nbs/components/text_to_image.ipynb #step-export
+class TextDiffusion(TextUNet):
+    "`TextUNet` in training"
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        image_size: int,
+        latents: KLLatents,
+        *,
+        null_dropout: float = 0.12,  # share of captions left empty
+        timestep_sampling: str = "uniform",  # which noise levels are visited (`sample_timesteps`), evenly in every batch
+        timestep_strength: float = 1.0,  # how strongly
+        schedule: dict | None = None,  # options that differ from Stable Diffusion's
+        **network,  # options of `TextUNet`
+    ):
+        super().__init__(words, image_size, latents, **network)
+        self.null_dropout = null_dropout
+        self.timestep_options = dict(how=timestep_sampling, strength=timestep_strength, stratified=True)
+        options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+        options |= dict(_class_name="DDIMScheduler", set_alpha_to_one=False, steps_offset=1)
+        self.scheduler = make_scheduler("ddim", options | (schedule or {}))
+
     def forward(self, batch: dict) -> dict:
-        "Loss of a batch with `image` (or cached moments) and `caption`; `noise`, `timesteps` and `keep` `(b,)` may be injected"
+        "`loss` of a batch with `image` (or moments) and `caption`; `noise`, `timesteps`, `keep` `(b,)` may be injected"
         x0 = self.latents.from_batch(batch)
         noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
-        t = batch["timesteps"] if "timesteps" in batch else sample_timesteps(len(x0), self.scheduler, device=x0.device, **self.times)
-        keep = batch["keep"] if "keep" in batch else torch.rand(len(x0)) >= (self.null_dropout if self.training else 0.0)
-        states = self.read([c if k else "" for c, k in zip(batch["caption"], keep.tolist())])
-        return {"loss": diffusion_loss(self.unet(noise_at(self.scheduler, x0, noise, t), t, encoder_hidden_states=states).sample, diffusion_target(self.scheduler, x0, noise, t))}
+        t = batch.get("timesteps")
+        if t is None:
+            t = sample_timesteps(len(x0), self.scheduler, device=x0.device, **self.timestep_options)
+        dropout = self.null_dropout if self.training else 0.0
+        keep = batch["keep"] if "keep" in batch else torch.rand(len(x0)) >= dropout
+        states = self.read([caption if k else "" for caption, k in zip(batch["caption"], keep.tolist())])
+        prediction = self.predict(noise_at(self.scheduler, x0, noise, t), t, states)
+        return {"loss": diffusion_loss(prediction, diffusion_target(self.scheduler, x0, noise, t))}
+
+# %% ../../nbs/components/text_to_image.ipynb #class-export
+class TextToImage(TextDiffusion):
+    "A small text-to-image model; `save_pretrained` writes a Stable Diffusion pipeline"
+
+    def __init__(
+        self,
+        words: Sequence[str],  # each is one token
+        image_size: int = 32,
+        latents_path: str | None = None,  # autoencoder: a run of train_autoencoder, a folder, a hub name
+        *,
+        latents: KLLatents | None = None,  # or itself
+        **options,  # of `TextDiffusion` and `TextUNet`
+    ):
+        if latents is None and not latents_path:
+            raise ValueError("give latents_path: Stable Diffusion's layout needs an autoencoder")
+        latents = build_latents(latents_path) if latents is None else latents
+        if type(latents.vae).__name__ == "AutoencoderDC":
+            raise ValueError("latents_path: Stable Diffusion's layout has no place for an AutoencoderDC; "
+                             "give an AutoencoderKL or AutoencoderTiny")
+        super().__init__(words, image_size, latents, **options)
 
     @torch.no_grad()
-    def draw(self, captions: Sequence[str], *, guidance_scale: float = 4.0, steps: int = 25, generator: torch.Generator | None = None) -> Tensor:
-        "A picture `(3,h,w)` for each caption"
+    def draw(
+        self,
+        captions: Sequence[str],
+        *,
+        guidance_scale: float = 4.0,
+        steps: int = 25,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        "A picture for each caption `(b,3,h,w)`"
         states = torch.cat([self.read([""] * len(captions)), self.read(captions)])
 
-        def predict(x, t):
-            null, cond = self.unet(torch.cat([x, x]), torch.cat([t, t]), encoder_hidden_states=states).sample.chunk(2)
-            return null + guidance_scale * (cond - null)
-        noise = torch.randn(len(captions), *self.latents.shape(self.image_size), generator=generator).to(states)
-        return self.latents.decode(sample(predict, noise, self.scheduler, steps))
+        def guided(x, t):
+            null, conditional = self.predict(x.repeat(2, 1, 1, 1), t.repeat(2), states).chunk(2)
+            return null + guidance_scale * (conditional - null)
+        noise = torch.randn(len(captions), *self.latent_shape, generator=generator).to(states)
+        return self.latents.decode(sample(guided, noise, self.scheduler, steps))
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
         "The folder of a pipeline; `half` for files of half the size"
-        import copy
-        import json
-        cast = (lambda m: copy.deepcopy(m).half()) if half else (lambda m: m)
-        folder = Path(folder)
-        parts = {"unet": cast(self.unet), "vae": cast(self.latents.vae), "scheduler": self.scheduler, "text_encoder": cast(self.text_encoder)}
-        with quiet():
-            for name, part in parts.items(): part.save_pretrained(folder / name)
-        self.tokenizer.save_pretrained(str(folder / "tokenizer"))
-        libraries = {"unet": "diffusers", "vae": "diffusers", "scheduler": "diffusers", "text_encoder": "transformers", "tokenizer": "transformers"}
-        index = {name: [library, type(parts.get(name, self.tokenizer)).__name__] for name, library in libraries.items()}
-        empty = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False}
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index, **empty}, indent=1))
+        parts = {"unet": self.unet, "vae": self.latents.vae, "text_encoder": self.text_encoder}
+        if half:
+            parts = {name: copy.deepcopy(part).half() for name, part in parts.items()}
+        save_pipeline(folder, parts | {"scheduler": self.scheduler, "tokenizer": self.tokenizer})
+
+# %% ../../nbs/components/text_to_image.ipynb #random-export
+def random_pipeline(
+    folder: str | Path,
+    *,
+    words: Sequence[str] = ("a", "photo", "of", "and", "red", "blue", "green", "square", "circle"),
+    seed: int = 0,
+) -> Path:
+    "Write a Stable Diffusion pipeline of random weights into `folder`, for pictures of 16 pixels"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        latents = KLLatents(small_vae(2, width=8))
+        TextToImage(words, 16, latents=latents, widths=(8, 16), text_width=16).save_pretrained(folder)
+    return Path(folder)
