@@ -6,8 +6,9 @@ import torch
 from tiny_pipelines import FAMILIES, tiny_foundation
 
 import decomp_nb
-from decomp_nb.components.foundations import codes_of, nearest_words, open_foundation, random_codes
+from decomp_nb.components.foundations import codes_of, nearest_words, random_codes
 from decomp_nb.components.picture_memory import picture_memory
+from decomp_nb.components.pipelines import open_foundation
 from decomp_nb.components.text_to_image import TextToImage, random_pipeline
 from decomp_nb.core import sample
 from decomp_nb.viz.attribution import record_attention, text_layers
@@ -137,7 +138,7 @@ def test_a_random_pipeline_is_the_same_again(tmp_path):
 def test_unknown_options_of_the_small_model_are_refused(tmp_path):
     with pytest.raises(TypeError, match="depth"):
         TextToImage(["a"], 16, latents=open_foundation(random_pipeline(tmp_path)).latents, depth=3)
-    with pytest.raises(ValueError, match="give latents_path"):
+    with pytest.raises(TypeError, match="latents"):
         TextToImage(["a"])
 
 

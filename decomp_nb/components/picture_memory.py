@@ -29,7 +29,7 @@ class WordVectors(Foundation):
     def __init__(self, vocabulary: Sequence[str], vectors: Tensor):
         super().__init__()
         self.vocabulary = list(vocabulary)
-        self.register_buffer("vectors", vectors.float())  # `(V,d)`
+        self.register_buffer("vectors", vectors.float().contiguous())  # `(V,d)`
 
     @property
     def widths(self) -> list[int]:
@@ -47,7 +47,8 @@ class WordVectors(Foundation):
     def token_ids(self, word: str) -> list[Tensor]:
         "Row of a word in the vocabulary; `ValueError` for an unknown one"
         if word not in self.vocabulary:
-            raise ValueError(f"{word!r} is no word of this memory; it knows {', '.join(self.vocabulary[:4])} …")
+            some = ", ".join(self.vocabulary[:4])
+            raise ValueError(f"{word!r} is no word of this memory; it knows {some} …")
         return [torch.tensor([self.vocabulary.index(word)])]
 
     def read_prompts(self, prompts: list[str], codes: Tensor | None) -> Prompts:
@@ -103,7 +104,7 @@ class WordMemory(WordVectors):
             raise ValueError(f"{len(vocabulary)} words, {len(pictures)} pictures, {len(vectors)} vectors: "
                              "each word needs one of both")
         super().__init__(vocabulary, vectors)
-        self.register_buffer("pictures", pictures.float())
+        self.register_buffer("pictures", pictures.float().contiguous())
         self.sigma = sigma
         self.beta = beta
         self.schedule = schedule or dict(SCHEDULE)
@@ -126,7 +127,7 @@ class WordMemory(WordVectors):
         from safetensors.torch import save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"pictures": self.pictures.contiguous(), "vectors": self.vectors.contiguous()}, folder / "memory.safetensors")
+        save_file(self.state_dict(), folder / "memory.safetensors")
         options = {name: getattr(self, name) for name in ("vocabulary", "sigma", "beta", "schedule")}
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "WordMemory", **options}))
         return folder
@@ -140,15 +141,21 @@ class WordMemory(WordVectors):
         return cls(**load_file(Path(folder) / "memory.safetensors"), **options)
 
 # %% ../../nbs/components/picture_memory.ipynb #picture-memory-export
-def picture_memory(size: int = 16, dim: int = 16, seed: int = 2023, sigma: float = 0.08, beta: float = 1.0) -> WordMemory:
-    "A `WordMemory` of 48 words with `dim` numbers: six shapes in eight colours on grey, `size` pixels"
+def picture_memory(
+    size: int = 16,  # of the pictures, in pixels
+    dim: int = 16,  # numbers per word
+    seed: int = 2023,  # of the vectors
+    sigma: float = 0.08,
+    beta: float = 1.0,
+) -> WordMemory:
+    "A `WordMemory` of 48 words: six shapes in eight colours on grey"
     shapes = list(SHAPES)[:6]
     colours = list(PALETTE)[:8]
     n = len(shapes) * len(colours)
     number = torch.arange(n)[:, None]
     half = torch.full((n, 1), 0.5)
-    place = {name: half for name in ("x", "y", "size")}
-    place |= {"shape": number // len(colours) + 1, "rotation": 0 * half, "visibility": 2 * half}
+    place = dict(x=half, y=half, size=half, rotation=0 * half, visibility=2 * half)
+    place["shape"] = 1 + number // len(colours)
     rgb = torch.tensor(list(PALETTE.values()))[number % len(colours)]
     coverage = pixel_coverage(object_distances(place, size, tuple(shapes)))
     pictures = composite(torch.full((n, 3, size, size), 0.25), rgb, coverage) * 2 - 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import diffusion_loss, diffusion_target, make_scheduler, noise_at, sample_timesteps
-from .latents import KLLatents, build_latents, small_vae
+from .latents import KLLatents, small_vae
 from .text import quiet
 from ..core import sample
 
@@ -24,18 +24,23 @@ __all__ = ['clip_tokenizer', 'text_model', 'text_unet', 'identity_vae', 'save_pi
            'TextToImage', 'random_pipeline']
 
 # %% ../../nbs/components/text_to_image.ipynb #tokenizer-export
+def _learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    "Byte-pair encoding of the words, each in the end one token"
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    options = dict(vocab_size=100_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(sorted(set(words)), trainers.BpeTrainer(**options))
+    return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+
+
 def clip_tokenizer(words: Iterable[str], max_tokens: int = 77) -> Any:
     "A CLIP tokenizer for which each of `words` is one token"
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
-    end = "</w>"
-    learner = Tokenizer(models.BPE(end_of_word_suffix=end))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    options = dict(vocab_size=100_000, min_frequency=1, end_of_word_suffix=end, show_progress=False)
-    learner.train_from_iterator(sorted(set(words)), trainers.BpeTrainer(**options))
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges = _learn_merges(words)
     letters = [chr(c) for c in range(33, 127)]
-    tokens = letters + [x + end for x in letters] + [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(x + "</w>" for x in letters), *(a + b for a, b in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
@@ -83,36 +88,34 @@ def text_unet(
     )
 
 # %% ../../nbs/components/text_to_image.ipynb #clear-export
+def _pass_through(part: nn.Module, level: float) -> None:
+    "Set the weights of an encoder or decoder, all zero, so that its first three channels come out as they go in"
+    for colour in range(3):
+        part.conv_in.weight[colour, colour, 1, 1] = 1.0
+        part.conv_out.weight[colour, colour, 1, 1] = 1.0
+    # so large that the norm divides by the same number everywhere, which its weight undoes
+    part.conv_in.bias[3:7] = torch.tensor([level, -level, level, -level])
+    part.conv_norm_out.weight.fill_(level / 2 ** 0.5)
+    part.conv_norm_out.bias.fill_(12.0)  # where SiLU is a straight line
+    part.conv_out.weight[:3, 7, 1, 1] = -1.0  # the empty channel: minus the mean, and the 12
+
+
+@torch.no_grad()
 def identity_vae(scaling_factor: float = 1.0, level: float = 100.0) -> nn.Module:
     "An `AutoencoderKL` whose latents are the pixels times `scaling_factor`, for pictures too small to compress"
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL(
-        block_out_channels=(8,),
-        latent_channels=3,
-        norm_num_groups=1,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=scaling_factor,
-    )
-    with torch.no_grad():
-        for p in vae.parameters():
-            p.zero_()
-        for part in (vae.encoder, vae.decoder):
-            for colour in range(3):
-                part.conv_in.weight[colour, colour, 1, 1] = 1.0
-                part.conv_out.weight[colour, colour, 1, 1] = 1.0
-            # so large that the norm divides by the same number everywhere, which its weight undoes
-            part.conv_in.bias[3:7] = torch.tensor([level, -level, level, -level])
-            part.conv_norm_out.weight.fill_(level / 2 ** 0.5)
-            part.conv_norm_out.bias.fill_(12.0)  # where SiLU is a straight line
-            part.conv_out.weight[:3, 7, 1, 1] = -1.0  # the empty channel: minus the mean, and the 12
-        vae.encoder.conv_out.bias[3:] = -30.0  # log-variance: no noise
+    shape = dict(block_out_channels=(8,), latent_channels=3, norm_num_groups=1, mid_block_add_attention=False)
+    vae = AutoencoderKL(**shape, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=scaling_factor)
+    for p in vae.parameters():
+        p.zero_()
+    for part in (vae.encoder, vae.decoder):
+        _pass_through(part, level)
+    vae.encoder.conv_out.bias[3:] = -30.0  # log-variance: no noise
     return vae.eval()
 
 # %% ../../nbs/components/text_to_image.ipynb #save-export
 def save_pipeline(folder: str | Path, parts: dict[str, Any]) -> None:
-    "Write Stable Diffusion's `parts` (unet, vae, scheduler, text_encoder, tokenizer), and the index that names them"
+    "Write the parts of a Stable Diffusion (unet, vae, scheduler, text_encoder, tokenizer), and their index"
     folder = Path(folder)
     index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
     index |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
@@ -141,6 +144,9 @@ class TextUNet(nn.Module):
         deaf: int = 0,  # finest resolutions without cross-attention
     ):
         super().__init__()
+        if type(latents.vae).__name__ == "AutoencoderDC":
+            raise ValueError("latents: Stable Diffusion's layout has no place for an AutoencoderDC; "
+                             "give an AutoencoderKL or AutoencoderTiny")
         self.__dict__["latents"] = latents
         self.latent_shape = latents.shape(image_size)
         channels, side, _ = self.latent_shape
@@ -173,7 +179,7 @@ class TextDiffusion(TextUNet):
         latents: KLLatents,
         *,
         null_dropout: float = 0.12,  # share of captions left empty
-        timestep_sampling: str = "uniform",  # which noise levels are visited (`sample_timesteps`), evenly in every batch
+        timestep_sampling: str = "uniform",  # which noise levels are visited (`sample_timesteps`)
         timestep_strength: float = 1.0,  # how strongly
         schedule: dict | None = None,  # options that differ from Stable Diffusion's
         **network,  # options of `TextUNet`
@@ -186,7 +192,7 @@ class TextDiffusion(TextUNet):
         self.scheduler = make_scheduler("ddim", options | (schedule or {}))
 
     def forward(self, batch: dict) -> dict:
-        "`loss` of a batch with `image` (or moments) and `caption`; `noise`, `timesteps`, `keep` `(b,)` may be injected"
+        "`loss` of a batch: `image` (or moments), `caption`; `noise`, `timesteps`, `keep` `(b,)` may be injected"
         x0 = self.latents.from_batch(batch)
         noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
         t = batch.get("timesteps")
@@ -201,23 +207,6 @@ class TextDiffusion(TextUNet):
 # %% ../../nbs/components/text_to_image.ipynb #class-export
 class TextToImage(TextDiffusion):
     "A small text-to-image model; `save_pretrained` writes a Stable Diffusion pipeline"
-
-    def __init__(
-        self,
-        words: Sequence[str],  # each is one token
-        image_size: int = 32,
-        latents_path: str | None = None,  # autoencoder: a run of train_autoencoder, a folder, a hub name
-        *,
-        latents: KLLatents | None = None,  # or itself
-        **options,  # of `TextDiffusion` and `TextUNet`
-    ):
-        if latents is None and not latents_path:
-            raise ValueError("give latents_path: Stable Diffusion's layout needs an autoencoder")
-        latents = build_latents(latents_path) if latents is None else latents
-        if type(latents.vae).__name__ == "AutoencoderDC":
-            raise ValueError("latents_path: Stable Diffusion's layout has no place for an AutoencoderDC; "
-                             "give an AutoencoderKL or AutoencoderTiny")
-        super().__init__(words, image_size, latents, **options)
 
     @torch.no_grad()
     def draw(
@@ -255,5 +244,5 @@ def random_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         latents = KLLatents(small_vae(2, width=8))
-        TextToImage(words, 16, latents=latents, widths=(8, 16), text_width=16).save_pretrained(folder)
+        TextToImage(words, 16, latents, widths=(8, 16), text_width=16).save_pretrained(folder)
     return Path(folder)
