@@ -106,8 +106,8 @@ _moved = {
     },
     "components.foundations": {
         "components.foundations": "spelled=token_names written_out=expand_words",
-        "components.pipelines": "HubFoundation StableDiffusion StableDiffusionXL ShiftedLatents FlowSampler StableDiffusion3 "
-                                "DeepFloydIF FAMILIES read_index load_part open_foundation",
+        "components.pipelines": "HubFoundation StableDiffusion StableDiffusionXL ShiftedLatents FlowSampler "
+                                "StableDiffusion3 DeepFloydIF FAMILIES read_index load_part open_foundation",
         "components.picture_memory": "WordMemory picture_memory",
         "components.text_to_image": "clip_tokenizer tiny_foundation=random_pipeline",
     },
