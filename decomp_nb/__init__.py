@@ -104,6 +104,14 @@ _moved = {
     "viz.attribution": {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",
     },
+    "components.foundations": {
+        "components.foundations": "spelled=token_names written_out=expand_words",
+        "components.pipelines": "HubFoundation StableDiffusion StableDiffusionXL ShiftedLatents FlowSampler "
+                                "StableDiffusion3 DeepFloydIF FAMILIES read_index load_part open_foundation",
+        "components.picture_memory": "WordMemory picture_memory",
+        "components.text_to_image": "clip_tokenizer tiny_foundation=random_pipeline",
+    },
+    "components.text_to_image": {"components.text_to_image": "clear_vae=identity_vae"},
     "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
     "methods.decomp_diffusion": {
         "metrics.separation": "object_shares separation recombination_accuracy",
