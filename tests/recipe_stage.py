@@ -33,8 +33,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from decomp_nb import core
 from decomp_nb.components import latent_diffusion
-from decomp_nb.components.foundations import clip_tokenizer
-from decomp_nb.components.text_to_image import TextToImage
+from decomp_nb.components.text_to_image import TextToImage, clip_tokenizer
 from decomp_nb.data.class_folders import NumberedPictures
 from decomp_nb.data.factors import Shapes3D
 from decomp_nb.methods import disdiff

@@ -8,8 +8,12 @@ import pytest
 import torch
 import yaml
 from test_runs import QUICK, execute
+from tiny_pipelines import tiny_foundation
 
-from decomp_nb.components.foundations import check_words, clip_tokenizer, open_foundation, picture_memory, random_codes, tiny_foundation
+from decomp_nb.components.foundations import check_words, random_codes
+from decomp_nb.components.picture_memory import picture_memory
+from decomp_nb.components.pipelines import open_foundation
+from decomp_nb.components.text_to_image import clip_tokenizer
 from decomp_nb.core import Factors, load_decomposer
 from decomp_nb.data.class_folders import NumberedPictures, class_folders
 from decomp_nb.worlds.captioned import CaptionedScenes, concept_task, scene_words

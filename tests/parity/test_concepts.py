@@ -15,7 +15,7 @@ from diffusers.optimization import get_scheduler
 from recorded import Recorded as Arrays
 from recorded import close, every_alteration_fails, keys_of, once, run
 
-from decomp_nb.components.foundations import open_foundation
+from decomp_nb.components.pipelines import open_foundation
 from decomp_nb.core import sample
 from decomp_nb.methods.concepts import Concepts, compose, load_official_concepts, official_arguments, official_ddim, official_plan, read_official, recipe_factors, save
 from decomp_nb.metrics import concepts as metrics
