@@ -282,6 +282,7 @@ class SlotAttention(SlotLayers):
         slot_mask: Tensor | None = None,  # `(b, s)`, False where a slot does not exist
         n_slots: int | None = None,
         n_iterations: int | None = None,
+        origin: Tensor | None = None,  # gets the straight-through gradient of "bi_level" `(b, s, d)`; None: the start
         record: bool = False,  # keep every iteration in `history`
     ) -> SlotResult:
         "Slots, projected slots and attention of a batch of pictures; `components.tracking.track` takes clips"
@@ -294,10 +295,11 @@ class SlotAttention(SlotLayers):
         with torch.autocast(features.device.type, enabled=False):  # the competition needs float32
             if slots is None:
                 slots = self.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
-            start = slots = slots.to(self.slot_mean.dtype)
+            slots = slots.to(self.slot_mean.dtype)
+            origin = slots if origin is None else origin
             for i in range(steps):
                 if i == steps - 1:
-                    slots = cut_gradient(slots, start, self.gradient)
+                    slots = cut_gradient(slots, origin, self.gradient)
                 slots, attention = self.step(slots, k, v, slot_mask)
                 if record:
                     history.append((slots, attention))

@@ -22,15 +22,21 @@ def track(
     features: Tensor,  # `(b, t, c, h, w)`
     *,
     slots: Tensor | None = None,  # start of the first frame `(b, s, d)`; None: drawn or learned
+    noise: Tensor | None = None,  # of that start `(b, s, d)`
+    generator: torch.Generator | None = None,
+    n_slots: int | None = None,
     predictor: Callable[[Tensor], Tensor] | None = None,  # slots of a frame → start of the next
-    **options,  # of `SlotAttention.forward`: noise, generator, n_slots, n_iterations, slot_mask, record
+    **options,  # of `SlotAttention.forward`: n_iterations, slot_mask, record
 ) -> SlotResult:
     "Slots, projected slots and attention of every frame: an axis t stands after b"
+    if slots is None:
+        slots = slot_attention.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
+    origin = slots
     frames = []
     for frame in features.unbind(1):
         if frames and predictor is not None:
             slots = predictor(slots)
-        found = slot_attention(frame, slots=slots, **options)
+        found = slot_attention(frame, slots=slots, origin=origin, **options)
         slots = found.slots
         frames.append(found)
     stacked = [torch.stack(part, 1) for part in zip(*(found[:3] for found in frames))]
