@@ -13,6 +13,7 @@ from decomp_nb.methods.slot_attention_ae import SlotAttentionAE, slot_attention_
 from decomp_nb.methods.slot_diffusion import SlotDiffusion, slot_diffusion_denoiser, slot_diffusion_preset
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.engine import parameter_groups
+from decomp_nb.training.record import check_model, model_record
 
 EYES = dict(image_size=16, encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=2, kernel=3, groups=0, activation="relu"),
             slots_config=dict(n_slots=4, slot_dim=16, hidden_dim=32, init="learned", position="ends"))
@@ -237,3 +238,14 @@ def test_presets_build_and_refuse_unknown_names(preset):
 ])
 def test_a_config_that_cannot_work_names_its_field(make, complaint):
     with pytest.raises(ValueError, match=complaint): make()
+
+
+def test_runs_of_older_versions_go_on(tmp_path):
+    "A run directory names its model: options that have come since are at their defaults, renamed ones are the same"
+    model = mixture(merge_threshold=0.9)
+    record = model_record(model)
+    old = {key: value for key, value in record.items() if key not in ("merge_threshold", "zoom")} | {"merge_above": 0.9}
+    (tmp_path / "config.json").write_text(json.dumps({"model": old}))
+    check_model(tmp_path / "config.json", model)
+    with pytest.raises(ValueError, match="merge_threshold: 0.9 in the run, 0.0 now"): check_model(tmp_path / "config.json", mixture())
+    with pytest.raises(ValueError, match="SlotAttentionAE"): check_model(tmp_path / "config.json", slate())

@@ -86,6 +86,14 @@ class SlotModel(Decomposer):
             )
 
     @classmethod
+    def current_config(cls, config: dict) -> dict:
+        "A config of an older version in today's names, with the defaults of options that it lacks"
+        parameters = inspect.signature(cls.__init__).parameters
+        defaults = {name: p.default for name, p in parameters.items() if name != "self"}
+        config = current_options(config)
+        return config | {name: value for name, value in defaults.items() if name not in config}
+
+    @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
         "As in diffusers, for configs of older versions too"
         return super().extract_init_dict(current_options(config_dict), **kwargs)

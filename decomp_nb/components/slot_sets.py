@@ -30,10 +30,10 @@ def token_mask(weights: Tensor | None) -> Tensor | None:
 # %% ../../nbs/components/slot_sets.ipynb #drop-export
 def random_order(factors: Factors, generator: torch.Generator | None = None) -> Tensor:
     "Uniform random numbers, one for each slot of a picture `(b,k)` or of a clip `(b,1,k)`, drawn on the device of the generator"
-    codes = factors.codes
-    shape = (len(codes), *[1] * (codes.ndim - 3), factors.n_factors)
-    device = generator.device if generator is not None else codes.device
-    return torch.rand(shape, generator=generator, device=device).to(codes.device)
+    b, *time, k, _ = factors.codes.shape
+    here = factors.codes.device
+    device = here if generator is None else generator.device
+    return torch.rand(b, *[1 for _ in time], k, generator=generator, device=device).to(here)
 
 
 def drop_slots(factors: Factors, rate: float, generator: torch.Generator | None = None) -> Factors:
@@ -52,21 +52,26 @@ def keep_largest(factors: Factors, n: int) -> Factors:
     if n < 1:
         raise ValueError(f"n={n}: at least one slot has to stay")
     area = factors.masks.sum((-2, -1))
-    area = area if area.ndim == 2 else area.sum(1, keepdim=True)
+    if area.ndim == 3:
+        area = area.sum(1, keepdim=True)
     chosen = area.topk(min(n, factors.n_factors), -1).indices
-    return factors * torch.zeros_like(area).scatter(-1, chosen, 1.0).to(factors.codes.dtype)
+    kept = torch.zeros_like(area).scatter(-1, chosen, 1.0)
+    return factors * kept.to(factors.codes.dtype)
 
 # %% ../../nbs/components/slot_sets.ipynb #merge-export
 def duplicate_groups(codes: Tensor, threshold: float) -> Tensor:
     "For each slot the first one that is like it, as one-hot `(b,k,k)`, clips `(b,1,k,k)`: chains end at their first link"
+    k = codes.shape[-2]
     unit = F.normalize(codes.float(), dim=-1)
     cosine = unit @ unit.mT
-    cosine = cosine if codes.ndim == 3 else cosine.mean(1, keepdim=True)
-    same = (cosine > threshold) | torch.eye(codes.shape[-2], dtype=torch.bool, device=codes.device)
+    if codes.ndim == 4:
+        cosine = cosine.mean(1, keepdim=True)
+    itself = torch.eye(k, dtype=torch.bool, device=codes.device)
+    same = (cosine > threshold) | itself
     first = same.int().argmax(-1)
-    for _ in range(codes.shape[-2]):
+    for _ in range(k):
         first = first.gather(-1, first)
-    return F.one_hot(first, codes.shape[-2]).to(codes.dtype)
+    return F.one_hot(first, k).to(codes.dtype)
 
 
 def merge_duplicates(
@@ -81,8 +86,9 @@ def merge_duplicates(
     size = groups.sum(-1, keepdim=True)
     if masks is not None:
         masks = torch.einsum("...gk,...khw->...ghw", groups, masks.to(groups))
-    merged = torch.where(size > 0, groups @ codes / size.clamp_min(1), codes)
-    return Factors(merged, (groups @ weights[..., None])[..., 0], masks)
+    mean = groups @ codes / size.clamp_min(1)
+    weights = groups @ weights[..., None]
+    return Factors(torch.where(size > 0, mean, codes), weights[..., 0], masks)
 
 # %% ../../nbs/components/slot_sets.ipynb #mix-export
 def mix_slots(factors: Factors, *, official: bool = False) -> Factors:
@@ -91,34 +97,44 @@ def mix_slots(factors: Factors, *, official: bool = False) -> Factors:
     shift = torch.arange(factors.n_factors)
     if official:
         shift = shift.where(shift < b, 0)
-    mixed = [factors.rows((torch.arange(b) + s) % b).pick(k) for k, s in enumerate(shift)]
+    mixed = []
+    for k, s in enumerate(shift):
+        donors = factors.rows((torch.arange(b) + s) % b)
+        mixed.append(donors.pick(k))
     return mixed[0].cat(*mixed[1:])
 
 # %% ../../nbs/components/slot_sets.ipynb #swap-export
 def swap_slots(factors: Factors, rate: float = 0.5, generator: torch.Generator | None = None) -> Factors:
     "Replace `rate` of the slots of every picture, chosen at random, by the same-numbered slots of the next picture of the batch"
     order = random_order(factors, generator).argsort(-1)
-    foreign = order < max(round(rate * factors.n_factors), 1)
-    return factors._replace(codes=torch.where(foreign[..., None], factors.codes.roll(-1, 0), factors.codes))
+    n_swapped = max(round(rate * factors.n_factors), 1)
+    foreign = factors.codes.roll(-1, 0)
+    codes = torch.where((order < n_swapped)[..., None], foreign, factors.codes)
+    return factors._replace(codes=codes)
 
 # %% ../../nbs/components/slot_sets.ipynb #background-export
 def background_slot(factors: Factors) -> Tensor:
     "The slot that owns most of the picture's border, `(b,)`, clips `(b,t)`: usually the background"
     owner = F.one_hot(factors.segmentation(), factors.n_factors)
-    edges = [owner[..., 0, :, :], owner[..., -1, :, :], owner[..., :, 0, :], owner[..., :, -1, :]]
-    return torch.cat(edges, -2).sum(-2).argmax(-1)
+    rows = owner[..., [0, -1], :, :].sum((-3, -2))
+    columns = owner[..., [0, -1], :].sum((-3, -2))
+    return (rows + columns).argmax(-1)
 
 
 def largest_slot(factors: Factors) -> Tensor:
     "The slot that owns most pixels, the background aside, `(b,)`, clips `(b,t)`: usually the object that catches the eye"
-    owned = F.one_hot(factors.segmentation(), factors.n_factors).sum((-3, -2))
-    return owned.scatter(-1, background_slot(factors)[..., None], -1).argmax(-1)
+    owner = F.one_hot(factors.segmentation(), factors.n_factors)
+    area = owner.sum((-3, -2))
+    background = background_slot(factors)[..., None]
+    return area.scatter(-1, background, -1).argmax(-1)
 
 # %% ../../nbs/components/slot_sets.ipynb #region-export
 def unmatched_pixels(factors: Factors, other: Factors, size: int) -> Tensor:
     "Pixels owned by a slot whose code is not in the other set, boolean `(b,s,s)`"
-    unmatched = torch.cdist(factors.codes.float(), other.codes.float()).amin(-1) > 1e-4
-    return unmatched.gather(1, factors.segmentation(size).flatten(1)).unflatten(1, (size, size))
+    distance = torch.cdist(factors.codes.float(), other.codes.float())
+    unmatched = distance.amin(-1) > 1e-4
+    owner = factors.segmentation(size)
+    return unmatched.gather(1, owner.flatten(1)).view_as(owner)
 
 
 def changed_region(before: Factors, after: Factors, size: int, grow: int = 2) -> Tensor:
@@ -150,8 +166,11 @@ def repaint(
 
     def keep_rest(state: dict) -> Tensor:
         "Between two steps: the kept part is the picture itself at the next noise level, at last without noise"
-        rest = scheduler.timesteps[state["i"] + 1:]
-        picture = noise_at(model.scheduler, x0, noise, rest[:1].long().expand(len(x0))) if len(rest) else x0
+        picture = x0
+        later = scheduler.timesteps[state["i"] + 1:]
+        if len(later):
+            t = later[:1].long().expand(len(x0))
+            picture = noise_at(model.scheduler, x0, noise, t)
         return keep * picture + (1 - keep) * state["x"]
 
     drawn = model.decode(factors, noise=noise, callback=keep_rest, **options)
