@@ -21,17 +21,29 @@ from decomp_nb.components.diffusion import (
 )
 from .encoders import build_encoder
 from .slot_sets import drop_slots, keep_largest, merge_duplicates, swap_slots, token_mask
-from decomp_nb.components.slots import (
-    SlotAttention, SlotResult, empty_slot_rate, masks_from_attention, slot_cosine, slot_entropy,
-)
+from .slots import SlotAttention, SlotResult, masks_from_attention, slot_diagnostics
 from .tracking import fold_batch, fold_time, track
 from ..core import Decomposer, Factors
 
 # %% auto #0
-__all__ = ['current_options', 'require', 'refuse_unknown', 'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel', 'changed',
-           'from_preset', 'small_encoder', 'published_encoder']
+__all__ = ['require', 'refuse_unknown', 'current_options', 'VersionedConfig', 'SlotModel', 'fixed_denoiser', 'LatentSpace',
+           'DiffusionSlotModel', 'changed', 'from_preset', 'small_encoder', 'published_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
+def require(**configs: dict | None) -> None:
+    "Raise a ValueError where one of these configs was not given"
+    missing = [name for name, config in configs.items() if config is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not given; start from a preset")
+
+
+def refuse_unknown(options: dict) -> None:
+    "Raise a TypeError for options that no method's `decode` has, in methods that have no use for those of `Decomposer.decode`"
+    unknown = options.keys() - inspect.signature(Decomposer.decode).parameters.keys()
+    if unknown:
+        raise TypeError(f"decode has no option {', '.join(sorted(unknown))}")
+
+# %% ../../nbs/components/slot_model.ipynb #versions-export
 def current_options(config: dict) -> dict:
     "A config of slot models in today's names: `merge_twins` and `merge_above` have become `merge_threshold`"
     config = dict(config)
@@ -46,21 +58,24 @@ def current_options(config: dict) -> dict:
     return config
 
 
-def require(**configs: dict | None) -> None:
-    "Raise a ValueError where one of these configs was not given"
-    missing = [name for name, config in configs.items() if config is None]
-    if missing:
-        raise ValueError(f"{', '.join(missing)}: not given; start from a preset")
+class VersionedConfig:
+    "Models whose options have had other names"
 
+    @classmethod
+    def current_config(cls, config: dict) -> dict:
+        "A config of an older version in today's names, with the defaults of options that it lacks"
+        parameters = inspect.signature(cls.__init__).parameters
+        defaults = {name: p.default for name, p in parameters.items() if name != "self"}
+        config = current_options(config)
+        return config | {name: value for name, value in defaults.items() if name not in config}
 
-def refuse_unknown(options: dict) -> None:
-    "Raise a TypeError for options that no method's `decode` has, in methods that have no use for those of `Decomposer.decode`"
-    unknown = options.keys() - inspect.signature(Decomposer.decode).parameters.keys()
-    if unknown:
-        raise TypeError(f"decode has no option {', '.join(sorted(unknown))}")
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        "As in diffusers, for configs of older versions too"
+        return super().extract_init_dict(current_options(config_dict), **kwargs)
 
 # %% ../../nbs/components/slot_model.ipynb #seeing-export
-class SlotModel(Decomposer):
+class SlotModel(VersionedConfig, Decomposer):
     "A method whose factors are slots: encoder and slot attention; sub-classes add what makes a picture of slots"
 
     @register_to_config
@@ -84,19 +99,6 @@ class SlotModel(Decomposer):
             raise ValueError(
                 f"image_size={image_size}, but encoder_config says image_size={self.encoder.image_size}"
             )
-
-    @classmethod
-    def current_config(cls, config: dict) -> dict:
-        "A config of an older version in today's names, with the defaults of options that it lacks"
-        parameters = inspect.signature(cls.__init__).parameters
-        defaults = {name: p.default for name, p in parameters.items() if name != "self"}
-        config = current_options(config)
-        return config | {name: value for name, value in defaults.items() if name not in config}
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        "As in diffusers, for configs of older versions too"
-        return super().extract_init_dict(current_options(config_dict), **kwargs)
 
     @property
     def factor_dim(self) -> int:
@@ -161,16 +163,11 @@ class SlotModel(Decomposer):
 
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
-        "Early signs of collapse: `slot_entropy` (1 = every slot shares every pixel), `slot_cosine` (1 = all alike), `empty_slots` (share)"
+        "Early signs of collapse of a training batch, see `slot_diagnostics`"
         images = batch["image"]
         features = batch["features"].to(images.dtype) if "features" in batch else self.extract_features(images, 1)
         found = self.find_slots(features, noise=batch.get("slot_noise"))
-        signs = {
-            "slot_entropy": slot_entropy(found.attention),
-            "slot_cosine": slot_cosine(found.slots),
-            "empty_slots": empty_slot_rate(found.attention),
-        }
-        return {name: value.mean().item() for name, value in signs.items()}
+        return slot_diagnostics(found)
 
     def parameter_groups(self) -> list[dict]:
         "Two groups, so that `encoder_lr_scale` can slow down the first: {encoder, slot attention} and the decoder"
@@ -188,8 +185,46 @@ def fixed_denoiser(denoiser: nn.Module, x_t: Tensor, t: Tensor, factors: Factors
     options = dict(encoder_hidden_states=factors.codes.to(x_t.dtype), encoder_attention_mask=token_mask(factors.weights))
     return torch.func.functional_call(denoiser, weights, (x_t, t), options).sample
 
+# %% ../../nbs/components/slot_model.ipynb #latents-export
+class LatentSpace:
+    "A method whose denoiser works in a frozen space: pixels, patches, or the latents of an autoencoder"
+
+    def build_latents(self) -> nn.Module:
+        "The space that the config names: pixels, patches, or a frozen autoencoder"
+        config = self.config
+        return build_space(config.latents_path, patch=config.patch_size, base=config.get("_name_or_path"))
+
+    @property
+    def latents(self) -> nn.Module:
+        "The space of the denoiser, built at first use"
+        if "latents" not in self.foundations():
+            self.stand_on(self.build_latents())
+        return self.foundations()["latents"]
+
+    def latents_fit(self, shape: tuple[int, int, int]) -> bool:
+        "Whether the denoiser was built for latents of this shape `(c,h,w)`"
+        unet = self.denoiser.config
+        return shape[:2] == (unet.in_channels, unet.sample_size)
+
+    def stand_on(self, space: nn.Module) -> None:
+        "Use this space (Pixels, KLLatents, VQLatents); refused where its shape is not the denoiser's"
+        shape = space.shape(self.config.image_size)
+        if not self.latents_fit(shape):
+            unet = self.denoiser.config
+            raise ValueError(
+                f"the latents of a {self.config.image_size}-pixel picture are {shape}, but the denoiser was built for "
+                f"{unet.in_channels} channels of side {unet.sample_size}: "
+                "change denoiser_config (in_channels, sample_size), latents_path or patch_size"
+            )
+        self.foundations()["latents"] = space.to(next(self.parameters()).device)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        "Shape `(c,h,w)` of x_t"
+        return self.latents.shape(self.config.image_size)
+
 # %% ../../nbs/components/slot_model.ipynb #painting-export
-class DiffusionSlotModel(SlotModel):
+class DiffusionSlotModel(LatentSpace, SlotModel):
     "A slot model whose slots are read by a denoiser"
 
     schedule = None  # scheduler config where none is given; None: LSD's published one
@@ -243,40 +278,6 @@ class DiffusionSlotModel(SlotModel):
     def sampler(self):
         "The solver that draws pictures: DPM-Solver++, starting from pure noise"
         return make_scheduler("dpm", self.scheduler, timestep_spacing="trailing")
-
-    def build_latents(self) -> nn.Module:
-        "The space that the config names: pixels, patches, or a frozen autoencoder"
-        config = self.config
-        return build_space(config.latents_path, patch=config.patch_size, base=config.get("_name_or_path"))
-
-    @property
-    def latents(self) -> nn.Module:
-        "The space of the denoiser, built at first use"
-        if "latents" not in self.foundations():
-            self.stand_on(self.build_latents())
-        return self.foundations()["latents"]
-
-    def latents_fit(self, shape: tuple[int, int, int]) -> bool:
-        "Whether the denoiser was built for latents of this shape `(c,h,w)`"
-        unet = self.denoiser.config
-        return shape[:2] == (unet.in_channels, unet.sample_size)
-
-    def stand_on(self, space: nn.Module) -> None:
-        "Use this space (Pixels, KLLatents, VQLatents); refused where its shape is not the denoiser's"
-        shape = space.shape(self.config.image_size)
-        if not self.latents_fit(shape):
-            unet = self.denoiser.config
-            raise ValueError(
-                f"the latents of a {self.config.image_size}-pixel picture are {shape}, but the denoiser was built for "
-                f"{unet.in_channels} channels of side {unet.sample_size}: "
-                "change denoiser_config (in_channels, sample_size), latents_path or patch_size"
-            )
-        self.foundations()["latents"] = space.to(next(self.parameters()).device)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(c,h,w)` of x_t"
-        return self.latents.shape(self.config.image_size)
 
     def tokens(self, factors: Factors) -> Factors:
         "The set as the denoiser reads it: slots, then registers"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['GRADIENTS', 'CHOICES', 'coordinate_grid', 'compete', 'attend', 'start_noise', 'cut_gradient', 'check_slot_config',
            'position_projection', 'two_layers', 'start_parameter', 'SlotResult', 'SlotLayers', 'SlotAttention',
-           'start_as_clusters', 'masks_from_attention', 'slot_entropy', 'slot_cosine', 'empty_slot_rate']
+           'start_as_clusters', 'masks_from_attention', 'slot_entropy', 'slot_cosine', 'empty_slot_rate',
+           'slot_diagnostics']
 
 # %% ../../nbs/components/slots.ipynb #grid-export
 def coordinate_grid(
@@ -375,3 +376,13 @@ def empty_slot_rate(attention: Tensor) -> Tensor:
     share = attention.sum(-3)
     owners = F.one_hot(share.argmax(-1), share.shape[-1])
     return 1 - owners.any(-2).float().mean(-1)
+
+
+def slot_diagnostics(found: SlotResult) -> dict[str, float]:
+    "The three means: `slot_entropy` (1 = every slot shares every pixel), `slot_cosine` (1 = all alike), `empty_slots` (share)"
+    signs = {
+        "slot_entropy": slot_entropy(found.attention),
+        "slot_cosine": slot_cosine(found.slots),
+        "empty_slots": empty_slot_rate(found.attention),
+    }
+    return {name: value.mean().item() for name, value in signs.items()}
