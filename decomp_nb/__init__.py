@@ -122,7 +122,7 @@ _moved = {
         "metrics.concepts": "coverage=class_shares mutual_information_score=normalized_mutual_info_score",
     },
     "components.slot_model": {
-        "components.slot_sets": "token_mask drop_slots keep_largest merge_duplicates mix_slots swap_slots",
+        "components.slot_sets": "mix_slots",
         "components.slot_model": "small_eyes=small_encoder",
     },
     "methods.lsd": {

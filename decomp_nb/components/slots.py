@@ -24,7 +24,7 @@ def coordinate_grid(
     height: int,  # rows
     width: int | None = None,  # columns, default: square
     *,
-    ends: bool = False,  # False: cell centres (i+½)/N (LSD); True: from 0 to 1 inclusive (Slot Attention, SlotDiffusion)
+    ends: bool = False,  # False: cell centres (i+½)/N (LSD); True: from 0 to 1 inclusive (SlotDiffusion)
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -125,7 +125,7 @@ def check_slot_config(
 
 # %% ../../nbs/components/slots.ipynb #layers-export
 def position_projection(dim: int, std: float | None = None) -> nn.Linear:
-    "Linear layer that turns the four coordinates into `dim` features; `std`: small normal start instead of torch's uniform(−½, ½)"
+    "Linear layer that turns the four coordinates into `dim` features; `std`: a small normal start"
     layer = nn.Linear(4, dim)
     if std is not None:
         nn.init.normal_(layer.weight, std=std)
@@ -358,7 +358,7 @@ def masks_from_attention(
 
 # %% ../../nbs/components/slots.ipynb #diagnostics-export
 def slot_entropy(attention: Tensor) -> Tensor:
-    "How undecided the places are, 0 (every place has one owner) to 1 (all slots share everything): `(…, heads, n, s)` → `(…)`"
+    "How undecided places are, 0 (one owner each) to 1 (all slots share all): `(…, heads, n, s)` → `(…)`"
     share = attention.sum(-3).float()
     return torch.special.entr(share).sum(-1).mean(-1) / math.log(max(share.shape[-1], 2))
 
@@ -379,7 +379,7 @@ def empty_slot_rate(attention: Tensor) -> Tensor:
 
 
 def slot_diagnostics(found: SlotResult) -> dict[str, float]:
-    "The three means: `slot_entropy` (1 = every slot shares every pixel), `slot_cosine` (1 = all alike), `empty_slots` (share)"
+    "Means of the three: `slot_entropy` (1 = all share all), `slot_cosine` (1 = all alike), `empty_slots`"
     signs = {
         "slot_entropy": slot_entropy(found.attention),
         "slot_cosine": slot_cosine(found.slots),

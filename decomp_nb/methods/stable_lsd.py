@@ -31,14 +31,14 @@ def scheduler_of(name_or_folder: str) -> dict:
 
 # %% ../../nbs/methods/stable_lsd.ipynb #stable-export
 class StableLSD(DiffusionSlotModel):
-    "LSD on a frozen text-to-image model: DINO features → slots, which take the place of the text tokens; only the slots are trained"
+    "LSD on a frozen text-to-image model: DINO features → slots in place of text tokens; only they are trained"
 
     ignore_for_config = ["denoiser_config", "scheduler_config", "latents_path", "patch_size"]  # the foundation's own
 
     @register_to_config
     def __init__(
         self,
-        foundation: str = "stabilityai/stable-diffusion-2-1",  # pipeline with `unet`, `vae`, `scheduler`: hub name or folder
+        foundation: str = "stabilityai/stable-diffusion-2-1",  # pipeline, by hub name or folder
         encoder_config: dict | None = None,  # of `build_encoder`; None: DINOv2 ViT-B/14 at 448 pixels
         slots_config: dict | None = None,  # of `SlotAttention`; None: the published COCO setting (7 slots of 768)
         image_size: int = 256,  # side of the pictures that the denoiser draws
@@ -97,5 +97,5 @@ class StableLSD(DiffusionSlotModel):
 
     def enable_gradient_checkpointing(self) -> None:
         "Recompute the frozen UNet's activations on the way back to the slots"
-        self.denoiser.train()  # diffusers checkpoints only in training mode; the UNet has neither dropout nor batch statistics
+        self.denoiser.train()  # diffusers checkpoints only in this mode; there is no dropout, no batch statistics
         self.denoiser.enable_gradient_checkpointing()
