@@ -3,7 +3,8 @@ __version__ = "0.0.1"
 # `import decomp_nb` must cost milliseconds, so a name brings in its module (and torch) only when it is first used (PEP 562).
 _homes = {
     "core": "Factors Decomposer recombine interpolate load_decomposer shipped",
-    "methods.lsd": "LSD StableLSD",
+    "methods.lsd": "LSD",
+    "methods.stable_lsd": "StableLSD",
     "methods.decomp_diffusion": "DecompDiffusion",
     "methods.disdiff": "DisDiff",
     "components.latent_diffusion": "LatentDiffusion",
@@ -131,6 +132,18 @@ _moved = {
     "metrics.probing": {"metrics.probing": "split_by_group=split_groups"},
     "metrics.concepts": {
         "metrics.concepts": "coverage=class_shares mutual_information_score=normalized_mutual_info_score",
+    },
+    "components.slot_model": {
+        "components.slot_sets": "mix_slots",
+        "components.slot_model": "small_eyes=small_encoder",
+    },
+    "methods.lsd": {
+        "methods.stable_lsd": "scheduler_of StableLSD",
+        "components.slot_sets": "background_slot largest_slot changed_region repaint",
+    },
+    "methods.slot_diffusion": {
+        "components.slot_model": "judged=fixed_denoiser",
+        "official.slots": "published_rate",
     },
     "training.trainer": {
         "training.stream": "mix=mix_seeds epoch_order micro_batch Stream seed_everything random_state set_random_state "

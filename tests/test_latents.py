@@ -20,7 +20,8 @@ from decomp_nb.components.latents import (
 from decomp_nb.components.text import tiny_pipeline
 from decomp_nb.components.text_to_image import TextToImage
 from decomp_nb.worlds.scenes import Scenes
-from decomp_nb.methods.lsd import LSD, StableLSD, lsd_preset
+from decomp_nb.methods.lsd import LSD, lsd_preset
+from decomp_nb.methods.stable_lsd import StableLSD
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.trainer import Trainer
 

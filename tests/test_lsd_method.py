@@ -7,8 +7,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from decomp_nb.components.text import quiet, tiny_pipeline
 from decomp_nb.core import Factors, load_decomposer
-from decomp_nb.components.slot_model import drop_slots
-from decomp_nb.methods.lsd import LSD, StableLSD, changed_region, lsd_preset, repaint
+from decomp_nb.components.slot_sets import changed_region, drop_slots, repaint
+from decomp_nb.methods.lsd import LSD, lsd_preset
+from decomp_nb.methods.stable_lsd import StableLSD
 
 
 @pytest.fixture
@@ -95,6 +96,12 @@ def test_repaint_keeps_what_lies_outside(tiny):
     assert changed_region(f, f, 16).sum() == 0 and changed_region(f, f.drop(1), 16, grow=0)[0].sum() == (f.segmentation(16)[0] == 1).sum()
 
 
+def test_repaint_needs_a_denoiser():
+    from decomp_nb.methods.slot_attention_ae import SlotAttentionAE, slot_attention_preset
+    model = SlotAttentionAE(**slot_attention_preset("tiny"))
+    with pytest.raises(ValueError, match="no denoiser"): repaint(model, torch.zeros(1, 3, 32, 32), Factors(torch.zeros(1, 5, 64)), torch.ones(1, 1, 32, 32))
+
+
 @pytest.mark.parametrize("options, complaint", [
     (dict(encoder_config=None), "encoder_config"),
     (dict(slots_config=dict(n_slots=0)), "n_slots=0"),
@@ -159,6 +166,14 @@ def test_stable_lsd_trains_only_its_slots(foundations, tmp_path):
     again, (x, t) = load_decomposer(tmp_path / "m").eval(), noise_and_time(model)
     f = Factors(torch.randn(2, 3, 16))
     with torch.no_grad(): torch.testing.assert_close(again.predict(x, t, f), model.eval().predict(x, t, f))
+
+
+def test_registers_and_contrast_work_on_a_frozen_denoiser(foundations):
+    model = stable(foundations, n_registers=2, contrast_weight=0.1).train()
+    out = model({"image": torch.rand(2, 3, 32, 32) * 2 - 1})
+    out["loss"].backward()
+    assert {"denoising", "swapped"} < set(out) and model.registers.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.denoiser.parameters())
 
 
 def test_stable_lsd_gradients_survive_checkpointing(foundations):

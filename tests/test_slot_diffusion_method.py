@@ -6,13 +6,14 @@ import torch
 
 from decomp_nb.components.codebooks import DVAE, VQLatents, vq_model
 from decomp_nb.components.latents import cache_features
-from decomp_nb.components.slot_model import drop_slots, keep_largest, merge_duplicates, mix_slots, swap_slots
+from decomp_nb.components.slot_sets import drop_slots, keep_largest, merge_duplicates, mix_slots, swap_slots
 from decomp_nb.core import Factors
 from decomp_nb.methods.slate import SLATE, load_dvae, slate_preset
 from decomp_nb.methods.slot_attention_ae import SlotAttentionAE, slot_attention_preset
 from decomp_nb.methods.slot_diffusion import SlotDiffusion, slot_diffusion_denoiser, slot_diffusion_preset
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.engine import parameter_groups
+from decomp_nb.training.record import check_model, model_record
 
 EYES = dict(image_size=16, encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=2, kernel=3, groups=0, activation="relu"),
             slots_config=dict(n_slots=4, slot_dim=16, hidden_dim=32, init="learned", position="ends"))
@@ -73,17 +74,67 @@ def test_one_contract_for_three_decoders(name, tmp_path):
 def test_clips_keep_a_time_axis(name):
     model, clip = METHODS[name]().eval(), PICTURES[None].expand(2, -1, -1, -1, -1)
     with torch.no_grad(): factors = model.encode(clip)
-    assert factors.codes.shape == (2, 3, 4, 16) and factors.masks.shape == (2, 3, 4, 8, 8)
+    side = 16 if name == "mixture" else 8  # masks of the decoder, and of the attention
+    assert factors.codes.shape == (2, 3, 4, 16) and factors.masks.shape == (2, 3, 4, side, side)
+    if name == "mixture":
+        with torch.no_grad(): assert model.encode(clip, masks="attention").masks.shape == (2, 3, 4, 8, 8)
 
 
 def test_training_options_change_only_what_the_decoder_reads():
     torch.manual_seed(0)
     factors = Factors(torch.randn(3, 4, 16), None, torch.rand(3, 4, 8, 8).softmax(1))
-    for options, kept in ((dict(keep_slots=2), 2), (dict(merge_above=-1.0), 1)):
-        model = mixture(**options)
-        for mode in (True, False): assert (model.train(mode).thin(factors).weights > 0).sum(1).tolist() == [kept] * 3
+    model = mixture(keep_slots=2)
+    for mode in (True, False): assert (model.train(mode).prune_slots(factors).weights > 0).sum(1).tolist() == [2] * 3
     dropping = mixture(slot_dropout=0.9)
-    assert dropping.eval().thin(factors).weights is None and (dropping.train().thin(factors).weights == 0).any()
+    assert dropping.eval().prune_slots(factors).weights is None and (dropping.train().prune_slots(factors).weights == 0).any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_equal_slots_are_one_outside_training(name):
+    "`merge_threshold` has one meaning for every method, for pictures and for clips; what came before it is still read"
+    model = METHODS[name](merge_threshold=-1.0)
+    assert (model.eval().encode(PICTURES).weights > 0).sum(1).tolist() == [1] * 3 and model.train().encode(PICTURES).weights is None
+    assert model.eval().encode(PICTURES, merge_threshold=0).weights is None
+    clip = model.encode(PICTURES[None])
+    assert (clip.weights > 0).sum(-1).tolist() == [[1] * 3] and len(set(clip.weights.argmax(-1).flatten().tolist())) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_clips_are_trained_on_and_decoded_as_their_frames(name):
+    model = METHODS[name]()
+    clip = PICTURES[None].expand(2, -1, -1, -1, -1)
+    draws = dict(noise=torch.randn(2, 3, 3, 4, 4), timesteps=torch.full((2, 3), 500)) if name == "diffusion" else {}
+    loss = model.train()({"image": clip, **draws})["loss"]
+    loss.backward()
+    assert loss.isfinite() and model.slot_attention.slot_mean.grad.abs().sum() > 0
+    with torch.no_grad():
+        factors = model.eval().encode(clip)
+        loss_of_frames = model({"image": clip[:, :1].flatten(0, 1), **{key: value[:, :1].flatten(0, 1) for key, value in draws.items()}})["loss"]
+        torch.testing.assert_close(model({"image": clip[:, :1], **{key: value[:, :1] for key, value in draws.items()}})["loss"], loss_of_frames)
+        if name != "diffusion":
+            pictures = model.decode(factors)
+            assert pictures.shape == clip.shape
+            torch.testing.assert_close(pictures[:, 1], model.decode(Factors(*(None if v is None else v[:, 1] for v in factors))))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_unknown_options_of_decode_are_refused(name):
+    with pytest.raises(TypeError, match="stpes"): METHODS[name]().decode(Factors(torch.zeros(1, 4, 16)), stpes=3)
+
+
+@pytest.mark.parametrize("old", ["merge_twins", "merge_above"])
+def test_configs_of_older_versions_load(old, tmp_path):
+    for name, make in METHODS.items():
+        make(merge_threshold=0.9).save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config[old] = config.pop("merge_threshold")
+        if name == "diffusion":
+            config = {key: value for key, value in config.items() if key not in ("n_registers", "contrast_weight")} | {"ask_codebook": True}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        assert type(make()).from_pretrained(tmp_path / name).config.merge_threshold == 0.9
+    (tmp_path / "diffusion" / "config.json").write_text(json.dumps(json.loads((tmp_path / "diffusion/config.json").read_text()) | {"ask_codebook": False}))
+    with pytest.raises(ValueError, match="SinglestepSolver"): SlotDiffusion.from_pretrained(tmp_path / "diffusion")
 
 
 def test_registers_are_read_and_are_no_factors():
@@ -107,8 +158,7 @@ def test_contrast_needs_training_and_is_subtracted():
 
 
 def test_sampling_asks_the_codebook_only_where_there_is_one():
-    asking, plain = diffusion(), diffusion(ask_codebook=False)
-    assert asking.sampler.project is not None and plain.sampler.project is None
+    assert diffusion().sampler.project is not None
     pixels = SlotDiffusion(**EYES, patch_size=4, denoiser_config=slot_diffusion_denoiser(4, slot_dim=16, channels=(8, 16), layers_per_block=1, head_dim=8, groups=4, in_channels=48))
     assert pixels.sampler.project is None and pixels.latent_shape == (48, 4, 4)
 
@@ -116,7 +166,7 @@ def test_sampling_asks_the_codebook_only_where_there_is_one():
 def test_guidance_needs_a_model_that_was_trained_for_it():
     factors = Factors(torch.zeros(1, 4, 16))
     with pytest.raises(ValueError, match="guidance"): diffusion().decode(factors, steps=1, guidance_scale=2.0)
-    assert diffusion(null_dropout=0.5).train().leave_out(Factors(torch.ones(64, 4, 16))).codes.sum((1, 2)).unique().numel() == 2
+    assert diffusion(null_dropout=0.5).train().drop_condition(Factors(torch.ones(64, 4, 16))).codes.sum((1, 2)).unique().numel() == 2
     assert diffusion(null_dropout=0.1).decode(factors, steps=2, guidance_scale=2.0).shape == (1, 3, 16, 16)
 
 
@@ -188,3 +238,14 @@ def test_presets_build_and_refuse_unknown_names(preset):
 ])
 def test_a_config_that_cannot_work_names_its_field(make, complaint):
     with pytest.raises(ValueError, match=complaint): make()
+
+
+def test_runs_of_older_versions_go_on(tmp_path):
+    "A run directory names its model: options that have come since are at their defaults, renamed ones are the same"
+    model = mixture(merge_threshold=0.9)
+    record = model_record(model)
+    old = {key: value for key, value in record.items() if key not in ("merge_threshold", "zoom")} | {"merge_above": 0.9}
+    (tmp_path / "config.json").write_text(json.dumps({"model": old}))
+    check_model(tmp_path / "config.json", model)
+    with pytest.raises(ValueError, match="merge_threshold: 0.9 in the run, 0.0 now"): check_model(tmp_path / "config.json", mixture())
+    with pytest.raises(ValueError, match="SlotAttentionAE"): check_model(tmp_path / "config.json", slate())

@@ -4,30 +4,38 @@
 
 # %% ../../nbs/components/slots.ipynb #imports
 from __future__ import annotations
-from typing import Callable, NamedTuple
+
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['INITS', 'GRADIENTS', 'coordinate_grid', 'compete', 'attend', 'start_noise', 'cut_gradient', 'position_projection',
-           'check_slot_config', 'SlotResult', 'SlotAttention', 'start_as_clusters', 'masks_from_attention',
-           'slot_entropy', 'slot_cosine', 'empty_slot_rate']
+__all__ = ['GRADIENTS', 'CHOICES', 'coordinate_grid', 'compete', 'attend', 'start_noise', 'cut_gradient', 'check_slot_config',
+           'position_projection', 'two_layers', 'start_parameter', 'SlotResult', 'SlotLayers', 'SlotAttention',
+           'start_as_clusters', 'masks_from_attention', 'slot_entropy', 'slot_cosine', 'empty_slot_rate',
+           'slot_diagnostics']
 
 # %% ../../nbs/components/slots.ipynb #grid-export
 def coordinate_grid(
     height: int,  # rows
     width: int | None = None,  # columns, default: square
     *,
-    ends: bool = False,  # False: cell centres (i+½)/N (LSD); True: from 0 to 1 inclusive (Slot Attention, SlotDiffusion)
-    device=None, dtype=None,
+    ends: bool = False,  # False: cell centres (i+½)/N (LSD); True: from 0 to 1 inclusive (SlotDiffusion)
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     "Position of every cell as (row, column, 1−row, 1−column): `(h, w, 4)` in [0,1]"
-    def axis(n):
+
+    def axis(n: int) -> Tensor:
         i = torch.arange(n, device=device, dtype=dtype or torch.get_default_dtype())
         return i / max(n - 1, 1) if ends else (i + 0.5) / n
-    row, col = torch.meshgrid(axis(height), axis(width or height), indexing="ij")
-    return torch.stack([row, col, 1 - row, 1 - col], dim=-1)
+
+    row, column = torch.meshgrid(axis(height), axis(width or height), indexing="ij")
+    return torch.stack([row, column, 1 - row, 1 - column], dim=-1)
 
 # %% ../../nbs/components/slots.ipynb #compete-export
 def compete(
@@ -37,7 +45,8 @@ def compete(
 ) -> Tensor:
     "Softmax over heads × slots for every place: `(…, heads, n, s)`, summing to one over heads and slots"
     logits = logits.float() / temperature
-    if slot_mask is not None: logits = logits.masked_fill(~slot_mask.bool()[:, None, None, :], float("-inf"))
+    if slot_mask is not None:
+        logits = logits.masked_fill(~slot_mask.bool()[:, None, None, :], float("-inf"))
     by_place = logits.transpose(-3, -2)  # (…, n, heads, s): the heads and slots of one place side by side
     return by_place.flatten(-2).softmax(-1).view_as(by_place).transpose(-3, -2)
 
@@ -59,7 +68,7 @@ def attend(
     return attention, share.transpose(-1, -2) @ v
 
 # %% ../../nbs/components/slots.ipynb #noise-export
-INITS, GRADIENTS = ("gaussian", "learned", "gaussian_per_slot"), ("full", "last", "bi_level")
+GRADIENTS = ("full", "last", "bi_level")
 
 
 def start_noise(
@@ -72,23 +81,51 @@ def start_noise(
     if noise is None:
         device = generator.device if generator is not None else mean.device  # a CPU generator serves every device
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(mean)
-    if torch.is_tensor(noise):
-        if noise.shape != shape: raise ValueError(f"slot noise has shape {tuple(noise.shape)}, expected {tuple(shape)} (batch, slots, slot_dim)")
-        return noise.to(mean)
-    if mean.shape[1] == 1 and shape[1] > 1:  # one mean for all
-        raise ValueError(f"noise={noise} would start all slots at the same point, where they stay equal for ever; "
-                         "pass a seeded generator or a noise tensor, or use init='gaussian_per_slot' or 'learned'")
-    return torch.full(shape, float(noise), device=mean.device, dtype=mean.dtype)
+    if not torch.is_tensor(noise):
+        if mean.shape[1] == 1 and shape[1] > 1:  # one mean for all
+            raise ValueError(
+                f"noise={noise} would start all slots at the same point, where they stay equal for ever; "
+                "pass a seeded generator or a noise tensor, or use init='gaussian_per_slot' or 'learned'"
+            )
+        noise = torch.full(shape, float(noise))
+    if noise.shape != shape:
+        raise ValueError(f"slot noise has shape {tuple(noise.shape)}, expected {tuple(shape)} (batch, slots, slot_dim)")
+    return noise.to(mean)
 
 
 def cut_gradient(slots: Tensor, start: Tensor, how: str) -> Tensor:
     "Slots before the last iteration, with the path of the gradient cut: the same values, another derivative"
-    if how == "full": return slots
+    if how == "full":
+        return slots
     return slots.detach() if how == "last" else slots.detach() + start - start.detach()
 
 # %% ../../nbs/components/slots.ipynb #config-export
+CHOICES = dict(
+    init=("gaussian", "learned", "gaussian_per_slot"),
+    gradient=GRADIENTS,
+    position=("centers", "ends", None),
+    position_in=("both", "values"),
+    start_as=("random", "clusters"),
+)
+
+
+def check_slot_config(
+    n_slots: int, slot_dim: int, n_heads: int, n_iterations: int, choices: dict[str, str | None]
+) -> None:
+    "Raise a ValueError that names the first setting that cannot work; `choices` are those of `CHOICES`"
+    sizes = dict(n_slots=n_slots, slot_dim=slot_dim, n_heads=n_heads, n_iterations=n_iterations)
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    if slot_dim % n_heads:
+        raise ValueError(f"slot_dim={slot_dim} cannot be split into n_heads={n_heads} equal heads")
+    for name, value in choices.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, CHOICES[name]))}")
+
+# %% ../../nbs/components/slots.ipynb #layers-export
 def position_projection(dim: int, std: float | None = None) -> nn.Linear:
-    "Linear layer that turns the four coordinates into `dim` features; `std`: small normal start instead of torch's uniform(−½, ½)"
+    "Linear layer that turns the four coordinates into `dim` features; `std`: a small normal start"
     layer = nn.Linear(4, dim)
     if std is not None:
         nn.init.normal_(layer.weight, std=std)
@@ -96,104 +133,149 @@ def position_projection(dim: int, std: float | None = None) -> nn.Linear:
     return layer
 
 
-def check_slot_config(n_slots: int, slot_dim: int, n_heads: int, n_iterations: int, init: str, gradient: str, position: str | None) -> None:
-    "Raise a ValueError that names the first setting that cannot work"
-    for name, value in dict(n_slots=n_slots, slot_dim=slot_dim, n_heads=n_heads, n_iterations=n_iterations).items():
-        if value < 1: raise ValueError(f"{name}={value}: must be at least 1")
-    if slot_dim % n_heads: raise ValueError(f"slot_dim={slot_dim} cannot be split into n_heads={n_heads} equal heads")
-    for name, value, allowed in (("init", init, INITS), ("gradient", gradient, GRADIENTS), ("position", position, ("centers", "ends", None))):
-        if value not in allowed: raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+def two_layers(dim: int, hidden: int, out: int) -> nn.Sequential:
+    "Linear → ReLU → Linear"
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+def start_parameter(init: str, n_slots: int, slot_dim: int) -> nn.Parameter:
+    "Mean or log-deviation of the start: one for all slots if `init` is \"gaussian\", else one each"
+    parameter = nn.Parameter(torch.empty(1, 1 if init == "gaussian" else n_slots, slot_dim))
+    nn.init.xavier_uniform_(parameter)  # in place: while diffusers loads weights, its init functions return None
+    return parameter
 
 # %% ../../nbs/components/slots.ipynb #result-export
 class SlotResult(NamedTuple):
-    "What `SlotAttention` returns; frames add an axis t after b"
+    "What `SlotAttention` returns; with [tracking](tracking.ipynb), an axis t stands after b"
     slots: Tensor  # `(b[,t], s, d)` raw slots: property probes read these
     out: Tensor  # `(b[,t], s, out_dim)` normed and projected slots: the decoder, the library and edits read these
     attention: Tensor  # `(b[,t], heads, n, s)` of the last iteration, softmax over heads × slots
     history: list | None = None  # with `record=True`: (slots, attention) after every iteration, frame after frame
 
 # %% ../../nbs/components/slots.ipynb #module-export
-class SlotAttention(nn.Module):
+class SlotLayers(nn.Module):
+    "What is learned: the layers of `SlotAttention`, and the distribution that its slots start from"
+
+    def __init__(
+        self,
+        in_dim: int,  # channels c of the feature map
+        n_slots: int,
+        slot_dim: int,
+        init: str,
+        position: bool,  # whether features are given the grid
+        out_dim: int | None = None,  # width of `out`; None: `out` is the raw slots
+        hidden_dim: int | None = None,  # width of the slot MLP, default `slot_dim`
+        position_std: float | None = None,  # std of the position projection's start; None: torch's default (bound ½)
+        input_mlp: bool = True,  # LayerNorm → Linear → ReLU → Linear before the attention
+        input_dim: int | None = None,  # width behind that MLP, default `in_dim`
+    ):
+        super().__init__()
+        dim = (input_dim or in_dim) if input_mlp else in_dim
+        self.position = position_projection(in_dim, position_std) if position else None
+        self.input_norm = nn.LayerNorm(in_dim) if input_mlp else nn.Identity()
+        self.input_mlp = two_layers(in_dim, dim, dim) if input_mlp else nn.Identity()
+        self.norm_inputs = nn.LayerNorm(dim)
+        self.norm_slots = nn.LayerNorm(slot_dim)
+        self.norm_mlp = nn.LayerNorm(slot_dim)
+        self.to_q = nn.Linear(slot_dim, slot_dim, bias=False)
+        self.to_k = nn.Linear(dim, slot_dim, bias=False)
+        self.to_v = nn.Linear(dim, slot_dim, bias=False)
+        self.gru = nn.GRUCell(slot_dim, slot_dim)
+        self.mlp = two_layers(slot_dim, hidden_dim or slot_dim, slot_dim)
+        self.norm_out = nn.LayerNorm(slot_dim) if out_dim else nn.Identity()
+        self.to_out = nn.Linear(slot_dim, out_dim) if out_dim else nn.Identity()
+        self.slot_mean = start_parameter(init, n_slots, slot_dim)
+        self.slot_log_sigma = None if init == "learned" else start_parameter(init, n_slots, slot_dim)
+
+# %% ../../nbs/components/slots.ipynb #attention-export
+class SlotAttention(SlotLayers):
     "Features → slots, by iterated competition (Locatello et al. 2020; LSD's multi-head form)"
+
     def __init__(
         self,
         in_dim: int,  # channels c of the feature map
         *,
         n_slots: int = 7,
         slot_dim: int = 64,  # d
-        out_dim: int | None = None,  # width of `out`; None: `out` is the raw slots
         n_heads: int = 1,
         n_iterations: int = 3,
-        hidden_dim: int | None = None,  # width of the slot MLP, default `slot_dim`
         init: str = "gaussian",  # "gaussian", "learned" or "gaussian_per_slot"
         gradient: str = "full",  # "full", "last" or "bi_level"
         epsilon: float = 1e-6,
         temperature: float = 1.0,
         position: str | None = "centers",  # grid added to the features: "centers", "ends" or None
-        position_std: float | None = None,  # std of the position projection's start; None: torch's default (bound ½)
-        input_mlp: bool = True,  # LayerNorm → Linear → ReLU → Linear before the attention
-        input_dim: int | None = None,  # width behind that MLP, default `in_dim`
-        position_in: str = "both",  # what sees the grid: keys and values ("both"), or the "values" alone
+        position_in: str = "both",  # what the grid is added to: keys and values ("both"), or the "values" alone
         start_as: str = "random",  # weights before training: "random", or "clusters", see `start_as_clusters`
+        **layers: int | float | bool | None,  # of `SlotLayers`: out_dim, hidden_dim, position_std, input_mlp, input_dim
     ):
-        super().__init__()
-        check_slot_config(n_slots, slot_dim, n_heads, n_iterations, init, gradient, position)
-        self.n_slots, self.slot_dim, self.n_heads, self.n_iterations = n_slots, slot_dim, n_heads, n_iterations
-        self.init, self.gradient, self.epsilon, self.temperature, self.ends = init, gradient, epsilon, temperature, position == "ends"
-        dim = (input_dim or in_dim) if input_mlp else in_dim
-        self.position = position_projection(in_dim, position_std) if position else None
-        self.input_norm = nn.LayerNorm(in_dim) if input_mlp else nn.Identity()
-        self.input_mlp = nn.Sequential(nn.Linear(in_dim, dim), nn.ReLU(), nn.Linear(dim, dim)) if input_mlp else nn.Identity()
-        self.norm_inputs, self.norm_slots, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(slot_dim), nn.LayerNorm(slot_dim)
-        self.to_q = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.to_k, self.to_v = nn.Linear(dim, slot_dim, bias=False), nn.Linear(dim, slot_dim, bias=False)
-        self.gru = nn.GRUCell(slot_dim, slot_dim)
-        hidden_dim = hidden_dim or slot_dim
-        self.mlp = nn.Sequential(nn.Linear(slot_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, slot_dim))
-        self.norm_out = nn.LayerNorm(slot_dim) if out_dim else nn.Identity()
-        self.to_out = nn.Linear(slot_dim, out_dim) if out_dim else nn.Identity()
-        shape = (1, 1 if init == "gaussian" else n_slots, slot_dim)
-        self.slot_mean = nn.Parameter(torch.empty(shape))
-        self.slot_log_sigma = None if init == "learned" else nn.Parameter(torch.empty(shape))
-        for start in (self.slot_mean, self.slot_log_sigma):
-            if start is not None: nn.init.xavier_uniform_(start)  # in place: while diffusers loads weights, its init functions return None
-        if position_in not in ("both", "values"): raise ValueError(f"position_in={position_in!r}: choose 'both' or 'values'")
+        choices = dict(init=init, gradient=gradient, position=position, position_in=position_in, start_as=start_as)
+        check_slot_config(n_slots, slot_dim, n_heads, n_iterations, choices)
+        super().__init__(in_dim, n_slots, slot_dim, init, position is not None, **layers)
+        self.n_slots = n_slots
+        self.slot_dim = slot_dim
+        self.n_heads = n_heads
+        self.n_iterations = n_iterations
+        self.init = init
+        self.gradient = gradient
+        self.epsilon = epsilon
+        self.temperature = temperature
+        self.ends = position == "ends"
         self.position_in = position_in
-        if start_as not in ("random", "clusters"): raise ValueError(f"start_as={start_as!r}: choose 'random' or 'clusters'")
-        if start_as == "clusters": start_as_clusters(self)
+        if start_as == "clusters":
+            start_as_clusters(self)
 
-    def start(self, batch: int, *, n_slots: int | None = None, noise: Tensor | float | None = None, generator=None) -> Tensor:
-        "Slots before the first iteration `(b, s, d)`; `noise` `(b, s, d)` replaces the random draw, `noise=0` starts at the mean"
+    def start(
+        self,
+        batch: int,
+        *,
+        n_slots: int | None = None,
+        noise: Tensor | float | None = None,  # `(b, s, d)` replaces the random draw, 0 starts at the mean
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        "Slots before the first iteration `(b, s, d)`"
         if self.init != "gaussian" and n_slots not in (None, self.n_slots):
-            raise ValueError(f"n_slots={n_slots}: slots with init={self.init!r} are learned one by one, there are {self.n_slots}; "
-                             "only init='gaussian' takes another number")
+            raise ValueError(
+                f"n_slots={n_slots}: slots with init={self.init!r} are learned one by one, there are {self.n_slots}; "
+                "only init='gaussian' takes another number"
+            )
         shape = (batch, n_slots or self.n_slots, self.slot_dim)
-        if self.init == "learned": return self.slot_mean.expand(shape)
+        if self.init == "learned":
+            return self.slot_mean.expand(shape)
         return self.slot_mean + self.slot_log_sigma.exp() * start_noise(shape, self.slot_mean, noise, generator)
 
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
         "Keys and values `(b, heads, n, d/heads)` of a feature map `(b, c, h, w)`; places run row by row"
-        b, c, h, w = features.shape
-        looks = placed = features.flatten(2).transpose(1, 2)
+        plain = placed = rearrange(features, "b c h w -> b (h w) c")
         if self.position is not None:
-            placed = looks + self.position(coordinate_grid(h, w, ends=self.ends, device=looks.device, dtype=self.position.weight.dtype)).flatten(0, 1)
-        ready = lambda x: self.norm_inputs(self.input_mlp(self.input_norm(x)))
-        placed = ready(placed)
-        looks = placed if self.position_in == "both" else ready(looks)
-        heads = lambda y: y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        return heads(self.to_k(looks)) * self.slot_dim ** -0.5, heads(self.to_v(placed))  # the full width, with several heads too
+            where = self.position.weight
+            grid = coordinate_grid(*features.shape[-2:], ends=self.ends, device=where.device, dtype=where.dtype)
+            placed = plain + self.position(grid).flatten(0, 1)
+        placed = self.prepare(placed)
+        plain = placed if self.position_in == "both" else self.prepare(plain)
+        k = self.to_k(plain) * self.slot_dim ** -0.5  # the full width, with several heads too
+        return self.split_heads(k), self.split_heads(self.to_v(placed))
+
+    def prepare(self, places: Tensor) -> Tensor:
+        "Features `(b, n, c)` through the input MLP and a norm"
+        return self.norm_inputs(self.input_mlp(self.input_norm(places)))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        "`(b, n, d)` → `(b, heads, n, d/heads)`"
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "One iteration: new slots `(b, s, d)` and the attention `(b, heads, n, s)` that made them"
-        q = self.to_q(self.norm_slots(slots)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        attention, update = attend(q, k, v, epsilon=self.epsilon, temperature=self.temperature, slot_mask=slot_mask)
+        q = self.split_heads(self.to_q(self.norm_slots(slots)))
+        attention, update = attend(
+            q, k, v, epsilon=self.epsilon, temperature=self.temperature, slot_mask=slot_mask
+        )
         update = update.transpose(1, 2).flatten(2).to(slots.dtype)  # heads side by side again
         slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + self.mlp(self.norm_mlp(slots)), attention
 
     def forward(
         self,
-        features: Tensor,  # `(b, c, h, w)`, or frames `(b, t, c, h, w)`: a frame starts from the slots of the one before
+        features: Tensor,  # `(b, c, h, w)`
         *,
         noise: Tensor | float | None = None,  # start noise `(b, s, d)`
         generator: torch.Generator | None = None,
@@ -201,52 +283,59 @@ class SlotAttention(nn.Module):
         slot_mask: Tensor | None = None,  # `(b, s)`, False where a slot does not exist
         n_slots: int | None = None,
         n_iterations: int | None = None,
-        predictor: Callable[[Tensor], Tensor] | None = None,  # slots of a frame → start of the next (SAVi)
+        origin: Tensor | None = None,  # gets the straight-through gradient of "bi_level" `(b, s, d)`; None: the start
         record: bool = False,  # keep every iteration in `history`
     ) -> SlotResult:
-        "Slots, projected slots and attention of a picture or of every frame"
-        frames = features if features.ndim == 5 else features[:, None]
-        b, t = frames.shape[:2]
-        k, v = self.read(frames.flatten(0, 1))
-        keys, values = (x.float().unflatten(0, (b, t)).unbind(1) for x in (k, v))  # float32 once, not in every iteration
-        steps, done = self.n_iterations if n_iterations is None else n_iterations, []
-        if steps < 1: raise ValueError(f"n_iterations={steps}: at least one iteration is needed")
+        "Slots, projected slots and attention of a batch of pictures; `components.tracking.track` takes clips"
+        steps = self.n_iterations if n_iterations is None else n_iterations
+        if steps < 1:
+            raise ValueError(f"n_iterations={steps}: at least one iteration is needed")
+        k, v = self.read(features)
+        k, v = k.float(), v.float()  # once, not in every iteration
+        history = [] if record else None
         with torch.autocast(features.device.type, enabled=False):  # the competition needs float32
-            start = self.start(b, n_slots=n_slots, noise=noise, generator=generator) if slots is None else slots.to(self.slot_mean.dtype)
-            slots, history = start, []
-            for i in range(t):
-                if i and predictor is not None: slots = predictor(slots)
-                for j in range(steps):
-                    if j == steps - 1: slots = cut_gradient(slots, start, self.gradient)
-                    slots, attention = self.step(slots, keys[i], values[i], slot_mask)
-                    if record: history.append((slots, attention))
-                done.append((slots, attention))
-        raw, attention = (torch.stack(x, 1) if features.ndim == 5 else x[0] for x in zip(*done))
-        return SlotResult(raw, self.to_out(self.norm_out(raw)), attention, history if record else None)
+            if slots is None:
+                slots = self.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
+            slots = slots.to(self.slot_mean.dtype)
+            origin = slots if origin is None else origin
+            for i in range(steps):
+                if i == steps - 1:
+                    slots = cut_gradient(slots, origin, self.gradient)
+                slots, attention = self.step(slots, k, v, slot_mask)
+                if record:
+                    history.append((slots, attention))
+        return SlotResult(slots, self.to_out(self.norm_out(slots)), attention, history)
 
 # %% ../../nbs/components/slots.ipynb #clusters-export
 @torch.no_grad()
 def start_as_clusters(
     slots: SlotAttention,  # changed in place
     sharpness: float = 4.0,  # factor between queries and keys
-    side_channels: int = 8,  # channels at the end that carry the position, and that the competition does not see
+    side_channels: int = 8,  # channels at the end that carry the position, and that the competition ignores
 ) -> SlotAttention:
     "Give a slot attention weights with which its first pass is soft k-means of the features"
-    d, last = slots.slot_dim, slice(-side_channels, None)
-    if slots.position is None or not isinstance(slots.input_mlp, nn.Sequential) or slots.to_k.weight.shape != (d, d) or slots.position.out_features != d:
-        raise ValueError(f"start_as='clusters' needs positions, the input MLP, and features as wide as the slots: slot_dim={d}, features {slots.to_k.in_features}")
-    for layer in (slots.input_mlp[0], slots.input_mlp[2], slots.to_v): nn.init.eye_(layer.weight)
-    for bias in (slots.input_mlp[0].bias, slots.input_mlp[2].bias, slots.gru.bias_ih, slots.gru.bias_hh): bias.zero_()
+    d = slots.slot_dim
+    place = slice(-side_channels, None)
+    fits = slots.position is not None and slots.to_k.weight.shape == (d, d) and slots.position.out_features == d
+    if not fits or isinstance(slots.input_mlp, nn.Identity):
+        raise ValueError(
+            "start_as='clusters' needs positions, the input MLP, and features as wide as the slots: "
+            f"slot_dim={d}, features {slots.to_k.in_features}"
+        )
+    for layer in (slots.input_mlp[0], slots.input_mlp[2], slots.to_v):
+        nn.init.eye_(layer.weight)
+    for bias in (slots.input_mlp[0].bias, slots.input_mlp[2].bias, slots.gru.bias_ih, slots.gru.bias_hh):
+        bias.zero_()
     nn.init.orthogonal_(slots.to_k.weight)
-    slots.to_k.weight[:, last] = 0
+    slots.to_k.weight[:, place] = 0
     slots.to_q.weight.copy_(sharpness * slots.to_k.weight)
     slots.gru.weight_ih[2 * d:] = torch.eye(d)  # the third block is the candidate
     slots.gru.weight_hh[2 * d:] *= 0.1
     slots.mlp[-1].weight *= 0.1
-    way = F.normalize(torch.randn(side_channels, 2), dim=1) / 2  # directions in the plane, centred: w · (p − ½)
+    direction = F.normalize(torch.randn(side_channels, 2), dim=1) / 2  # in the plane, centred: w · (p − ½)
     slots.position.weight.zero_()
     slots.position.bias.zero_()
-    slots.position.weight[last] = torch.cat([way, -way], 1)
+    slots.position.weight[place] = torch.cat([direction, -direction], 1)
     return slots
 
 # %% ../../nbs/components/slots.ipynb #masks-export
@@ -255,36 +344,45 @@ def masks_from_attention(
     size: int | tuple[int, int] | None = None,  # height and width of the masks; None: the feature grid itself
     *,
     grid: tuple[int, int] | None = None,  # height and width of the feature map; None: square
-    mode: str = "bilinear",
 ) -> Tensor:
-    "Soft masks `(…, s, h, w)`: heads summed, resized; they sum to one over the slots of every pixel"
-    n, s = attention.shape[-2:]
+    "Soft masks `(…, s, h, w)`: heads summed, resized bilinearly; they sum to one over the slots of every pixel"
+    n = attention.shape[-2]
     h, w = grid or (round(n ** 0.5),) * 2
-    if h * w != n: raise ValueError(f"attention over {n} places does not fill a grid of {h}×{w}: pass grid=(height, width)")
-    masks = attention.sum(-3).transpose(-1, -2).unflatten(-1, (h, w))
-    if size is None: return masks
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    flat = F.interpolate(masks.reshape(-1, s, h, w), size=size, mode=mode, **({"align_corners": False} if mode == "bilinear" else {}))
-    return flat.reshape(*masks.shape[:-2], *size)
+    if h * w != n:
+        raise ValueError(f"attention over {n} places does not fill a grid of {h}×{w}: pass grid=(height, width)")
+    masks = reduce(attention, "... heads (h w) s -> ... s h w", "sum", h=h)
+    if size is None:
+        return masks
+    resized = F.interpolate(masks.flatten(0, -4), size, mode="bilinear", align_corners=False)
+    return resized.unflatten(0, masks.shape[:-3])
 
 # %% ../../nbs/components/slots.ipynb #diagnostics-export
 def slot_entropy(attention: Tensor) -> Tensor:
-    "How undecided the places are, 0 (every place has one owner) to 1 (all slots share everything): `(…, heads, n, s)` → `(…)`"
+    "How undecided places are, 0 (one owner each) to 1 (all slots share all): `(…, heads, n, s)` → `(…)`"
     share = attention.sum(-3).float()
-    entropy = -(share * share.clamp_min(1e-12).log()).sum(-1).mean(-1)
-    return entropy / torch.tensor(float(max(share.shape[-1], 2))).log().to(entropy)
+    return torch.special.entr(share).sum(-1).mean(-1) / math.log(max(share.shape[-1], 2))
 
 
 def slot_cosine(slots: Tensor) -> Tensor:
     "Mean cosine between different slots, near 1 when they collapse into one: `(…, s, d)` → `(…)`"
     s = slots.shape[-2]
     unit = F.normalize(slots.float(), dim=-1)
-    cosine = unit @ unit.transpose(-1, -2)
-    return (cosine.sum((-2, -1)) - cosine.diagonal(dim1=-2, dim2=-1).sum(-1)) / max(s * (s - 1), 1)
+    of_all_pairs = unit.sum(-2).square().sum(-1)
+    return (of_all_pairs - unit.square().sum((-2, -1))) / max(s * (s - 1), 1)
 
 
 def empty_slot_rate(attention: Tensor) -> Tensor:
     "Share of the slots that win no place at all: `(…, heads, n, s)` → `(…)`"
     share = attention.sum(-3)
-    won = F.one_hot(share.argmax(-1), share.shape[-1]).sum(-2) > 0
-    return 1 - won.float().mean(-1)
+    owners = F.one_hot(share.argmax(-1), share.shape[-1])
+    return 1 - owners.any(-2).float().mean(-1)
+
+
+def slot_diagnostics(found: SlotResult) -> dict[str, float]:
+    "Means of the three: `slot_entropy` (1 = all share all), `slot_cosine` (1 = all alike), `empty_slots`"
+    signs = {
+        "slot_entropy": slot_entropy(found.attention),
+        "slot_cosine": slot_cosine(found.slots),
+        "empty_slots": empty_slot_rate(found.attention),
+    }
+    return {name: value.mean().item() for name, value in signs.items()}

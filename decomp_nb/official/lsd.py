@@ -372,7 +372,7 @@ def load_official_lsd(
                 f"{folder} lacks {lacks}, as runs on pretrained networks do: give foundation= "
                 "(the text-to-image pipeline) and encoder_config= to load it as Stable-LSD"
             )
-        from decomp_nb.methods.lsd import StableLSD
+        from decomp_nb.methods.stable_lsd import StableLSD
         options |= dict(foundation=str(foundation), encoder_config=encoder_config)
         model = StableLSD(slots_config=found.slots_config, **options)
     else:

@@ -5,6 +5,7 @@
 # %% ../../nbs/official/slots.ipynb #imports
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from .unets import convert_text_unet, unet_sizes
 __all__ = ['FAMILY_SLOT_KEYS', 'RESNET_KEYS', 'RESNET_PARTS', 'WRITER_KEYS', 'WRITER_PARTS', 'SCHEDULE_BUFFERS',
            'check_edge_grid', 'take_slot_attention', 'convert_resnet', 'take_encoder', 'family_slots_config',
            'family_encoder_config', 'family_unet_config', 'convert_writer', 'convert_broadcast', 'take_schedule',
-           'load_official_slots']
+           'load_official_slots', 'published_rate']
 
 # %% ../../nbs/official/slots.ipynb #slots-keys-export
 FAMILY_SLOT_KEYS = {
@@ -313,3 +314,20 @@ def _slot_attention_ae(state: dict[str, Tensor], common: dict, path: str | Path)
     channels = [value.shape[1] for value in convolutions[:-1]]
     decoder = dict(channels=channels, start=grid.shape[1], kernel=convolutions[0].shape[-1])
     return SlotAttentionAE(**common, decoder_config=decoder), _below("decoder.", weights)
+
+# %% ../../nbs/official/slots.ipynb #rate-export
+def published_rate(
+    step: int,
+    total: int,  # steps of a cycle
+    warmup: float,  # steps of the warm-up, may be a fraction
+    peak: float,
+    floor: float = 0.0,  # Slot Attention, VQ-VAE and discrete VAE: a hundredth of the peak
+) -> float:
+    "Learning rate of the official code at `step`: linear warm-up, half a cosine, and again from the beginning after `total` steps"
+    length = total
+    while step >= length:
+        step -= length
+        length = int(length - warmup) + warmup
+    if step < warmup:
+        return floor + (peak - floor) * step / warmup
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (length - warmup))) / 2

@@ -144,7 +144,7 @@ def slot_diffusion_step(
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
     batch = {"image": torch.rand(batch_size, 3, model.config.image_size, model.config.image_size) * 2 - 1}
     if latents: batch["latent_mean"], batch["latent_logvar"] = model.latents.moments(batch["image"])
-    if features: batch["features"] = model.look(batch["image"], zoom=1.0).half()
+    if features: batch["features"] = model.extract_features(batch["image"], zoom=1.0).half()
     torch.manual_seed(0)  # the same noise and times, whatever is cached
 
     def step():

@@ -95,7 +95,8 @@ def check_model(config_file: Path, model: nn.Module) -> None:
     "The run in this folder must be one of this model: same class, same config"
     if not config_file.exists():
         return
-    changed = difference(read_record(config_file).get("model", {}), model_record(model))
+    translate = getattr(model, "current_config", dict)  # of classes whose options have changed over the versions
+    changed = difference(translate(read_record(config_file).get("model", {})), model_record(model))
     if changed:
         raise ValueError(
             f"{changed}. The run directory {config_file.parent.name} holds another model: choose another out_dir, "

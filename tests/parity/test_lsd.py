@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from decomp_nb.official import lsd as convert, reading
 from decomp_nb.components import denoisers, diffusion
 from decomp_nb.components.slots import SlotAttention, coordinate_grid
+from decomp_nb.components.tracking import track
 from decomp_nb.core import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
@@ -104,7 +105,7 @@ def check_slot_attn(r: Recorded):
     noise, features = r.slot_noise("slot_attn"), r.given("slot_attn", "features")
     with torch.no_grad():
         start = slots.start(len(features), noise=noise)
-        result = slots(features[:, None], noise=noise, record=True)
+        result = track(slots, features[:, None], noise=noise, record=True)
     yield "slot_attn", "slots_init", start, SINGLE
     for i, (value, attention) in enumerate(result.history, 1):
         yield "slot_attn", f"slots_iter{i}", value[:, None], SINGLE
@@ -117,7 +118,7 @@ def check_slot_attn_variant(r: Recorded):
     config, state = convert.read_official_part(r.folder / "variant_slot_attn")
     slots = reading.load_strict(SlotAttention(config["input_size"], **convert.lsd_slots_config(config)), convert.convert_lsd_slot_attention(state, config), "variant")
     features = r.given("slot_attn_variant", "features").requires_grad_()
-    result = slots(features)
+    result = track(slots, features)
     (result.out * r.given("slot_attn_variant", "loss_weight")).sum().backward()
     grads = {"project_q": slots.to_q.weight.grad, "slot_mu": slots.slot_mean.grad, "features": features.grad}
     yield "slot_attn_variant", "attn", result.attention.detach(), SINGLE

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from decomp_nb.official import slots as convert, autoencoders, reading
 from decomp_nb.components import codebooks, diffusion, solvers
 from decomp_nb.components.encoders import ResNetEncoder, build_encoder
-from decomp_nb.components.slot_model import mix_slots
+from decomp_nb.components.slot_sets import mix_slots
 from decomp_nb.components.slots import SlotAttention, coordinate_grid
 from decomp_nb.core import Factors, sample
-from decomp_nb.methods.slot_diffusion import published_rate
+from decomp_nb.official.slots import published_rate
 from decomp_nb.metrics import generation, segmentation
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
