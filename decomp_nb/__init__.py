@@ -6,6 +6,7 @@ _homes = {
     "methods.lsd": "LSD StableLSD",
     "methods.decomp_diffusion": "DecompDiffusion",
     "methods.disdiff": "DisDiff",
+    "methods.encdiff": "EncDiff",
     "components.latent_diffusion": "LatentDiffusion",
     "methods.slot_diffusion": "SlotDiffusion",
     "methods.slate": "SLATE",
@@ -106,6 +107,12 @@ _moved = {
     },
     "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
     "methods.decomp_diffusion": {"metrics.separation": "object_shares separation recombination_accuracy"},
+    "methods.disdiff": {
+        "components.codes": "edges independent_circles code_line code_arc turned=rotate turn_cost=circular_kl Directions=CircularCodes",
+        "components.code_model": "ResidualConv FactorEncoder SplitEncoder",
+        "methods.disdiff": "Moves=DisentanglingLogits moves_of=disentangling_logits",
+        "methods.encdiff": "TokenReader=TokenDenoiser",
+    },
     "metrics.generation": {
         "components.lpips": "VGGMaps=VGGFeatures load_lpips",
         "metrics.extractors": "damage OwnExtractor train_extractor ScriptExtractor load_extractor SceneExtractor "
