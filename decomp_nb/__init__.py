@@ -110,6 +110,7 @@ _moved = {
     "methods.disdiff": {
         "components.codes": "edges independent_circles code_line code_arc turned=rotate turn_cost=circular_kl Directions=CircularCodes",
         "components.code_model": "ResidualConv FactorEncoder SplitEncoder",
+        "components.shift_decoder": "TwoConditions FactorNames ShiftDecoder field_coefficient",
         "methods.disdiff": "Moves=DisentanglingLogits moves_of=disentangling_logits",
         "methods.encdiff": "TokenReader=TokenDenoiser",
     },

@@ -13,7 +13,8 @@ from decomp_nb.components.codes import CircularCodes, circular_kl, code_arc, cod
 from decomp_nb.components.latent_diffusion import LatentDiffusion, OfficialDDIM, climb, latent_sampler, look, mark_of, paint
 from decomp_nb.components.latents import KLLatents
 from decomp_nb.core import Factors, load_decomposer
-from decomp_nb.methods.disdiff import DisDiff, FactorNames, TwoConditions, disdiff_preset, disentangling_logits
+from decomp_nb.components.shift_decoder import FactorNames, TwoConditions
+from decomp_nb.methods.disdiff import DisDiff, disdiff_preset, disentangling_logits
 from decomp_nb.methods.encdiff import EncDiff, encdiff_preset
 
 UNET = dict(sample_size=8, in_channels=3, channels=[8, 16], layers_per_block=1, attention_levels=[1], n_heads=2, groups=4)

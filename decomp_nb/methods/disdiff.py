@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -15,158 +14,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..components.code_model import CodeModel, check_choices, make_encoder
 from ..components.codebooks import build_space
 from ..components.codes import CircularCodes
-from ..components.diffusion import make_scheduler, noise_at, signal_and_noise, to_x0
-from decomp_nb.components.latent_diffusion import (
-    LATENT_SCHEDULE,
-    LatentDiffusion,
-    Look,
-    climb,
-    latent_sampler,
-    latent_unet,
-    look,
-    mark_of,
-    noise_loss,
-    paint,
-)
+from ..components.diffusion import make_scheduler, noise_at, to_x0
+from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, Look, latent_sampler, latent_unet
+from ..components.latent_diffusion import climb, look, mark_of, noise_loss, paint
+from ..components.shift_decoder import ShiftDecoder, field_coefficient
 from ..components.slot_model import changed
-from ..components.vectors import build_with
 from ..core import Decomposer, Factors
 
 # %% auto #0
-__all__ = ['DATA_SETS', 'OFFICIAL', 'SMALL', 'PRESETS', 'TwoConditions', 'FactorNames', 'ShiftDecoder', 'up_many',
-           'field_coefficient', 'DisentanglingLogits', 'disentangling_logits', 'choice_losses', 'read_set', 'find_base',
-           'check_base', 'latent_unet_config', 'FrozenBase', 'DisDiffOptions', 'FieldModel', 'FieldJudge',
-           'FieldTrainer', 'FieldReport', 'DisDiff', 'disdiff_preset']
-
-# %% ../../nbs/methods/disdiff.ipynb #projection-export
-class TwoConditions(nn.Module):
-    "Scale and shift of a residual block, first by the time, then by the code: reads [time | code]"
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.time = nn.Linear(dim, out_dim)
-        self.code = nn.Linear(dim, out_dim)
-
-    def forward(self, both: Tensor) -> Tensor:
-        "`(b, 2·dim)` → `(b, out_dim)`: the one scale and shift that equal the two in turn"
-        time, code = both.chunk(2, -1)
-        scale, shift = self.time(time).chunk(2, -1)
-        scale2, shift2 = self.code(code).chunk(2, -1)
-        return torch.cat([scale + scale2 + scale * scale2, shift * (1 + scale2) + shift2], -1)
-
-# %% ../../nbs/methods/disdiff.ipynb #names-export
-class FactorNames(nn.Module):
-    "Which field is meant: N vectors, rows of a learned rotation, or free ones"
-
-    def __init__(
-        self,
-        n_factors: int,
-        dim: int,  # of the vectors that come out
-        kind: str = "orthogonal",  # "orthogonal", or "free"
-        free_dim: int = 32,  # width of the free vectors
-    ):
-        super().__init__()
-        if kind not in ("orthogonal", "free"):
-            raise ValueError(f"names={kind!r}: choose 'orthogonal' or 'free'")
-        half = dim // 2
-        if kind == "orthogonal" and n_factors > half:
-            raise ValueError(
-                f"n_factors={n_factors}: only {half} directions are orthogonal here; names='free' has no such limit"
-            )
-        self.kind = kind
-        self.n_factors = n_factors
-        self.table = nn.Parameter(torch.randn(*((half, half) if kind == "orthogonal" else (n_factors, free_dim))))
-        self.project = nn.Linear(self.table.shape[1], dim)
-
-    def basis(self) -> Tensor:
-        "The vectors before projection `(N,·)`: rows of exp(Wᵀ − W), or of a table"
-        if self.kind == "free":
-            return self.table
-        return torch.matrix_exp((self.table.T - self.table).float())[:self.n_factors].to(self.table.dtype)
-
-    def forward(self) -> Tensor:
-        "`(N, dim)`"
-        return self.project(self.basis())
-
-# %% ../../nbs/methods/disdiff.ipynb #fields-export
-class ShiftDecoder(nn.Module):
-    "A second way up through a frozen UNet's features: (features, a code, which factor) → a gradient field of the shape of the noise"
-
-    def __init__(
-        self,
-        unet_config: dict,  # of `latent_unet`: the frozen one's
-        n_factors: int,
-        factor_dim: int,
-        names: str = "orthogonal",  # see `FactorNames`
-    ):
-        super().__init__()
-        unet = build_with(latent_unet, "denoiser_config", **unet_config)
-        self.mid_block = unet.mid_block
-        self.up_blocks = unet.up_blocks
-        self.conv_norm_out = unet.conv_norm_out
-        self.conv_out = unet.conv_out
-        dim = unet.time_embedding.linear_2.out_features
-        for block in self.modules():
-            if hasattr(block, "time_emb_proj"):
-                block.time_emb_proj = TwoConditions(dim, block.time_emb_proj.out_features)
-        self.read = nn.Linear(factor_dim, dim)
-        self.names = FactorNames(n_factors, dim, names, factor_dim)
-
-    def forward(
-        self,
-        seen: Look,  # features of the frozen UNet, for b pictures
-        codes: Tensor,  # `(b,m,d)`
-        which: Tensor,  # `(m,)`: the factor that each code is of
-        chunk: int = 0,  # codes per pass; 0: all at once
-    ) -> Tensor:  # `(b,m,c,h,w)`
-        "m fields for each picture"
-        b, m = codes.shape[:2]
-        if not m:
-            return seen.bottom.new_zeros(b, 0, self.conv_out.out_channels, *seen.skips[0].shape[-2:])
-        time = seen.time[:, None] + self.names()[which.to(codes.device)]
-        conditions = torch.cat([time, self.read(codes)], -1)
-        return torch.cat([up_many(self, seen, part) for part in conditions.split(chunk or m, 1)], 1)
-
-    @torch.no_grad()
-    def init_from(self, unet: nn.Module) -> None:
-        "Take over the weights of the frozen UNet's own way up, all but the last layer: useful features from the first step on"
-        for name in ("mid_block", "up_blocks", "conv_norm_out"):
-            state = getattr(unet, name).state_dict()
-            theirs = {k.replace(".time_emb_proj.", ".time_emb_proj.time."): v for k, v in state.items()}
-            getattr(self, name).load_state_dict(theirs, strict=False)  # the code's projections stay as they are
-
-
-def up_many(decoder: nn.Module, seen: Look, conditions: Tensor) -> Tensor:
-    "The way up from the same features with m conditions `(b,m,e)` each: `(b,m,c,h,w)`"
-    m = conditions.shape[1]
-    features = seen.bottom, seen.time, *seen.skips
-    bottom, time, *skips = (v.repeat_interleave(m, 0) for v in features)
-    many = Look(bottom, tuple(skips), time)
-    fields = climb(decoder, many, rearrange(conditions, "b m e -> (b m) e"))
-    return rearrange(fields, "(b m) c h w -> b m c h w", m=m)
-
-# %% ../../nbs/methods/disdiff.ipynb #coefficient-export
-def field_coefficient(scheduler: Any, t: Tensor, like: Tensor, kind: str = "ddim") -> Tensor:
-    """Factor by which a field is multiplied before it is added to the noise, shaped to multiply `like` `(b,…)`.
-
-    −√(1−ᾱ_t) ("ddim"), or −√(1−β_t)·(1−ᾱ_{t−1})/√(1−ᾱ_t) ("pdae", of the training loss)."""
-    t = torch.as_tensor(t, device=like.device)
-    if kind == "ddim":
-        return -signal_and_noise(scheduler, t, like)[1]
-    if kind != "pdae":
-        raise ValueError(f"coefficient={kind!r}: choose 'pdae' or 'ddim'")
-    betas = scheduler.betas.double()
-    abar = (1 - betas).cumprod(0)
-    before = F.pad(abar[:-1], (1, 0), value=1.0)
-    table = -(1 - betas).sqrt() * (1 - before) / (1 - abar).sqrt()
-    return table.to(like.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+__all__ = ['DATA_SETS', 'OFFICIAL', 'SMALL', 'PRESETS', 'DisentanglingLogits', 'disentangling_logits', 'choice_losses',
+           'read_set', 'find_base', 'check_base', 'check_unet', 'latent_unet_config', 'FrozenBase', 'DisDiffOptions',
+           'FieldModel', 'FieldJudge', 'FieldTrainer', 'FieldReport', 'DisDiff', 'disdiff_preset']
 
 # %% ../../nbs/methods/disdiff.ipynb #moves-export
 class DisentanglingLogits(NamedTuple):
@@ -212,43 +77,43 @@ def find_base(path: str | Path | None, near: str | Path | None = None) -> Path:
         raise ValueError(
             "base_path: DisDiff stands on a trained LatentDiffusion; give its run directory (train_latent_diffusion makes one)"
         )
-    roots = Path(near or ".") / path, Path(path)
-    for place in (roots[0] / "model", roots[0], roots[1] / "model", roots[1]):
-        config = place / "config.json"
-        name = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
-        if name == "LatentDiffusion":
-            return place
-        if name:
-            raise ValueError(f"base_path={str(path)!r} holds a {name}; DisDiff stands on a LatentDiffusion")
-    raise FileNotFoundError(f"base_path={str(path)!r}: no LatentDiffusion there; train_latent_diffusion makes one")
+    roots = Path(near or ".", path), Path(path)
+    places = [place for root in roots for place in (root / "model", root) if (place / "config.json").is_file()]
+    if not places:
+        raise FileNotFoundError(f"base_path={str(path)!r}: no LatentDiffusion there; train_latent_diffusion makes one")
+    return places[0]
 
 # %% ../../nbs/methods/disdiff.ipynb #check-base-export
 def check_base(model: DisDiff, base: LatentDiffusion) -> None:
     "One error that names what does not fit"
-    ours, theirs = (latent_unet_config(m.config.denoiser_config) for m in (model, base))
-    size = base.config.image_size
-    if size != model.config.image_size:
-        raise ValueError(f"image_size={model.config.image_size}, but the base was trained on pictures of {size} pixels")
-    wrong = [f"{k} is {v} there and {ours[k]} here" for k, v in theirs.items() if v != ours[k]]
-    if wrong:
-        raise ValueError(f"denoiser_config: the base's UNet is another one ({'; '.join(wrong)})")
+    ours, theirs = model.config, base.config
+    if theirs.image_size != ours.image_size:
+        raise ValueError(f"image_size={ours.image_size}, but the base was trained on pictures of {theirs.image_size} pixels")
+    check_unet(latent_unet_config(ours.denoiser_config), latent_unet_config(theirs.denoiser_config))
     if not torch.equal(base.scheduler.betas, model.scheduler.betas):
         raise ValueError("scheduler_config: the base was trained with another noise schedule")
     kind = base.scheduler.config.prediction_type
     if kind != "epsilon":
         raise ValueError(f"the base predicts {kind!r}; fields are added to a predicted noise ('epsilon')")
-    mark = mark_of(base)
-    if model.config.base_mark not in ("", mark):
-        trained = model.config.base_mark
+    mark, trained = mark_of(base), ours.base_mark
+    if trained not in ("", mark):
         raise ValueError(f"this base ({mark}) is not the one that the fields were trained on ({trained})")
     base.latents  # noqa: B018 - refuses an autoencoder that does not fit
 
 
+def check_unet(ours: dict, theirs: dict) -> None:
+    "ValueError where two configs of `latent_unet` differ"
+    wrong = [f"{k} is {v} there and {ours[k]} here" for k, v in theirs.items() if v != ours[k]]
+    if wrong:
+        raise ValueError(f"denoiser_config: the base's UNet is another one ({'; '.join(wrong)})")
+
+
 def latent_unet_config(config: dict | None) -> dict:
     "Arguments of `latent_unet` with the defaults filled in"
-    parameters = inspect.signature(latent_unet).parameters
-    full = {name: p.default for name, p in parameters.items()} | dict(config or {})
-    return {name: list(v) if isinstance(v, tuple | list) else v for name, v in full.items()}
+    full = inspect.signature(latent_unet)
+    call = full.bind(**(config or {}))
+    call.apply_defaults()
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in call.arguments.items()}
 
 # %% ../../nbs/methods/disdiff.ipynb #base-export
 class FrozenBase(CodeModel):

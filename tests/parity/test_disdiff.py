@@ -26,8 +26,9 @@ from decomp_nb.components.codebooks import codebook_loss, nearest_codes, quantis
 from decomp_nb.components.diffusion import noise_at, to_x0
 from decomp_nb.components.latent_diffusion import bound_weights, climb, latent_sampler, look, noise_loss, paint, posterior
 from decomp_nb.components.latents import draw
+from decomp_nb.components.shift_decoder import field_coefficient
 from decomp_nb.core import Factors, sample
-from decomp_nb.methods.disdiff import choice_losses, disentangling_logits, field_coefficient
+from decomp_nb.methods.disdiff import choice_losses, disentangling_logits
 
 VALUE, GRADIENT = 2e-4, 1e-3  # of the largest number of an array, as the README of the data says
 INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_factor", "ddim.eta1_noise"}
