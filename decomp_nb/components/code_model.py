@@ -21,7 +21,7 @@ from .vectors import build_with, normalisation
 
 # %% auto #0
 __all__ = ['ResidualConv', 'encoder_layers', 'FactorEncoder', 'init_low_variance', 'init_from_ica', 'SplitEncoder',
-           'check_choices', 'make_encoder', 'CodeReader', 'CodeEncoder', 'CodeTrainer', 'CodeModel']
+           'check_choices', 'make_encoder', 'check_codes', 'CodeReader', 'CodeEncoder', 'CodeTrainer', 'CodeModel']
 
 # %% ../../nbs/components/code_model.ipynb #encoder-export
 class ResidualConv(nn.Module):
@@ -37,7 +37,9 @@ class ResidualConv(nn.Module):
         return x + self.convs(x)
 
 
-def encoder_layers(size: int, in_channels: int, out_dim: int, width: int, norm: str, skip_relu: bool) -> nn.Sequential:
+def encoder_layers(
+    size: int, in_channels: int, out_dim: int, width: int, norm: str, skip_relu: bool
+) -> nn.Sequential:
     "Convolutions that halve a map of side 4 · 2ⁿ down to 4 × 4, two residual blocks, one linear layer"
     halvings = (size // 4).bit_length() - 1
     if size != 4 * 2**halvings:
@@ -89,7 +91,7 @@ class FactorEncoder(nn.Module):
 # %% ../../nbs/components/code_model.ipynb #encoder-init-export
 @torch.no_grad()
 def init_low_variance(encoder: FactorEncoder) -> None:
-    "Start for an encoder whose second half are log-variances: means about one wide, standard deviations of e⁻¹·⁵ = 0.22"
+    "Start for outputs of which the second half are log-variances: standard deviations of e⁻¹·⁵ = 0.22"
     means, logvars = encoder.layers[-1].weight.chunk(2)
     means *= 3
     logvars *= 0.3
@@ -98,9 +100,9 @@ def init_low_variance(encoder: FactorEncoder) -> None:
 
 @torch.no_grad()
 def init_from_ica(encoder: FactorEncoder, x: Tensor) -> int:
-    "Let the first codes begin as the `independent_circles` of pictures `(n,c,h,w)`; how many circles were found"
+    "Let the first codes begin as the `independent_circles` of pictures `(n,c,h,w)`; how many were found"
     if encoder.glance is None:
-        raise ValueError("this encoder reads nothing linearly: build it with encoder_config={'linear_skip': 8}")
+        raise ValueError("this encoder has no linear skip: build it with encoder_config={'linear_skip': 8}")
     last = encoder.layers[-1]
     weights, offsets = independent_circles(encoder.shrink(x), last.out_features // 2)
     found = len(weights)
@@ -114,7 +116,7 @@ def init_from_ica(encoder: FactorEncoder, x: Tensor) -> int:
 
 # %% ../../nbs/components/code_model.ipynb #split-export
 class SplitEncoder(nn.Module):
-    "Two `FactorEncoder`s: one reads pictures and gives the first codes, the other reads `edges` and gives the last ones"
+    "Two `FactorEncoder`s: one reads pictures for the first codes, the other `edges` for the last ones"
 
     def __init__(
         self,
@@ -146,11 +148,27 @@ def check_choices(config: Any, **known: tuple[str, ...]) -> None:
 
 
 def make_encoder(
-    config: Any,  # `n_factors`, `factor_dim`, `n_structure`, `circular`, `reads`, `image_size`, `encoder_config`
+    config: Any,  # of the model
     latent_shape: tuple[int, int, int],
     halves: int = 1,  # 2: means and log-variances
 ) -> nn.Module:
     "The encoder that the options of a model ask for"
+    n, d, structure = check_codes(config)
+    options = {"size": config.image_size, **(config.encoder_config or {})}
+    if config.reads == "latents":
+        options |= {"in_channels": latent_shape[0], "size": latent_shape[1]}
+    if not structure:
+        encoder = build_with(FactorEncoder, "encoder_config", out_dim=n * d * halves, **options)
+    else:
+        encoder = SplitEncoder(dims=((n - structure) * d, structure * d), halves=halves, **options)
+    for part in encoder.modules():
+        if halves == 2 and isinstance(part, FactorEncoder):
+            init_low_variance(part)
+    return encoder
+
+
+def check_codes(config: Any) -> tuple[int, int, int]:
+    "`n_factors`, `factor_dim` and `n_structure`; ValueError where they do not go together"
     n, d, structure = config.n_factors, config.factor_dim, config.n_structure
     if n < 2:
         raise ValueError(f"n_factors={n}: to tell factors apart there must be two")
@@ -160,21 +178,11 @@ def make_encoder(
         raise ValueError(f"n_structure={structure}: of {n} factors some have to see the picture itself")
     if structure and config.reads != "images":
         raise ValueError("n_structure: latents have no edges; use reads='images'")
-    options = {"size": config.image_size, **(config.encoder_config or {})}
-    if config.reads == "latents":
-        options |= {"in_channels": latent_shape[0], "size": latent_shape[1]}
-    if not structure:
-        encoder = build_with(FactorEncoder, "encoder_config", out_dim=n * d * halves, **options)
-    else:
-        encoder = SplitEncoder(dims=((n - structure) * d, structure * d), halves=halves, **options)
-    for part in (encoder.colour, encoder.form) if structure else (encoder,):
-        if halves == 2:
-            init_low_variance(part)
-    return encoder
+    return n, d, structure
 
 # %% ../../nbs/components/code_model.ipynb #codes-export
 class CodeReader(Decomposer):
-    "A method whose factors are N codes in a fixed order, read off a picture by `encoder` and, if they are circular, `compass`"
+    "N codes in a fixed order, computed by `encoder` and, if they are circular, `compass`"
     renamed = {"directions": "circular"}  # options of earlier versions
     unused: tuple[str, ...] = ()  # options of earlier versions that had no effect on this class
     fixed: dict[str, Any] = {}  # options of earlier versions that are gone, and the value that is left
@@ -223,8 +231,6 @@ class CodeEncoder(CodeReader):
         self,
         images: Tensor,  # `(b,3,h,w)`
         *,
-        noise: Tensor | None = None,  # this and the next one are not used: nothing random happens
-        generator: torch.Generator | None = None,
         z: Tensor | None = None,  # the latents, where they are known already
     ) -> Factors:
         "N codes `(b,N,d)`, an ordered list; those of inactive factors are 0"
@@ -238,7 +244,7 @@ class CodeEncoder(CodeReader):
         return self.latents.encode(images, images.new_zeros(())) if z is None else z
 
     def add_noise(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        "x_0, noise, t and x_t of a training batch; `noise`, `timesteps` and `latent_noise` replace random draws"
+        "x_0, noise, t, x_t of a batch; `noise`, `timesteps` and `latent_noise` replace random draws"
         x0 = self.latents.from_batch(batch)
         noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
         t = batch.get("timesteps")
@@ -252,10 +258,9 @@ class CodeTrainer(CodeEncoder):
     "Where an encoder begins, and whether it is trained"
 
     def init_from_ica(self, images: Tensor) -> int:
-        """Let the first codes begin as the `independent_circles` of pictures `(n,3,h,w)` (thousands, from all of the data).
+        """Let the first codes begin as the `independent_circles` of thousands of pictures `(n,3,h,w)`; how many were found.
 
-        Factors that read pictures and are left over begin inactive. Needs `circular` and `encoder_config={'linear_skip': 8}`.
-        Returns how many circles were found."""
+        Factors that read pictures and are left over begin inactive. Needs `circular` and a `linear_skip`."""
         if self.compass is None:
             raise ValueError("init_from_ica: only circular codes have circles; set circular=True")
         seen = torch.cat([self.encoder_input(part.to(self.device)) for part in images.split(100)])
@@ -306,15 +311,16 @@ class CodeModel(CodeTrainer):
         keep[torch.as_tensor(index)] = 1
         return factors * keep
 
-    def shared_noise(self, shape: Sequence[int], noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        "`noise`, or new noise for so many pictures"
-        return torch.randn(*shape, *self.latent_shape, generator=generator) if noise is None else noise
+    def noise_of(self, shape: Sequence[int], options: dict) -> Tensor:
+        "The `noise` of options of `decode`, or new noise for so many pictures"
+        noise = options.pop("noise", None)
+        return torch.randn(*shape, *self.latent_shape, generator=options.get("generator")) if noise is None else noise
 
     @torch.no_grad()
     def decompose(self, factors: Factors, **options: Any) -> Tensor:
         "Every factor alone, `(b,N,3,h,w)`, from the same noise; options as `decode`"
         shape = factors.codes.shape[:-2]
-        noise = self.shared_noise(shape, options.pop("noise", None), options.get("generator"))
+        noise = self.noise_of(shape, options)
         alone = [self.decode(self.only(factors, i), noise=noise, **options) for i in range(factors.n_factors)]
         return torch.stack(alone, len(shape))
 
@@ -337,8 +343,8 @@ class CodeModel(CodeTrainer):
 
     @torch.no_grad()
     def traverse(self, factors: Factors, index: int, stops: Tensor, **options: Any) -> Tensor:
-        "One factor of one picture takes the codes `stops` `(n,d)` in turn, everything else, the noise too, is kept: `(n,3,h,w)`"
-        noise = self.shared_noise((1,), options.pop("noise", None), options.get("generator"))
+        "One factor of one picture takes the codes `stops` `(n,d)` in turn, all else is kept: `(n,3,h,w)`"
+        noise = self.noise_of((1,), options)
         path = factors.rows(0).repeat(len(stops))
         path.codes[:, index] = stops.to(path.codes)
         return self.decode(path, noise=noise[:1].expand(len(stops), -1, -1, -1), **options)
@@ -347,4 +353,5 @@ class CodeModel(CodeTrainer):
         "Of circular codes: the share of `inactive_factors`, and the information `kl` in all of them, in nats"
         if self.compass is None:
             return {}
-        return {"inactive_factors": self.compass.inactive.float().mean().item(), "kl": self.compass.kl.sum().item()}
+        inactive = self.compass.inactive.float().mean().item()
+        return {"inactive_factors": inactive, "kl": self.compass.kl.sum().item()}

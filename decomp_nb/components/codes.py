@@ -38,13 +38,13 @@ def rotate(vectors: Tensor, angles: Tensor) -> Tensor:
 
 
 def circular_kl(sigma: Tensor) -> Tensor:
-    "KL divergence, in nats, of a wrapped normal of this width (radians) from the uniform distribution on the circle"
+    "KL divergence, in nats, of a wrapped normal of width σ (radians) from the uniform one on the circle"
     narrow = 0.5 * math.log(2 * math.pi) - 0.5 - sigma.clamp_min(1e-6).log()
     return torch.where(sigma < 1.2, narrow, (-sigma.square()).exp())
 
 # %% ../../nbs/components/codes.ipynb #circular-export
 class CircularCodes(nn.Module):
-    "Pairs of numbers become points on a circle of radius √2 (each number has variance 1), with one learned noise width per factor"
+    "Pairs of numbers become points on a circle of radius √2, with one learned noise width per factor"
     SPEED = 5.0  # widths are one number a factor, and learn this much faster than weights
     MAX_SIGMA = 1.1  # of an inactive factor: little enough noise for it to become active again
 
@@ -92,7 +92,7 @@ def independent_circles(
     n_pairs: int,  # how many to look for, among 2 · n_pairs principal components
     least: float = 0.05,  # how strongly, negatively, the squares of a pair must be correlated
 ) -> tuple[Tensor, Tensor]:  # weights `(2m,D)` and offsets `(2m,)` of m ≤ n_pairs pairs, the clearest first
-    "Pairs of linear projections, of variance 1, that move in circles (independent subspaces, Hyvärinen and Hoyer 2000)"
+    "Pairs of linear projections, of variance 1, that move in circles (Hyvärinen and Hoyer 2000)"
     from sklearn.decomposition import PCA, FastICA
 
     if len(x) <= 20 * n_pairs:

@@ -51,11 +51,13 @@ class FactorNames(nn.Module):
         half = dim // 2
         if kind == "orthogonal" and n_factors > half:
             raise ValueError(
-                f"n_factors={n_factors}: only {half} directions are orthogonal here; names='free' has no such limit"
+                f"n_factors={n_factors}: only {half} directions are orthogonal here; "
+                "names='free' has no such limit"
             )
         self.kind = kind
         self.n_factors = n_factors
-        self.table = nn.Parameter(torch.randn((half, half) if kind == "orthogonal" else (n_factors, free_dim)))
+        shape = (half, half) if kind == "orthogonal" else (n_factors, free_dim)
+        self.table = nn.Parameter(torch.randn(shape))
         self.project = nn.Linear(self.table.shape[1], dim)
 
     def basis(self) -> Tensor:
@@ -73,7 +75,7 @@ WAY_UP = ("mid_block", "up_blocks", "conv_norm_out", "conv_out")
 
 
 class ShiftDecoder(nn.Module):
-    "A second way up through a frozen UNet's features: (features, a code, which factor) → a gradient field of the shape of the noise"
+    "A second way up through a frozen UNet: (its features, a code, which factor) → a field like the noise"
 
     def __init__(
         self,
@@ -110,11 +112,12 @@ class ShiftDecoder(nn.Module):
 
     @torch.no_grad()
     def init_from(self, unet: nn.Module) -> None:
-        "Take over the weights of the frozen UNet's own way up, all but the last layer: useful features from the first step on"
+        "Take over the weights of the frozen UNet's own way up, all but the last layer"
         for name in WAY_UP[:-1]:
             state = getattr(unet, name).state_dict()
             theirs = {k.replace(".time_emb_proj.", ".time_emb_proj.time."): v for k, v in state.items()}
-            getattr(self, name).load_state_dict(theirs, strict=False)  # the code's projections stay as they are
+            # the code's projections stay as they are
+            getattr(self, name).load_state_dict(theirs, strict=False)
 
 
 def up_many(decoder: nn.Module, seen: Look, conditions: Tensor) -> Tensor:
@@ -128,9 +131,9 @@ def up_many(decoder: nn.Module, seen: Look, conditions: Tensor) -> Tensor:
 
 # %% ../../nbs/components/shift_decoder.ipynb #coefficient-export
 def field_coefficient(scheduler: Any, t: Tensor, like: Tensor, kind: str = "ddim") -> Tensor:
-    """Factor by which a field is multiplied before it is added to the noise, shaped to multiply `like` `(b,…)`.
+    """What a field is multiplied by before it is added to the noise, shaped to multiply `like` `(b,…)`.
 
-    −√(1−ᾱ_t) ("ddim"), or −√(1−β_t)·(1−ᾱ_{t−1})/√(1−ᾱ_t) ("pdae", of the training loss)."""
+    "ddim": −√(1−ᾱ_t); "pdae", of the training loss: −√(1−β_t)·(1−ᾱ_{t−1})/√(1−ᾱ_t)."""
     t = torch.as_tensor(t, device=like.device)
     check_choices({"coefficient": kind}, coefficient=("ddim", "pdae"))
     if kind == "ddim":

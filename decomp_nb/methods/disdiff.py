@@ -21,17 +21,17 @@ from torch.func import functional_call
 from ..components.code_model import CodeModel, check_choices, make_encoder
 from ..components.codebooks import build_space
 from ..components.codes import CircularCodes
-from ..components.diffusion import make_scheduler, noise_at, to_x0
-from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, Look, latent_sampler, latent_unet
-from ..components.latent_diffusion import climb, look, mark_of, noise_loss, paint
+from ..components.diffusion import make_scheduler, to_x0
+from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, latent_sampler, latent_unet
+from ..components.latent_diffusion import Look, climb, look, mark_of, noise_loss, paint
 from ..components.shift_decoder import ShiftDecoder, field_coefficient
 from ..components.slot_model import changed
 from ..core import Decomposer, Factors
 
 # %% auto #0
 __all__ = ['DATA_SETS', 'OFFICIAL', 'SMALL', 'PRESETS', 'DisentanglingLogits', 'disentangling_logits', 'choice_losses',
-           'read_set', 'find_base', 'check_base', 'check_unet', 'latent_unet_config', 'FrozenBase', 'DisDiffOptions',
-           'FieldModel', 'FieldJudge', 'FieldTrainer', 'FieldReport', 'DisDiff', 'disdiff_preset']
+           'hit_rates', 'read_set', 'find_base', 'check_base', 'check_unet', 'latent_unet_config', 'FrozenBase',
+           'DisDiffOptions', 'FieldModel', 'FieldJudge', 'FieldTrainer', 'FieldReport', 'DisDiff', 'disdiff_preset']
 
 # %% ../../nbs/methods/disdiff.ipynb #moves-export
 class DisentanglingLogits(NamedTuple):
@@ -55,9 +55,15 @@ def choice_losses(logits: DisentanglingLogits, chosen: Tensor) -> tuple[Tensor, 
     "Variant and invariant loss `(b,)`: cross-entropy of the softmax over slots with the `chosen` one `(b,)`"
     return tuple(F.cross_entropy(slots, chosen, reduction="none") for slots in logits)
 
+
+def hit_rates(logits: DisentanglingLogits, chosen: Tensor) -> dict[str, Tensor]:
+    "How often the chosen slot has the largest logit (chance: 1/N)"
+    right = {name: slots.argmax(1) == chosen for name, slots in logits._asdict().items()}
+    return {f"{name}_hits": found.float().mean() for name, found in right.items()}
+
 # %% ../../nbs/methods/disdiff.ipynb #helpers-export
 def read_set(factors: Factors, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    "Which factor each code is of `(m,)`, the codes `(b,m,d)` and weights `(b,m)` that count: those with weight 0 everywhere do not"
+    "Factors `(m,)`, codes `(b,m,d)` and weights `(b,m)` of those whose weight is not 0 in all pictures"
     k = factors.n_factors
     if k % n:
         raise ValueError(
@@ -72,23 +78,25 @@ def read_set(factors: Factors, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def find_base(path: str | Path | None, near: str | Path | None = None) -> Path:
-    "Folder of a `LatentDiffusion`, for a run directory or a folder; relative paths are looked for beside `near` first"
+    "Folder of a model, for a run directory or a folder; relative paths are looked for beside `near` first"
     if not path:
         raise ValueError(
-            "base_path: DisDiff stands on a trained LatentDiffusion; give its run directory (train_latent_diffusion makes one)"
+            "base_path: DisDiff stands on a trained LatentDiffusion; give its run directory "
+            "(train_latent_diffusion makes one)"
         )
     roots = Path(near or ".", path), Path(path)
-    places = [place for root in roots for place in (root / "model", root) if (place / "config.json").is_file()]
-    if not places:
-        raise FileNotFoundError(f"base_path={str(path)!r}: no LatentDiffusion there; train_latent_diffusion makes one")
-    return places[0]
+    for place in (roots[0] / "model", roots[0], roots[1] / "model", roots[1]):
+        if (place / "config.json").is_file():
+            return place
+    raise FileNotFoundError(f"base_path={str(path)!r}: no LatentDiffusion there; train_latent_diffusion makes one")
 
 # %% ../../nbs/methods/disdiff.ipynb #check-base-export
 def check_base(model: DisDiff, base: LatentDiffusion) -> None:
     "One error that names what does not fit"
     ours, theirs = model.config, base.config
     if theirs.image_size != ours.image_size:
-        raise ValueError(f"image_size={ours.image_size}, but the base was trained on pictures of {theirs.image_size} pixels")
+        size = theirs.image_size
+        raise ValueError(f"image_size={ours.image_size}, but the base was trained on pictures of {size} pixels")
     check_unet(latent_unet_config(ours.denoiser_config), latent_unet_config(theirs.denoiser_config))
     if not torch.equal(base.scheduler.betas, model.scheduler.betas):
         raise ValueError("scheduler_config: the base was trained with another noise schedule")
@@ -166,7 +174,7 @@ class DisDiffOptions(FrozenBase):
 
     @classmethod
     def from_config(cls, config: dict, **options: Any) -> Decomposer:
-        "As of any `Decomposer`; a config with tokens, of a version before EncDiff was a class of its own, gives an `EncDiff`"
+        "As of any `Decomposer`; a config with tokens, of an earlier version, gives an `EncDiff`"
         if dict(config).get("conditioning") == "tokens":
             return import_module("decomp_nb").EncDiff.from_config(config, **options)
         return super().from_config(config, **options)
@@ -184,7 +192,8 @@ class DisDiffOptions(FrozenBase):
             self.register_to_config(**{name: known.get(name) for name in names if c[name] is None})
         if self.config.image_size is None:
             raise ValueError(
-                "image_size: give it, or base_path (the run directory of train_latent_diffusion), which knows it"
+                "image_size: give it, or base_path (the run directory of train_latent_diffusion), "
+                "which knows it"
             )
         return base
 
@@ -212,6 +221,12 @@ class FieldModel(DisDiffOptions):
             fields = fields * weights[..., None, None, None].to(fields)
         return fields.sum(1)
 
+    def all_fields(self, images: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Codes `(b,N,d)`, frozen prediction `(b,c,h,w)` and fields `(b,N,c,h,w)` of pictures and their noisy latents"
+        codes = self.encode(images, z=x0).codes
+        seen, answer = self.frozen(x_t, t)
+        return codes, answer, self.fields(seen, codes, torch.arange(self.n_factors), self.factor_chunk)
+
     def null_factors(self, factors: Factors) -> Factors:
         "All weights 0: the frozen model alone"
         return factors * 0.0
@@ -231,7 +246,7 @@ class FieldJudge(FieldModel):
         return to_x0(self.scheduler, answer, x_t, t), to_x0(self.scheduler, shifted, x_t, t)
 
     def reencode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        "What the encoder, frozen, reads of predicted latents (the decoded pictures, or `z`), and the codes `(b,N,d)` that it finds"
+        "What the frozen encoder reads of predicted latents (decoded pictures, or `z`), and its codes `(b,N,d)`"
         seen = z if self.config.reads == "latents" else paint(self.latents, z)
         judge = nn.Sequential(*self.encoder_parts())
         modes = {module: module.training for module in judge.modules()}
@@ -261,9 +276,7 @@ class FieldTrainer(FieldJudge):
         Reads `image`, or also `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `chosen` `(b,)`,
         `latent_noise` replace random draws."""
         x0, noise, t, x_t = self.add_noise(batch)
-        codes = self.encode(batch["image"], z=x0).codes
-        seen, answer = self.frozen(x_t, t)
-        fields = self.fields(seen, codes, torch.arange(self.n_factors), self.factor_chunk)
+        codes, answer, fields = self.all_fields(batch["image"], x0, x_t, t)
         shift = field_coefficient(self.scheduler, t, answer, self.config.coefficient) * fields.sum(1)
         parts = noise_loss(answer + shift, noise, t, self.scheduler, self.config.loss)
         parts["denoising"] = parts["loss"].detach()
@@ -285,7 +298,7 @@ class FieldTrainer(FieldJudge):
         codes: Tensor,  # `(b,N,d)`
         chosen: Tensor,  # `(b,)`
     ) -> dict:
-        "The disentangling loss of every picture `(b,)` and its parts; `…_hits`: how often the chosen slot has the largest logit"
+        "The loss of every picture `(b,)` and its parts; `…_hits`: how often the chosen slot has the largest logit"
         c = self.config
         latents = self.clean_latents(x_t, t, answer, field)
         (seen, before), (seen_one, after) = (self.reencode(z) for z in latents)
@@ -293,9 +306,8 @@ class FieldTrainer(FieldJudge):
         variant, invariant = choice_losses(logits, chosen)
         weight = self.dis_weights(latents, (seen, seen_one))
         loss = weight * c.dis_weight * (c.variant_weight * variant + c.invariant_weight * invariant)
-        hits = {f"{name}_hits": (v.argmax(1) == chosen).float().mean() for name, v in logits._asdict().items()}
         parts = {"variant": variant.detach(), "invariant": invariant.detach(), "dis_weight": weight}
-        return {"disentangling": loss, **parts, **hits}
+        return {"disentangling": loss, **parts, **hit_rates(logits, chosen)}
 
 # %% ../../nbs/methods/disdiff.ipynb #norms-export
 class FieldReport(FieldTrainer):
@@ -303,23 +315,21 @@ class FieldReport(FieldTrainer):
 
     @torch.no_grad()
     def field_norms(self, images: Tensor, *, t: int | None = None) -> Tensor:
-        "Root mean square of every field `(N,)` at noise level `t` (default: the middle), over the pictures: near 0 = a dead factor"
+        "Root mean square of every field `(N,)` at noise level `t` (default: the middle); near 0: a dead factor"
         images = images.to(self.device)
-        x0 = self.latents.encode(images)
         level = self.scheduler.config.num_train_timesteps // 2 if t is None else t
-        times = torch.full((len(x0),), level, device=x0.device)
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
-        seen, _ = self.frozen(noise_at(self.scheduler, x0, noise, times), times)
-        codes = self.encode(images, z=x0).codes
-        fields = self.fields(seen, codes, torch.arange(self.n_factors), self.factor_chunk)
+        times = torch.full((len(images),), level, device=self.device)
+        noise = torch.randn(len(images), *self.latent_shape, generator=torch.Generator().manual_seed(0))
+        x0, _, _, x_t = self.add_noise({"image": images, "timesteps": times, "noise": noise.to(images)})
+        _, _, fields = self.all_fields(images, x0, x_t, times)
         return reduce(fields.square(), "b n c h w -> n", "mean").sqrt()
 
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
-        """Signs of collapse.
+        """Signs of collapse, beside those of `CodeModel`.
 
-        `weak_factors`: share of factors whose field is below a tenth of the strongest; `code_spread`: smallest share of a factor
-        in the variance of codes, times N; of circular codes also what `CodeModel` says."""
+        `weak_factors`: share of factors whose field is below a tenth of the strongest; `code_spread`: smallest
+        share of a factor in the variance of codes, times N."""
         norms = self.field_norms(batch["image"][:4])
         spread = self.encode(batch["image"]).codes.var(0).sum(-1)
         smallest = spread.min() / spread.sum().clamp_min(1e-12)
@@ -329,7 +339,7 @@ class FieldReport(FieldTrainer):
 
 # %% ../../nbs/methods/disdiff.ipynb #class-export
 class DisDiff(FieldReport):
-    "N codes, each of which steers a frozen denoiser by a gradient field of its own (Yang et al., NeurIPS 2023)"
+    "N codes, each of which steers a frozen denoiser by a field of its own (Yang et al., NeurIPS 2023)"
 
     @register_to_config
     def __init__(
@@ -345,12 +355,12 @@ class DisDiff(FieldReport):
         scheduler_config: dict | None = None,  # changes to `LATENT_SCHEDULE`; None: read from base_path
         latents_path: str | None = None,  # autoencoder that the base must stand on; None: whichever it is
         encoder_config: dict | None = None,  # of `FactorEncoder`
-        reads: str = "images",  # what the encoder reads: "images", or "latents" (nothing is decoded in the loss: much faster)
+        reads: str = "images",  # what the encoder reads: "images", or "latents" (much faster)
         start: str = "fresh",  # shift decoder: random weights (official), or "base": the base's own way up
         names: str = "orthogonal",  # how the decoder knows which factor is meant: "orthogonal" or "free"
         coefficient: str = "pdae",  # of the fields in the reconstruction loss: "pdae" (official) or "ddim"
         loss: str = "l1",  # error of the noise: "l1" (official) or "l2"
-        dis_kind: str = "Z",  # weight of the disentangling loss: change of the latents, or "IM": of decoded pictures
+        dis_kind: str = "Z",  # disentangling weight: change of latents, or "IM": of decoded pictures
         dis_weight: float = 0.05,  # of the disentangling loss; 0: none
         variant_weight: float = 1.0,  # of its part "the chosen slot comes nearer to its code"
         invariant_weight: float = 1.0,  # of its part "the chosen slot moves most"
@@ -392,7 +402,7 @@ PRESETS = {
 
 
 def disdiff_preset(
-    name: str = "shapes3d",  # published: shapes3d, cars3d, mpi3d, celeba, each also with _kl; small: shapes3d_small (CPU), tiny (tests)
+    name: str = "shapes3d",  # of `PRESETS`: published ones, shapes3d_small (CPU), tiny (tests)
     **changes: Any,  # keys of `DisDiff`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `DisDiff` for a known setting; the base decides about the denoiser"

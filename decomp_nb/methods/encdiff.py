@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -23,12 +24,12 @@ from ..components.slot_model import changed
 from ..core import Factors
 
 # %% auto #0
-__all__ = ['SMALL_DENOISER', 'DENOISER', 'ENCDIFF_PRESETS', 'TokenDenoiser', 'token_network', 'normal_kl', 'TokenModel',
+__all__ = ['ERRORS', 'SMALL_DENOISER', 'DENOISER', 'ENCDIFF_PRESETS', 'TokenDenoiser', 'token_network', 'normal_kl', 'TokenModel',
            'TokenSpace', 'EncDiff', 'encdiff_preset']
 
 # %% ../../nbs/methods/encdiff.ipynb #tokens-export
 class TokenDenoiser(nn.Module):
-    "Every code becomes a token, by a network of its own, and the denoiser reads all tokens by cross-attention"
+    "Every code becomes a token, by a network of its own; the denoiser reads tokens by cross-attention"
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class TokenDenoiser(nn.Module):
         n_factors: int,
         factor_dim: int,
         token_dim: int = 32,
-        gain: float = 1.0,  # on the first weights of the networks: with 1.7 tokens begin as large as their codes, with 1 a fifth of that
+        gain: float = 1.0,  # on the networks' first weights: with 1.7 tokens begin as large as codes
     ):
         super().__init__()
         self.unet = slot_denoiser({"position": "none", **config, "cross_attention_dim": token_dim})
@@ -69,6 +70,9 @@ def normal_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(2)
 
 # %% ../../nbs/methods/encdiff.ipynb #training-export
+ERRORS = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
 class TokenModel(CodeModel):
     "Predict from tokens, and the training step of EncDiff"
 
@@ -83,9 +87,8 @@ class TokenModel(CodeModel):
         `code_noise` (`(b,N)` for circular codes, else `(b,N,d)`) replace random draws."""
         x0, noise, t, x_t = self.add_noise(batch)
         codes, kl = self.sample_codes(self.encoder_input(batch["image"], x0), batch.get("code_noise"))
-        answer = self.predict(x_t, t, Factors(codes))
-        error = answer.float() - diffusion_target(self.scheduler, x0, noise, t).float()
-        denoising = error.abs().mean() if self.config.loss == "l1" else error.square().mean()
+        target = diffusion_target(self.scheduler, x0, noise, t)
+        denoising = ERRORS[self.config.loss](self.predict(x_t, t, Factors(codes)).float(), target.float())
         if kl is None:
             return {"loss": denoising, "denoising": denoising.detach()}
         loss = denoising + self.kl_weight * (kl * self.kl_shares.to(kl)).sum(1).mean()
@@ -94,7 +97,7 @@ class TokenModel(CodeModel):
         return {"loss": loss, "denoising": denoising.detach(), "kl": kl.sum(1).detach()}
 
     def sample_codes(self, seen: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        "Codes `(b,N,d)` as training draws them, and their KL divergence `(b,N)`; without `kl_weight` they are not drawn"
+        "Codes `(b,N,d)` as training draws them, and their KL divergence `(b,N)`, None without `kl_weight`"
         codes, logvar = self.codes(seen)
         if not self.config.kl_weight:
             return codes, None
@@ -132,7 +135,8 @@ class TokenSpace(TokenModel):
         if current.pop("conditioning", None) is None:
             return current
         known = cls._get_init_keys(cls)
-        return {name: value for name, value in current.items() if name in known or name.startswith("_")}
+        kept = {name: value for name, value in current.items() if name in known or name.startswith("_")}
+        return kept | {"_class_name": "EncDiff"}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -153,7 +157,8 @@ class TokenSpace(TokenModel):
         shape = space.shape(size)
         if shape != self.latent_shape:
             raise ValueError(
-                f"the latents of a {size}-pixel picture are {shape}, but denoiser_config says {self.latent_shape}"
+                f"the latents of a {size}-pixel picture are {shape}, "
+                f"but denoiser_config says {self.latent_shape}"
             )
         self.foundations()["latents"] = space.requires_grad_(False).to(next(self.parameters()).device)
         return self
@@ -185,7 +190,7 @@ class EncDiff(TokenSpace):
         timestep_strength: float = 1.0,  # how strongly
     ):
         super().__init__()
-        check_choices(self.config, reads=("images", "latents"), loss=("l1", "l2"))
+        check_choices(self.config, reads=("images", "latents"), loss=tuple(ERRORS))
         self.scheduler = make_scheduler("ddpm", {**LATENT_SCHEDULE, **(scheduler_config or {})})
         self.sampler = latent_sampler("ddim", self.scheduler)
         self.reader = TokenDenoiser(denoiser_config or {}, n_factors, factor_dim, token_dim, token_gain)
