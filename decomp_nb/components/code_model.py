@@ -21,7 +21,8 @@ from .vectors import build_with, normalisation
 
 # %% auto #0
 __all__ = ['ResidualConv', 'encoder_layers', 'FactorEncoder', 'init_low_variance', 'init_from_ica', 'SplitEncoder',
-           'check_choices', 'make_encoder', 'check_codes', 'CodeReader', 'CodeEncoder', 'CodeTrainer', 'CodeModel']
+           'check_choices', 'make_encoder', 'check_codes', 'rename_keys', 'CodeReader', 'CodeEncoder', 'CodeTrainer',
+           'CodeModel']
 
 # %% ../../nbs/components/code_model.ipynb #encoder-export
 class ResidualConv(nn.Module):
@@ -181,6 +182,11 @@ def check_codes(config: Any) -> tuple[int, int, int]:
     return n, d, structure
 
 # %% ../../nbs/components/code_model.ipynb #codes-export
+def rename_keys(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    "A copy in which options have the names `{old: new}`"
+    return {names.get(name, name): value for name, value in config.items()}
+
+
 class CodeReader(Decomposer):
     "N codes in a fixed order, computed by `encoder` and, if they are circular, `compass`"
     renamed = {"directions": "circular"}  # options of earlier versions
@@ -190,13 +196,14 @@ class CodeReader(Decomposer):
     @classmethod
     def current_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         "The options of an earlier version as this one names them; ValueError for one that is gone"
-        config = {cls.renamed.get(k, k): v for k, v in config.items() if k not in cls.unused}
+        config = rename_keys(config, cls.renamed)
+        for name in cls.unused:
+            config.pop(name, None)
         for name, value in cls.fixed.items():
             if config.pop(name, value) != value:
                 raise ValueError(f"{name} is no longer an option of {cls.__name__}: it is always {value!r}")
-        encoder = config.get("encoder_config")
-        if encoder and "glance" in encoder:
-            config["encoder_config"] = {{"glance": "linear_skip"}.get(k, k): v for k, v in encoder.items()}
+        if config.get("encoder_config"):
+            config["encoder_config"] = rename_keys(config["encoder_config"], {"glance": "linear_skip"})
         return config
 
     @classmethod
