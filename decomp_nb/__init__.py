@@ -108,7 +108,8 @@ _moved = {
     "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
     "methods.decomp_diffusion": {"metrics.separation": "object_shares separation recombination_accuracy"},
     "methods.disdiff": {
-        "components.codes": "edges independent_circles code_line code_arc turned=rotate turn_cost=circular_kl Directions=CircularCodes",
+        "components.codes": "edges independent_circles code_line code_arc turned=rotate turn_cost=circular_kl "
+                            "Directions=CircularCodes",
         "components.code_model": "ResidualConv FactorEncoder SplitEncoder",
         "components.shift_decoder": "TwoConditions FactorNames ShiftDecoder field_coefficient",
         "methods.disdiff": "Moves=DisentanglingLogits moves_of=disentangling_logits",

@@ -17,7 +17,7 @@ from .latent_diffusion import Look, climb, latent_unet, posterior
 from .vectors import build_with
 
 # %% auto #0
-__all__ = ['WAY_UP', 'TwoConditions', 'FactorNames', 'ShiftDecoder', 'up_many', 'field_coefficient']
+__all__ = ['WAY_UP', 'TwoConditions', 'FactorNames', 'up_many', 'ShiftDecoder', 'field_coefficient']
 
 # %% ../../nbs/components/shift_decoder.ipynb #projection-export
 class TwoConditions(nn.Module):
@@ -70,10 +70,20 @@ class FactorNames(nn.Module):
         "`(N, dim)`"
         return self.project(self.basis())
 
-# %% ../../nbs/components/shift_decoder.ipynb #fields-export
+# %% ../../nbs/components/shift_decoder.ipynb #up-export
 WAY_UP = ("mid_block", "up_blocks", "conv_norm_out", "conv_out")
 
 
+def up_many(decoder: nn.Module, seen: Look, conditions: Tensor) -> Tensor:
+    "The way up from the same features with m conditions `(b,m,e)` each: `(b,m,c,h,w)`"
+    m = conditions.shape[1]
+    features = seen.bottom, seen.time, *seen.skips
+    bottom, time, *skips = (v.repeat_interleave(m, 0) for v in features)
+    many = Look(bottom, tuple(skips), time)
+    fields = climb(decoder, many, rearrange(conditions, "b m e -> (b m) e"))
+    return rearrange(fields, "(b m) c h w -> b m c h w", m=m)
+
+# %% ../../nbs/components/shift_decoder.ipynb #fields-export
 class ShiftDecoder(nn.Module):
     "A second way up through a frozen UNet: (its features, a code, which factor) → a field like the noise"
 
@@ -118,16 +128,6 @@ class ShiftDecoder(nn.Module):
             theirs = {k.replace(".time_emb_proj.", ".time_emb_proj.time."): v for k, v in state.items()}
             # the code's projections stay as they are
             getattr(self, name).load_state_dict(theirs, strict=False)
-
-
-def up_many(decoder: nn.Module, seen: Look, conditions: Tensor) -> Tensor:
-    "The way up from the same features with m conditions `(b,m,e)` each: `(b,m,c,h,w)`"
-    m = conditions.shape[1]
-    features = seen.bottom, seen.time, *seen.skips
-    bottom, time, *skips = (v.repeat_interleave(m, 0) for v in features)
-    many = Look(bottom, tuple(skips), time)
-    fields = climb(decoder, many, rearrange(conditions, "b m e -> (b m) e"))
-    return rearrange(fields, "(b m) c h w -> b m c h w", m=m)
 
 # %% ../../nbs/components/shift_decoder.ipynb #coefficient-export
 def field_coefficient(scheduler: Any, t: Tensor, like: Tensor, kind: str = "ddim") -> Tensor:

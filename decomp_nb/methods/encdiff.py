@@ -89,12 +89,14 @@ class TokenModel(CodeModel):
         codes, kl = self.sample_codes(self.encoder_input(batch["image"], x0), batch.get("code_noise"))
         target = diffusion_target(self.scheduler, x0, noise, t)
         denoising = ERRORS[self.config.loss](self.predict(x_t, t, Factors(codes)).float(), target.float())
+        parts = {"loss": denoising, "denoising": denoising.detach()}
         if kl is None:
-            return {"loss": denoising, "denoising": denoising.detach()}
-        loss = denoising + self.kl_weight * (kl * self.kl_shares.to(kl)).sum(1).mean()
+            return parts
+        penalty = (kl * self.kl_shares.to(kl)).sum(1).mean()
+        loss = denoising + self.kl_weight * penalty
         if self.training and self.config.kl_warmup_steps:
             self.steps += 1
-        return {"loss": loss, "denoising": denoising.detach(), "kl": kl.sum(1).detach()}
+        return parts | {"loss": loss, "kl": kl.sum(1).detach()}
 
     def sample_codes(self, seen: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         "Codes `(b,N,d)` as training draws them, and their KL divergence `(b,N)`, None without `kl_weight`"
