@@ -16,6 +16,7 @@ from decomp_nb.core import Factors, load_decomposer
 from decomp_nb.components.shift_decoder import FactorNames, TwoConditions
 from decomp_nb.methods.disdiff import DisDiff, disdiff_preset, disentangling_logits
 from decomp_nb.methods.encdiff import EncDiff, encdiff_preset
+from decomp_nb.training.record import check_model
 
 UNET = dict(sample_size=8, in_channels=3, channels=[8, 16], layers_per_block=1, attention_levels=[1], n_heads=2, groups=4)
 
@@ -519,3 +520,14 @@ def test_fields_from_before_load(tmp_path):
     assert {k: v for k, v in again.config.items() if k[0] != "_"} == {k: v for k, v in model.config.items() if k[0] != "_"}
     with pytest.raises(ValueError, match="dis_below is no longer an option of DisDiff"): DisDiff.from_config(dict(again.config) | {"dis_below": 0.5})
     assert disdiff_preset("tiny", directions=True, encoder_config={"glance": 8})["encoder_config"] == {"width": 16, "linear_skip": 8}
+
+
+def test_runs_from_before_are_of_the_same_model(tmp_path):
+    "A run directory of an earlier version resumes: its record names the same model, its checkpoint the same weights"
+    model = encdiff(**CIRCULAR, kl_weight_structure=0.25, kl_warmup_steps=4, encoder_config={"width": 8, "linear_skip": 4})
+    record = json.loads((old_folder(model, OLD_TOKENS, tmp_path / "model") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model": {k: v for k, v in record.items() if k == "_class_name" or k[0] != "_"}}))
+    check_model(tmp_path / "config.json", model)
+    with pytest.raises(ValueError, match="linear_skip: only in the run"): check_model(tmp_path / "config.json", encdiff(**CIRCULAR, n_factors=4))
+    names = {name for name in model.state_dict() if not name.startswith("reader.unet")}
+    assert {"compass.log_width", "compass.centre.running_mean", "encoder.glance.weight", "encoder.layers.0.weight", "reader.to_token.2.4.bias", "steps"} <= names
