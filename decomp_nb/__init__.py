@@ -7,6 +7,7 @@ _homes = {
     "methods.stable_lsd": "StableLSD",
     "methods.decomp_diffusion": "DecompDiffusion",
     "methods.disdiff": "DisDiff",
+    "methods.encdiff": "EncDiff",
     "components.latent_diffusion": "LatentDiffusion",
     "methods.slot_diffusion": "SlotDiffusion",
     "methods.slate": "SLATE",
@@ -118,6 +119,14 @@ _moved = {
         "metrics.separation": "object_shares separation recombination_accuracy",
         "components.ddim": "ClippedDDIM OfficialDDPM decomp_sampler ddim_invert",
         "components.recombination": "keep_mask check_partners decode_across swap_across",
+    },
+    "methods.disdiff": {
+        "components.codes": "edges independent_circles code_line code_arc turned=rotate turn_cost=circular_kl "
+                            "Directions=CircularCodes",
+        "components.code_model": "ResidualConv FactorEncoder SplitEncoder",
+        "components.shift_decoder": "TwoConditions FactorNames ShiftDecoder field_coefficient",
+        "methods.disdiff": "Moves=DisentanglingLogits moves_of=disentangling_logits",
+        "methods.encdiff": "TokenReader=TokenDenoiser",
     },
     "metrics.generation": {
         "components.lpips": "VGGMaps=VGGFeatures load_lpips",

@@ -1,16 +1,22 @@
 "DisDiff and what it stands on: fields, losses and their gradients, composition, options, and what is refused."
 import copy
+import json
 import math
 
 import pytest
 import torch
 
 from decomp_nb.components.adversarial import AdversarialAutoencoder, PatchDiscriminator, adaptive_weight, kl_model
+from decomp_nb.components.code_model import FactorEncoder
 from decomp_nb.components.codebooks import VQLatents, vq_model
+from decomp_nb.components.codes import CircularCodes, circular_kl, code_arc, code_line, edges, independent_circles
 from decomp_nb.components.latent_diffusion import LatentDiffusion, OfficialDDIM, climb, latent_sampler, look, mark_of, paint
 from decomp_nb.components.latents import KLLatents
 from decomp_nb.core import Factors, load_decomposer
-from decomp_nb.methods.disdiff import DisDiff, FactorEncoder, FactorNames, TwoConditions, code_arc, code_line, disdiff_preset, edges, independent_circles, moves_of, turn_cost
+from decomp_nb.components.shift_decoder import FactorNames, TwoConditions
+from decomp_nb.methods.disdiff import DisDiff, disdiff_preset, disentangling_logits
+from decomp_nb.methods.encdiff import EncDiff, encdiff_preset
+from decomp_nb.training.record import check_model
 
 UNET = dict(sample_size=8, in_channels=3, channels=[8, 16], layers_per_block=1, attention_levels=[1], n_heads=2, groups=4)
 
@@ -31,9 +37,14 @@ def base(kind="vq", seed=0, **options):
 def disdiff(kind="vq", seed=0, alive=True, **options):
     torch.manual_seed(seed)
     model = DisDiff(**{"image_size": 16, "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, "denoiser_config": UNET, **options})
-    for p in model.fields.parameters() if alive and model.fields is not None else []:  # the last layer of every block begins at zero
+    for p in model.fields.parameters() if alive else []:  # the last layer of every block begins at zero
         if p.ndim > 1 and not p.any(): torch.nn.init.normal_(p, std=0.2)
-    return model.stand_on(base(kind)) if model.fields is not None else model.stand_on(space(kind))
+    return model.stand_on(base(kind))
+
+
+def encdiff(kind="vq", seed=0, **options):
+    torch.manual_seed(seed)
+    return EncDiff(**{"image_size": 16, "n_factors": 3, "encoder_config": {"width": 8}, **TOKENS, **options}).stand_on(space(kind))
 
 
 def batch(n=4, seed=1, model=None):
@@ -113,13 +124,13 @@ def test_chunks_and_checkpoints_change_nothing():
 # --- losses ------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_moves():
+def test_logits():
     z, before, after = torch.zeros(1, 2, 1), torch.tensor([[[3.0], [1.0]]]), torch.tensor([[[1.0], [2.0]]])
-    moves = moves_of(z, before, after)
+    moves = disentangling_logits(z, before, after)
     assert moves.variant.tolist() == [[2.0, -1.0]] and moves.invariant.tolist() == [[2.0, 1.0]]
 
 
-@pytest.mark.parametrize("options", [dict(), dict(dis_kind="IM"), dict(reads="latents"), dict(reads="latents", dis_kind="IM"), dict(dis_bound=0.1, dis_below=0.5), dict(names="free", loss="l2", coefficient="ddim"),
+@pytest.mark.parametrize("options", [dict(), dict(dis_kind="IM"), dict(reads="latents"), dict(reads="latents", dis_kind="IM"), dict(dis_bound=0.1), dict(names="free", loss="l2", coefficient="ddim"),
                                      dict(encoder_config=dict(width=8, norm="batch", skip_relu=True)), dict(variant_weight=0.0), dict(dis_weight=0.0)])
 def test_training_reaches_what_is_trained_and_nothing_else(options):
     model = disdiff(**options).train()
@@ -128,7 +139,7 @@ def test_training_reaches_what_is_trained_and_nothing_else(options):
     assert torch.isfinite(out["loss"]) and all(p.grad is not None and torch.isfinite(p.grad).all() for name, p in model.named_parameters() if "names.table" not in name or p.grad is not None)
     assert model.encoder.layers[0].weight.grad.abs().sum() > 0 and all(p.grad is None for p in [*model.base.parameters(), *model.latents.parameters()])
     assert {p for g in model.parameter_groups() for p in g["params"]} == set(model.parameters())
-    if model.config.dis_bound: assert out["dis_weight"].max() <= 0.1 and out["dis_weight"][-1] == 0 == out["disentangling"][-1]  # t = 950 is above half
+    if model.config.dis_bound: assert out["dis_weight"].max() <= 0.1
 
 
 def test_the_target_of_the_variant_part_gets_no_gradient():
@@ -147,7 +158,7 @@ def test_re_encoding_leaves_the_encoder_as_it_was():
     model = disdiff(encoder_config=dict(width=8, norm="batch")).train()
     model.encoder.layers[1].eval()
     before = copy.deepcopy(model.encoder.state_dict())
-    model.recognise(torch.randn(2, 3, 8, 8))
+    model.reencode(torch.randn(2, 3, 8, 8))
     assert model.encoder.training and not model.encoder.layers[1].training
     assert all(torch.equal(v, before[k]) for k, v in model.encoder.state_dict().items())
 
@@ -187,9 +198,9 @@ def test_decompose_swap_and_traverse():
 
 def test_dead_factors_show():
     model = disdiff().eval()
-    strengths = model.strengths(batch()["image"])
-    assert strengths.shape == (3,) and (strengths > 0).all()
-    assert disdiff(alive=False).eval().strengths(batch()["image"]).abs().max() == 0
+    norms = model.field_norms(batch()["image"])
+    assert norms.shape == (3,) and (norms > 0).all()
+    assert disdiff(alive=False).eval().field_norms(batch()["image"]).abs().max() == 0
 
 
 def test_official_steps_and_noise():
@@ -212,13 +223,13 @@ def test_saved_with_a_path_and_loaded(tmp_path):
     assert mark_of(half) == mark_of(model.base)
 
 
-TOKENS = dict(conditioning="tokens", dis_weight=0.0, factor_dim=1, token_dim=8, loss="l2",
+TOKENS = dict(factor_dim=1, token_dim=8,
               denoiser_config=dict(sample_size=8, in_channels=3, out_channels=3, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
                                    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"]))
 
 
 def test_tokens_are_the_other_conditioning():
-    model = disdiff(**TOKENS).train()
+    model = encdiff().train()
     out = model(batch())
     out["loss"].backward()
     assert model.reader.to_token[2][0].weight.grad is not None and model.encode(batch()["image"]).codes.shape == (4, 3, 1)
@@ -226,89 +237,89 @@ def test_tokens_are_the_other_conditioning():
     f = model.encode(batch()["image"])
     assert model.decode(f, steps=2).shape == (4, 3, 16, 16) and len(model.parameter_groups()) == 2
     assert not torch.allclose(ask(model, torch.ones(4, 3, 8, 8), torch.tensor([500] * 4), f), ask(model, torch.ones(4, 3, 8, 8), torch.tensor([500] * 4), f * torch.tensor([0.0, 1, 1])))
-    assert DisDiff(**disdiff_preset("encdiff")).n_factors == 20
-    with pytest.raises(ValueError, match="no base"): model.base  # noqa: B018
+    assert EncDiff(**encdiff_preset("encdiff")).n_factors == 20
+    with pytest.raises(ValueError, match="preset 'encdif'"): encdiff_preset("encdif")
 
 
 @pytest.mark.parametrize("asked", ["epsilon", "v_prediction", "sample"])
 def test_codes_with_a_price(asked):
     "They are drawn in training and cost what they tell; `encode` gives their means; the denoiser answers what its schedule asks for"
-    model, b = disdiff(**TOKENS, code_price=0.1, token_gain=1.7, reads="latents", scheduler_config={"prediction_type": asked}).train(), batch()
+    model, b = encdiff(kl_weight=0.1, token_gain=1.7, reads="latents", scheduler_config={"prediction_type": asked}).train(), batch()
     out = model(b | {"code_noise": torch.ones(4, 3, 1)})
     out["loss"].backward()
     assert all(p.grad is not None for p in model.encoder.parameters())
     with torch.no_grad():
         x0, t = model.latents.encode(b["image"]), b["timesteps"]
-        codes, doubt = model.codes(x0)
+        codes, logvar = model.codes(x0)
         torch.testing.assert_close(model.encode(b["image"]).codes, codes)
-        told = torch.distributions.kl_divergence(torch.distributions.Normal(codes, (doubt / 2).exp()), torch.distributions.Normal(0.0, 1.0)).sum((1, 2))
+        kl = torch.distributions.kl_divergence(torch.distributions.Normal(codes, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)).sum((1, 2))
         a, s = (v[t].view(-1, 1, 1, 1) for v in (model.scheduler.alphas_cumprod.sqrt(), (1 - model.scheduler.alphas_cumprod).sqrt()))
         target = {"epsilon": b["noise"], "v_prediction": a * b["noise"] - s * x0, "sample": x0}[asked]
-        answer = model.predict(a * x0 + s * b["noise"], t, Factors(codes + (doubt / 2).exp()))
-    torch.testing.assert_close(out["told"], told)
-    assert out["loss"].item() == pytest.approx((answer - target).square().mean().item() + 0.1 * told.mean().item(), rel=1e-4)
+        answer = model.predict(a * x0 + s * b["noise"], t, Factors(codes + (logvar / 2).exp()))
+    torch.testing.assert_close(out["kl"], kl)
+    assert out["loss"].item() == pytest.approx((answer - target).square().mean().item() + 0.1 * kl.mean().item(), rel=1e-4)
     assert model.eval().reconstruct(b["image"], steps=2).shape == (4, 3, 16, 16)
 
 
-DIRECTIONS = TOKENS | dict(directions=True, factor_dim=2, code_price=0.1, token_gain=1.7)
+CIRCULAR = dict(circular=True, factor_dim=2, kl_weight=0.1, token_gain=1.7)
 
 
-def test_directions_are_turned_and_pay():
-    "Codes of length √2, turned in training by noise of a width per factor; one price for all pictures, a part of it for factors that see edges"
-    model, b = disdiff(**DIRECTIONS, n_structure=1, structure_price=0.25).train(), batch()
+def test_circular_codes_are_rotated_and_penalised():
+    "Codes of length √2, rotated in training by noise of a width per factor; one penalty for all pictures, a part of it for factors that read edges"
+    model, b = encdiff(**CIRCULAR, n_structure=1, kl_weight_structure=0.25).train(), batch()
     out = model(b | {"code_noise": torch.ones(4, 3)})
     out["loss"].backward()
     assert all(p.grad is not None for p in model.encoder.parameters()) and model.compass.log_width.grad.abs().min() > 0
     with torch.no_grad():
-        told = model.compass.told
-        torch.testing.assert_close(out["told"], told.sum().expand(4))
-        price = out["loss"] - out["denoising"]
-    assert price.item() == pytest.approx(0.1 * (told[:2].sum() + 0.25 * told[2]).item(), rel=1e-3)
+        kl = model.compass.kl
+        torch.testing.assert_close(out["kl"], kl.sum().expand(4))
+        penalty = out["loss"] - out["denoising"]
+    assert penalty.item() == pytest.approx(0.1 * (kl[:2].sum() + 0.25 * kl[2]).item(), rel=1e-3)
     model.eval()
     codes = model.encode(b["image"]).codes
     torch.testing.assert_close(codes.norm(dim=-1), torch.full((4, 3), 2 ** 0.5))
-    drawn = model.compass.draw(codes, torch.full((4, 3), 2.0))
-    torch.testing.assert_close((drawn * codes).sum(-1) / 2, (2 * model.compass.sigma).cos().expand(4, 3))  # turned by twice σ
-    with torch.no_grad(): model.compass.log_width[1] = 1.0  # nothing to tell
-    silent = model.encode(b["image"]).codes
-    assert (silent[:, 1] == 0).all() and torch.equal(silent[:, [0, 2]], codes[:, [0, 2]]) and model.diagnostics(b)["silent_factors"] == pytest.approx(1 / 3)
-    assert model.train()(b)["loss"].isfinite() and model.compass.sigma.max().item() == pytest.approx(model.compass.widest)  # it can be heard again
+    drawn = model.compass.sample(codes, torch.full((4, 3), 2.0))
+    torch.testing.assert_close((drawn * codes).sum(-1) / 2, (2 * model.compass.sigma).cos().expand(4, 3))  # rotated by twice σ
+    with torch.no_grad(): model.compass.log_width[1] = 1.0  # next to no information
+    inactive = model.encode(b["image"]).codes
+    assert (inactive[:, 1] == 0).all() and torch.equal(inactive[:, [0, 2]], codes[:, [0, 2]]) and model.diagnostics(b)["inactive_factors"] == pytest.approx(1 / 3)
+    assert model.train()(b)["loss"].isfinite() and model.compass.sigma.max().item() == pytest.approx(CircularCodes.MAX_SIGMA)  # it can become active again
     assert model.eval().reconstruct(b["image"], steps=2).shape == (4, 3, 16, 16)
 
 
-def test_price_of_a_turn():
+def test_kl_of_a_circular_code():
     "The divergence of a wrapped normal from the uniform distribution, computed on a grid"
     angles = torch.linspace(-math.pi, math.pi, 20001, dtype=torch.double)[:-1]
     for s in (0.05, 0.3, 0.8, 1.19, 1.21, 1.5, 2.0):
         p = sum(torch.exp(-(angles + 2 * math.pi * k) ** 2 / (2 * s * s)) for k in range(-6, 7)) / (s * math.sqrt(2 * math.pi))
         exact = (p * (p.clamp_min(1e-300) * 2 * math.pi).log()).mean() * 2 * math.pi
-        assert turn_cost(torch.tensor(s)).item() == pytest.approx(exact.item(), abs=0.03)
+        assert circular_kl(torch.tensor(s)).item() == pytest.approx(exact.item(), abs=0.03)
 
 
-def test_the_price_rises_and_the_rise_is_saved(tmp_path):
-    model, b = disdiff(**DIRECTIONS, price_steps=4).train(), batch()
-    prices = []
+def test_the_penalty_rises_and_the_rise_is_saved(tmp_path):
+    model, b = encdiff(**CIRCULAR, kl_warmup_steps=4).train(), batch()
+    weights = []
     for _ in range(6):
-        prices.append(model.price)
+        weights.append(model.kl_weight)
         out = model(b)
-        assert (out["loss"] - out["denoising"]).item() == pytest.approx(prices[-1] * out["told"][0].item(), abs=1e-5)  # nobody steps: what is told stays
-    assert prices == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
+        assert (out["loss"] - out["denoising"]).item() == pytest.approx(weights[-1] * out["kl"][0].item(), abs=1e-5)  # nobody steps: the divergence stays
+    assert weights == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1])
     model.eval()(b)
     model.save_pretrained(tmp_path)
-    assert int(DisDiff.from_pretrained(tmp_path).steps) == 6
+    assert int(EncDiff.from_pretrained(tmp_path).steps) == 6
 
 
-@pytest.mark.parametrize("options", [DIRECTIONS, TOKENS | {"code_price": 0.1}, TOKENS, {}])
-def test_form_does_not_see_hues(options):
-    "Codes of the last factors stay where they are when colours change places; with doubts too the halves are in order"
-    model, x = disdiff(**options, n_structure=1).eval(), batch()["image"]
+@pytest.mark.parametrize("make, options", [(encdiff, CIRCULAR), (encdiff, {"factor_dim": 1, "kl_weight": 0.1}), (encdiff, {}), (disdiff, {})])
+def test_form_does_not_read_hues(make, options):
+    "Codes of the last factors stay where they are when colours change places; with log-variances too the halves are in order"
+    model, x = make(**options, n_structure=1).eval(), batch()["image"]
     a, b = model.encode(x).codes, model.encode(x.flip(1)).codes
     torch.testing.assert_close(a[:, 2], b[:, 2])
     assert (a[:, :2] - b[:, :2]).abs().max() > 1e-3 and edges(x).min() >= 0 and edges(x).max() < 1
     flat = torch.zeros(1, 3, 16, 16, requires_grad=True)
     edges(flat).sum().backward()
     assert flat.grad.isfinite().all() and edges(flat).max() < 1e-3  # fields are judged through this slope
-    if "code_price" in options and "directions" not in options:
+    if "kl_weight" in options and "circular" not in options:
         moved = model.codes(x.flip(1))[1] - model.codes(x)[1]
         assert moved[:, 2].abs().max() < 1e-5  # channels are summed in another order
         assert moved[:, :2].abs().max() > 1e-3
@@ -330,28 +341,28 @@ def test_circles_are_found_and_codes_begin_there():
 
     images = torch.rand(2000, 3, 16, 16, generator=g) * 0.2  # two places whose colour turns
     for place, angle in ((slice(0, 8), a[:2000]), (slice(8, 16), b[:2000])): images[:, :2, place] += torch.stack([angle.cos(), angle.sin()], 1)[:, :, None, None]
-    model = disdiff(**DIRECTIONS | {"n_factors": 4, "encoder_config": {"width": 8, "glance": 4}}, n_structure=1)
-    assert model.begin_at_circles(images) == 2
+    model = encdiff(**CIRCULAR, n_factors=4, encoder_config={"width": 8, "linear_skip": 4}, n_structure=1)
+    assert model.init_from_ica(images) == 2
     for _ in range(50): model.train().codes(images[:500])  # centred
-    assert model.compass.silent.tolist() == [False, False, True, False]  # nothing turns for the third; the fourth sees edges
+    assert model.compass.inactive.tolist() == [False, False, True, False]  # nothing turns for the third; the fourth reads edges
     turn = torch.atan2(*model.eval().encode(images).codes.unbind(-1))
     assert all(max(torch.polar(torch.ones(2000), turn[:, m] - s * v).mean().abs().item() for s in (1, -1) for m in (0, 1)) > 0.99 for v in (a[:2000], b[:2000]))
-    with pytest.raises(ValueError, match="glance"): disdiff(**DIRECTIONS).begin_at_circles(images)
-    with pytest.raises(ValueError, match="set directions=True"): disdiff(encoder_config={"width": 8, "glance": 4}).begin_at_circles(images)
+    with pytest.raises(ValueError, match="linear_skip"): encdiff(**CIRCULAR).init_from_ica(images)
+    with pytest.raises(ValueError, match="set circular=True"): disdiff(encoder_config={"width": 8, "linear_skip": 4}).init_from_ica(images)
 
 
-@pytest.mark.parametrize("options", [DIRECTIONS, DIRECTIONS | {"code_price": 0.0}, {"directions": True, "factor_dim": 2}])
-def test_whatever_is_trained_has_a_gradient(options):
+@pytest.mark.parametrize("make, options", [(encdiff, CIRCULAR), (encdiff, CIRCULAR | {"kl_weight": 0.0}), (disdiff, {"circular": True, "factor_dim": 2})])
+def test_whatever_is_trained_has_a_gradient(make, options):
     "Several processes wait for ever for a gradient that never comes"
-    model = disdiff(**options, n_structure=1).train()
+    model = make(**options, n_structure=1).train()
     model(batch())["loss"].backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_an_adopted_encoder_stays_as_it_is():
-    "Fields stand on directions that another model found; only fields learn, and the disentangling loss asks the same encoder"
-    kind = dict(directions=True, factor_dim=2, n_structure=1)
-    giver, model = disdiff(**DIRECTIONS | kind, seed=3).train(), disdiff(**kind)
+    "Fields stand on codes that another model found; only fields learn, and the disentangling loss uses the same encoder"
+    kind = dict(circular=True, factor_dim=2, n_structure=1)
+    giver, model = encdiff(**CIRCULAR | kind, seed=3).train(), disdiff(**kind)
     for _ in range(3): giver(batch())
     model.adopt_encoder(giver.eval()).train()
     x = batch()["image"]
@@ -360,11 +371,11 @@ def test_an_adopted_encoder_stays_as_it_is():
     out["loss"].backward()
     assert out["disentangling"].mean() > 0 and all(p.grad is None for p in model.encoder.parameters()) and any(p.grad is not None and p.grad.any() for p in model.fields.parameters())
     torch.testing.assert_close(model.train().encode(x).codes, giver.encode(x).codes)  # and its running means are not touched
-    torch.testing.assert_close(model.recognise(model.latents.encode(x))[1], model.encode(paint(model.latents, model.latents.encode(x))).codes)
+    torch.testing.assert_close(model.reencode(model.latents.encode(x))[1], model.encode(paint(model.latents, model.latents.encode(x))).codes)
     with pytest.raises(ValueError, match="another one: n_factors is 3 there and 4 here"): disdiff(**kind | {"n_factors": 4}).adopt_encoder(giver)
 
 
-def test_arcs_of_directions():
+def test_arcs_of_circular_codes():
     "Stops lie on the circle, within the arc that the data fill"
     around = lambda a: torch.stack([a.cos(), a.sin()], -1) * 2 ** 0.5
     stops = code_arc(around(torch.linspace(2.5, 4.0, 50)), 4)  # over the seam at π
@@ -389,9 +400,9 @@ def test_published_sizes():
 
 
 REFUSED = {
-    "n_factors=1": dict(n_factors=1), "dis_kind='X'": dict(dis_kind="X"), "reads='pixels'": dict(reads="pixels"), "set dis_weight=0": dict(conditioning="tokens"), "code_price: fields": dict(code_price=0.1),
+    "n_factors=1": dict(n_factors=1), "dis_kind='X'": dict(dis_kind="X"), "reads='pixels'": dict(reads="pixels"),
     "encoder_config: no option 'depth'": dict(encoder_config=dict(depth=3)), "no option 'heads'": dict(denoiser_config=UNET | {"heads": 2}), "names='none'": dict(names="none"),
-    "directions=True: a direction is a pair": dict(directions=True),
+    "circular=True: a point on a circle is a pair": dict(circular=True),
     "n_structure=3: of 3": dict(n_structure=3), "latents have no edges": dict(n_structure=1, reads="latents"), "image_size: give it": dict(image_size=None), "not 24": dict(image_size=24),
 }
 
@@ -473,3 +484,50 @@ def test_paint_passes_gradients():
         z = torch.randn(1, 3, 8, 8, requires_grad=True)
         paint(space(kind), z).sum().backward()
         assert z.grad.abs().sum() > 0
+
+
+# --- configs from before ------------------------------------------------------------------------------------------------------------------------------
+
+
+OLD_TOKENS = dict(conditioning="tokens", dis_weight=0.0, dis_kind="Z", dis_bound=0.0, dis_temperature=1.0, dis_below=1.0, variant_weight=1.0, invariant_weight=1.0, base_path=None, base_mark="", coefficient="pdae",
+                  start="fresh", names="orthogonal", directions=True, code_price=0.1, structure_price=0.25, price_steps=4, encoder_config={"width": 8, "glance": 4})
+
+
+def old_folder(model, config, folder):
+    "The folder of a model as an earlier version wrote it: weights have the same names"
+    model.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    today = {"circular", "kl_weight", "kl_weight_structure", "kl_warmup_steps"}
+    old = {k: v for k, v in written.items() if k not in today} | {"_class_name": "DisDiff"} | config
+    (folder / "config.json").write_text(json.dumps(old))
+    return folder
+
+
+def test_a_model_with_tokens_from_before_is_an_encdiff(tmp_path):
+    model = encdiff(**CIRCULAR, kl_weight_structure=0.25, kl_warmup_steps=4, encoder_config={"width": 8, "linear_skip": 4}).eval()
+    folder, x = old_folder(model, OLD_TOKENS, tmp_path / "old"), batch()["image"]
+    for again in (DisDiff.from_pretrained(folder), load_decomposer(folder), DisDiff.from_config(OLD_TOKENS | {"loss": "l2"} | {k: v for k, v in TOKENS.items() if k != "factor_dim"} | {"image_size": 16, "factor_dim": 2, "n_factors": 3, "token_gain": 1.7})):
+        assert type(again) is EncDiff and {k: v for k, v in again.config.items() if k[0] != "_"} == {k: v for k, v in model.config.items() if k[0] != "_"}
+    torch.testing.assert_close(load_decomposer(folder).eval().encode(x).codes, model.encode(x).codes)
+
+
+def test_fields_from_before_load(tmp_path):
+    model = disdiff(circular=True, factor_dim=2, n_structure=1, encoder_config={"width": 8, "linear_skip": 4}).eval()
+    old = dict(conditioning="fields", token_dim=32, token_gain=1.0, code_price=0.0, structure_price=1.0, price_steps=0, dis_temperature=1.0, dis_below=1.0, directions=True, encoder_config={"width": 8, "glance": 4})
+    folder, x = old_folder(model, old, tmp_path / "old"), batch()["image"]
+    again = load_decomposer(folder).eval()
+    torch.testing.assert_close(again.encode(x).codes, model.encode(x).codes)
+    assert {k: v for k, v in again.config.items() if k[0] != "_"} == {k: v for k, v in model.config.items() if k[0] != "_"}
+    with pytest.raises(ValueError, match="dis_below is no longer an option of DisDiff"): DisDiff.from_config(dict(again.config) | {"dis_below": 0.5})
+    assert disdiff_preset("tiny", directions=True, encoder_config={"glance": 8})["encoder_config"] == {"width": 16, "linear_skip": 8}
+
+
+def test_runs_from_before_are_of_the_same_model(tmp_path):
+    "A run directory of an earlier version resumes: its record names the same model, its checkpoint the same weights"
+    model = encdiff(**CIRCULAR, kl_weight_structure=0.25, kl_warmup_steps=4, encoder_config={"width": 8, "linear_skip": 4})
+    record = json.loads((old_folder(model, OLD_TOKENS, tmp_path / "model") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model": {k: v for k, v in record.items() if k == "_class_name" or k[0] != "_"}}))
+    check_model(tmp_path / "config.json", model)
+    with pytest.raises(ValueError, match="linear_skip: only in the run"): check_model(tmp_path / "config.json", encdiff(**CIRCULAR, n_factors=4))
+    names = {name for name in model.state_dict() if not name.startswith("reader.unet")}
+    assert {"compass.log_width", "compass.centre.running_mean", "encoder.glance.weight", "encoder.layers.0.weight", "reader.to_token.2.4.bias", "steps"} <= names

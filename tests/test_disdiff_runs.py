@@ -45,8 +45,8 @@ def test_the_run_is_a_method_that_loads_by_itself(stages, tmp_path):
 
 
 def test_factors_are_found_with_tokens_and_fields_take_them_over(stages, tmp_path):
-    "The two lines of the CPU recipe: directions that begin at circles, some of which see edges; then fields with that encoder"
-    shape = dict(n_factors=3, factor_dim=2, model_options=dict(n_structure=1, directions=True, encoder_config=dict(width=8, glance=4)))
+    "The two lines of the CPU recipe: circular codes that begin at circles, some of which read edges; then fields with that encoder"
+    shape = dict(n_factors=3, factor_dim=2, model_options=dict(n_structure=1, circular=True, encoder_config=dict(width=8, linear_skip=4)))
     rooms = ROOMS | {"n_images": 60}
     reader = dict(sample_size=8, in_channels=3, out_channels=3, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, attention_head_dim=2)
     options = shape["model_options"] | dict(token_dim=8, denoiser_config=reader)
@@ -55,6 +55,6 @@ def test_factors_are_found_with_tokens_and_fields_take_them_over(stages, tmp_pat
     execute("train_disdiff", tmp_path, out_dir=str(tmp_path / "fields"), base_path=str(stages / "ldm"), encoder_path=str(tmp_path / "tokens"), preset="tiny", eval_images=48, sample_steps=2,
             **shape, **rooms, **QUICK)
     tokens, fields = Run(tmp_path / "tokens"), Run(tmp_path / "fields")
-    assert {"where they begin", "PCA of the latents, 6"} <= set(json.loads((tokens.path / "scores.json").read_text())) and "diagnostics/nats" in tokens.metrics("train")[-1]
+    assert {"where they begin", "PCA of the latents, 6"} <= set(json.loads((tokens.path / "scores.json").read_text())) and "diagnostics/kl" in tokens.metrics("train")[-1]
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     torch.testing.assert_close(fields.model().eval().encode(x).codes, tokens.model().eval().encode(x).codes)

@@ -91,12 +91,17 @@ def read_record(config_file: Path) -> dict[str, Any]:
     return json.loads(config_file.read_text()) if config_file.exists() else {}
 
 
+def _saved_model(config_file: Path, model: nn.Module) -> dict[str, Any]:
+    "The record of the run's model, with options of an earlier version as the model's class names them now"
+    current = getattr(type(model), "current_config", dict)
+    return current(read_record(config_file).get("model", {}))
+
+
 def check_model(config_file: Path, model: nn.Module) -> None:
     "The run in this folder must be one of this model: same class, same config"
     if not config_file.exists():
         return
-    translate = getattr(model, "current_config", dict)  # of classes whose options have changed over the versions
-    changed = difference(translate(read_record(config_file).get("model", {})), model_record(model))
+    changed = difference(_saved_model(config_file, model), model_record(model))
     if changed:
         raise ValueError(
             f"{changed}. The run directory {config_file.parent.name} holds another model: choose another out_dir, "

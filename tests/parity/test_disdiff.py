@@ -26,8 +26,9 @@ from decomp_nb.components.codebooks import codebook_loss, nearest_codes, quantis
 from decomp_nb.components.diffusion import noise_at, to_x0
 from decomp_nb.components.latent_diffusion import bound_weights, climb, latent_sampler, look, noise_loss, paint, posterior
 from decomp_nb.components.latents import draw
+from decomp_nb.components.shift_decoder import field_coefficient
 from decomp_nb.core import Factors, sample
-from decomp_nb.methods.disdiff import choice_losses, field_coefficient, moves_of
+from decomp_nb.methods.disdiff import choice_losses, disentangling_logits
 
 VALUE, GRADIENT = 2e-4, 1e-3  # of the largest number of an array, as the README of the data says
 INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_factor", "ddim.eta1_noise"}
@@ -197,7 +198,7 @@ def check_fields(r):
     yield "eps_shift_coef", answer + field_coefficient(model.scheduler, t, answer, "pdae") * fields.sum(1), VALUE
     said = model.predict(z_t, t, factors)
     yield "eps_ddim_coef", said, VALUE
-    without, single = model.predictions(z_t, t, answer, one)
+    without, single = model.clean_latents(z_t, t, answer, one)
     yield "pred_z0_uncond", without, VALUE
     yield "pred_z0_single", single, VALUE
     yield "pred_z0_full", to_x0(model.scheduler, said, z_t, t), VALUE
@@ -298,10 +299,10 @@ def check_moves(r):
         codes = model.encode(r.images).codes
         seen = look(frozen, z_t, t)
         one = model.fields(seen, codes, torch.arange(model.n_factors))[torch.arange(len(t)), chosen]
-        without, single = model.predictions(z_t, t, climb(frozen, seen), one)
-        (x_u, before), (x_s, after) = model.recognise(without), model.recognise(single)
+        without, single = model.clean_latents(z_t, t, climb(frozen, seen), one)
+        (x_u, before), (x_s, after) = model.reencode(without), model.reencode(single)
     assert model.encoder.training and model.encoder.layers[1].training  # as it was before
-    moves = moves_of(codes, before, after)
+    moves = disentangling_logits(codes, before, after)
     variant, invariant = choice_losses(moves, chosen)
     values = dict(cond=codes.flatten(1), pred_zrep_uncond=before.flatten(1), pred_zrep_single=after.flatten(1), pred_z0_uncond=without, pred_z0_single=single, pred_x0_uncond=x_u,
                   pred_x0_single=x_s, logits=moves.variant, logits_delta=moves.invariant, ce=variant, ce_delta=invariant)
