@@ -88,6 +88,7 @@ def swap_slots(factors: Factors, rate: float = 0.5, generator: torch.Generator |
 # %% ../../nbs/components/slot_model.ipynb #seeing-export
 class SlotModel(Decomposer):
     "A method that sees with slots: `see(…)` builds encoder and slot attention, `encode` uses them; sub-classes paint"
+    tracks = True  # on clips, slots are carried from frame to frame
 
     def see(self, encoder_config: dict, slots_config: dict) -> None:
         "Build `encoder` and `slot_attention`; to be called by a sub-class's `__init__`, whose config holds `image_size`"
