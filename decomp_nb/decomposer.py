@@ -253,11 +253,7 @@ class Decomposer(Method):
         if scale == 1:
             return lambda x, t: self.predict(x, t, factors)
         both = _join([self.null_factors(factors), factors], (0, 0, 0))
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            without, with_factors = self.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-            return without + scale * (with_factors - without)
-        return predict
+        return lambda x, t: _extrapolate(self.predict(torch.cat([x, x]), torch.cat([t, t]), both), scale)
 
     @torch.no_grad()
     def decode(
@@ -275,11 +271,10 @@ class Decomposer(Method):
         if noise is None:
             device = self.device if generator is None else generator.device
             noise = torch.randn(len(factors.codes), *self.latent_shape, generator=generator, device=device)
-        first = next(self.parameters())
+        noise = noise.to(self.device, self.dtype)
         scheduler = scheduler or self.sampler or self.scheduler
-        predict = self.guided(factors, guidance_scale)
-        noise = noise.to(first.device, first.dtype)
-        x = sample(predict, noise, scheduler, steps, generator=generator, callback=callback)
+        field = self.guided(factors, guidance_scale)
+        x = sample(field, noise, scheduler, steps, generator=generator, callback=callback)
         return x if self.latents is None else self.latents.decode(x)
 
     @torch.no_grad()
@@ -295,6 +290,12 @@ class Decomposer(Method):
     def reconstruct(self, images: Tensor, **options) -> Tensor:
         "`decode(encode(images))`: what the factors remember of the picture"
         return self.decode(self.encode(images), **options)
+
+# %% ../nbs/decomposer.ipynb #extrapolate-export
+def _extrapolate(outputs: Tensor, scale: float) -> Tensor:
+    "Outputs without and with the factors, `(2b,c,h,w)` → guided output `(b,c,h,w)`"
+    without, with_factors = outputs.chunk(2)
+    return without + scale * (with_factors - without)
 
 # %% ../nbs/decomposer.ipynb #shipped-export
 def shipped(name: str) -> Path:

@@ -26,8 +26,9 @@ __all__ = ['Index', 'to_uint8', 'Factors', 'recombine', 'align', 'interpolate']
 def to_uint8(images: Tensor) -> Tensor:
     "Pictures `(b,3,h,w)` or `(3,h,w)` in [−1,1] → uint8 `(b,h,w,3)`, clipped and rounded"
     x = images.detach().float().clamp(-1, 1)
-    levels = ((x + 1) * 127.5).round().to(torch.uint8)
-    return rearrange(levels.cpu(), "... c h w -> (...) h w c")
+    levels = (x + 1) * 127.5
+    pixels = levels.round().to(torch.uint8).cpu()
+    return rearrange(pixels, "... c h w -> (...) h w c")
 
 # %% ../nbs/factors.ipynb #factors-export
 class Factors(NamedTuple):
@@ -45,12 +46,14 @@ class Factors(NamedTuple):
         "Keep the factors named by `index`, in that order"
         index = _positions(index, self.n_factors)
         parts = zip(self, _AXES)
-        return Factors(*(None if v is None else _take(v, index, axis) for v, axis in parts))
+        picked = [None if v is None else _take(v, index, axis) for v, axis in parts]
+        return Factors(*picked)
 
     def drop(self, index: Index) -> Factors:
         "The set without the factors named by `index`: a dropped factor is gone, not zero"
         index = _positions(index, self.n_factors)
-        kept = index.new_ones(*index.shape[:-1], self.n_factors).scatter(-1, index, 0)
+        kept = index.new_ones(*index.shape[:-1], self.n_factors)
+        kept = kept.scatter(-1, index, 0)
         if not kept.any():
             raise ValueError(f"drop would leave no factor: all {self.n_factors} were named")
         left = kept.nonzero()[:, -1]
@@ -58,27 +61,37 @@ class Factors(NamedTuple):
 
     def rows(self, index: Index) -> Factors:
         "Choose pictures instead of factors; an `int` keeps the batch axis"
-        index = slice(index, index + 1 or None) if isinstance(index, int) else index
+        if isinstance(index, int):
+            index = slice(index, index + 1 or None)
         return self._each(lambda v: v[index])
 
     def cat(self, *others: Factors) -> Factors:
         "Join sets along k: the union of what is in several pictures"
         return _join([self, *others], _AXES)
 
-    def replace(self, index: Index, other: Factors, other_index: Index | None = None) -> Factors:
-        "Put factors `other_index` (default: the same numbers) of `other` where `index` was"
+    def replace(
+        self,
+        index: Index,  # places in this set
+        other: Factors,
+        other_index: Index | None = None,  # factors of `other`; default: the same numbers
+    ) -> Factors:
+        "Put factors of another set in the place of some of this one: swap, insert, change the background"
         places = _positions(index, self.n_factors)
         donors = _positions(index if other_index is None else other_index, other.n_factors)
         if places.shape != donors.shape:
             given, wanted = donors.shape[-1], places.shape[-1]
             raise ValueError(f"replace needs as many donors as places, got {given} for {wanted}")
-        order = torch.arange(self.n_factors).to(places).expand(*places.shape[:-1], -1)
-        return self.cat(other).pick(order.scatter(-1, places, self.n_factors + donors))
+        order = torch.arange(self.n_factors).to(places)
+        order = order.expand(*places.shape[:-1], -1)
+        order = order.scatter(-1, places, self.n_factors + donors)
+        return self.cat(other).pick(order)
 
     def __mul__(self, weight: float | Tensor) -> Factors:
         "Weight the factors: a number, `(k,)` or `(b,k)`; weights multiply up"
-        ones = torch.ones_like(self.codes[..., 0]) if self.weights is None else self.weights
-        return self._replace(weights=ones * weight)
+        weights = self.weights
+        if weights is None:
+            weights = torch.ones_like(self.codes[..., 0])
+        return self._replace(weights=weights * weight)
 
     __rmul__ = __mul__
 
@@ -114,7 +127,8 @@ class Factors(NamedTuple):
         return masks.argmax(1).unflatten(0, self.masks.shape[:-3])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Factors:
-        return Factors(*(v if v is None else change(v) for v in self))
+        changed = [None if v is None else change(v) for v in self]
+        return Factors(*changed)
 
     def _repr_png_(self) -> bytes:
         return _draw(self)
@@ -129,8 +143,10 @@ def _positions(index: Index, k: int) -> Tensor:
         if index.dim() > 1:
             return index
         index = index.cpu()
-    elif not isinstance(index, int):
-        index = list(range(k)[index] if isinstance(index, slice) else index)
+    if isinstance(index, slice):
+        index = range(k)[index]
+    if not isinstance(index, int | Tensor):
+        index = list(index)
     try:
         return torch.arange(k)[index].reshape(-1)
     except IndexError as e:
@@ -153,20 +169,24 @@ def _join(sets: Sequence[Factors], axes: tuple[int, int, int]) -> Factors:
     if len(sizes) > 1:
         sets = [f._replace(masks=None) for f in sets]
     parts = zip(zip(*sets), axes)
-    return Factors(*(None if several[0] is None else torch.cat(several, axis) for several, axis in parts))
+    joined = [None if several[0] is None else torch.cat(several, axis) for several, axis in parts]
+    return Factors(*joined)
 
 # %% ../nbs/factors.ipynb #draw-export
 def _draw(factors: Factors, rows: int = 4, height: int = 96, gap: int = 6) -> bytes:
     "PNG of up to `rows` pictures: segmentation (if there are masks), colours of the factors, codes as a heat map"
     from PIL import Image
-    shown = factors.fold_time().rows(slice(rows)).detach().to("cpu", torch.float32)
+    shown = factors.fold_time().rows(slice(rows)).detach()
+    shown = shown.to("cpu", torch.float32)
     colours = palette(factors.n_factors)
+    stripes = repeat(colours, "k c -> b k 1 c", b=len(shown.codes))
     panels = [
-        _enlarge(repeat(colours, "k c -> b k 1 c", b=len(shown.codes)), height, height // 8),
+        _enlarge(stripes, height, height // 8),
         _enlarge(_heat(shown.codes), height, 3 * height),
     ]
     if shown.masks is not None:
-        panels.insert(0, _enlarge(colours[shown.segmentation()], height, height))
+        owners = colours[shown.segmentation()]
+        panels.insert(0, _enlarge(owners, height, height))
     padded = [F.pad(panel, (0, gap, 0, gap), value=255) for panel in panels]
     sheet = rearrange(torch.cat(padded, -1), "b c h w -> (b h) w c")
     buffer = io.BytesIO()
@@ -176,20 +196,27 @@ def _draw(factors: Factors, rows: int = 4, height: int = 96, gap: int = 6) -> by
 
 def _heat(codes: Tensor) -> Tensor:
     "Codes `(b,k,d)` as colours `(b,k,d,3)`: orange above zero, blue below"
-    strength = (codes / codes.abs().amax().clamp_min(1e-8))[..., None]
+    strongest = codes.abs().amax().clamp_min(1e-8)
+    strength = (codes / strongest)[..., None]
     above = torch.tensor([-30.0, -110.0, -200.0])
     below = torch.tensor([190.0, 110.0, 20.0])
-    return (244 + strength * torch.where(strength > 0, above, below)).to(torch.uint8)
+    colours = 244 + strength * torch.where(strength > 0, above, below)
+    return colours.to(torch.uint8)
 
 
 def _enlarge(pictures: Tensor, height: int, width: int) -> Tensor:
     "Bytes `(b,h,w,3)` as `(b,3,height,width)`, pixels repeated"
     x = rearrange(pictures.float(), "b h w c -> b c h w")
-    return F.interpolate(x, (height, width), mode="nearest-exact").to(torch.uint8)
+    x = F.interpolate(x, (height, width), mode="nearest-exact")
+    return x.to(torch.uint8)
 
 # %% ../nbs/factors.ipynb #recombine-export
-def recombine(a: Factors, b: Factors, from_b: Sequence[int] | Sequence[bool] | Tensor) -> Factors:
-    "The set of `a` with the factors named by `from_b` (numbers, or a boolean per factor) taken from `b`"
+def recombine(
+    a: Factors,
+    b: Factors,  # with as many factors
+    from_b: Sequence[int] | Sequence[bool] | Tensor,  # numbers, or a boolean per factor
+) -> Factors:
+    "The set of `a` with the factors named by `from_b` taken from `b`"
     if a.n_factors != b.n_factors:
         raise ValueError(f"recombine pairs factors one to one, but k is {a.n_factors} and {b.n_factors}")
     chosen = torch.as_tensor(from_b)
@@ -201,17 +228,28 @@ def recombine(a: Factors, b: Factors, from_b: Sequence[int] | Sequence[bool] | T
 def align(a: Factors, b: Factors) -> Factors:
     "Permute the factors of `b`, picture by picture, to lie nearest to those of `a` (Hungarian method on cosines)"
     from scipy.optimize import linear_sum_assignment
-    first, second = (F.normalize(f.codes.detach().float(), dim=-1) for f in (a, b))
-    cosines = first @ second.mT
-    matrices = cosines.flatten(0, -3).cpu().numpy()
-    order = [linear_sum_assignment(matrix, maximize=True)[1].tolist() for matrix in matrices]
-    return b.pick(torch.as_tensor(order).reshape(cosines.shape[:-1]))
+    cosines = _directions(a) @ _directions(b).mT
+    order = []
+    for matrix in cosines.flatten(0, -3).cpu().numpy():
+        _, columns = linear_sum_assignment(matrix, maximize=True)
+        order.append(columns.tolist())
+    order = torch.as_tensor(order)
+    return b.pick(order.reshape(cosines.shape[:-1]))
+
+
+def _directions(factors: Factors) -> Tensor:
+    codes = factors.codes.detach()
+    return F.normalize(codes.float(), dim=-1)
 
 # %% ../nbs/factors.ipynb #interpolate-export
-def interpolate(a: Factors, b: Factors, t: float | Tensor, *, spherical: bool = False) -> Factors:
-    """Move from `a` (t = 0) to `b` (t = 1); `t` is a number or one per picture `(b,)`.
-
-    `spherical` turns directions and interpolates lengths. Masks and weights are blended."""
+def interpolate(
+    a: Factors,
+    b: Factors,
+    t: float | Tensor,  # 0 = `a`, 1 = `b`: a number, or one per picture `(b,)`
+    *,
+    spherical: bool = False,  # turn directions and interpolate lengths, for codes on a sphere
+) -> Factors:
+    "Between two sets, codes, weights and masks"
     t = torch.as_tensor(t, dtype=a.codes.dtype, device=a.codes.device)
     blend = _slerp if spherical else _lerp
     weights = masks = None
@@ -223,16 +261,26 @@ def interpolate(a: Factors, b: Factors, t: float | Tensor, *, spherical: bool = 
 
 
 def _lerp(u: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    t = t.reshape(t.shape + (1,) * (u.dim() - t.dim()))
-    return torch.lerp(u, v, t.to(u.dtype))
+    return torch.lerp(u, v, _per_picture(t, u))
 
 
 def _slerp(u: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    t = t.reshape(t.shape + (1,) * (u.dim() - t.dim()))
+    t = _per_picture(t, u)
     start = F.normalize(u, dim=-1)
     end = F.normalize(v, dim=-1)
     cosine = (start * end).sum(-1, keepdim=True)
     angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos()
-    turned = start * ((1 - t) * angle).sin() + end * (t * angle).sin()
-    length = torch.lerp(u.norm(dim=-1, keepdim=True), v.norm(dim=-1, keepdim=True), t)
-    return turned / angle.sin() * length
+    start = start * ((1 - t) * angle).sin()
+    end = end * (t * angle).sin()
+    length = torch.lerp(
+        u.norm(dim=-1, keepdim=True),
+        v.norm(dim=-1, keepdim=True),
+        t,
+    )
+    return (start + end) / angle.sin() * length
+
+
+def _per_picture(t: Tensor, values: Tensor) -> Tensor:
+    "`(b,)` or `()` with the axes and the type of `values`"
+    axes = (1,) * (values.dim() - t.dim())
+    return t.reshape(t.shape + axes).to(values.dtype)
