@@ -128,7 +128,7 @@ def _check_folder(cls: type, path: str | Path) -> None:
         advice = f"use load_decomposer or {name}.from_pretrained"
         raise ValueError(f"{path} holds a {name}, not a {cls.__name__}: {advice}")
     if not any(folder.glob("*.safetensors*")):
-        raise FileNotFoundError(f"no .safetensors weights in {path}: other files are not read (nothing is unpickled)")
+        raise FileNotFoundError(f"no .safetensors weights in {path}: nothing else is read (nothing is unpickled)")
 
 
 def _read_config(folder: Path) -> dict:
@@ -196,7 +196,12 @@ def _guide_frames(guided: Callable) -> Callable:
     return wrapped
 
 
-_ON_FRAMES = dict(encode=_encode_frames, decode=_decode_frames, decompose=_decode_frames, guided=_guide_frames)
+_ON_FRAMES = dict(
+    encode=_encode_frames,
+    decode=_decode_frames,
+    decompose=_decode_frames,
+    guided=_guide_frames,
+)
 
 # %% ../nbs/decomposer.ipynb #method-export
 class Method(StrictModel):
@@ -269,8 +274,7 @@ class Decomposer(Method):
     ) -> Tensor:
         "Put a set of factors together again: pictures `(b,3,h,w)` in [−1,1], clips `(b,t,3,h,w)`"
         if noise is None:
-            device = self.device if generator is None else generator.device
-            noise = torch.randn(len(factors.codes), *self.latent_shape, generator=generator, device=device)
+            noise = _draw_noise(self, len(factors.codes), generator)
         noise = noise.to(self.device, self.dtype)
         scheduler = scheduler or self.sampler or self.scheduler
         field = self.guided(factors, guidance_scale)
@@ -292,6 +296,11 @@ class Decomposer(Method):
         return self.decode(self.encode(images), **options)
 
 # %% ../nbs/decomposer.ipynb #extrapolate-export
+def _draw_noise(model: Method, n: int, generator: torch.Generator | None) -> Tensor:
+    device = model.device if generator is None else generator.device
+    return torch.randn(n, *model.latent_shape, generator=generator, device=device)
+
+
 def _extrapolate(outputs: Tensor, scale: float) -> Tensor:
     "Outputs without and with the factors, `(2b,c,h,w)` → guided output `(b,c,h,w)`"
     without, with_factors = outputs.chunk(2)

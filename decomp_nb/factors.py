@@ -118,7 +118,7 @@ class Factors(NamedTuple):
         return self._each(lambda v: v.unflatten(0, (-1, t)))
 
     def segmentation(self, size: int | tuple[int, int] | None = None) -> Tensor:
-        "Which factor owns each pixel: int64 `(b,h,w)`; masks are resized bilinearly to `size` *before* the argmax"
+        "Which factor owns each pixel: int64 `(b,h,w)`; masks are resized to `size` (bilinear) *before* the argmax"
         if self.masks is None:
             raise ValueError("these factors have no masks: their method does not assign pixels to factors")
         masks = self.masks.flatten(0, -4).float()
@@ -174,7 +174,7 @@ def _join(sets: Sequence[Factors], axes: tuple[int, int, int]) -> Factors:
 
 # %% ../nbs/factors.ipynb #draw-export
 def _draw(factors: Factors, rows: int = 4, height: int = 96, gap: int = 6) -> bytes:
-    "PNG of up to `rows` pictures: segmentation (if there are masks), colours of the factors, codes as a heat map"
+    "PNG of up to `rows` pictures: segmentation (if any), colours of the factors, codes as a heat map"
     from PIL import Image
     shown = factors.fold_time().rows(slice(rows)).detach()
     shown = shown.to("cpu", torch.float32)
@@ -226,7 +226,7 @@ def recombine(
 
 # %% ../nbs/factors.ipynb #align-export
 def align(a: Factors, b: Factors) -> Factors:
-    "Permute the factors of `b`, picture by picture, to lie nearest to those of `a` (Hungarian method on cosines)"
+    "Permute the factors of `b`, picture by picture, towards those of `a` (Hungarian method on cosines)"
     from scipy.optimize import linear_sum_assignment
     cosines = _directions(a) @ _directions(b).mT
     order = []

@@ -53,15 +53,17 @@ class ConceptLibrary:
         return self.labels[self.origin[:, 0] == picture].tolist()
 
     def compose(self, recipe: Sequence[int], n: int = 1, *, generator: torch.Generator | None = None) -> Factors:
-        "`n` new sets with one code drawn from each concept of `recipe` (repeats allowed): a prompt made of parts"
-        return Factors(torch.stack([_draw_codes(self, concept, n, generator) for concept in recipe], 1))
+        "`n` new sets with one code drawn from each concept of `recipe` (repeats allowed)"
+        codes = [_draw_codes(self, concept, n, generator) for concept in recipe]
+        return Factors(torch.stack(codes, 1))
 
     def compose_like(self, n: int, *, generator: torch.Generator | None = None) -> Factors:
         "`n` sets that follow the recipes of random pictures, of those with the most common number of factors"
         pictures, counts = self.origin[:, 0].unique(return_counts=True)
         fit = pictures[counts == counts.mode().values]
         chosen = fit[torch.randint(len(fit), (n,), generator=generator)]
-        sets = [self.compose(self.recipe(int(p)), generator=generator).codes for p in chosen]
+        recipes = [self.recipe(picture) for picture in chosen.tolist()]
+        sets = [self.compose(recipe, generator=generator).codes for recipe in recipes]
         return Factors(torch.cat(sets))
 
 # %% ../../nbs/components/library.ipynb #build-export
@@ -81,8 +83,8 @@ def build_library(
         keep = (owned >= min_area).cpu()
     codes = factors.codes.detach().float().cpu()[keep]
     if len(codes) < n_concepts:
-        advice = "use more pictures or fewer concepts"
-        raise ValueError(f"{n_concepts} concepts need at least as many codes, and there are {len(codes)}: {advice}")
+        need = f"{n_concepts} concepts need at least as many codes, and there are {len(codes)}"
+        raise ValueError(f"{need}: use more pictures or fewer concepts")
     placed = F.normalize(codes, dim=-1) if spherical else codes
     means = KMeans(n_concepts, n_init=10, random_state=seed).fit(placed.numpy())
     centers = torch.as_tensor(means.cluster_centers_)
@@ -100,7 +102,7 @@ def _draw_codes(library: ConceptLibrary, concept: int, n: int, generator: torch.
 
 # %% ../../nbs/components/library.ipynb #cutouts-export
 def cutouts(images: Tensor, factors: Factors, origin: Tensor, *, ground: float = 0.85) -> Tensor:
-    "The pictures `(n,3,h,w)` of single factors, rows (picture, factor) of `origin`; `ground` where another factor owns the pixel"
+    "Single factors, rows (picture, factor) of `origin`, `(n,3,h,w)`; `ground` where other factors own the pixel"
     picture, factor = origin.T.to(images.device)
     owner = factors.segmentation(images.shape[-2:]).to(images.device)
     own = owner[picture] == factor[:, None, None]

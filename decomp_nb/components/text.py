@@ -107,7 +107,8 @@ def _text_model(tokenizer) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
     end = tokenizer.eos_token_id
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end,
     )
     return CLIPTextModel(config)
