@@ -180,7 +180,7 @@ def _fold_noise(noise: Tensor, b: int, t: int) -> Tensor:
         raise ValueError(f"noise of {b} clips of {t} frames is {expected}, not {tuple(noise.shape)}")
     return noise.flatten(0, 1)
 
-
+# %% ../nbs/decomposer.ipynb #guide-export
 def _guide_frames(guided: Callable) -> Callable:
     @wraps(guided)
     def wrapped(self, factors, *args, **options):

@@ -77,10 +77,7 @@ def build_library(
 ) -> ConceptLibrary:
     "Sort the codes of many pictures into concepts by k-means (LSD, section 4.2)"
     from sklearn.cluster import KMeans
-    keep = torch.ones(factors.codes.shape[:2], dtype=torch.bool)
-    if factors.masks is not None:
-        owned = F.one_hot(factors.segmentation(), factors.n_factors).float().mean((1, 2))
-        keep = (owned >= min_area).cpu()
+    keep = _large_enough(factors, min_area)
     codes = factors.codes.detach().float().cpu()[keep]
     if len(codes) < n_concepts:
         need = f"{n_concepts} concepts need at least as many codes, and there are {len(codes)}"
@@ -90,6 +87,14 @@ def build_library(
     centers = torch.as_tensor(means.cluster_centers_)
     labels = torch.as_tensor(means.labels_, dtype=torch.long)
     return ConceptLibrary(centers, codes, labels, keep.nonzero(), spherical)
+
+
+def _large_enough(factors: Factors, min_area: float) -> Tensor:
+    "Which factors own at least this share of their picture, bool `(b,k)`; all of them where there are no masks"
+    if factors.masks is None:
+        return torch.ones(factors.codes.shape[:2], dtype=torch.bool)
+    owner = F.one_hot(factors.segmentation(), factors.n_factors)
+    return (owner.float().mean((1, 2)) >= min_area).cpu()
 
 
 def _draw_codes(library: ConceptLibrary, concept: int, n: int, generator: torch.Generator | None) -> Tensor:

@@ -62,27 +62,34 @@ class PromptEncoder(nn.Module):
 # %% ../../nbs/components/text.ipynb #tiny-export
 def tiny_pipeline(folder: str | Path) -> Path:
     "Write a random Stable Diffusion 2.1 for pictures of 32 pixels, tokens of 16 numbers, into `folder`"
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler
     tokenizer = _letter_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        text_encoder = _text_model(tokenizer)
-        unet = UNet2DConditionModel(
-            sample_size=8, cross_attention_dim=16, block_out_channels=(8, 16),
-            layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )
-        vae = AutoencoderKL(
-            sample_size=32, block_out_channels=(8, 8, 8), norm_num_groups=4,
-            down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-        )
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         clip_sample=False, set_alpha_to_one=False, steps_offset=1,
     )
-    parts = dict(tokenizer=tokenizer, text_encoder=text_encoder, unet=unet, vae=vae, scheduler=scheduler)
-    return _save_pipeline(Path(folder), parts)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        networks = dict(text_encoder=_text_model(tokenizer), unet=_unet(), vae=_vae())
+    return _save_pipeline(Path(folder), dict(tokenizer=tokenizer, **networks, scheduler=scheduler))
+
+
+def _unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(
+        sample_size=8, cross_attention_dim=16, block_out_channels=(8, 16),
+        layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def _vae() -> nn.Module:
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(
+        sample_size=32, block_out_channels=(8, 8, 8), norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+    )
 
 # %% ../../nbs/components/text.ipynb #tiny-parts-export
 def _save_pipeline(folder: Path, parts: dict) -> Path:
