@@ -16,9 +16,6 @@ from torch import Tensor
 
 from .viz.colours import palette
 
-# Numbers of factors; a `(b,n)` tensor names others in every picture.
-Index = int | slice | Sequence[int] | Tensor
-
 # %% auto #0
 __all__ = ['Index', 'to_uint8', 'Factors', 'recombine', 'align', 'interpolate']
 
@@ -134,6 +131,7 @@ class Factors(NamedTuple):
         return _draw(self)
 
 # %% ../nbs/factors.ipynb #factors-machinery-export
+Index = int | slice | Sequence[int] | Tensor  # numbers of factors; `(b,n)`: others in every picture
 _AXES = (-2, -1, -3)  # where k lives in codes, weights, masks: counted from the right, so that clips work too
 
 
