@@ -20,7 +20,7 @@ help:
 	@echo "make train      train LSD on the embedded scenes (at most 15 minutes on 2 cores); ARGS='-p max_steps 50' sets parameters"
 	@echo "make test       everything that must hold before a commit lands: notebooks, tests, lint, hygiene"
 	@echo "make prepare    after editing notebooks: export, clean, README, lint"
-	@echo "make notebooks  run notebooks in place and keep their outputs; NB='nbs/core.ipynb …' names them, default all"
+	@echo "make notebooks  run notebooks in place and keep their outputs; NB='nbs/factors.ipynb …' names them, default all"
 	@echo "make docs       build the site into _docs (needs Quarto)"
 
 # The stamp holds a checksum of the files' content, so a checkout that only touches them installs nothing and needs no network.

@@ -2,7 +2,8 @@ __version__ = "0.0.1"
 
 # `import decomp_nb` must cost milliseconds, so a name brings in its module (and torch) only when it is first used (PEP 562).
 _homes = {
-    "core": "Factors Decomposer recombine interpolate load_decomposer shipped",
+    "factors": "Factors recombine interpolate",
+    "decomposer": "Decomposer load_decomposer shipped",
     "methods.lsd": "LSD",
     "methods.stable_lsd": "StableLSD",
     "methods.decomp_diffusion": "DecompDiffusion",
@@ -44,6 +45,11 @@ def __dir__():
 # Names that have moved: old module → new module → its names, "old=new" where they were renamed.
 # The old ones work for one more version.
 _moved = {
+    "core": {
+        "factors": "Factors recombine align interpolate to_uint8",
+        "decomposer": "sample Decomposer shipped load_decomposer",
+        "viz.colours": "palette",
+    },
     "data.scenes": {
         "worlds.random": "SPLITS scene_keys uniform integers permutation",
         "worlds.scene_type": "Kind=SceneType draw_counts check_counts pixel_centres visible_pixels",

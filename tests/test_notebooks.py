@@ -166,8 +166,8 @@ def project(tmp_path) -> Path:
     (tmp_path / "_quarto.yml").write_text(
         "website: {sidebar: {contents: [index.ipynb, {section: Components, contents: [components/toy.ipynb]}]}}")
     (tmp_path / "nbs/_quarto.yml").symlink_to("../_quarto.yml")
-    module(tmp_path, "components/toy.py", "import torch\nfrom ..core import Factors\n")
-    module(tmp_path, "core.py", "import torch\n")
+    module(tmp_path, "components/toy.py", "import torch\nfrom ..factors import Factors\n")
+    module(tmp_path, "factors.py", "import torch\n")
     (tmp_path / "README.md").write_text(readme.build(tmp_path / "nbs/index.ipynb", tmp_path)[0])
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     return tmp_path
@@ -222,7 +222,7 @@ def has(name: str, text: str):
 
 BREAKS = [
     (hygiene.definitions_are_shown, break_demonstration, "0 of 1"),
-    (hygiene.layers_hold, has("core.py", "def f():\n    from .components.toy import double"), "core may not know components"),
+    (hygiene.layers_hold, has("factors.py", "def f():\n    from .components.toy import double"), "factors may not know components"),
     (hygiene.layers_hold, has("metrics/a.py", "import decomp_nb.methods.lsd"), "metrics may not know methods"),
     (hygiene.layers_hold, has("metrics/a.py", "from decomp_nb.components.slots import SlotAttention"), "metrics may not"),
     (hygiene.layers_hold, has("methods/a.py", "from .lsd import LSD"), "methods may not know methods"),
@@ -268,9 +268,9 @@ def test_safe_loads_are_allowed():
 
 
 def test_relative_imports_are_followed():
-    known = {"decomp_nb.core", "decomp_nb.viz.figures", "decomp_nb.methods.lsd"}
-    found = hygiene.imported_modules("decomp_nb.methods.lsd", "from ..core import Factors\nfrom ..viz import figures\nimport torch", known)
-    assert found == {"decomp_nb.core", "decomp_nb.viz.figures"}
+    known = {"decomp_nb.factors", "decomp_nb.viz.figures", "decomp_nb.methods.lsd"}
+    found = hygiene.imported_modules("decomp_nb.methods.lsd", "from ..factors import Factors\nfrom ..viz import figures\nimport torch", known)
+    assert found == {"decomp_nb.factors", "decomp_nb.viz.figures"}
 
 
 # --- the README ----------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_import_brings_nothing_heavy():
     code = "import sys, {}; print([m for m in {} if m in sys.modules])"
     assert python(code.format("decomp_nb", heavy)) == "[]\n"
     assert python(code.format("decomp_nb.training.launch", [*heavy, "jupyter_client", "yaml"])) == "[]\n"
-    assert python(code.format("decomp_nb.core", heavy[4:])) == "[]\n"
+    assert python(code.format("decomp_nb.decomposer", heavy[4:])) == "[]\n"
 
 
 @pytest.mark.parametrize("name", decomp_nb.__all__)
@@ -269,7 +269,7 @@ def test_nbdev_3_reads_what_nbdev_2_reads():
 
 
 @pytest.mark.parametrize(("script", "test", "export"), [
-    ("nbdev_{}", ["--path=nbs/core.ipynb", "--n_workers", "2"], []), ("nbdev-{}", ["nbs/core.ipynb", "--n-workers", "2"], [])], ids=["nbdev 2", "nbdev 3"])
+    ("nbdev_{}", ["--path=nbs/factors.ipynb", "--n_workers", "2"], []), ("nbdev-{}", ["nbs/factors.ipynb", "--n-workers", "2"], [])], ids=["nbdev 2", "nbdev 3"])
 def test_commands_of_either_nbdev(tmp_path, script, test, export):
     for name in ("test", "export"):
         (tmp_path / script.format(name)).touch()
@@ -277,7 +277,7 @@ def test_commands_of_either_nbdev(tmp_path, script, test, export):
         command, *options = nbdev_command.command(*words, folder=tmp_path)
         assert Path(command) == tmp_path / script.format(words[0])
         return options
-    assert found("test", "--path=nbs/core.ipynb", "--n-workers", "2") == test and found("export") == export
+    assert found("test", "--path=nbs/factors.ipynb", "--n-workers", "2") == test and found("export") == export
     with pytest.raises(FileNotFoundError, match="make setup"):
         nbdev_command.command("clean", folder=tmp_path)
 

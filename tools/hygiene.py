@@ -340,10 +340,11 @@ def definitions_are_shown(root: Path = ROOT, wanted: float = 0.9):
 
 # --- layers --------------------------------------------------------------------------------------------------------------------------
 
-LAYERS = [{"core"}, {"data", "worlds", "viz.figures"}, {"components"}, {"methods"}, {"metrics", "training", "official", "viz.mixer",
-          "viz.attribution"}]
-NEIGHBOURS = {("data", "worlds")}  # data sets by name may be drawn ones; worlds read no files
-SHARED = {"viz.colours": "core", "viz.sheets": "viz.figures", "viz.plots": "viz.figures"}  # modules that share a room
+LAYERS = [{"factors", "decomposer"}, {"data", "worlds", "viz.figures"}, {"components"}, {"methods"},
+          {"metrics", "training", "official", "viz.mixer", "viz.attribution"}]
+NEIGHBOURS = {("data", "worlds"),  # data sets by name may be drawn ones; worlds read no files
+              ("decomposer", "factors")}
+SHARED = {"viz.colours": "factors", "viz.sheets": "viz.figures", "viz.plots": "viz.figures"}  # modules that share a room
 STRANGERS = {("metrics", "methods"), ("metrics", "components")}  # metrics take arrays
 FOR_ALL = {"decomp_nb.components.lpips"}  # a distance of pictures: a loss for components, a score for metrics
 
@@ -498,7 +499,8 @@ def readme_is_current(root: Path = ROOT):
 
 GENERATED = [".venv/x", "_proc/x", "_docs/x", "build/x", "dist/x", "decomp_nb.egg-info/x", "nbs/nbdev.yml", "papermill_runs/out/x.ipynb",
              "decomp_nb/__pycache__/x.pyc", "nbs/.ipynb_checkpoints/x.ipynb", ".pytest_cache/x", ".ruff_cache/x"]
-KEPT = ["papermill_runs/README.md", "papermill_runs/recipes/x.yaml", "decomp_nb/core.py", "nbs/core.ipynb", "nbs/_quarto.yml", "README.md"]
+KEPT = ["papermill_runs/README.md", "papermill_runs/recipes/x.yaml", "decomp_nb/factors.py",
+        "nbs/factors.ipynb", "nbs/_quarto.yml", "README.md"]
 
 
 def git(root: Path, *words: str) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Factors
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['ConceptLibrary', 'build_library', 'cutouts']
@@ -20,7 +20,7 @@ __all__ = ['ConceptLibrary', 'build_library', 'cutouts']
 # %% ../../nbs/components/library.ipynb #library-export
 @dataclass
 class ConceptLibrary:
-    "Codes of many pictures sorted into `c` concepts; rows of `origin` are (picture, factor)"
+    "Codes of many pictures sorted into `c` concepts"
     centers: Tensor  # `(c,d)`
     codes: Tensor  # `(n,d)`, as the encoder gave them
     labels: Tensor  # `(n,)`, concept of each code
@@ -28,72 +28,87 @@ class ConceptLibrary:
     spherical: bool = True
 
     @property
-    def n_concepts(self) -> int: return len(self.centers)
-
-    def _place(self, codes: Tensor) -> Tensor: return F.normalize(codes, dim=-1) if self.spherical else codes
+    def n_concepts(self) -> int:
+        "c"
+        return len(self.centers)
 
     def assign(self, codes: Tensor) -> Tensor:
         "Concept of new codes `(…,d)` → `(…)`"
-        return torch.cdist(self._place(codes).flatten(0, -2), self.centers).argmin(-1).unflatten(0, codes.shape[:-1])
+        return torch.cdist(self._placed(codes), self.centers).argmin(-1)
 
     def nearest(self, concept: int, n: int = 8) -> Tensor:
-        "The `n` library entries nearest to a centre, best first, at most one per picture: the concept's portrait"
-        members = (self.labels == concept).nonzero().flatten()
-        order = members[(self._place(self.codes[members]) - self.centers[concept]).norm(dim=-1).argsort()]
-        seen, chosen = set(), []
-        for i in order.tolist():
-            picture = int(self.origin[i, 0])
-            if picture not in seen: seen.add(picture), chosen.append(i)
-            if len(chosen) == n: break
-        return torch.tensor(chosen, dtype=torch.long)
+        "Entries `(n,)` nearest to a centre, best first, at most one per picture"
+        distance = (self._placed(self.codes) - self.centers[concept]).norm(dim=-1)
+        first = {}
+        for i in distance.argsort().tolist():
+            if self.labels[i] == concept:
+                first.setdefault(int(self.origin[i, 0]), i)
+        return torch.tensor(list(first.values())[:n], dtype=torch.long)
+
+    def _placed(self, codes: Tensor) -> Tensor:
+        return F.normalize(codes, dim=-1) if self.spherical else codes
 
     def recipe(self, picture: int) -> list[int]:
         "Which concepts a picture of the library is made of"
         return self.labels[self.origin[:, 0] == picture].tolist()
 
     def compose(self, recipe: Sequence[int], n: int = 1, *, generator: torch.Generator | None = None) -> Factors:
-        "`n` new sets with one code drawn from each concept of `recipe` (repeats allowed): a prompt made of parts"
-        sets = []
-        for concept in recipe:
-            members = (self.labels == concept).nonzero().flatten()
-            if not len(members): raise ValueError(f"concept {concept} is empty or unknown: the library has concepts 0 to {self.n_concepts - 1}")
-            sets.append(self.codes[members[torch.randint(len(members), (n,), generator=generator)]])
-        return Factors(torch.stack(sets, 1))
+        "`n` new sets with one code drawn from each concept of `recipe` (repeats allowed)"
+        codes = [_draw_codes(self, concept, n, generator) for concept in recipe]
+        return Factors(torch.stack(codes, 1))
 
-    def compose_like(self, n: int, *, n_factors: int | None = None, generator: torch.Generator | None = None) -> Factors:
-        "`n` sets that follow the recipes of randomly chosen library pictures of `n_factors` parts (default: the most common number)"
+    def compose_like(self, n: int, *, generator: torch.Generator | None = None) -> Factors:
+        "`n` sets that follow the recipes of random pictures, of those with the most common number of factors"
         pictures, counts = self.origin[:, 0].unique(return_counts=True)
-        n_factors = n_factors or int(counts.mode().values)
-        fit = pictures[counts == n_factors]
-        if not len(fit): raise ValueError(f"no picture of the library has {n_factors} factors; there are {sorted(set(counts.tolist()))}")
+        fit = pictures[counts == counts.mode().values]
         chosen = fit[torch.randint(len(fit), (n,), generator=generator)]
-        return Factors(torch.cat([self.compose(self.recipe(int(p)), generator=generator).codes for p in chosen]))
+        recipes = [self.recipe(picture) for picture in chosen.tolist()]
+        sets = [self.compose(recipe, generator=generator).codes for recipe in recipes]
+        return Factors(torch.cat(sets))
 
 # %% ../../nbs/components/library.ipynb #build-export
 def build_library(
     factors: Factors,  # of many pictures, `(b,k,d)`
-    n_concepts: int,  # c, the number of heaps
+    n_concepts: int,  # c, the number of clusters
     *,
     spherical: bool = True,  # angle (True) or distance (False)
-    min_area: float = 0.005,  # factors whose mask owns less than this share of the picture are left out; ignored without masks
+    min_area: float = 0.005,  # leave out factors whose mask owns a smaller share; ignored without masks
     seed: int = 0,  # of k-means (10 starts, the best is kept)
 ) -> ConceptLibrary:
     "Sort the codes of many pictures into concepts by k-means (LSD, section 4.2)"
     from sklearn.cluster import KMeans
-    keep = torch.ones(factors.codes.shape[:2], dtype=torch.bool)
-    if factors.masks is not None:
-        owned = F.one_hot(factors.segmentation(), factors.n_factors).float().mean((1, 2))
-        keep = (owned >= min_area).cpu()
-    origin = keep.nonzero()
+    keep = _large_enough(factors, min_area)
     codes = factors.codes.detach().float().cpu()[keep]
-    if len(codes) < n_concepts: raise ValueError(f"{n_concepts} concepts need at least as many codes, and there are {len(codes)}: use more pictures or fewer concepts")
+    if len(codes) < n_concepts:
+        need = f"{n_concepts} concepts need at least as many codes, and there are {len(codes)}"
+        raise ValueError(f"{need}: use more pictures or fewer concepts")
     placed = F.normalize(codes, dim=-1) if spherical else codes
     means = KMeans(n_concepts, n_init=10, random_state=seed).fit(placed.numpy())
-    return ConceptLibrary(torch.as_tensor(means.cluster_centers_), codes, torch.as_tensor(means.labels_, dtype=torch.long), origin, spherical)
+    centers = torch.as_tensor(means.cluster_centers_)
+    labels = torch.as_tensor(means.labels_, dtype=torch.long)
+    return ConceptLibrary(centers, codes, labels, keep.nonzero(), spherical)
+
+
+def _large_enough(factors: Factors, min_area: float) -> Tensor:
+    "Which factors own at least this share of their picture, bool `(b,k)`; all of them where there are no masks"
+    if factors.masks is None:
+        return torch.ones(factors.codes.shape[:2], dtype=torch.bool)
+    owner = F.one_hot(factors.segmentation(), factors.n_factors)
+    return (owner.float().mean((1, 2)) >= min_area).cpu()
+
+
+def _draw_codes(library: ConceptLibrary, concept: int, n: int, generator: torch.Generator | None) -> Tensor:
+    "`n` codes of a concept `(n,d)`, repeats allowed"
+    members = (library.labels == concept).nonzero().flatten()
+    if not len(members):
+        known = f"the library has concepts 0 to {library.n_concepts - 1}"
+        raise ValueError(f"concept {concept} is empty or unknown: {known}")
+    return library.codes[members[torch.randint(len(members), (n,), generator=generator)]]
 
 # %% ../../nbs/components/library.ipynb #cutouts-export
 def cutouts(images: Tensor, factors: Factors, origin: Tensor, *, ground: float = 0.85) -> Tensor:
-    "The pictures `(n,3,h,w)` of single factors named by rows (picture, factor) of `origin`; what they do not own is painted `ground`"
-    owner = factors.segmentation(images.shape[-2:])
-    own = (owner[origin[:, 0]] == origin[:, 1].to(owner.device)[:, None, None])[:, None]
-    return torch.where(own, images[origin[:, 0]], torch.full_like(images[:1], ground))
+    "Single factors, rows (picture, factor) of `origin`, `(n,3,h,w)`; `ground` where other factors own the pixel"
+    picture, factor = origin.T.to(images.device)
+    owner = factors.segmentation(images.shape[-2:]).to(images.device)
+    own = owner[picture] == factor[:, None, None]
+    return images[picture].where(own[:, None], ground)
