@@ -104,7 +104,26 @@ _moved = {
     "viz.attribution": {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",
     },
-    "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
+    "components.codebooks": {
+        "components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance",
+        "components.autoencoders": "vq_model VQAutoencoder",
+        "components.latents": "VQLatents build_space=build_latents",
+        "components.dvae": "gumbel_softmax cosine_cooling NormedConv DVAE",
+    },
+    "components.adversarial": {"components.autoencoders": "kl_model"},
+    "components.latents": {
+        "components.autoencoders": "draw=sample_posterior level_channels small_vae KLAutoencoder small_dc DCAutoencoder",
+        "data.cache": "Cached cache_latents cache_features",
+    },
+    "components.diffusion": {"components.samplers": "invert"},
+    "components.solvers": {
+        "components.samplers": "straight_lines=interp ContinuousTime step_orders SinglestepSolver CodebookDDIM=DDIM "
+                               "through_projection",
+    },
+    "components.latent_diffusion": {
+        "components.samplers": "OfficialDDIM=DDIM latent_sampler",
+        "components.latents": "paint=decode_latents",
+    },
     "methods.decomp_diffusion": {"metrics.separation": "object_shares separation recombination_accuracy"},
     "metrics.generation": {
         "components.lpips": "VGGMaps=VGGFeatures load_lpips",

@@ -4,156 +4,235 @@
 
 # %% ../../nbs/components/diffusion.ipynb #imports
 from __future__ import annotations
+
+import json
 from pathlib import Path
-from typing import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['SCHEDULERS', 'LSD_SCHEDULE', 'DENSITIES', 'make_scheduler', 'read_scheduler_config', 'noise_at', 'signal_and_noise',
-           'diffusion_target', 'to_x0', 'prediction_type_of', 'snr', 'min_snr_weight', 'diffusion_loss',
-           'timestep_density', 'sample_timesteps', 'offset_noise', 'invert']
+__all__ = ['SCHEDULERS', 'LSD_SCHEDULE', 'DENSITIES', 'read_scheduler_config', 'make_scheduler', 'noise_at', 'prediction_type_of',
+           'signal_and_noise', 'diffusion_target', 'clean_from', 'to_x0', 'snr', 'min_snr_weight', 'diffusion_loss',
+           'timestep_density', 'sample_timesteps', 'offset_noise', 'NoisyBatch', 'noise_batch']
 
 # %% ../../nbs/components/diffusion.ipynb #scheduler-export
-SCHEDULERS = dict(ddpm="DDPMScheduler", ddim="DDIMScheduler", dpm="DPMSolverMultistepScheduler", euler="EulerDiscreteScheduler",
-                  inverse="DDIMInverseScheduler")
-LSD_SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="linear", prediction_type="epsilon",
-                    clip_sample=False, variance_type="fixed_small", timestep_spacing="leading", steps_offset=1)
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "inverse": "DDIMInverseScheduler",
+}
+LSD_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "variance_type": "fixed_small",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+
+
+def read_scheduler_config(folder: str | Path) -> dict[str, Any]:
+    "Content of scheduler_config.json in a folder, or of a JSON file; `FileNotFoundError` where there is none"
+    path = Path(folder)
+    path = path / "scheduler_config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no scheduler config at {path}: expected a folder with scheduler_config.json or a JSON file"
+        )
+    return json.loads(path.read_text())
+
+# %% ../../nbs/components/diffusion.ipynb #make-scheduler-export
+def _scheduler_config(source):
+    if source is None:
+        return {**LSD_SCHEDULE, "_class_name": "DDPMScheduler"}
+    if isinstance(source, (str, Path)):
+        return read_scheduler_config(source)
+    if isinstance(source, dict):
+        return source
+    return {**source.config, "_class_name": type(source).__name__}
 
 
 def make_scheduler(
-    kind: str = "ddpm",  # "ddpm", "ddim", "dpm" (DPM-Solver++ multistep), "euler", "inverse" (DDIM run backwards) or a diffusers class name
-    config=None,  # dict, another scheduler, or a folder with scheduler_config.json; default: LSD's published schedule
-    **overrides,  # diffusers' own option names; an unknown one is an error
-):
-    "A diffusers scheduler; from another scheduler it takes the betas, the prediction type and every option that both know"
+    kind: str = "ddpm",    # a key of `SCHEDULERS` or the name of a diffusers class
+    config: Any = None,    # dict, another scheduler, or a folder with scheduler_config.json; None: `LSD_SCHEDULE`
+    **overrides: Any,      # diffusers' own option names; `ValueError` for an unknown one
+) -> Any:
+    "A diffusers scheduler; of another scheduler it takes the betas, the prediction type and all options both know"
     import diffusers
     name = SCHEDULERS.get(kind, kind)
     cls = getattr(diffusers, name, None)
-    if not name.endswith("Scheduler") or cls is None:
-        raise ValueError(f"scheduler {kind!r}: choose one of {', '.join(map(repr, SCHEDULERS))} or the name of a diffusers scheduler class")
-    if isinstance(config, (str, Path)): config = read_scheduler_config(config)
-    source = dict(LSD_SCHEDULE, _class_name="DDPMScheduler") if config is None else config
-    came_from = source.get("_class_name", name) if isinstance(source, dict) else type(source).__name__
-    config = dict(source) if isinstance(source, dict) else dict(source.config)
-    known, unknown = set(cls._get_init_keys(cls)), set(overrides)
-    if came_from == name: unknown |= {k for k in config if not k.startswith("_")}  # another class may have options of its own
-    if unknown - known: raise ValueError(f"{name} has no option {', '.join(sorted(unknown - known))}")
-    return cls.from_config({k: v for k, v in config.items() if k in known}, **overrides)
-
-
-def read_scheduler_config(folder: str | Path) -> dict:
-    "Content of scheduler_config.json in a folder, or of a JSON file"
-    import json
-    path = Path(folder)
-    path = path / "scheduler_config.json" if path.is_dir() else path
-    if not path.is_file(): raise FileNotFoundError(f"no scheduler config at {path}: expected a folder with scheduler_config.json or a JSON file")
-    return json.loads(path.read_text())
+    if cls is None or not name.endswith("Scheduler"):
+        choices = ", ".join(map(repr, SCHEDULERS))
+        raise ValueError(f"scheduler {kind!r}: choose one of {choices} or the name of a diffusers scheduler class")
+    config = _scheduler_config(config)
+    known = cls._get_init_keys(cls)
+    unknown = set(overrides) - known
+    if config.get("_class_name", name) == name:   # another class may have options of its own
+        unknown |= {key for key in config if not key.startswith("_")} - known
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(sorted(unknown))}")
+    shared = {key: value for key, value in config.items() if key in known}
+    return cls.from_config(shared, **overrides)
 
 # %% ../../nbs/components/diffusion.ipynb #noise-export
-def noise_at(scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def noise_at(scheduler: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     r"$x_t=\sqrt{\bar\alpha_t}\,x_0+\sqrt{1-\bar\alpha_t}\,\epsilon$ for `t` `(b,)`; same shape as `x0`"
     return scheduler.add_noise(x0, noise, t)
 
 # %% ../../nbs/components/diffusion.ipynb #target-export
-def signal_and_noise(scheduler, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    r"$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for `t` `(b,)` or a number, shaped to multiply `like`"
-    a = scheduler.alphas_cumprod.to(device=like.device)[torch.as_tensor(t, device=like.device).long()]
-    a = a.reshape(-1, *[1] * (like.ndim - 1))
-    return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
-
-
-def diffusion_target(scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    r"What the denoiser should answer: $\epsilon$, $v=\sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0$ or $x_0$, by `prediction_type`"
-    kind = prediction_type_of(scheduler)
-    if kind == "epsilon": return noise
-    return x0 if kind == "sample" else scheduler.get_velocity(x0, noise, t)
-
-
-def to_x0(scheduler, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    r"The clean picture that an answer implies: $(x_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$, $\sqrt{\bar\alpha_t}\,x_t-\sqrt{1-\bar\alpha_t}\,v$ or itself"
-    kind, (a, s) = prediction_type_of(scheduler), signal_and_noise(scheduler, t, x_t)
-    if kind == "epsilon": return (x_t - s * model_output) / a
-    return model_output if kind == "sample" else a * x_t - s * model_output
-
-
-def prediction_type_of(scheduler) -> str:
-    "The scheduler's `prediction_type`; raises where it is none of epsilon, v_prediction, sample"
+def prediction_type_of(scheduler: Any) -> str:
+    "The scheduler's `prediction_type`; `ValueError` where it is none of epsilon, v_prediction, sample"
     kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction", "sample"): raise ValueError(f"prediction_type={kind!r}: choose epsilon, v_prediction or sample")
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"prediction_type={kind!r}: choose epsilon, v_prediction or sample")
     return kind
 
+
+def signal_and_noise(scheduler: Any, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+    r"$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for `t` `(b,)` or a number, shaped to multiply `like`"
+    t = torch.as_tensor(t, device=like.device).long()
+    alphas = scheduler.alphas_cumprod.to(like.device)[t]
+    alphas = alphas.reshape(-1, *[1] * (like.ndim - 1))
+    return alphas.sqrt().to(like.dtype), (1 - alphas).sqrt().to(like.dtype)
+
+
+def diffusion_target(scheduler: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    r"What the denoiser predicts: $\epsilon$, $v=\sqrt{\bar\alpha_t}\,\epsilon-\sqrt{1-\bar\alpha_t}\,x_0$ or $x_0$"
+    kind = prediction_type_of(scheduler)
+    if kind == "epsilon":
+        return noise
+    return x0 if kind == "sample" else scheduler.get_velocity(x0, noise, t)
+
+# %% ../../nbs/components/diffusion.ipynb #clean-export
+def clean_from(
+    kind: str,               # prediction type
+    output: Tensor,          # of the denoiser
+    x_t: Tensor,
+    signal: Tensor | float,  # √ᾱ
+    noise: Tensor | float,   # √(1−ᾱ)
+) -> Tensor:
+    "The clean picture that an output of the denoiser implies at this noise level"
+    if kind == "sample":
+        return output
+    if kind == "epsilon":
+        return (x_t - noise * output) / signal
+    return signal * x_t - noise * output
+
+
+def to_x0(scheduler: Any, model_output: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
+    r"$(x_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$, $\sqrt{\bar\alpha_t}\,x_t-\sqrt{1-\bar\alpha_t}\,v$ or $x_0$"
+    return clean_from(prediction_type_of(scheduler), model_output, x_t, *signal_and_noise(scheduler, t, x_t))
+
 # %% ../../nbs/components/diffusion.ipynb #snr-export
-def snr(scheduler, t: Tensor) -> Tensor:
+def snr(scheduler: Any, t: Tensor) -> Tensor:
     r"Signal-to-noise ratio $\bar\alpha_t/(1-\bar\alpha_t)$ `(b,)`, float32"
-    a = scheduler.alphas_cumprod.to(device=t.device, dtype=torch.float32)[t]
-    return a / (1 - a)
+    alphas = scheduler.alphas_cumprod.to(device=t.device, dtype=torch.float32)[t]
+    return alphas / (1 - alphas)
 
 
-def min_snr_weight(scheduler, t: Tensor, gamma: float = 5.0, prediction_type: str | None = None) -> Tensor:
-    r"Min-SNR-γ weight of the loss `(b,)` (Hang et al. 2023): min(SNR,γ) on $x_0$, divided by SNR for $\epsilon$, by SNR+1 for $v$"
-    ratio, kind = snr(scheduler, t), prediction_type or prediction_type_of(scheduler)
-    if kind == "epsilon": return (gamma / ratio).clamp_max(1)  # = min(SNR,γ)/SNR, and 1 where the SNR is 0
-    return ratio.clamp_max(gamma) / (ratio + 1) if kind == "v_prediction" else ratio.clamp_max(gamma)
+def min_snr_weight(scheduler: Any, t: Tensor, gamma: float = 5.0) -> Tensor:
+    r"Weight of the loss `(b,)` (Hang et al. 2023): min(SNR,γ) on $x_0$, over SNR for $\epsilon$, over SNR+1 for $v$"
+    ratio = snr(scheduler, t)
+    kind = prediction_type_of(scheduler)
+    if kind == "epsilon":
+        return (gamma / ratio).clamp_max(1)   # = min(SNR,γ) / SNR, and 1 where the SNR is 0
+    weight = ratio.clamp_max(gamma)
+    return weight / (ratio + 1) if kind == "v_prediction" else weight
 
 
 def diffusion_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     "Mean squared error in float32, each picture times its `weight` `(b,)`; a scalar"
-    per_image = (pred.float() - target.float()).square().flatten(1).mean(1)
-    return (per_image if weight is None else per_image * weight).mean()
+    errors = (pred.float() - target.float()).square().flatten(1).mean(1)
+    return errors.mean() if weight is None else (errors * weight).mean()
 
 # %% ../../nbs/components/diffusion.ipynb #timesteps-export
 DENSITIES = ("uniform", "high_noise", "low_noise", "logit_normal", "near_noise")
 
 
-def timestep_density(num_train_timesteps: int, how: str = "uniform", strength: float = 1.0) -> Tensor:
-    "Probability of every timestep `(T,)`; `strength` is the power of the ramp (of near_noise: s in t = T(1 − vˢ)), or the width of logit_normal"
+def timestep_density(
+    num_train_timesteps: int,
+    how: str = "uniform",    # one of `DENSITIES`
+    strength: float = 1.0,   # power of the ramp; near_noise: s in t = T (1 − vˢ), v uniform; width of logit_normal
+) -> Tensor:
+    "Probability of every timestep `(T,)`, float64"
     u = (torch.arange(num_train_timesteps, dtype=torch.float64) + 0.5) / num_train_timesteps
-    if how == "uniform": p = torch.ones_like(u)
-    elif how == "high_noise": p = u ** strength
-    elif how == "low_noise": p = (1 - u) ** strength
-    elif how == "near_noise": p = (1 - u) ** (1 / strength - 1)  # t = T (1 − vˢ) with v uniform: most draws near T, some everywhere
-    elif how == "logit_normal": p = (-0.5 * (torch.logit(u) / strength) ** 2).exp() / (u * (1 - u))
-    else: raise ValueError(f"timesteps {how!r}: choose one of {', '.join(map(repr, DENSITIES))}")
-    return p / p.sum()
+    if how == "uniform":
+        density = torch.ones_like(u)
+    elif how == "high_noise":
+        density = u ** strength
+    elif how == "low_noise":
+        density = (1 - u) ** strength
+    elif how == "near_noise":
+        density = (1 - u) ** (1 / strength - 1)   # most draws near T, some everywhere
+    elif how == "logit_normal":
+        density = (-0.5 * (torch.logit(u) / strength) ** 2).exp() / (u * (1 - u))
+    else:
+        raise ValueError(f"timesteps {how!r}: choose one of {', '.join(map(repr, DENSITIES))}")
+    return density / density.sum()
 
-
+# %% ../../nbs/components/diffusion.ipynb #sample-timesteps-export
 def sample_timesteps(
     n: int,
-    scheduler,
+    scheduler: Any,
     *,
-    how: str = "uniform",  # one of `DENSITIES`
+    how: str = "uniform",      # one of `DENSITIES`
     strength: float = 1.0,
-    stratified: bool = False,  # spread the batch evenly over the density: less noise in the loss (Kingma et al. 2021)
-    generator: torch.Generator | None = None, device=None,
+    stratified: bool = False,  # spread the batch evenly over the density (Kingma et al. 2021)
+    generator: torch.Generator | None = None,
+    device: Any = None,
 ) -> Tensor:
     "Random timesteps `(n,)`, int64"
-    where = generator.device if generator is not None else device
+    source = device if generator is None else generator.device
+    device = device or source
     T = scheduler.config.num_train_timesteps
-    if how == "uniform" and not stratified: return torch.randint(T, (n,), generator=generator, device=where).to(device or where)
-    if stratified: u = (torch.rand(1, generator=generator, device=where, dtype=torch.float32) + torch.arange(n, device=where) / n) % 1
-    else: u = torch.rand(n, generator=generator, device=where, dtype=torch.float32)
+    if how == "uniform" and not stratified:
+        return torch.randint(T, (n,), generator=generator, device=source).to(device)
+    if stratified:
+        first = torch.rand(1, generator=generator, device=source, dtype=torch.float32)
+        u = (first + torch.arange(n, device=source) / n) % 1
+    else:
+        u = torch.rand(n, generator=generator, device=source, dtype=torch.float32)
     edges = timestep_density(T, how, strength).cumsum(0).float().to(u.device)
-    return torch.searchsorted(edges, u, right=True).clamp_max(T - 1).to(device or where)
+    return torch.searchsorted(edges, u, right=True).clamp_max(T - 1).to(device)
 
 # %% ../../nbs/components/diffusion.ipynb #offset-export
 def offset_noise(noise: Tensor, strength: float = 0.1, generator: torch.Generator | None = None) -> Tensor:
-    "Noise plus one random constant per picture and channel, so that overall brightness is something to learn too"
-    where = generator.device if generator is not None else noise.device
-    shift = torch.randn(*noise.shape[:2], *[1] * (noise.ndim - 2), generator=generator, device=where, dtype=torch.float32)
+    "Noise plus one random constant per picture and channel: overall brightness has to be learned too"
+    source = noise.device if generator is None else generator.device
+    shape = *noise.shape[:2], *[1] * (noise.ndim - 2)
+    shift = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
     return noise + strength * shift.to(noise)
 
-# %% ../../nbs/components/diffusion.ipynb #invert-export
-@torch.no_grad()
-def invert(
-    predict: Callable[[Tensor, Tensor], Tensor],  # (x_t, t) → model output
-    x0: Tensor,
-    scheduler,  # the schedule to invert
-    steps: int = 50,
-) -> Tensor:
-    "DDIM inversion: the noise from which DDIM with as many steps returns (nearly) to `x0`; the start of an edit that keeps the rest"
-    backwards = make_scheduler("inverse", scheduler, clip_sample=False)
-    backwards.set_timesteps(steps, device=x0.device)
-    x = x0
-    for t in backwards.timesteps: x = backwards.step(predict(x, t), t, x).prev_sample
-    return x
+# %% ../../nbs/components/diffusion.ipynb #batch-export
+class NoisyBatch(NamedTuple):
+    "What one training step of a denoiser needs"
+    x_t: Tensor     # `(b,…)`
+    t: Tensor       # `(b,)`, int64
+    noise: Tensor   # `(b,…)`
+    target: Tensor  # `(b,…)`, see `diffusion_target`
+
+
+def noise_batch(
+    scheduler: Any,
+    x0: Tensor,            # `(b,…)`, clean pictures or latents
+    batch: dict[str, Any], # its `noise` and `timesteps` replace random draws
+    *,
+    offset: float = 0.0,   # strength of `offset_noise`
+    **density: Any,        # options of `sample_timesteps`
+) -> NoisyBatch:
+    "Draw the noise, then the noise levels; mix them into the pictures"
+    noise = batch.get("noise")
+    if noise is None:
+        noise = torch.randn_like(x0)
+        noise = offset_noise(noise, offset) if offset else noise
+    t = batch.get("timesteps")
+    if t is None:
+        t = sample_timesteps(len(x0), scheduler, device=x0.device, **density)
+    return NoisyBatch(scheduler.add_noise(x0, noise, t), t, noise, diffusion_target(scheduler, x0, noise, t))

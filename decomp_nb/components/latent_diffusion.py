@@ -6,28 +6,36 @@
 from __future__ import annotations
 
 import zlib
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .codebooks import build_space
 from .denoisers import check_halvings
-from .diffusion import make_scheduler, noise_at, prediction_type_of, sample_timesteps, signal_and_noise, to_x0
-from .solvers import CodebookDDIM
+from .diffusion import make_scheduler, noise_batch, prediction_type_of
+from .latents import build_latents
+from .samplers import latent_sampler
 from .vectors import _set_heads, build_with, start_at_zero
 from ..core import Decomposer, Factors
 
 # %% auto #0
-__all__ = ['LATENT_SCHEDULE', 'latent_unet', 'Look', 'look', 'climb', 'Posterior', 'posterior', 'bound_weights', 'OfficialDDIM',
-           'latent_sampler', 'paint', 'space_sizes', 'mark_of', 'LatentDiffusion', 'noise_loss']
+__all__ = ['LATENT_SCHEDULE', 'latent_unet', 'Look', 'look', 'climb', 'Posterior', 'posterior', 'bound_weights', 'noise_loss',
+           'space_sizes', 'mark_of', 'LatentSpaceModel', 'LatentDiffusion']
 
 # %% ../../nbs/components/latent_diffusion.ipynb #schedule-export
-LATENT_SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear", prediction_type="epsilon",
-                       clip_sample=False, variance_type="fixed_small", timestep_spacing="leading", steps_offset=1)
+LATENT_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0015,
+    "beta_end": 0.0155,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "variance_type": "fixed_small",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
 
 # %% ../../nbs/components/latent_diffusion.ipynb #unet-export
 def latent_unet(
@@ -89,169 +97,128 @@ def climb(unet, seen: Look, time: Tensor | None = None) -> Tensor:
 class Posterior(NamedTuple):
     "q(x_{t−1} | x_t, x_0) of every t, each `(T,)` float64"
     variance: Tensor
-    of_x0: Tensor  # coefficient of x_0 in the mean
-    of_xt: Tensor  # coefficient of x_t
+    of_x0: Tensor   # coefficient of x_0 in the mean
+    of_xt: Tensor   # coefficient of x_t
 
 
-def posterior(scheduler) -> Posterior:
+def posterior(scheduler: Any) -> Posterior:
     "Terms of the posterior for the schedule of training (Ho et al. 2020, equation 7)"
     betas = scheduler.betas.double()
-    abar = (1 - betas).cumprod(0)
-    before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-    return Posterior(betas * (1 - before) / (1 - abar), betas * before.sqrt() / (1 - abar), (1 - before) * (1 - betas).sqrt() / (1 - abar))
+    alphas = (1 - betas).cumprod(0)
+    before = F.pad(alphas[:-1], (1, 0), value=1.0)
+    noise = 1 - alphas
+    return Posterior(
+        variance=betas * (1 - before) / noise,
+        of_x0=betas * before.sqrt() / noise,
+        of_xt=(1 - before) * (1 - betas).sqrt() / noise,
+    )
 
 
-def bound_weights(scheduler) -> Tensor:
-    "Weight `(T,)` of a squared error of the noise in the variational bound; the first, which is infinite, is the second"
-    betas, variance = scheduler.betas.double(), posterior(scheduler).variance
-    w = betas ** 2 / (2 * variance * (1 - betas) * (1 - (1 - betas).cumprod(0)))
-    w[0] = w[1]
-    return w
+def bound_weights(scheduler: Any) -> Tensor:
+    "Weight `(T,)` of a squared error of the noise in the variational bound; the first, infinite one is the second"
+    betas = scheduler.betas.double()
+    alphas = 1 - betas
+    weights = betas ** 2 / (2 * posterior(scheduler).variance * alphas * (1 - alphas.cumprod(0)))
+    weights[0] = weights[1]
+    return weights
 
-# %% ../../nbs/components/latent_diffusion.ipynb #ddim-export
-class OfficialDDIM(CodebookDDIM):
-    "DDIM as latent diffusion samples; a scheduler for `decomp_nb.core.sample`"
-    def __init__(
-        self,
-        scheduler,  # of training
-        *,
-        eta: float = 0.0,  # 0: deterministic, 1: as much noise as DDPM
-        project=None,  # what is done to every predicted clean latent
-    ):
-        super().__init__(scheduler, project=project)
-        self.eta = eta
-
-    def set_timesteps(self, steps: int, device=None) -> None:
-        "All multiples of T // steps, plus one, backwards"
-        T = self.config.num_train_timesteps
-        if not 1 <= steps <= T: raise ValueError(f"steps={steps}: choose 1 to {T}")
-        self.timesteps = (torch.arange(0, T, T // steps) + 1).clamp_max(T - 1).unique().flip(0).to(device)
-
-    def levels(self, t: int) -> tuple[float, float, float]:
-        "ᾱ here, ᾱ after this step, and σ of the noise that it adds"
-        abar, later = self.schedule.alphas_cumprod.double(), self.timesteps[self.timesteps < int(t)]
-        a, b = abar[int(t)].item(), abar[int(later[0]) if len(later) else 0].item()
-        return a, b, self.eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
-
-    def fresh(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        "The noise of one step"
-        where = generator.device if generator is not None else like.device
-        return torch.randn(like.shape, generator=generator, device=where).to(like)
-
-    def step(self, model_output: Tensor, t, sample: Tensor, generator: torch.Generator | None = None) -> SimpleNamespace:
-        "One step; the noise direction is the network's own, whatever `project` does to the clean latent"
-        _, b, sigma = self.levels(t)
-        times = torch.as_tensor(t, device=sample.device).expand(len(sample))
-        x0, (a, s) = to_x0(self.schedule, model_output, sample, times), signal_and_noise(self.schedule, times, sample)
-        noise = (sample - a * x0) / s
-        if self.project is not None: x0 = self.project(x0)
-        moved = b ** 0.5 * x0 + (1 - b - sigma ** 2) ** 0.5 * noise
-        return SimpleNamespace(prev_sample=moved + sigma * self.fresh(sample, generator) if sigma else moved, pred_original_sample=x0)
-
-
-def latent_sampler(
-    kind: str,  # "official", or what `make_scheduler` knows: "ddim", "ddpm", "dpm", "euler", a diffusers class
-    scheduler,  # the schedule of training
-    *,
-    eta: float = 0.0, project=None,  # of "official"
-    **overrides,  # of the others: diffusers' own names
-):
-    "A scheduler to draw with; DDIM begins at the last noise level unless told otherwise"
-    if kind == "official": return OfficialDDIM(scheduler, eta=eta, project=project)
-    if eta or project: raise ValueError("eta and project are options of the official sampler: latent_sampler('official', …)")
-    return make_scheduler(kind, scheduler, **({"timestep_spacing": "trailing"} if kind == "ddim" else {}) | overrides)
+# %% ../../nbs/components/latent_diffusion.ipynb #loss-export
+def noise_loss(predicted: Tensor, noise: Tensor, t: Tensor, scheduler: Any, kind: str = "l1") -> dict[str, Tensor]:
+    "`loss`, the mean error of the noise, and `bound`, with the weights of the variational bound (logged, not trained)"
+    difference = predicted.float() - noise.float()
+    errors = difference.abs() if kind == "l1" else difference.square()
+    errors = errors.flatten(1).mean(1)
+    weights = bound_weights(scheduler).to(errors)[t.to(errors.device)]
+    return {"loss": errors.mean(), "bound": (weights * errors.detach()).mean()}
 
 # %% ../../nbs/components/latent_diffusion.ipynb #space-export
-def paint(latents: nn.Module, z: Tensor) -> Tensor:
-    "Pictures from scaled latents, not quantised, not clipped, differentiable"
-    if not hasattr(latents, "vae"): return F.pixel_shuffle(z, latents.factor)
-    options = {"force_not_quantize": True} if hasattr(latents.vae, "quantize") else {}
-    return latents.vae.decode((z / latents.vae.config.scaling_factor).to(latents.vae.dtype), **options).sample.to(z.dtype)
-
-
-def space_sizes(latents_path: str | None, image_size: int) -> dict:
+def space_sizes(latents_path: str | None, image_size: int) -> dict[str, int]:
     "`in_channels` and `sample_size` of `latent_unet` for pictures of this side in that space"
-    c, side, _ = build_space(latents_path).shape(image_size)
-    return dict(in_channels=c, sample_size=side)
+    channels, side, _ = build_latents(latents_path).shape(image_size)
+    return {"in_channels": channels, "sample_size": side}
 
 
 def mark_of(module: nn.Module) -> str:
-    "Eight letters that tell one set of weights from another; the same in half precision"
+    "Eight letters that distinguish one set of weights from another; the same in half precision"
     total = 0
     for name, v in sorted(module.state_dict().items()):
         sample = v.detach().flatten()[::max(1, v.numel() // 64)].float().half().cpu()
         total = zlib.crc32(name.encode() + sample.numpy().tobytes(), total)
     return f"{total:08x}"
 
+# %% ../../nbs/components/latent_diffusion.ipynb #frozen-export
+class LatentSpaceModel(Decomposer):
+    "A method with a `denoiser` in the latents of a frozen autoencoder, which its config names: path and fingerprint"
+
+    @property
+    def latents(self) -> nn.Module:
+        "The space of the denoiser, built at first use"
+        if "latents" not in self.foundations():
+            self.stand_on(build_latents(self.config.latents_path, base=self.config.get("_name_or_path")))
+        return self.foundations()["latents"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        "Shape `(c,h,w)` of x_t"
+        unet = self.denoiser.config
+        return unet.in_channels, unet.sample_size, unet.sample_size
+
+    def stand_on(self, space: nn.Module) -> LatentSpaceModel:
+        "Use this autoencoder; `ValueError` where its latents have another size, or training used another one"
+        config = self.config
+        shape = space.shape(config.image_size)
+        if shape != self.latent_shape:
+            channels, side, _ = self.latent_shape
+            raise ValueError(
+                f"the latents of a {config.image_size}-pixel picture are {shape}, but the denoiser was built for "
+                f"{channels} channels of side {side}: "
+                "change denoiser_config (in_channels, sample_size), image_size or latents_path"
+            )
+        mark = mark_of(space)
+        if config.latents_mark not in ("", mark):
+            raise ValueError(
+                f"latents_path={config.latents_path!r}: this autoencoder ({mark}) is not the one that the denoiser "
+                f"was trained with ({config.latents_mark})"
+            )
+        self.register_to_config(latents_mark=mark)
+        self.foundations()["latents"] = space.requires_grad_(False).to(next(self.parameters()).device)
+        return self
+
 # %% ../../nbs/components/latent_diffusion.ipynb #class-export
-class LatentDiffusion(Decomposer):
+class LatentDiffusion(LatentSpaceModel):
     "Unconditional diffusion in the latents of a frozen autoencoder, or in pixels"
+
     @register_to_config
     def __init__(
         self,
-        image_size: int = 64,  # side of the pictures
-        latents_path: str | None = None,  # autoencoder: run directory, folder or hub name; None = pixels
-        latents_mark: str = "",  # of the autoencoder's weights, filled in by itself
-        denoiser_config: dict | None = None,  # of `latent_unet`
-        scheduler_config: dict | None = None,  # changes to `LATENT_SCHEDULE`
-        loss: str = "l1",  # "l1" (official) or "l2"
+        image_size: int = 64,              # side of the pictures
+        latents_path: str | None = None,   # autoencoder: run directory, folder or hub name; None = pixels
+        latents_mark: str = "",            # fingerprint of the autoencoder's weights, filled in by itself
+        denoiser_config: dict | None = None,    # of `latent_unet`
+        scheduler_config: dict | None = None,   # changes to `LATENT_SCHEDULE`
+        loss: str = "l1",                       # "l1" (official) or "l2"
     ):
         super().__init__()
-        if loss not in ("l1", "l2"): raise ValueError(f"loss={loss!r}: choose 'l1' or 'l2'")
+        if loss not in ("l1", "l2"):
+            raise ValueError(f"loss={loss!r}: choose 'l1' or 'l2'")
         self.denoiser = build_with(latent_unet, "denoiser_config", **(denoiser_config or {}))
         self.scheduler = make_scheduler("ddpm", {**LATENT_SCHEDULE, **(scheduler_config or {})})
         prediction_type_of(self.scheduler)
         self.sampler = latent_sampler("ddim", self.scheduler)
 
-    @property
-    def latents(self) -> nn.Module:
-        "The space of the denoiser, built at first use"
-        if "latents" not in self.foundations(): self.stand_on(build_space(self.config.latents_path, base=self.config.get("_name_or_path")))
-        return self.foundations()["latents"]
-
-    def stand_on(self, space: nn.Module) -> LatentDiffusion:
-        "Use this autoencoder; refused where its latents have another size, or where training used another one"
-        shape, want = space.shape(self.config.image_size), (self.denoiser.config.in_channels, self.denoiser.config.sample_size)
-        if shape[:2] != want:
-            raise ValueError(f"the latents of a {self.config.image_size}-pixel picture are {shape}, but the denoiser was built for {want[0]} channels of side {want[1]}: "
-                             "change denoiser_config (in_channels, sample_size), image_size or latents_path")
-        mark = mark_of(space)
-        if self.config.latents_mark not in ("", mark):
-            raise ValueError(f"latents_path={self.config.latents_path!r}: this autoencoder ({mark}) is not the one that the denoiser was trained with ({self.config.latents_mark})")
-        self.register_to_config(latents_mark=mark)
-        self.foundations()["latents"] = space.requires_grad_(False).to(next(self.parameters()).device)
-        return self
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(c,h,w)` of x_t"
-        return self.denoiser.config.in_channels, self.denoiser.config.sample_size, self.denoiser.config.sample_size
-
-    def encode(self, images: Tensor, **options) -> Factors:
+    def encode(self, images: Tensor, **options: Any) -> Factors:
         "The empty set: `(b,0,1)`"
         return Factors(images.new_zeros(len(images), 0, 1))
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors | None = None) -> Tensor:
-        "The denoiser's answer"
+        "Output of the denoiser `(b,c,h,w)`; there are no factors to read"
         return self.denoiser(x_t, t).sample
 
-    def draw(self, n: int = 4, **options) -> Tensor:
+    def draw(self, n: int = 4, **options: Any) -> Tensor:
         "New pictures `(n,3,h,w)`; options as `decode`"
         return self.decode(Factors(torch.zeros(n, 0, 1)), **options)
 
-    def forward(self, batch: dict) -> dict:
-        """One training step: error of the noise.
-
-        Reads `image`, or `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `latent_noise` replace random draws."""
-        x0 = self.latents.from_batch(batch)
-        noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
-        t = batch["timesteps"] if "timesteps" in batch else sample_timesteps(len(x0), self.scheduler, device=x0.device)
-        return noise_loss(self.predict(noise_at(self.scheduler, x0, noise, t), t), noise, t, self.scheduler, self.config.loss)
-
-
-def noise_loss(answer: Tensor, noise: Tensor, t: Tensor, scheduler, kind: str = "l1") -> dict:
-    "`loss`, the mean error of the noise, and `bound`, the same with the weights of the variational bound (logged, not trained)"
-    gap = answer.float() - noise.float()
-    errors = (gap.abs() if kind == "l1" else gap.square()).flatten(1).mean(1)
-    bound = (bound_weights(scheduler).to(errors)[t.to(errors.device)] * errors.detach()).mean()
-    return {"loss": errors.mean(), "bound": bound}
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        "One training step; `latent_mean` and `latent_logvar`, `noise`, `timesteps`, `latent_noise` may be given"
+        x_t, t, noise, _ = noise_batch(self.scheduler, self.latents.from_batch(batch), batch)
+        return noise_loss(self.predict(x_t, t), noise, t, self.scheduler, self.config.loss)
