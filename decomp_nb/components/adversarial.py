@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .autoencoders import AutoencoderTraining, Reconstruction, sample_posterior
-from .codebooks import codebook_loss, quantise
+from .autoencoders import AutoencoderTraining, Reconstruction, measure, through_codes, through_posterior
 
 # %% auto #0
-__all__ = ['PatchDiscriminator', 'hinge_loss', 'generator_loss', 'adaptive_weight', 'AdversarialAutoencoder', 'compress',
-           'reconstruction_error', 'adversarial_step']
+__all__ = ['PatchDiscriminator', 'hinge_loss', 'generator_loss', 'adaptive_weight', 'AdversarialAutoencoder',
+           'adversarial_losses', 'adversarial_step']
 
 # %% ../../nbs/components/adversarial.ipynb #patches-export
 class PatchDiscriminator(nn.Module):
@@ -69,35 +68,35 @@ def adaptive_weight(
     reconstruction: Tensor,   # a scalar loss
     adversarial: Tensor,      # another
     last: Tensor,             # weights on which both depend: the decoder's last layer
-    ceiling: float = 1e4,
 ) -> Tensor:
     "Factor that makes the adversarial gradient on `last` as long as the other; 0 where no gradients are kept"
     if not torch.is_grad_enabled():
         return torch.zeros((), device=reconstruction.device)
     wanted = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
     found = torch.autograd.grad(adversarial, last, retain_graph=True)[0].norm()
-    return (wanted / (found + 1e-4)).clamp(0, ceiling).detach()
+    return (wanted / (found + 1e-4)).clamp(0, 1e4).detach()
 
 # %% ../../nbs/components/adversarial.ipynb #class-export
 class AdversarialAutoencoder(AutoencoderTraining):
     "A `VQModel` or `AutoencoderKL` trained as in latent diffusion; `save_pretrained` leaves out the discriminator"
     recorded = ("perceptual_weight", "adversarial_weight", "start", "codebook_weight", "kl_weight")
+    error = staticmethod(F.l1_loss)
 
     def __init__(
         self,
         vae: nn.Module,
         *,
-        perceptual: Callable | None = None,
+        perceptual: Callable | None = None,   # a `PerceptualDistance`
         perceptual_weight: float = 1.0,
-        adversarial_weight: float = 0.75,   # published: 0.75 for VQ, 0.5 for KL
-        start: int = 0,                     # first step with the discriminator; published: 0 for VQ, 50,001 for KL
-        width: int = 64,                    # of the discriminator
+        adversarial_weight: float = 0.75,     # published: 0.75 for VQ, 0.5 for KL
+        start: int = 0,                       # first step with the discriminator; published: 0 for VQ, 50,001 for KL
+        width: int = 64,                      # of the discriminator
         layers: int = 3,
-        codebook_weight: float = 1.0,       # VQ
-        kl_weight: float = 1e-6,            # KL, of sums over latents and over pixels, as published
+        codebook_weight: float = 1.0,         # VQ
+        kl_weight: float = 1e-6,              # KL, of sums over latents and over pixels, as published
         measure_scale: bool = True,
     ):
-        super().__init__(vae, perceptual=perceptual, measure_scale=measure_scale)
+        super().__init__(vae, perceptual, measure_scale)
         self.discriminator = PatchDiscriminator(vae.config.in_channels, width, layers)
         self.perceptual_weight = perceptual_weight
         self.adversarial_weight = adversarial_weight
@@ -105,6 +104,8 @@ class AdversarialAutoencoder(AutoencoderTraining):
         self.codebook_weight = codebook_weight
         self.kl_weight = kl_weight
         self.is_vq = hasattr(vae, "quantize")
+        self.latent_loss = "codebook" if self.is_vq else "kl"
+        self.latent_weight = codebook_weight if self.is_vq else kl_weight
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -112,66 +113,42 @@ class AdversarialAutoencoder(AutoencoderTraining):
         networks = {"autoencoder": self.vae, "discriminator": self.discriminator}
         return [{"name": name, "params": [*m.parameters()], "lr_scale": 1.0} for name, m in networks.items()]
 
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        "Pictures from the nearest codes or the posterior's mean"
-        return compress(self, images, draw=False)[0]
+    def code(self, images: Tensor, noise: Tensor | None = None) -> tuple[Reconstruction, Tensor]:
+        "The nearest codes and their loss, or a draw of the posterior and its divergence, summed over each picture"
+        return through_codes(self.vae, images) if self.is_vq else through_posterior(self.vae, images, noise)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        "`loss` of both networks; `generator` and `discriminator` are their shares; `latent_noise` injects ε (KL)"
-        return adversarial_step(self, batch["image"], batch.get("latent_noise"))
-
-# %% ../../nbs/components/adversarial.ipynb #compress-export
-def compress(
-    model: AdversarialAutoencoder,
-    images: Tensor,                 # `(b,3,h,w)` in [−1,1]
-    noise: Tensor | None = None,    # ε of the posterior
-    draw: bool = True,              # False: the posterior's mean
-) -> tuple[Reconstruction, Tensor, dict[str, Tensor]]:
-    "Pictures as they come back, the weighted loss of the latents, and the same without weight by name"
-    if model.is_vq:
-        z = model.vae.encode(images).latents
-        book = model.vae.quantize.embedding.weight
-        codes, index = quantise(z, book)
-        loss = codebook_loss(z, book, index)
-        decoded = model.vae.decode(codes, force_not_quantize=True).sample
-        return Reconstruction(decoded, z, index), model.codebook_weight * loss, {"codebook": loss}
-    posterior = model.vae.encode(images).latent_dist
-    z = sample_posterior(posterior.mean, posterior.logvar, noise) if draw else posterior.mean
-    kl = posterior.kl().mean()
-    return Reconstruction(model.vae.decode(z).sample, z), model.kl_weight * kl, {"kl": kl}
+        "One training step of both networks: `loss`, its shares `generator` and `discriminator`, and parts"
+        return adversarial_step(self, batch)
 
 # %% ../../nbs/components/adversarial.ipynb #step-export
-def reconstruction_error(model: AdversarialAutoencoder, decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
-    "`reconstruction` (mean |error|), `perceptual`, and the `error` that is trained: their mean (VQ) or sum (KL)"
-    parts = {"reconstruction": F.l1_loss(decoded, images)}
-    error = parts["reconstruction"]
-    if model.perceptual is not None:
-        parts["perceptual"] = model.perceptual(decoded, images).mean()
-        error = error + model.perceptual_weight * parts["perceptual"]
-    parts["error"] = error if model.is_vq else error * images[0].numel()
-    return parts
+def adversarial_losses(model: AdversarialAutoencoder, images: Tensor, decoded: Tensor, error: Tensor) -> dict:
+    "`generator_loss` with its weight, `hinge_loss`, and how real both kinds of pictures look"
+    pleasing = generator_loss(model.discriminator, decoded)
+    weight = adaptive_weight(error, pleasing, model.vae.decoder.conv_out.weight)
+    real = model.discriminator(images)
+    fake = model.discriminator(decoded.detach())
+    return {
+        "pleasing": pleasing,
+        "weight": model.adversarial_weight * weight,
+        "discriminator": hinge_loss(real, fake),
+        "judged_real": real.mean(),
+        "judged_painted": fake.mean(),
+    }
 
 
-def adversarial_step(
-    model: AdversarialAutoencoder,
-    images: Tensor,                # `(b,3,h,w)` in [−1,1]
-    noise: Tensor | None = None,   # ε of the posterior
-) -> dict[str, Tensor]:
-    "One training step of both networks, each with the gradient of its own loss"
-    (decoded, z, _), latent_loss, parts = compress(model, images, noise)
-    parts |= reconstruction_error(model, decoded, images)
-    generator = parts["error"] + latent_loss
-    discriminator = generator.new_zeros(())
+def adversarial_step(model: AdversarialAutoencoder, batch: dict[str, Any]) -> dict[str, Tensor]:
+    "One training step: each network gets the gradient of its own loss"
+    images = batch["image"]
+    found, error, parts = measure(model, batch)
+    if not model.is_vq:
+        error = error * images[0].numel()   # a sum over the pixels of each picture
+    generator = error + model.latent_weight * parts[model.latent_loss]
+    parts |= {"error": error, "discriminator": error.new_zeros(())}
     if model.adversarial_weight and model.steps >= model.start:
-        pleasing = generator_loss(model.discriminator, decoded)
-        last = model.vae.decoder.conv_out.weight
-        weight = model.adversarial_weight * adaptive_weight(parts["error"], pleasing, last)
-        generator = generator + weight * pleasing
-        real = model.discriminator(images)
-        fake = model.discriminator(decoded.detach())
-        discriminator = hinge_loss(real, fake)
-        parts |= {"pleasing": pleasing, "weight": weight, "judged_real": real.mean(), "judged_painted": fake.mean()}
-    model.follow(z)
+        parts |= adversarial_losses(model, images, found.images, error)
+        generator = generator + parts["weight"] * parts["pleasing"]
     model.steps += model.training
-    parts |= {"generator": generator, "discriminator": discriminator}
-    return {"loss": generator + discriminator, **{name: part.detach() for name, part in parts.items()}}
+    loss = generator + parts["discriminator"]
+    parts["generator"] = generator
+    return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .codebooks import codebook_loss, quantise, spread_codes
 
 # %% auto #0
-__all__ = ['level_channels', 'kl_model', 'small_vae', 'Reconstruction', 'AutoencoderTraining', 'sample_posterior',
-           'KLAutoencoder', 'vq_model', 'VQAutoencoder', 'vq_step', 'small_dc', 'DCAutoencoder']
+__all__ = ['level_channels', 'block_sizes', 'kl_model', 'small_vae', 'vq_model', 'Reconstruction', 'AutoencoderTraining',
+           'measure', 'sample_posterior', 'through_posterior', 'KLAutoencoder', 'through_codes', 'VQAutoencoder',
+           'small_dc', 'DCAutoencoder']
 
 # %% ../../nbs/components/autoencoders.ipynb #levels-export
 def level_channels(
@@ -43,69 +44,67 @@ def level_channels(
     return channels
 
 # %% ../../nbs/components/autoencoders.ipynb #builders-export
-def _sizes(factor, width, multipliers, layers_per_block, groups, attention):
-    "Arguments that an `AutoencoderKL` and a `VQModel` have in common"
-    channels = level_channels(factor, width, multipliers, groups)
-    return dict(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=layers_per_block,
-        norm_num_groups=groups,
-        mid_block_add_attention=attention,
-    )
-
-
-def kl_model(
-    factor: int = 4,   # side of the picture / side of the latents: 2, 4, 8 …
+def block_sizes(
+    factor: int,
     *,
-    width: int = 32,   # channels at full resolution
-    multipliers: Sequence[int] | None = None,   # of the width, one per level; None: 1, 2, 4 …
+    width: int,
+    multipliers: Sequence[int] | None = None,
     layers_per_block: int = 2,
-    latent_channels: int = 4,
     groups: int = 32,         # of the group norms
     attention: bool = True,   # in the middle of encoder and decoder
-) -> AutoencoderKL:
-    "A diffusers `AutoencoderKL` with random weights; the defaults are DisDiff's first stage"
-    sizes = _sizes(factor, width, multipliers, layers_per_block, groups, attention)
-    return AutoencoderKL(latent_channels=latent_channels, **sizes)
+) -> dict[str, Any]:
+    "Arguments that an `AutoencoderKL` and a `VQModel` have in common; see `level_channels`"
+    channels = level_channels(factor, width, multipliers, groups)
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "layers_per_block": layers_per_block,
+        "norm_num_groups": groups,
+        "mid_block_add_attention": attention,
+    }
 
 
-def small_vae(
-    factor: int = 4,
-    *,
-    latent_channels: int = 4,
-    width: int = 32,   # channels at full resolution, doubled (once) below
-    layers_per_block: int = 1,
-) -> AutoencoderKL:
-    "A small `kl_model`, without attention"
+def kl_model(factor: int = 4, *, width: int = 32, latent_channels: int = 4, **sizes: Any) -> AutoencoderKL:
+    "A diffusers `AutoencoderKL` with random weights, `sizes` as `block_sizes`; the defaults are DisDiff's first stage"
+    return AutoencoderKL(latent_channels=latent_channels, **block_sizes(factor, width=width, **sizes))
+
+
+def small_vae(factor: int = 4, *, layers_per_block: int = 1, **options: Any) -> AutoencoderKL:
+    "A small `kl_model` without attention, whose width doubles once; `options` are `width` and `latent_channels`"
     multipliers = [min(2 ** i, 2) for i in range(factor.bit_length())]
-    sizes = _sizes(factor, width, multipliers, layers_per_block, groups=8, attention=False)
-    return AutoencoderKL(latent_channels=latent_channels, **sizes)
+    sizes = {"multipliers": multipliers, "layers_per_block": layers_per_block, "groups": 8, "attention": False}
+    return kl_model(factor, **sizes, **options)
 
-# %% ../../nbs/components/autoencoders.ipynb #base-export
+
+def vq_model(
+    factor: int = 4, *, width: int = 64, n_codes: int = 4096, code_dim: int = 3, **sizes: Any
+) -> VQModel:
+    "A diffusers `VQModel` with random weights, `sizes` as `block_sizes`"
+    codes = {"latent_channels": code_dim, "vq_embed_dim": code_dim, "num_vq_embeddings": n_codes}
+    return VQModel(scaling_factor=1.0, **codes, **block_sizes(factor, width=width, **sizes))
+
+# %% ../../nbs/components/autoencoders.ipynb #reconstruction-export
 class Reconstruction(NamedTuple):
     "Pictures as they come back"
     images: Tensor                 # `(b,3,h,w)`
     latents: Tensor                # `(b,c,h/f,w/f)`, before quantisation
     index: Tensor | None = None    # numbers of the codes `(b,h/f,w/f)`, where there is a codebook
 
-
+# %% ../../nbs/components/autoencoders.ipynb #base-export
 class AutoencoderTraining(nn.Module):
-    "What all autoencoders in training share: the scale of their latents is followed, and saved with plain weights"
+    "An autoencoder of diffusers in training; a sub-class says in `code` how pictures go through the latents"
     recorded: tuple[str, ...] = ()   # attributes that the run's config.json names
+    latent_loss = ""                 # name of the loss of the latents
+    latent_weight = 1.0
+    perceptual_weight = 0.0
+    error = staticmethod(F.mse_loss)
 
-    def __init__(
-        self,
-        vae: nn.Module,                     # of diffusers
-        *,
-        perceptual: Callable | None = None, # a `PerceptualDistance`; not trained, not saved
-        measure_scale: bool = True,         # save 1 / standard deviation of the latents as scaling factor
-    ):
+    def __init__(self, vae: nn.Module, perceptual: Callable | None = None, measure_scale: bool = True):
         super().__init__()
         self.vae = vae
         self.measure_scale = measure_scale
-        self.__dict__["perceptual"] = perceptual      # unknown to nn.Module: never among the weights
+        self.__dict__["perceptual"] = perceptual         # unknown to nn.Module: neither trained nor saved
         self.register_buffer("spread", torch.ones(()))   # running standard deviation of the latents
 
     def _apply(self, fn, recurse=True):
@@ -118,10 +117,19 @@ class AutoencoderTraining(nn.Module):
         "What the run's config.json records"
         return {**self.vae.config, **{name: getattr(self, name) for name in self.recorded}}
 
-    def follow(self, z: Tensor) -> None:
-        "While training, move the running standard deviation towards that of these latents"
-        if self.training:
-            self.spread.lerp_(z.detach().float().std(), 0.02)
+    def code(self, images: Tensor, noise: Tensor | None = None) -> tuple[Reconstruction, Tensor]:
+        "Pictures `(b,3,h,w)` through the latents, with the random draw `noise` if there is one; loss of the latents"
+        raise NotImplementedError
+
+    def reconstruct(self, images: Tensor) -> Reconstruction:
+        "Pictures as they come back, without chance"
+        return self.code(images, images.new_zeros(()))[0]
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        "One training step: `loss` and its parts; `latent_noise` of the batch injects the random draw"
+        _, error, parts = measure(self, batch)
+        loss = error + self.latent_weight * parts.get(self.latent_loss, 0)
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         "A folder that the `from_pretrained` of diffusers and `build_latents` read"
@@ -130,125 +138,107 @@ class AutoencoderTraining(nn.Module):
             self.vae.register_to_config(scaling_factor=round(scale, 5))
         self.vae.save_pretrained(folder, **options)
 
+# %% ../../nbs/components/autoencoders.ipynb #measure-export
+def measure(model: AutoencoderTraining, batch: dict[str, Any]) -> tuple[Reconstruction, Tensor, dict[str, Tensor]]:
+    "One training step: pictures as they come back, error of the pictures, all losses by name"
+    images = batch["image"]
+    found, latent_loss = model.code(images, batch.get("latent_noise"))
+    parts = {"reconstruction": model.error(found.images, images)}
+    if model.perceptual is not None:
+        parts["perceptual"] = model.perceptual(found.images, images).mean()
+    if model.latent_loss:
+        parts[model.latent_loss] = latent_loss
+    if found.index is not None:
+        share = torch.bincount(found.index.flatten()).float() / found.index.numel()
+        parts["codes_used"] = torch.special.entr(share).sum().exp()   # effective number: e to the entropy
+    if model.training:
+        model.spread.lerp_(found.latents.detach().float().std(), 0.02)
+    error = parts["reconstruction"] + model.perceptual_weight * parts.get("perceptual", 0)
+    return found, error, parts
+
 # %% ../../nbs/components/autoencoders.ipynb #posterior-export
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
     "`mean + exp(logvar / 2) · noise`; the log-variance is clamped to [−30, 20] as diffusers does"
     noise = torch.randn_like(mean) if noise is None else noise.to(mean)
     return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
 
+# %% ../../nbs/components/autoencoders.ipynb #through-export
+def through_posterior(vae: nn.Module, images: Tensor, noise: Tensor | None) -> tuple[Reconstruction, Tensor]:
+    "Pictures through a draw of an `AutoencoderKL`'s posterior; its divergence in nats, summed over each picture"
+    posterior = vae.encode(images).latent_dist
+    z = sample_posterior(posterior.mean, posterior.logvar, noise)
+    return Reconstruction(vae.decode(z).sample, z), posterior.kl().mean()
+
 # %% ../../nbs/components/autoencoders.ipynb #kl-export
 class KLAutoencoder(AutoencoderTraining):
-    "An `AutoencoderKL` in training: `forward(batch)` gives the loss"
+    "An `AutoencoderKL` in training; losses: mean |error| and `kl`, in nats per latent number"
     recorded = ("kl_weight",)
+    latent_loss = "kl"
+    error = staticmethod(F.l1_loss)
 
     def __init__(self, vae: nn.Module, *, kl_weight: float = 1e-4):
         super().__init__(vae)
-        self.kl_weight = kl_weight
+        self.kl_weight = self.latent_weight = kl_weight
 
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        "Pictures from the posterior's mean"
-        mean = self.vae.encode(images).latent_dist.mean
-        return Reconstruction(self.vae.decode(mean).sample, mean)
+    def code(self, images: Tensor, noise: Tensor | None = None) -> tuple[Reconstruction, Tensor]:
+        "A draw of the posterior; its divergence from a unit normal distribution"
+        found, kl = through_posterior(self.vae, images, noise)
+        return found, kl / found.latents[0].numel()
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        "`loss`, `reconstruction` (mean |error|), `kl` (nats per latent number); `latent_noise` injects ε"
-        posterior = self.vae.encode(batch["image"]).latent_dist
-        z = sample_posterior(posterior.mean, posterior.logvar, batch.get("latent_noise"))
-        error = F.l1_loss(self.vae.decode(z).sample, batch["image"])
-        kl = posterior.kl().mean() / z[0].numel()
-        self.follow(z)
-        loss = error + self.kl_weight * kl
-        return {"loss": loss, "reconstruction": error.detach(), "kl": kl.detach()}
-
-# %% ../../nbs/components/autoencoders.ipynb #vq-model-export
-def vq_model(
-    factor: int = 4,   # side of the picture / side of the latents: 2, 4, 8 …
-    *,
-    width: int = 64,   # channels at full resolution
-    multipliers: Sequence[int] | None = None,   # of the width, one per level; None: 1, 2, 4 …
-    layers_per_block: int = 2,
-    n_codes: int = 4096,
-    code_dim: int = 3,
-    groups: int = 32,         # of the group norms
-    attention: bool = True,   # in the middle of encoder and decoder
-) -> VQModel:
-    "A diffusers `VQModel` with random weights"
-    sizes = _sizes(factor, width, multipliers, layers_per_block, groups, attention)
-    codes = dict(latent_channels=code_dim, vq_embed_dim=code_dim, num_vq_embeddings=n_codes)
-    return VQModel(scaling_factor=1.0, **codes, **sizes)
+# %% ../../nbs/components/autoencoders.ipynb #through-codes-export
+def through_codes(
+    vae: nn.Module, images: Tensor, free: bool = False, **options: Any
+) -> tuple[Reconstruction, Tensor]:
+    "Pictures through the nearest codes of a `VQModel` (`free`: past them), and `codebook_loss` with `options`"
+    z = vae.encode(images).latents
+    book = vae.quantize.embedding.weight
+    codes, index = quantise(z, book)
+    decoded = vae.decode(z if free else codes, force_not_quantize=True).sample
+    loss = codebook_loss(z, book, index, **options)
+    return Reconstruction(decoded, z, index), loss.detach() * 0 if free else loss
 
 # %% ../../nbs/components/autoencoders.ipynb #vq-export
 class VQAutoencoder(AutoencoderTraining):
-    "A `VQModel` in training: `forward(batch)` gives the loss"
+    "A `VQModel` in training; losses: mean squared error, or mean |error| and `perceptual`; `codebook`; `codes_used`"
     recorded = ("beta", "legacy", "perceptual_weight")
+    latent_loss = "codebook"
 
     def __init__(
         self,
-        vae: nn.Module,           # a `VQModel`
+        vae: nn.Module,
         *,
-        perceptual: Callable | None = None,
+        perceptual: Callable | None = None,   # a `PerceptualDistance`
         perceptual_weight: float = 1.0,
         beta: float = 0.25,
-        legacy: bool = True,      # order of the codebook loss, see `codebook_loss`
+        legacy: bool = True,          # order of the codebook loss, see `codebook_loss`
         measure_scale: bool = True,   # False: the scaling factor is 1, as published
-        free_steps: int = 0,      # train so many steps without a codebook, then spread the codes; 0, as published
+        free_steps: int = 0,          # first train without a codebook, then spread the codes; published: 0
     ):
-        super().__init__(vae, perceptual=perceptual, measure_scale=measure_scale)
-        self.perceptual_weight = perceptual_weight if perceptual else 0.0
+        super().__init__(vae, perceptual, measure_scale)
+        if perceptual is not None:
+            self.perceptual_weight = perceptual_weight
+            self.error = F.l1_loss
         self.beta = beta
         self.legacy = legacy
         self.free_steps = free_steps
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    @property
-    def free(self) -> bool:
-        "Is this a training step without a codebook?"
-        return self.training and bool(self.steps < self.free_steps)
-
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        "Pictures from codes"
-        z = self.vae.encode(images).latents
-        codes, index = quantise(z, self.vae.quantize.embedding.weight)
-        decoded = self.vae.decode(z if self.free else codes, force_not_quantize=True).sample
-        return Reconstruction(decoded, z, index)
+    def code(self, images: Tensor, noise: Tensor | None = None) -> tuple[Reconstruction, Tensor]:
+        "The nearest codes, but for the first steps; the loss that pulls codes and latents together"
+        free = self.training and bool(self.steps < self.free_steps)
+        return through_codes(self.vae, images, free, beta=self.beta, legacy=self.legacy)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        "`loss`, `reconstruction`, `codebook`, `perceptual`; `codes_used`, effective: 2 to the entropy in bits"
-        return vq_step(self, batch["image"])
-
-# %% ../../nbs/components/autoencoders.ipynb #vq-step-export
-def vq_step(model: VQAutoencoder, images: Tensor) -> dict[str, Tensor]:
-    "One training step: error of the pictures, perceptual distance, and the codes' own loss"
-    book = model.vae.quantize.embedding.weight
-    if model.training and model.free_steps and model.steps == model.free_steps:
-        spread_codes(model.vae, images)
-    decoded, z, index = model.reconstruct(images)
-    codebook = codebook_loss(z, book, index, beta=model.beta, legacy=model.legacy)
-    if model.free:
-        codebook = codebook.detach() * 0
-    parts = {"codebook": codebook}
-    if model.perceptual is None:
-        parts["reconstruction"] = F.mse_loss(decoded, images)
-    else:
-        parts["reconstruction"] = F.l1_loss(decoded, images)
-        parts["perceptual"] = model.perceptual(decoded, images).mean()
-    loss = codebook + parts["reconstruction"] + model.perceptual_weight * parts.get("perceptual", 0)
-    model.follow(z)
-    model.steps += model.training
-    share = torch.bincount(index.flatten()).float() / index.numel()
-    parts["codes_used"] = torch.special.entr(share).sum().exp()
-    return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        "One training step, as of the base class; after `free_steps` the codes are spread over the latents"
+        if self.training and self.free_steps and self.steps == self.free_steps:
+            spread_codes(self.vae, batch["image"])
+        losses = super().forward(batch)
+        self.steps += self.training
+        return losses
 
 # %% ../../nbs/components/autoencoders.ipynb #small-dc-export
-def _dc_layers(layers, levels):
-    layers = list(layers or [0, 1, *[2] * (levels - 2)])
-    if len(layers) != levels or min(layers[1:]) < 1 or layers[0] < 0:
-        raise ValueError(f"layers={layers}: {levels} levels, of at least one block each; only the first may have 0")
-    return tuple(layers)
-
-
 def small_dc(
-    factor: int = 8,   # side of the picture / side of the latents: 2, 4, 8 …
+    factor: int = 8,
     *,
     latent_channels: int = 8,
     width: int = 32,   # channels at full resolution
@@ -256,25 +246,24 @@ def small_dc(
     layers: Sequence[int] | None = None,        # residual blocks per level, from the finest; None: 0, 1, 2, 2 …
 ) -> AutoencoderDC:
     "A small `AutoencoderDC` with random weights, made of convolutions alone"
-    levels = factor.bit_length()
     if factor < 2:
         raise ValueError(f"factor={factor}: an AutoencoderDC halves at least once")
+    levels = factor.bit_length()
+    layers = tuple(layers or [0, 1, *[2] * (levels - 2)])
+    if len(layers) != levels or min(layers[1:]) < 1 or layers[0] < 0:
+        raise ValueError(f"layers={layers}: {levels} levels, of at least one block each; only the first may have 0")
     channels = level_channels(factor, width, multipliers or [1, *[2] * (levels - 2), 4], groups=4)
     if channels[-1] % latent_channels:
         raise ValueError(
             f"latent_channels={latent_channels}: must divide the {channels[-1]} channels of the coarsest level"
         )
-    layers = _dc_layers(layers, levels)
-    options = {"latent_channels": latent_channels}
-    for half in ("encoder", "decoder"):
-        options[f"{half}_block_out_channels"] = channels
-        options[f"{half}_layers_per_block"] = layers
-        options[f"{half}_qkv_multiscales"] = ((),) * levels
-    return AutoencoderDC(**options)
+    sizes = {"block_out_channels": channels, "layers_per_block": layers, "qkv_multiscales": ((),) * levels}
+    halves = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in sizes.items()}
+    return AutoencoderDC(latent_channels=latent_channels, **halves)
 
 # %% ../../nbs/components/autoencoders.ipynb #dc-export
 class DCAutoencoder(AutoencoderTraining):
-    "An `AutoencoderDC` in training: `forward(batch)` gives the loss"
+    "An `AutoencoderDC` in training; loss: mean squared error"
     recorded = ("latent_noise",)
 
     def __init__(self, vae: nn.Module, *, latent_noise: float = 0.05):
@@ -283,18 +272,9 @@ class DCAutoencoder(AutoencoderTraining):
             raise ValueError(f"latent_noise={latent_noise}: standard deviations, at least 0")
         self.latent_noise = latent_noise
 
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        "Pictures from latents without noise"
+    def code(self, images: Tensor, noise: Tensor | None = None) -> tuple[Reconstruction, Tensor]:
+        "Latents with a little noise; they have no loss"
         z = self.vae.encode(images, return_dict=False)[0]
-        return Reconstruction(self.vae.decode(z).sample, z)
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        "`loss` and `reconstruction`: mean squared error; `latent_noise` injects ε"
-        z = self.vae.encode(batch["image"], return_dict=False)[0]
-        deviation = z.detach().float().std().to(z)
-        noise = batch.get("latent_noise")
         noise = torch.randn_like(z) if noise is None else noise.to(z)
-        noisy = z + self.latent_noise * deviation * noise
-        error = F.mse_loss(self.vae.decode(noisy).sample, batch["image"])
-        self.follow(z)
-        return {"loss": error, "reconstruction": error.detach()}
+        noisy = z + self.latent_noise * z.detach().float().std().to(z) * noise
+        return Reconstruction(self.vae.decode(noisy).sample, z), z.new_zeros(())

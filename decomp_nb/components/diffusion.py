@@ -127,7 +127,7 @@ def clean_from(
 
 
 def to_x0(scheduler: Any, model_output: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
-    r"$(x_t-\sqrt{1-\bar\alpha_t}\,\epsilon)/\sqrt{\bar\alpha_t}$, $\sqrt{\bar\alpha_t}\,x_t-\sqrt{1-\bar\alpha_t}\,v$ or $x_0$"
+    "The clean picture that an output implies, at the scheduler's noise level `t` `(b,)`"
     return clean_from(prediction_type_of(scheduler), model_output, x_t, *signal_and_noise(scheduler, t, x_t))
 
 # %% ../../nbs/components/diffusion.ipynb #snr-export
@@ -194,11 +194,9 @@ def sample_timesteps(
     T = scheduler.config.num_train_timesteps
     if how == "uniform" and not stratified:
         return torch.randint(T, (n,), generator=generator, device=source).to(device)
+    u = torch.rand(1 if stratified else n, generator=generator, device=source, dtype=torch.float32)
     if stratified:
-        first = torch.rand(1, generator=generator, device=source, dtype=torch.float32)
-        u = (first + torch.arange(n, device=source) / n) % 1
-    else:
-        u = torch.rand(n, generator=generator, device=source, dtype=torch.float32)
+        u = (u + torch.arange(n, device=source) / n) % 1
     edges = timestep_density(T, how, strength).cumsum(0).float().to(u.device)
     return torch.searchsorted(edges, u, right=True).clamp_max(T - 1).to(device)
 

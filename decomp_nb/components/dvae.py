@@ -16,7 +16,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['one_hot', 'gumbel_softmax', 'cosine_cooling', 'NormedConv', 'PatchWords', 'DVAE', 'dvae_step']
+__all__ = ['one_hot', 'gumbel_softmax', 'cosine_cooling', 'NormedConv', 'PatchWords', 'DVAE']
 
 # %% ../../nbs/components/dvae.ipynb #gumbel-export
 def one_hot(index: Tensor, n: int) -> Tensor:
@@ -157,20 +157,13 @@ class DVAE(PatchWords):
         return cosine_cooling(int(self.steps), c.start_temperature, c.end_temperature, last=last)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        "`loss`, the temperature `tau`, effective `words_used`; `tau`, `hard`, `exp_noise` may be injected"
-        return dvae_step(self, batch)
-
-# %% ../../nbs/components/dvae.ipynb #step-export
-def dvae_step(model: DVAE, batch: dict[str, Any]) -> dict[str, Tensor]:
-    "One training step: mean squared error of the pictures from a soft draw of words"
-    logits = model.logits(batch["image"])
-    tau = batch.get("tau", model.tau)
-    hard = batch.get("hard", model.config.hard)
-    words = gumbel_softmax(logits, tau, exp_noise=batch.get("exp_noise"), hard=hard)
-    model.steps += model.training
-    share = reduce(logits.detach().softmax(1), "b v h w -> v", "mean")
-    return {
-        "loss": F.mse_loss(model.decode(words), batch["image"]),
-        "tau": torch.tensor(float(tau)),
-        "words_used": torch.special.entr(share).sum().exp(),
-    }
+        "One step: squared error from a soft draw; effective `words_used`; `tau`, `hard`, `exp_noise` may be given"
+        logits = self.logits(batch["image"])
+        tau = batch.get("tau", self.tau)
+        hard = batch.get("hard", self.config.hard)
+        words = gumbel_softmax(logits, tau, exp_noise=batch.get("exp_noise"), hard=hard)
+        self.steps += self.training
+        share = reduce(logits.detach().softmax(1), "b v h w -> v", "mean")
+        used = torch.special.entr(share).sum().exp()
+        error = F.mse_loss(self.decode(words), batch["image"])
+        return {"loss": error, "tau": torch.tensor(float(tau)), "words_used": used}

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .denoisers import check_halvings
-from .diffusion import make_scheduler, noise_batch, prediction_type_of
+from .diffusion import LSD_SCHEDULE, make_scheduler, noise_batch, prediction_type_of
 from .latents import build_latents
 from .samplers import latent_sampler
 from .vectors import _set_heads, build_with, start_at_zero
@@ -25,17 +25,7 @@ __all__ = ['LATENT_SCHEDULE', 'latent_unet', 'Look', 'look', 'climb', 'Posterior
            'space_sizes', 'mark_of', 'LatentSpaceModel', 'LatentDiffusion']
 
 # %% ../../nbs/components/latent_diffusion.ipynb #schedule-export
-LATENT_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0015,
-    "beta_end": 0.0155,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-    "variance_type": "fixed_small",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-}
+LATENT_SCHEDULE = {**LSD_SCHEDULE, "beta_start": 0.0015, "beta_end": 0.0155, "beta_schedule": "scaled_linear"}
 
 # %% ../../nbs/components/latent_diffusion.ipynb #unet-export
 def latent_unet(

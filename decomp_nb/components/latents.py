@@ -19,8 +19,17 @@ from .autoencoders import sample_posterior
 from .codebooks import look_up, nearest_codes
 
 # %% auto #0
-__all__ = ['SPACES', 'Pixels', 'FrozenAutoencoder', 'KLLatents', 'DeterministicLatents', 'VQLatents', 'decode_latents',
+__all__ = ['SPACES', 'decode_latents', 'Pixels', 'FrozenAutoencoder', 'KLLatents', 'DeterministicLatents', 'VQLatents',
            'find_autoencoder', 'build_latents']
+
+# %% ../../nbs/components/latents.ipynb #decode-export
+def decode_latents(latents: nn.Module, z: Tensor) -> Tensor:
+    "Pictures from scaled latents `(b,c,h,w)` of any space: not quantised, not clipped, differentiable"
+    if not hasattr(latents, "vae"):
+        return F.pixel_shuffle(z, latents.factor)
+    vae = latents.vae
+    options = {"force_not_quantize": True} if hasattr(vae, "quantize") else {}
+    return vae.decode((z / vae.config.scaling_factor).to(vae.dtype), **options).sample.to(z.dtype)
 
 # %% ../../nbs/components/latents.ipynb #pixels-export
 def _divide(size, factor, what):
@@ -164,15 +173,6 @@ class VQLatents(DeterministicLatents):
     def decode(self, z: Tensor) -> Tensor:
         "Pictures from scaled latents, quantised on the way, clipped to [−1,1]"
         return super().decode(self.quantise(z))
-
-# %% ../../nbs/components/latents.ipynb #decode-export
-def decode_latents(latents: Pixels | KLLatents, z: Tensor) -> Tensor:
-    "Pictures from scaled latents `(b,c,h,w)`, not quantised, not clipped, differentiable"
-    if isinstance(latents, Pixels):
-        return F.pixel_shuffle(z, latents.factor)
-    vae = latents.vae
-    options = {"force_not_quantize": True} if isinstance(latents, VQLatents) else {}
-    return vae.decode((z / vae.config.scaling_factor).to(vae.dtype), **options).sample.to(z.dtype)
 
 # %% ../../nbs/components/latents.ipynb #find-autoencoder-export
 def _local_autoencoder(folder):

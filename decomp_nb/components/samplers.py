@@ -16,8 +16,8 @@ from torch import Tensor
 from .diffusion import clean_from, make_scheduler, prediction_type_of, signal_and_noise, to_x0
 
 # %% auto #0
-__all__ = ['interp', 'ContinuousTime', 'step_orders', 'ProjectingSampler', 'SinglestepSolver', 'DDIM', 'latent_sampler',
-           'through_projection', 'invert']
+__all__ = ['interp', 'ContinuousTime', 'step_orders', 'ProjectingSampler', 'single_step', 'SinglestepSolver', 'DDIM',
+           'latent_sampler', 'through_projection', 'invert']
 
 # %% ../../nbs/components/samplers.ipynb #time-export
 def interp(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
@@ -78,6 +78,34 @@ class ProjectingSampler:
         "Nothing to scale"
         return x
 
+    def fresh(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        "The noise that one step adds"
+        source = like.device if generator is None else generator.device
+        return torch.randn(like.shape, generator=generator, device=source).to(like)
+
+# %% ../../nbs/components/samplers.ipynb #move-export
+def single_step(
+    time: ContinuousTime,
+    stops: Tensor,           # times at which the step calls the network, and its end; float64
+    x: Tensor,               # where the step starts
+    predicted: list[Tensor], # clean pictures of the calls so far
+) -> Tensor:
+    "Where DPM-Solver++ goes next: to the next stop or to the end of the step"
+    n = len(predicted)
+    lambdas = time.lambda_(stops)
+    way = ((lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0])).tolist()
+    h = (lambdas[n] - lambdas[0]).item()
+    log_sigma = time.log_sigma(stops)
+    alpha = time.log_alpha(stops[n]).exp().item()
+    shrink = math.expm1(-h)
+    moved = (log_sigma[n] - log_sigma[0]).exp().item() * x - alpha * shrink * predicted[0]
+    if n == 1:
+        return moved
+    change = predicted[-1] - predicted[0]
+    if len(stops) == 3:   # order 2
+        return moved - 0.5 / way[1] * alpha * shrink * change
+    return moved + way[n] / way[n - 1] * alpha * (shrink / h + 1) * change
+
 # %% ../../nbs/components/samplers.ipynb #singlestep-export
 class SinglestepSolver(ProjectingSampler):
     "DPM-Solver++, single steps of order ≤ 3 in uniform time (SlotDiffusion's sampler); a scheduler for `sample`"
@@ -115,27 +143,14 @@ class SinglestepSolver(ProjectingSampler):
         signal = self.time.log_alpha(here).exp().item()
         noise = self.time.log_sigma(here).exp().item()
         x0 = self.project(clean_from(self.kind, model_output, sample, signal, noise))
-        self._memory = [sample, x0] if j == 0 else [*self._memory, x0]
+        if j == 0:
+            self._start = sample
+            self._predicted = []
+        self._predicted.append(x0)
         self._at += 1
-        return SimpleNamespace(prev_sample=self._move(start, j, order), pred_original_sample=x0)
-
-    def _move(self, start, j, order):
-        "Place of the next call: stop j + 1 of a step, or its end"
-        x, first, *later = self._memory
         stops = self.grid[start:start + order + 1]
-        lambdas = self.time.lambda_(stops)
-        way = ((lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0])).tolist()
-        h = (lambdas[j + 1] - lambdas[0]).item()
-        log_sigma = self.time.log_sigma(stops)
-        alpha = self.time.log_alpha(stops[j + 1]).exp().item()
-        shrink = math.expm1(-h)
-        moved = (log_sigma[j + 1] - log_sigma[0]).exp().item() * x - alpha * shrink * first
-        if not later:
-            return moved
-        change = later[-1] - first
-        if order == 2:
-            return moved - 0.5 / way[1] * alpha * shrink * change
-        return moved + way[j + 1] / way[j] * alpha * (shrink / h + 1) * change
+        moved = single_step(self.time, stops, self._start, self._predicted)
+        return SimpleNamespace(prev_sample=moved, pred_original_sample=x0)
 
 # %% ../../nbs/components/samplers.ipynb #ddim-export
 class DDIM(ProjectingSampler):
@@ -167,18 +182,7 @@ class DDIM(ProjectingSampler):
         after = alphas[int(later[0]) if len(later) else 0].item()
         return here, after, self.eta * ((1 - after) / (1 - here) * (1 - here / after)) ** 0.5
 
-    def fresh(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        "The noise of one step"
-        source = like.device if generator is None else generator.device
-        return torch.randn(like.shape, generator=generator, device=source).to(like)
-
-    def step(
-        self,
-        model_output: Tensor,
-        t: Any,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
-    ) -> SimpleNamespace:
+    def step(self, model_output: Tensor, t: Any, sample: Tensor, generator: Any = None) -> SimpleNamespace:
         "One step; the direction of the noise is the network's own, whatever `project` does to the clean picture"
         _, after, sigma = self.levels(t)
         predicted = to_x0(self.schedule, model_output, sample, t)

@@ -49,9 +49,8 @@ class Cached:
         self.data = data
         self.path = Path(path)
         self.unpack = unpack
-        self.size = getattr(data, "size", None)
-        self.max_objects = getattr(data, "max_objects", None)
-        self.factor_names = getattr(data, "factor_names", None)
+        for name in ("size", "max_objects", "factor_names"):
+            setattr(self, name, getattr(data, name, None))
         self._rows = None
 
     def __len__(self) -> int:
