@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 # %% auto #0
@@ -203,9 +204,8 @@ def sample_timesteps(
 # %% ../../nbs/components/diffusion.ipynb #offset-export
 def offset_noise(noise: Tensor, strength: float = 0.1, generator: torch.Generator | None = None) -> Tensor:
     "Noise plus one random constant per picture and channel: overall brightness has to be learned too"
-    source = noise.device if generator is None else generator.device
     shape = *noise.shape[:2], *[1] * (noise.ndim - 2)
-    shift = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+    shift = randn_tensor(shape, generator, noise.device, torch.float32)
     return noise + strength * shift.to(noise)
 
 # %% ../../nbs/components/diffusion.ipynb #batch-export

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .diffusion import clean_from, make_scheduler, prediction_type_of, signal_and_noise, to_x0
@@ -80,8 +81,7 @@ class ProjectingSampler:
 
     def fresh(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         "The noise that one step adds"
-        source = like.device if generator is None else generator.device
-        return torch.randn(like.shape, generator=generator, device=source).to(like)
+        return randn_tensor(like.shape, generator, like.device, like.dtype)
 
 # %% ../../nbs/components/samplers.ipynb #move-export
 def single_step(
