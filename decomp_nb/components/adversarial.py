@@ -124,16 +124,16 @@ class AdversarialAutoencoder(AutoencoderTraining):
 # %% ../../nbs/components/adversarial.ipynb #step-export
 def adversarial_losses(model: AdversarialAutoencoder, images: Tensor, decoded: Tensor, error: Tensor) -> dict:
     "`generator_loss` with its weight, `hinge_loss`, and how real both kinds of pictures look"
-    pleasing = generator_loss(model.discriminator, decoded)
-    weight = adaptive_weight(error, pleasing, model.vae.decoder.conv_out.weight)
+    g_loss = generator_loss(model.discriminator, decoded)
+    weight = adaptive_weight(error, g_loss, model.vae.decoder.conv_out.weight)
     real = model.discriminator(images)
     fake = model.discriminator(decoded.detach())
     return {
-        "pleasing": pleasing,
+        "g_loss": g_loss,
         "weight": model.adversarial_weight * weight,
         "discriminator": hinge_loss(real, fake),
-        "judged_real": real.mean(),
-        "judged_painted": fake.mean(),
+        "logits_real": real.mean(),
+        "logits_fake": fake.mean(),
     }
 
 
@@ -147,7 +147,7 @@ def adversarial_step(model: AdversarialAutoencoder, batch: dict[str, Any]) -> di
     parts |= {"error": error, "discriminator": error.new_zeros(())}
     if model.adversarial_weight and model.steps >= model.start:
         parts |= adversarial_losses(model, images, found.images, error)
-        generator = generator + parts["weight"] * parts["pleasing"]
+        generator = generator + parts["weight"] * parts["g_loss"]
     model.steps += model.training
     loss = generator + parts["discriminator"]
     parts["generator"] = generator
