@@ -93,7 +93,7 @@ class Reconstruction(NamedTuple):
 
 # %% ../../nbs/components/autoencoders.ipynb #base-export
 class AutoencoderTraining(nn.Module):
-    "An autoencoder of diffusers in training; a sub-class says in `code` how pictures go through the latents"
+    "An autoencoder of diffusers in training; a sub-class defines in `code` how pictures go through the latents"
     recorded: tuple[str, ...] = ()   # attributes that the run's config.json names
     latent_loss = ""                 # name of the loss of the latents
     latent_weight = 1.0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['cache_key', 'Cached', 'store_answers', 'cache_latents', 'cache_features']
+__all__ = ['cache_key', 'Cached', 'store_outputs', 'cache_latents', 'cache_features']
 
 # %% ../../nbs/data/cache.ipynb #fingerprint-export
 def cache_key(data: Any, network: nn.Module) -> str:
@@ -69,13 +69,13 @@ class Cached:
         return {**self.__dict__, "_rows": None}
 
 # %% ../../nbs/data/cache.ipynb #write-export
-def _write(data, network, answer, file, batch_size, dtype):
-    "All answers in order; the shape of the array"
+def _write(data, network, compute, file, batch_size, dtype):
+    "All outputs in order; the shape of the array"
     device = next(network.parameters()).device
     store = None
     for start in range(0, len(data), batch_size):
         items = _items(data, range(start, min(start + batch_size, len(data))))
-        found = answer(torch.stack([item["image"] for item in items]).to(device)).cpu().numpy()
+        found = compute(torch.stack([item["image"] for item in items]).to(device)).cpu().numpy()
         if store is None:
             shape = len(data), *found.shape[1:]
             store = np.lib.format.open_memmap(file, "w+", dtype=dtype, shape=shape)
@@ -85,16 +85,16 @@ def _write(data, network, answer, file, batch_size, dtype):
 
 # %% ../../nbs/data/cache.ipynb #store-export
 @torch.no_grad()
-def store_answers(
+def store_outputs(
     data: Any,
     network: nn.Module,                   # its weights name the file
-    answer: Callable[[Tensor], Tensor],   # pictures `(b,3,h,w)` → `(b,…)`
+    compute: Callable[[Tensor], Tensor],   # pictures `(b,3,h,w)` → `(b,…)`
     folder: str | Path,
     what: str,                            # first word of the file's name
     batch_size: int = 32,
     dtype: str = "float32",
 ) -> Path:
-    "The file that holds `answer` of every picture; made unless it is there, whole or not at all"
+    "The file that holds `compute` of every picture; made unless it is there, whole or not at all"
     if not torch.equal(data[0]["image"], data[0]["image"]):
         raise ValueError(
             "the data set gives another picture each time it is read (a random flip or crop): "
@@ -107,7 +107,7 @@ def store_answers(
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.stem}-{os.getpid()}.npy")
     try:
-        shape = _write(data, network, answer, unfinished, batch_size, dtype)
+        shape = _write(data, network, compute, unfinished, batch_size, dtype)
         os.replace(unfinished, target)
     except OSError as error:
         reason = error.strerror or error
@@ -135,10 +135,10 @@ def cache_latents(
     if not hasattr(latents, "moments"):
         raise ValueError("there is nothing to cache: this method works on pixels, not on latents")
 
-    def answer(images):
+    def compute(images):
         return torch.stack(latents.moments(images), 1)
 
-    path = store_answers(data, latents.vae, answer, folder, "latents", batch_size, dtype)
+    path = store_outputs(data, latents.vae, compute, folder, "latents", batch_size, dtype)
     return Cached(data, path, _latents_of)
 
 # %% ../../nbs/data/cache.ipynb #features-export
@@ -161,5 +161,5 @@ def cache_features(
             f"{type(encoder).__name__} is trained: its features change with every step and cannot be cached"
         )
     network.eval()
-    path = store_answers(data, network, encoder, folder, "features", batch_size, dtype)
+    path = store_outputs(data, network, encoder, folder, "features", batch_size, dtype)
     return Cached(data, path, _features_of)
