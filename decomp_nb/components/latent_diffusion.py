@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .denoisers import check_halvings
 from .diffusion import LSD_SCHEDULE, make_scheduler, noise_batch, prediction_type_of
 from .latents import build_latents
-from .samplers import latent_sampler
 from .vectors import _set_heads, build_with, start_at_zero
 from ..core import Decomposer, Factors
 
@@ -194,7 +193,7 @@ class LatentDiffusion(LatentSpaceModel):
         self.denoiser = build_with(latent_unet, "denoiser_config", **(denoiser_config or {}))
         self.scheduler = make_scheduler("ddpm", {**LATENT_SCHEDULE, **(scheduler_config or {})})
         prediction_type_of(self.scheduler)
-        self.sampler = latent_sampler("ddim", self.scheduler)
+        self.sampler = make_scheduler("ddim", self.scheduler, timestep_spacing="trailing")
 
     def encode(self, images: Tensor, **options: Any) -> Factors:
         "The empty set: `(b,0,1)`"

@@ -24,7 +24,8 @@ __all__ = ['interp', 'ContinuousTime', 'step_orders', 'ProjectingSampler', 'sing
 def interp(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     "Piecewise linear curve through `(xs, ys)`, both `(n,)` with rising `xs`, at `x`; the end pieces go on for ever"
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
-    return ys[i - 1] + (x - xs[i - 1]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
+    way = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+    return torch.lerp(ys[i - 1], ys[i], way)
 
 
 class ContinuousTime:
