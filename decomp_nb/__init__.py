@@ -119,20 +119,46 @@ _moved = {
         "components.picture_memory": "WordMemory picture_memory",
         "components.text_to_image": "clip_tokenizer tiny_foundation=random_pipeline",
     },
-    "components.text_to_image": {"components.text_to_image": "clear_vae=identity_vae"},
-    "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
+    "components.text_to_image": {
+        "components.text_to_image": "clear_vae=identity_vae",
+    },
+    "components.codebooks": {
+        "components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance",
+        "components.autoencoders": "vq_model VQAutoencoder",
+        "components.latents": "VQLatents build_space=build_latents",
+        "components.dvae": "gumbel_softmax cosine_cooling NormedConv DVAE",
+    },
     "methods.decomp_diffusion": {
         "metrics.separation": "object_shares separation recombination_accuracy",
         "components.ddim": "ClippedDDIM OfficialDDPM decomp_sampler ddim_invert",
         "components.recombination": "keep_mask check_partners decode_across swap_across",
     },
     "methods.disdiff": {
-        "components.codes": "edges independent_circles code_line code_arc turned=rotate turn_cost=circular_kl "
-                            "Directions=CircularCodes",
+        "components.codes": "edges independent_circles code_line code_arc turned=rotate "
+                            "turn_cost=circular_kl Directions=CircularCodes",
         "components.code_model": "ResidualConv FactorEncoder SplitEncoder",
         "components.shift_decoder": "TwoConditions FactorNames ShiftDecoder field_coefficient",
         "methods.disdiff": "Moves=DisentanglingLogits moves_of=disentangling_logits",
         "methods.encdiff": "TokenReader=TokenDenoiser",
+    },
+    "components.adversarial": {
+        "components.autoencoders": "kl_model",
+    },
+    "components.latents": {
+        "components.autoencoders": "draw=sample_posterior level_channels small_vae KLAutoencoder small_dc "
+                                   "DCAutoencoder",
+        "data.cache": "Cached cache_latents cache_features",
+    },
+    "components.diffusion": {
+        "components.samplers": "invert",
+    },
+    "components.solvers": {
+        "components.samplers": "straight_lines=interp ContinuousTime step_orders SinglestepSolver "
+                               "CodebookDDIM=DDIM through_projection",
+    },
+    "components.latent_diffusion": {
+        "components.samplers": "OfficialDDIM=DDIM latent_sampler",
+        "components.latents": "paint=decode_latents",
     },
     "metrics.generation": {
         "components.lpips": "VGGMaps=VGGFeatures load_lpips",

@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from decomp_nb.components import codebooks, decoders, solvers
-from decomp_nb.components.codebooks import DVAE, VQAutoencoder, VQLatents, build_space, vq_model
+from decomp_nb.components import codebooks, decoders, samplers
+from decomp_nb.components.autoencoders import VQAutoencoder, vq_model
 from decomp_nb.components.lpips import PerceptualDistance, vgg_distance
 from decomp_nb.components.diffusion import make_scheduler
-from decomp_nb.components.latents import cache_latents
+from decomp_nb.components.dvae import DVAE
+from decomp_nb.components.latents import VQLatents, build_latents
 from decomp_nb.core import sample
+from decomp_nb.data.cache import cache_latents
 
 
 def tiny_vq(**options):
@@ -75,13 +77,13 @@ def test_a_run_directory_is_a_space(tmp_path):
     trained = VQAutoencoder(tiny_vq()).train()
     trained({"image": torch.rand(2, 3, 16, 16)})
     trained.save_pretrained(tmp_path / "model")
-    space = build_space(str(tmp_path))
+    space = build_latents(str(tmp_path))
     assert isinstance(space, VQLatents) and space.shape(16) == (3, 4, 4) and not any(p.requires_grad for p in space.parameters()) and not space.train().training
     assert space.vae.config.scaling_factor != 1.0
     with pytest.raises(ValueError, match="multiple of 4"): space.encode(torch.zeros(1, 3, 18, 18))
-    with pytest.raises(FileNotFoundError, match="no autoencoder"): build_space("./nothing")
+    with pytest.raises(FileNotFoundError, match="no autoencoder"): build_latents("./nothing")
     DVAE(8, width=8).save_pretrained(tmp_path / "dvae")
-    with pytest.raises(ValueError, match="DVAE"): build_space(str(tmp_path / "dvae"))
+    with pytest.raises(ValueError, match="DVAE"): build_latents(str(tmp_path / "dvae"))
 
 
 def test_latents_can_be_cached(tmp_path):
@@ -124,7 +126,7 @@ def test_dvae_cools_and_remembers(tmp_path):
     (lambda: vq_model(3), "power of two"), (lambda: vq_model(4, multipliers=(1, 2)), "3 levels"), (lambda: vq_model(4, width=12, groups=8), "groups=8"),
     (lambda: decoders.BroadcastDecoder(8, 48), "image_size=48"), (lambda: decoders.BroadcastDecoder(8, 128, channels=(8, 8)), "at most 2 times"),
     (lambda: decoders.TokenWriter(8, 16, 4, dim=10, n_heads=4), "n_heads=4"), (lambda: decoders.TokenWriter(8, 16, 4, dim=8, n_heads=2)(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 2, 4)), "built for 16"),
-    (lambda: solvers.step_orders(0), "at least one"), (lambda: solvers.step_orders(5, 4), "order=4"), (lambda: solvers.CodebookDDIM(make_scheduler()).set_timesteps(0), "steps=0"),
+    (lambda: samplers.step_orders(0), "at least one"), (lambda: samplers.step_orders(5, 4), "order=4"), (lambda: samplers.DDIM(make_scheduler()).set_timesteps(0), "steps=0"),
 ])
 def test_bad_settings_name_themselves(make, complaint):
     with pytest.raises(ValueError, match=complaint): make()
@@ -132,7 +134,7 @@ def test_bad_settings_name_themselves(make, complaint):
 
 def test_a_solver_can_be_used_again_and_does_not_copy_the_autoencoder():
     space, calls = VQLatents(tiny_vq().eval()), []
-    solver = solvers.SinglestepSolver(make_scheduler(), project=lambda x: (calls.append(1), space.quantise(x))[1])
+    solver = samplers.SinglestepSolver(make_scheduler(), project=lambda x: (calls.append(1), space.quantise(x))[1])
     x = torch.randn(1, 3, 4, 4)
     first, second = (sample(lambda x, t: 0.1 * x, x, solver, 7) for _ in range(2))
     assert torch.equal(first, second) and len(calls) == 14

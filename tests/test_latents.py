@@ -6,19 +6,12 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
 
-from decomp_nb.components.codebooks import build_space
-from decomp_nb.components.latent_diffusion import LatentDiffusion, paint
-from decomp_nb.components.latents import (
-    DCAutoencoder,
-    DeterministicLatents,
-    KLLatents,
-    build_latents,
-    cache_latents,
-    small_dc,
-    small_vae,
-)
+from decomp_nb.components.autoencoders import DCAutoencoder, small_dc, small_vae
+from decomp_nb.components.latent_diffusion import LatentDiffusion
+from decomp_nb.components.latents import DeterministicLatents, KLLatents, build_latents, decode_latents
 from decomp_nb.components.text import tiny_pipeline
 from decomp_nb.components.text_to_image import TextToImage
+from decomp_nb.data.cache import cache_latents
 from decomp_nb.worlds.scenes import Scenes
 from decomp_nb.methods.lsd import LSD, lsd_preset
 from decomp_nb.methods.stable_lsd import StableLSD
@@ -76,14 +69,14 @@ def test_latents_of_any_shape_are_read_cached_and_painted(kind, tmp_path):
     assert (
         isinstance(space, DeterministicLatents)
         and space.shape(32) == (channels, side, side)
-        and type(build_space(str(tmp_path))) is DeterministicLatents
+        and type(build_latents(str(tmp_path))) is DeterministicLatents
     )
     z = space.encode(images, torch.randn(2, channels, side, side))
     with torch.no_grad():
         expected = network.eval().encode(images, return_dict=False)[0] * network.config.scaling_factor
     torch.testing.assert_close(z, expected)
     assert space.decode(z).shape == images.shape and space.decode(z).abs().max() <= 1
-    torch.testing.assert_close(paint(space, z).clamp(-1, 1), space.decode(z))
+    torch.testing.assert_close(decode_latents(space, z).clamp(-1, 1), space.decode(z))
     data = Scenes("shapes", 5, size=32)
     cached = cache_latents(data, space, tmp_path / "cache")
     batch = torch.utils.data.default_collate([cached[i] for i in range(5)])
@@ -162,7 +155,7 @@ def test_a_pipeline_on_the_hub_stands_for_its_autoencoder(tmp_path, monkeypatch)
 
 
 def test_a_trained_dc_autoencoder_is_plain_diffusers(tmp_path):
-    model = DCAutoencoder(small_dc(8, width=8, latent_channels=8), noise=0.1).train()
+    model = DCAutoencoder(small_dc(8, width=8, latent_channels=8), latent_noise=0.1).train()
     batch = {"image": torch.rand(4, 3, 32, 32) * 2 - 1, "latent_noise": torch.randn(4, 8, 4, 4)}
     first, same, other = (
         model(batch)["loss"],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_toys import Denoiser, Pictures, config
 
-from decomp_nb.components.latents import small_dc
+from decomp_nb.components.autoencoders import small_dc
 from decomp_nb.training.launch import main
 from decomp_nb.training.parameters import Parameter, Parameters
 from decomp_nb.training.rehearsal import VARIABLE, rehearse_notebook, rehearsing, scratch, smaller

@@ -5,58 +5,71 @@
 # %% ../../nbs/components/latents.ipynb #imports-export
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import diffusers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autoencoders import sample_posterior
+from .codebooks import look_up, nearest_codes
+
 # %% auto #0
-__all__ = ['SPACES', 'Pixels', 'draw', 'KLLatents', 'DeterministicLatents', 'level_channels', 'small_vae', 'KLAutoencoder',
-           'small_dc', 'DCAutoencoder', 'find_autoencoder', 'build_latents', 'Cached', 'CachedLatents', 'cache_latents',
-           'CachedFeatures', 'cache_features']
+__all__ = ['SPACES', 'decode_latents', 'Pixels', 'FrozenAutoencoder', 'KLLatents', 'DeterministicLatents', 'VQLatents',
+           'find_autoencoder', 'build_latents']
+
+# %% ../../nbs/components/latents.ipynb #decode-export
+def decode_latents(latents: nn.Module, z: Tensor) -> Tensor:
+    "Pictures from scaled latents `(b,c,h,w)` of any space: not quantised, not clipped, differentiable"
+    if not hasattr(latents, "vae"):
+        return F.pixel_shuffle(z, latents.factor)
+    vae = latents.vae
+    options = {"force_not_quantize": True} if hasattr(vae, "quantize") else {}
+    return vae.decode((z / vae.config.scaling_factor).to(vae.dtype), **options).sample.to(z.dtype)
 
 # %% ../../nbs/components/latents.ipynb #pixels-export
+def _divide(size, factor, what):
+    if size % factor:
+        raise ValueError(f"pictures of side {size} do not {what}: the side must be a multiple of {factor}")
+    return size // factor
+
+
 class Pixels(nn.Module):
     "Pictures in [−1,1] as they are, or folded: every `patch × patch` block of pixels becomes the channels of one place"
+
     def __init__(self, patch: int = 1):
         super().__init__()
-        if patch < 1: raise ValueError(f"patch={patch}: must be at least 1")
+        if patch < 1:
+            raise ValueError(f"patch={patch}: must be at least 1")
         self.factor = patch
 
     def shape(self, size: int) -> tuple[int, int, int]:
-        "Shape of x_0 for pictures of side `size`"
-        if size % self.factor: raise ValueError(f"pictures of side {size} do not fold into patches of {self.factor}: the side must be a multiple")
-        return 3 * self.factor ** 2, size // self.factor, size // self.factor
+        "Shape `(c,h,w)` of x_0 for pictures of side `size`; `ValueError` where patches do not fit"
+        side = _divide(size, self.factor, f"fold into patches of {self.factor}")
+        return 3 * self.factor ** 2, side, side
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        "Fold; `noise` has no meaning here"
-        for side in images.shape[-2:]: self.shape(side)
+        "Fold `(b,3,h,w)`; `noise` has no meaning here"
+        for side in images.shape[-2:]:
+            self.shape(side)
         return F.pixel_unshuffle(images, self.factor)
 
     def decode(self, x: Tensor) -> Tensor:
         "Unfold and clip to [−1,1]"
-        return F.pixel_shuffle(x, self.factor).clamp(-1, 1)
+        return decode_latents(self, x).clamp(-1, 1)
 
-    def from_batch(self, batch: dict) -> Tensor:
+    def from_batch(self, batch: dict[str, Any]) -> Tensor:
         "x_0 of a training batch"
         return self.encode(batch["image"])
 
-# %% ../../nbs/components/latents.ipynb #moments-export
-def draw(mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
-    "A sample of the posterior, `mean + exp(logvar / 2) · noise`; the log-variance is clamped to [−30, 20] as diffusers does"
-    noise = torch.randn_like(mean) if noise is None else noise.to(mean)
-    return mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
+# %% ../../nbs/components/latents.ipynb #frozen-export
+class FrozenAutoencoder(nn.Module):
+    "An autoencoder of diffusers that is not trained: sizes, and the way back to pictures"
 
-# %% ../../nbs/components/latents.ipynb #kl-export
-class KLLatents(nn.Module):
-    "Latents of a frozen diffusers `AutoencoderKL`, scaled to about unit variance"
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
@@ -66,211 +79,129 @@ class KLLatents(nn.Module):
         "Channels of a latent, and side of a picture / side of its latent"
         return self.vae.config.latent_channels, 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def train(self, mode: bool = True) -> KLLatents:
-        "Stays in evaluation mode: the autoencoder is not trained"
+    def train(self, mode: bool = True) -> FrozenAutoencoder:
+        "Stays in evaluation mode"
         return super().train(False)
 
     def shape(self, size: int) -> tuple[int, int, int]:
-        "Shape of a latent for pictures of side `size`"
-        if size % self.factor: raise ValueError(f"pictures of side {size} do not fit this autoencoder: the side must be a multiple of {self.factor}")
-        return self.channels, size // self.factor, size // self.factor
-
-    @torch.no_grad()
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        "Mean and log-variance of the posterior, unscaled, both `(b,c,h/f,w/f)`"
-        for side in images.shape[-2:]: self.shape(side)
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return posterior.mean.to(images.dtype), posterior.logvar.to(images.dtype)
-
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        "Draw scaled latents for pictures `(b,3,h,w)` in [−1,1]; `noise` is the injected ε"
-        return draw(*self.moments(images), noise) * self.vae.config.scaling_factor
+        "Shape `(c,h,w)` of a latent for pictures of side `size`; `ValueError` where there is none"
+        side = _divide(size, self.factor, "fit this autoencoder")
+        return self.channels, side, side
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         "Pictures from scaled latents, clipped to [−1,1]"
-        return self.vae.decode((z / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.to(z.dtype).clamp(-1, 1)
+        return decode_latents(self, z).clamp(-1, 1)
 
-    def from_batch(self, batch: dict) -> Tensor:
-        "x_0 of a training batch: from cached moments where `cache_latents` put them, else from the picture; `latent_noise` injects ε"
+# %% ../../nbs/components/latents.ipynb #kl-export
+class KLLatents(FrozenAutoencoder):
+    "Latents of a frozen diffusers `AutoencoderKL`, scaled to about unit variance"
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        "Mean and log-variance as the autoencoder computes them"
+        found = self.vae.encode(images).latent_dist
+        return found.mean, found.logvar
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        "Mean and log-variance of the posterior, unscaled, both `(b,c,h/f,w/f)`: what `cache_latents` keeps"
+        for side in images.shape[-2:]:
+            self.shape(side)
+        mean, logvar = self.posterior(images.to(self.vae.dtype))
+        return mean.to(images.dtype), logvar.to(images.dtype)
+
+    def draw(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+        "Scaled latents from moments; `noise` is the injected ε"
+        return sample_posterior(mean, logvar, noise) * self.vae.config.scaling_factor
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        "Draw scaled latents for pictures `(b,3,h,w)` in [−1,1]; `noise` is the injected ε"
+        return self.draw(*self.moments(images), noise)
+
+    def from_batch(self, batch: dict[str, Any]) -> Tensor:
+        "x_0 of a training batch: of cached moments where there are some, else of the picture; `latent_noise` injects ε"
         noise = batch.get("latent_noise")
-        if "latent_mean" not in batch: return self.encode(batch["image"], noise)
-        return draw(batch["latent_mean"].float(), batch["latent_logvar"].float(), noise) * self.vae.config.scaling_factor
+        if "latent_mean" not in batch:
+            return self.encode(batch["image"], noise)
+        return self.draw(batch["latent_mean"].float(), batch["latent_logvar"].float(), noise)
 
 # %% ../../nbs/components/latents.ipynb #deterministic-export
 class DeterministicLatents(KLLatents):
     "Scaled latents of a frozen autoencoder without a posterior: diffusers' `AutoencoderTiny` or `AutoencoderDC`"
+
     @torch.no_grad()
     def sizes(self) -> tuple[int, int]:
         "Channels and factor, measured on one picture; `ValueError` where the decoder does not undo the encoder's"
         side = 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
         picture = next(self.vae.parameters()).new_zeros(1, self.vae.config.in_channels, side, side)
         z = self.vae.encode(picture, return_dict=False)[0]
-        painted = self.vae.decode(z, return_dict=False)[0]
-        if painted.shape[-1] != side:
-            raise ValueError(f"{type(self.vae).__name__}: a picture of side {side} comes back with side "
-                             f"{painted.shape[-1]}; its encoder and decoder have different numbers of levels")
+        decoded = self.vae.decode(z, return_dict=False)[0]
+        if decoded.shape[-1] != side:
+            raise ValueError(
+                f"{type(self.vae).__name__}: a picture of side {side} comes back with side {decoded.shape[-1]}; "
+                "its encoder and decoder have different numbers of levels"
+            )
         return z.shape[1], side // z.shape[-1]
 
-    @torch.no_grad()
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        "For `cache_latents`: the unscaled latents `(b,c,h/f,w/f)`, and a log-variance that means: no spread"
-        for side in images.shape[-2:]: self.shape(side)
-        z = self.vae.encode(images.to(self.vae.dtype), return_dict=False)[0].to(images.dtype)
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        "The latents, and a log-variance that means: no spread"
+        z = self.vae.encode(images, return_dict=False)[0]
         return z, torch.full_like(z, -30.0)
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        "Scaled latents of pictures `(b,3,h,w)` in [−1,1]; nothing is drawn, `noise` has no meaning here"
-        return self.moments(images)[0] * self.vae.config.scaling_factor
+    def draw(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+        "Scaled latents; nothing is drawn, `logvar` and `noise` have no meaning here"
+        return mean * self.vae.config.scaling_factor
 
-    def from_batch(self, batch: dict) -> Tensor:
-        "x_0 of a training batch: from a cache where `cache_latents` put it, else from the picture"
-        if "latent_mean" not in batch: return self.encode(batch["image"])
-        return batch["latent_mean"].float() * self.vae.config.scaling_factor
+# %% ../../nbs/components/latents.ipynb #vq-export
+class VQLatents(DeterministicLatents):
+    "Scaled latents of a frozen diffusers `VQModel` before quantisation; decoding quantises first"
 
-# %% ../../nbs/components/latents.ipynb #small-vae-export
-def level_channels(
-    factor: int,  # side of the picture / side of the latents: 2, 4, 8 …
-    width: int,  # channels at full resolution
-    multipliers: Sequence[int] | None = None,  # of the width, one per level; None: 1, 2, 4 …
-    groups: int = 8,  # of the group norms
-) -> tuple[int, ...]:
-    "Channels of every level of an autoencoder, from fine to coarse"
-    levels = factor.bit_length()
-    if factor < 1 or factor != 2 ** (levels - 1): raise ValueError(f"factor={factor}: must be a power of two, each halving is one level of the autoencoder")
-    multipliers = tuple(2 ** i for i in range(levels)) if multipliers is None else tuple(multipliers)
-    if len(multipliers) != levels: raise ValueError(f"multipliers={multipliers}: factor={factor} has {levels} levels")
-    if any(width * m % groups for m in multipliers): raise ValueError(f"width={width} times {multipliers} does not split into groups={groups}, the number of groups of the group norms")
-    return tuple(width * m for m in multipliers)
+    def sizes(self) -> tuple[int, int]:
+        "Channels of a code, and side of a picture / side of its latent"
+        _, factor = FrozenAutoencoder.sizes(self)
+        return self.vae.quantize.embedding.embedding_dim, factor
 
+    @torch.no_grad()
+    def quantise(self, z: Tensor) -> Tensor:
+        "Every place of scaled latents replaced by its nearest code, scaled again"
+        scale = self.vae.config.scaling_factor
+        book = self.vae.quantize.embedding.weight
+        codes = look_up(nearest_codes(z / scale, book.to(z.dtype)), book)
+        return codes.to(z.dtype) * scale
 
-def small_vae(
-    factor: int = 4,  # side of the picture / side of the latents: 2, 4, 8 …
-    *,
-    latent_channels: int = 4,
-    width: int = 32,  # channels at full resolution, doubled (once) below
-    layers_per_block: int = 1,
-):
-    "A small `AutoencoderKL` with random weights"
-    from diffusers import AutoencoderKL
-    channels = level_channels(factor, width, [min(2 ** i, 2) for i in range(factor.bit_length())])
-    return AutoencoderKL(block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels),
-                         norm_num_groups=8, latent_channels=latent_channels, layers_per_block=layers_per_block, mid_block_add_attention=False)
-
-# %% ../../nbs/components/latents.ipynb #training-export
-class KLAutoencoder(nn.Module):
-    "An `AutoencoderKL` in training: `forward(batch)` gives the loss; `save_pretrained` writes a plain diffusers autoencoder with its scale"
-    def __init__(self, vae: nn.Module, *, kl_weight: float = 1e-4):
-        super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
-        self.register_buffer("spread", torch.ones(()))  # running standard deviation of the latents
-
-    @property
-    def config(self) -> dict:
-        "What the run's config.json records"
-        return {**self.vae.config, "kl_weight": self.kl_weight}
-
-    def forward(self, batch: dict) -> dict:
-        "`loss`, and its parts `reconstruction` (mean absolute error, pictures in [−1,1]) and `kl` (nats per latent number); `latent_noise` injects ε"
-        posterior = self.vae.encode(batch["image"]).latent_dist
-        z = draw(posterior.mean, posterior.logvar, batch.get("latent_noise"))
-        reconstruction = (self.vae.decode(z).sample - batch["image"]).abs().mean()
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        if self.training: self.spread.lerp_(z.detach().float().std(), 0.02)
-        return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
-
-    def save_pretrained(self, folder: str | Path, **options) -> None:
-        "A folder that `AutoencoderKL.from_pretrained` and `build_latents` read"
-        self.vae.register_to_config(scaling_factor=round(1 / max(float(self.spread), 1e-6), 5))
-        self.vae.save_pretrained(folder, **options)
-
-# %% ../../nbs/components/latents.ipynb #small-dc-export
-def small_dc(
-    factor: int = 8,  # side of the picture / side of the latents: 2, 4, 8 …
-    *,
-    latent_channels: int = 8,
-    width: int = 32,  # channels at full resolution
-    multipliers: Sequence[int] | None = None,  # of the width, one per level; None: 1, 2, 2 … and 4 at the end
-    layers: Sequence[int] | None = None,  # residual blocks of each level, from the finest; None: 0, 1, 2, 2 …
-):
-    "A small `AutoencoderDC` with random weights, made of convolutions alone"
-    from diffusers import AutoencoderDC
-    levels = factor.bit_length()
-    if factor < 2: raise ValueError(f"factor={factor}: an AutoencoderDC halves at least once")
-    multipliers = [1, *[2] * (levels - 2), 4] if multipliers is None else multipliers
-    channels = level_channels(factor, width, multipliers, groups=4)
-    layers = [0, 1, *[2] * (levels - 2)] if layers is None else list(layers)
-    if len(layers) != levels or min(layers[1:]) < 1 or layers[0] < 0:
-        raise ValueError(f"layers={layers}: factor={factor} has {levels} levels, of at least one block each; "
-                         "only the first may have 0")
-    if channels[-1] % latent_channels:
-        raise ValueError(f"latent_channels={latent_channels}: must divide the {channels[-1]} channels of the "
-                         "coarsest level")
-    same = dict(block_out_channels=channels, layers_per_block=tuple(layers), qkv_multiscales=((),) * levels)
-    both = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in same.items()}
-    return AutoencoderDC(latent_channels=latent_channels, **both)
-
-# %% ../../nbs/components/latents.ipynb #dc-export
-class DCAutoencoder(nn.Module):
-    "An `AutoencoderDC` in training: `forward(batch)` gives the loss; `save_pretrained` writes a plain autoencoder"
-    def __init__(self, vae: nn.Module, *, noise: float = 0.05):
-        super().__init__()
-        if noise < 0: raise ValueError(f"noise={noise}: standard deviations, at least 0")
-        self.vae, self.noise = vae, noise
-        self.register_buffer("spread", torch.ones(()))  # running standard deviation of the latents
-
-    @property
-    def config(self) -> dict:
-        "What the run's config.json records"
-        return {**self.vae.config, "latent_noise": self.noise}
-
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        "Pictures from latents without noise, and the latents `(b,c,h/f,w/f)`"
-        z = self.vae.encode(images, return_dict=False)[0]
-        return self.vae.decode(z).sample, z
-
-    def forward(self, batch: dict) -> dict:
-        "`loss` and `reconstruction`: mean squared error of pictures in [−1,1]; `latent_noise` injects ε"
-        z = self.vae.encode(batch["image"], return_dict=False)[0]
-        now = z.detach().float().std()
-        eps = batch.get("latent_noise")
-        eps = torch.randn_like(z) if eps is None else eps.to(z)
-        error = F.mse_loss(self.vae.decode(z + self.noise * now.to(z) * eps).sample, batch["image"])
-        if self.training: self.spread.lerp_(now, 0.02)
-        return {"loss": error, "reconstruction": error.detach()}
-
-    def save_pretrained(self, folder: str | Path, **options) -> None:
-        "A folder that `AutoencoderDC.from_pretrained` and `build_latents` read"
-        self.vae.register_to_config(scaling_factor=round(1 / max(float(self.spread), 1e-6), 5))
-        self.vae.save_pretrained(folder, **options)
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        "Pictures from scaled latents, quantised on the way, clipped to [−1,1]"
+        return super().decode(self.quantise(z))
 
 # %% ../../nbs/components/latents.ipynb #find-autoencoder-export
-def _local_autoencoder(folder: Path) -> Path:
-    "Where in a local folder the autoencoder's config.json lies"
-    for place in (folder / "vae", folder / "model", folder):  # a run has a config.json of its own
-        if (place / "config.json").is_file(): return place
+def _local_autoencoder(folder):
+    for place in (folder / "vae", folder / "model", folder):   # a run has a config.json of its own
+        if (place / "config.json").is_file():
+            return place
     raise FileNotFoundError(f"no config.json of an autoencoder in {folder} (nor in its vae/ or model/)")
 
 
-def _hub_autoencoder(name: str) -> tuple[str, dict]:
-    "Sub-folder and config of the autoencoder that a hub name stands for: of a pipeline its vae/"
-    from diffusers import AutoencoderKL
+def _hub_autoencoder(name):
+    "Of a pipeline its vae/, which has to be asked for first: a pipeline has no config.json of its own"
     for subfolder in ("vae", ""):
-        try: return subfolder, AutoencoderKL.load_config(name, subfolder=subfolder or None)
-        except OSError: continue
+        try:
+            return subfolder, diffusers.AutoencoderKL.load_config(name, subfolder=subfolder or None)
+        except OSError:
+            continue
     raise FileNotFoundError(f"no autoencoder '{name}': no folder here, and no hub name that is cached or reachable")
 
 
 def find_autoencoder(
-    path: str,  # a folder (autoencoder, pipeline that holds one, run directory) or a hub name
-    base: str | Path | None = None,  # where relative paths are looked for first
+    path: str,   # a folder (autoencoder, pipeline that holds one, run directory) or a hub name
+    base: str | Path | None = None,   # where relative paths are looked for first
 ) -> tuple[str, str, str]:
     "Class name, place and sub-folder of the autoencoder that `path` names; `FileNotFoundError` where there is none"
-    folder = next((p for p in (Path(base or ".") / path, Path(path)) if p.exists()), None)
-    if folder is not None:
-        place = _local_autoencoder(folder)
-        config = json.loads((place / "config.json").read_text())
-        return config.get("_class_name", "folder without _class_name"), str(place), ""
+    for folder in (Path(base or ".") / path, Path(path)):
+        if folder.exists():
+            place = _local_autoencoder(folder)
+            config = json.loads((place / "config.json").read_text())
+            return config.get("_class_name", "folder without _class_name"), str(place), ""
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         hint = "give a folder, a hub name, or an empty text for pixels"
         raise FileNotFoundError(f"no autoencoder at '{path}': {hint}")
@@ -282,135 +213,33 @@ SPACES = {
     "AutoencoderKL": KLLatents,
     "AutoencoderTiny": DeterministicLatents,
     "AutoencoderDC": DeterministicLatents,
+    "VQModel": VQLatents,
 }
 
 
-def _load_autoencoder(kind: str, place: str, subfolder: str) -> nn.Module:
+def _load_autoencoder(kind, place, subfolder):
     "Any diffusers autoencoder; without the warning about an entry that AutoencoderTiny puts into its own config"
-    import diffusers
     logger = logging.getLogger("diffusers.configuration_utils")
     level = logger.level
-    if kind == "AutoencoderTiny": logger.setLevel(logging.ERROR)
-    options = dict(subfolder=subfolder or None, low_cpu_mem_usage=False)
-    try: return getattr(diffusers, kind).from_pretrained(place, **options)
-    finally: logger.setLevel(level)
+    if kind == "AutoencoderTiny":
+        logger.setLevel(logging.ERROR)
+    try:
+        cls = getattr(diffusers, kind)
+        return cls.from_pretrained(place, subfolder=subfolder or None, low_cpu_mem_usage=False)
+    finally:
+        logger.setLevel(level)
 
 
 def build_latents(
-    path: str | None = None,  # None = pixels; else a folder, run directory or hub name, see `find_autoencoder`
+    path: str | None = None,   # None = pixels; else a folder, run directory or hub name, see `find_autoencoder`
     *,
-    patch: int = 1,  # pixels only: side of the patches that are folded into channels
-    base: str | Path | None = None,  # where relative paths are looked for first
+    patch: int = 1,            # pixels only: side of the patches that are folded into channels
+    base: str | Path | None = None,   # where relative paths are looked for first
 ) -> Pixels | KLLatents:
-    "The space that a config names"
-    if path in (None, "", "pixels"): return Pixels(patch)
+    "The space that a config names; `ValueError` where the path holds something else than one of `SPACES`"
+    if path in (None, "", "pixels"):
+        return Pixels(patch)
     kind, place, subfolder = find_autoencoder(path, base)
     if kind not in SPACES:
         raise ValueError(f"{place} holds a {kind}; the latents of a method need one of {', '.join(SPACES)}")
     return SPACES[kind](_load_autoencoder(kind, place, subfolder))
-
-# %% ../../nbs/components/latents.ipynb #fingerprint-export
-def _fingerprint(data, network: nn.Module) -> str:
-    "Hash of the network's weights and of the length and a few items of the data set"
-    h = hashlib.sha256(str(len(data)).encode())
-    for v in network.state_dict().values(): h.update(v.detach().float().cpu().numpy().tobytes())
-    for i in {0, len(data) // 3, len(data) // 2, len(data) - 1}: h.update(data[i]["image"].numpy().tobytes())
-    return h.hexdigest()[:16]
-
-
-def _items(data, index: Sequence[int]) -> list[dict]:
-    "The items one by one, or all at once where the data set knows how"
-    return data.__getitems__(list(index)) if hasattr(data, "__getitems__") else [data[i] for i in index]
-
-
-class Cached:
-    "A data set whose items carry something more, read from a memory-mapped file; `unpack(row)` of a sub-class names it"
-    def __init__(self, data, path: str | Path):
-        self.data, self.path, self._rows = data, Path(path), None
-        self.size, self.max_objects, self.factor_names = (getattr(data, k, None) for k in ("size", "max_objects", "factor_names"))
-
-    def __len__(self) -> int: return len(self.data)
-
-    def __getitem__(self, i: int) -> dict: return self._with_row(self.data[i], i)
-
-    def __getitems__(self, index: list[int]) -> list[dict]: return [self._with_row(item, i) for item, i in zip(_items(self.data, index), index)]
-
-    def _with_row(self, item: dict, i: int) -> dict:
-        if self._rows is None: self._rows = np.load(self.path, mmap_mode="r")  # opened in the worker that reads it
-        return {**item, **self.unpack(torch.from_numpy(np.array(self._rows[i])))}
-
-    def __getstate__(self) -> dict: return {**self.__dict__, "_rows": None}
-
-
-class CachedLatents(Cached):
-    "Items also carry `latent_mean` and `latent_logvar`"
-    def unpack(self, row: Tensor) -> dict: return {"latent_mean": row[0], "latent_logvar": row[1]}
-
-# %% ../../nbs/components/latents.ipynb #store-export
-def _store(
-    data,
-    network: nn.Module,  # whose answers are kept: part of the fingerprint
-    answer,  # pictures `(b,3,h,w)` → `(b,…)`
-    folder: str | Path,
-    what: str,  # first word of the file's name
-    batch_size: int,
-    dtype: str,
-) -> Path:
-    "The file that holds `answer` of every picture; made unless it is there, whole or not at all"
-    if not torch.equal(data[0]["image"], data[0]["image"]):
-        raise ValueError(f"the data set gives another picture each time it is read (a random flip or crop): cached {what} would not match; switch that off")
-    name = f"{what}-{_fingerprint(data, network)}-{dtype}"
-    target, card = Path(folder) / f"{name}.npy", Path(folder) / f"{name}.json"
-    if card.is_file() and target.is_file(): return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    device, store = next(network.parameters()).device, None
-    partial_file = target.with_name(f".{name}-{os.getpid()}.npy")
-    try:
-        for start in range(0, len(data), batch_size):
-            images = torch.stack([item["image"] for item in _items(data, range(start, min(start + batch_size, len(data))))])
-            found = answer(images.to(device)).cpu().numpy()
-            if store is None: store = np.lib.format.open_memmap(partial_file, "w+", dtype=dtype, shape=(len(data), *found.shape[1:]))
-            store[start:start + len(images)] = found
-        store.flush()
-        os.replace(partial_file, target)
-    except OSError as e:
-        raise OSError(f"the cache of {what} could not be written to {folder} ({e.strerror or e}): free space there or choose another folder") from e
-    finally:
-        partial_file.unlink(missing_ok=True)
-    card.write_text(json.dumps({"images": len(data), "shape": store.shape[1:], "dtype": dtype}))
-    return target
-
-# %% ../../nbs/components/latents.ipynb #cache-export
-@torch.no_grad()
-def cache_latents(
-    data,  # a data set of this library; its items must not change from one reading to the next (no random flips)
-    latents: KLLatents,  # the frozen autoencoder
-    folder: str | Path,  # where the file goes; an existing matching file is used again
-    *,
-    batch_size: int = 32,
-    dtype: str = "float32",  # "float16" halves the file, 16 KiB for a 256-pixel picture; it moves a loss by about 1e-4
-) -> CachedLatents:
-    "Encode every picture once, keep the posterior's moments on disk, and return the data set with them added"
-    if isinstance(latents, Pixels): raise ValueError("there is nothing to cache: this method works on pixels, not on latents")
-    return CachedLatents(data, _store(data, latents.vae, lambda x: torch.stack(latents.moments(x), 1), folder, "latents", batch_size, dtype))
-
-# %% ../../nbs/components/latents.ipynb #features-export
-class CachedFeatures(Cached):
-    "Items also carry `features` `(c,h,w)`"
-    def unpack(self, row: Tensor) -> dict: return {"features": row}
-
-
-@torch.no_grad()
-def cache_features(
-    data,  # a data set of this library; its items must not change from one reading to the next (no random flips)
-    encoder: nn.Module,  # frozen: `DinoEncoder`, or a `VitEncoder` that is not trained
-    folder: str | Path,  # where the file goes; an existing matching file is used again
-    *,
-    batch_size: int = 32,
-    dtype: str = "float16",
-) -> CachedFeatures:
-    "Encode every picture once, keep the feature maps on disk, and return the data set with them added"
-    network = encoder.frozen() if callable(getattr(encoder, "frozen", None)) else encoder
-    if any(p.requires_grad for p in network.parameters()): raise ValueError(f"{type(encoder).__name__} is trained: its features change with every step and cannot be cached")
-    network.eval()
-    return CachedFeatures(data, _store(data, network, encoder, folder, "features", batch_size, dtype))

@@ -147,8 +147,8 @@ def check_stage1(r):
         if kind == "vq":
             out = model.train()({"image": images})
             out["loss"].backward()
-            for name, key in dict(total_loss="generator", quant_loss="codebook", nll_loss="error", d_weight="weight", g_loss="pleasing", disc_loss="discriminator",
-                                  logits_real_mean="judged_real", logits_fake_mean="judged_painted").items():
+            for name, key in dict(total_loss="generator", quant_loss="codebook", nll_loss="error", d_weight="weight", g_loss="g_loss", disc_loss="discriminator",
+                                  logits_real_mean="logits_real", logits_fake_mean="logits_fake").items():
                 yield f"stage1.vq_{name}", out[key], VALUE
             yield "stage1.vq_grad_codebook", vae.quantize.embedding.weight.grad, GRADIENT
             yield "stage1.vq_grad_quant_conv", vae.quant_conv.weight.grad, GRADIENT

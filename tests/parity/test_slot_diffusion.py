@@ -284,7 +284,7 @@ def check_samplers(r: Recorded):
                 answer = predict(x, t.expand(len(x)))
             yield "samplers", name, ancestral(model.scheduler, answer, t, x, noise), SAMPLER
     clock, t = solvers.ContinuousTime(model.scheduler), given("sched_t")
-    lamb = clock.lamb(t)
+    lamb = clock.lambda_(t)
     for name, ours in dict(log_alpha=clock.log_alpha(t), inv=clock.time_of(lamb)).items():
         yield "samplers", f"sched_{name}", ours.float(), SINGLE
     yield "samplers", "sched_lambda", lamb.float(), SINGLE
