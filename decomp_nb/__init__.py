@@ -10,7 +10,7 @@ _homes = {
     "methods.slot_diffusion": "SlotDiffusion",
     "methods.slate": "SLATE",
     "methods.slot_attention_ae": "SlotAttentionAE",
-    "methods.concepts": "Concepts load_official_concepts",
+    "methods.concepts": "Concepts",
     "training.trainer": "Trainer",
     "training.run_directory": "Run",
     "training.config": "TrainConfig",
@@ -22,6 +22,7 @@ _homes = {
     "official.decomp_diffusion": "load_official_decomp_diffusion save_official_decomp_diffusion",
     "official.disdiff": "load_official_disdiff load_official_latent_diffusion",
     "official.autoencoders": "load_official_autoencoder",
+    "official.concepts": "load_official_concepts",
 }
 _home_of = {name: home for home, names in _homes.items() for name in names.split()}
 __all__ = sorted(_home_of)
@@ -105,6 +106,14 @@ _moved = {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",
     },
     "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
+    "methods.concepts": {
+        "methods.concepts": "portraits=concept_samples",
+        "methods.concept_weights": "weights_of=activate raw_of=invert_activation WEIGHTS ScoreStatistics direction_cosines "
+                                   "solve_weights elimination enough_words",
+        "methods.concept_start": "medoids begin_at_pictures=init_from_images",
+        "official.concepts": "read_official load_official_concepts save=save_concepts official_arguments official_plan "
+                             "official_ddim published_folders",
+    },
     "methods.decomp_diffusion": {"metrics.separation": "object_shares separation recombination_accuracy"},
     "metrics.generation": {
         "components.lpips": "VGGMaps=VGGFeatures load_lpips",
