@@ -107,7 +107,8 @@ _moved = {
     },
     "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
     "methods.concepts": {
-        "methods.concepts": "portraits=concept_samples",
+        "methods.concept_drawing": "recipe_factors compose edit portraits=concept_samples",
+        "methods.concept_penalties": "PENALTIES penalty",
         "methods.concept_weights": "weights_of=activate raw_of=invert_activation WEIGHTS ScoreStatistics direction_cosines "
                                    "solve_weights elimination enough_words",
         "methods.concept_start": "medoids begin_at_pictures=init_from_images",

@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from torch import Tensor
 
 from ..components.foundations import Foundation
-from .concept_weights import invert_activation
-from .concepts import Concepts, add_noise, encode_latents, sample_times, score_statistics
+from decomp_nb.methods.concepts import (
+    Concepts, _set_weights, add_noise, encode_latents, sample_times, score_statistics,
+)
 
 # %% auto #0
-__all__ = ['medoids', 'invert_images', 'mixtures_of_words', 'word_costs', 'init_from_images']
+__all__ = ['medoids', 'invert_images', 'refine_words', 'mixtures_of_words', 'word_costs', 'init_from_images']
 
 # %% ../../nbs/methods/concept_start.ipynb #medoids-export
 def medoids(
@@ -39,7 +41,7 @@ def medoids(
         chosen.append(best_beside(chosen)[0])
     spent, before = torch.inf, None
     while before != chosen:  # exchange one by one as long as that helps
-        before = list(chosen)
+        before = chosen.copy()
         for i in range(k):
             column, total = best_beside(chosen[:i] + chosen[i + 1:])
             if total < spent - 1e-9:
@@ -59,19 +61,30 @@ def invert_images(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     "Textual inversion of all images at once; the learned words `(n, code_dim)`"
-    base = model.base
     optimiser = torch.optim.Adam(parameters, learning_rate)
     for _ in range(steps):
         t = sample_times(model, 1, generator)
         noise = torch.randn(1, *x0.shape[1:], generator=generator).to(x0)
         for rows in torch.arange(len(x0)).split(chunk):
-            times = t.expand(len(rows))
-            x_t, target = add_noise(base, x0[rows], noise.expand_as(x0[rows]), times)
-            answers = base.predict(x_t, times, base.encode_each(words()[rows], model.templates[0]))
-            (answers - target).square().mean((1, 2, 3)).sum().backward()
+            _word_loss(model, x0[rows], words()[rows], noise, t).backward()
         optimiser.step()
         optimiser.zero_grad()
     return words().detach()
+
+
+def _word_loss(model: Concepts, x0: Tensor, words: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    "Sum over images of the squared error under the word of each"
+    t = t.expand(len(x0))
+    x_t, target = add_noise(model.base, x0, noise.expand_as(x0), t)
+    answers = model.base.predict(x_t, t, model.base.encode_each(words, model.templates[0]))
+    return reduce((answers - target).square(), "b c h w -> b", "mean").sum()
+
+
+def refine_words(model: Concepts, x0: Tensor, words: Tensor, owner: Tensor, **options) -> Tensor:
+    "Words `(k, code_dim)`, each after textual inversion of the images that `owner` `(n,)` gives to it"
+    words = words.clone().requires_grad_()
+    invert_images(model, x0, lambda: words[owner], [words], learning_rate=0.01, **options)
+    return words.detach()
 
 
 def mixtures_of_words(base: Foundation, n: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -114,33 +127,26 @@ def init_from_images(
     *,
     steps: int = 100,  # of textual inversion, all images at once
     refine: int = 20,  # steps in which the chosen words learn all of their images, before the second choice; 0: one choice
-    learning_rate: float = 0.01,  # of words; their mixtures learn ten times as fast
     draws: int = 16,  # of time and noise, to compare the words
     candidates: int = 64,  # at most so many images get a word, taken at random
-    share: float = 0.9,  # of an image's weight that goes to the word that explains it best
     batch_size: int = 10,  # images of a training step; no call is larger than such a step, or one image with all words
     generator: torch.Generator | None = None,
 ) -> list[int]:
     "Begin with the M words that explain all images best; for each of them the image that it explains best"
-    n, k, base = len(images), model.n_factors, model.base
+    n, k = len(images), model.n_factors
     _check_images(model, n)
     chunk = batch_size * (k + 1)
     options = dict(chunk=chunk, generator=generator)
     with torch.no_grad():
         x0 = torch.cat([encode_latents(model, part.to(model.device), generator) for part in images.split(chunk)])
     some = torch.randperm(n, generator=generator)[:max(candidates, k)].sort().values
-    words, logits = mixtures_of_words(base, len(some))
-    pool = invert_images(model, x0[some], words, logits, steps=steps, learning_rate=10 * learning_rate, **options)
+    pool = invert_images(model, x0[some], *mixtures_of_words(model.base, len(some)), steps=steps, **options)
     cost = word_costs(model, images, pool, draws, chunk)
-    chosen = medoids(cost, k)
     if refine:
-        free = pool[chosen].requires_grad_()
-        owner = cost[:, chosen].argmin(1)
-        invert_images(model, x0, lambda: free[owner], [free], steps=refine, learning_rate=learning_rate, **options)
-        pool = torch.cat([pool, free.detach()])
-        cost = torch.cat([cost, word_costs(model, images, free.detach(), draws, chunk)], 1)
         chosen = medoids(cost, k)
-    return _begin_with(model, pool[chosen], cost[:, chosen], share)
+        words = refine_words(model, x0, pool[chosen], cost[:, chosen].argmin(1), steps=refine, **options)
+        pool, cost = torch.cat([pool, words]), torch.cat([cost, word_costs(model, images, words, draws, chunk)], 1)
+    return _begin_with(model, pool, cost)
 
 # %% ../../nbs/methods/concept_start.ipynb #begin-export
 def _check_images(model: Concepts, n: int) -> None:
@@ -152,11 +158,12 @@ def _check_images(model: Concepts, n: int) -> None:
 
 
 @torch.no_grad()
-def _begin_with(model: Concepts, words: Tensor, cost: Tensor, share: float) -> list[int]:
-    "Set words, and weights by the cheapest word of each image; for each word the image that it explains best"
-    k = len(words)
+def _begin_with(model: Concepts, pool: Tensor, cost: Tensor) -> list[int]:
+    "Choose words, and give 0.9 of each image's weight to its cheapest; for each word the image that it explains best"
+    k = model.n_factors
+    chosen = medoids(cost, k)
+    cost = cost[:, chosen]
     owner = F.one_hot(cost.argmin(1), k).to(cost)
-    weights = share * owner + (1 - share) / k
-    model.codes.copy_(words)
-    model.raw_weights.copy_(invert_activation(weights, model.config.weights, model.config.temperature))
+    model.codes.copy_(pool[chosen])
+    _set_weights(model, slice(None), 0.9 * owner + 0.1 / k)
     return (cost - 1e6 * owner).argmin(0).tolist()

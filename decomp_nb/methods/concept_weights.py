@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -60,13 +59,12 @@ class ScoreStatistics(NamedTuple):
     power: Tensor  # `(b,)`
 
     @classmethod
-    def of_draw(cls, null: Tensor, answers: Tensor, target: Tensor) -> ScoreStatistics:
-        "From one draw: predictions `(b,…)` for the empty prompt and `(b,k,…)` for k words, and the target `(b,…)`"
-        directions = rearrange(answers - null[:, None], "b k ... -> b k (...)")
-        rest = rearrange(target - null, "b ... -> b (...)")
-        n = rest.shape[-1]
-        pull = torch.einsum("bkn,bn->bk", directions, rest)
-        return cls(directions @ directions.mT / n, pull / n, rest.square().mean(-1))
+    def of_draw(cls, answers: Tensor, target: Tensor) -> ScoreStatistics:
+        "From one draw: predictions `(b,1+k,…)` for the empty prompt and k words, and the target `(b,…)`"
+        null, words = answers[:, :1], answers[:, 1:]
+        directions, rest = (words - null).flatten(2), (target - null[:, 0]).flatten(1)
+        gram, pull = directions @ directions.mT, (directions @ rest[..., None]).squeeze(-1)
+        return cls(gram / rest.shape[-1], pull / rest.shape[-1], rest.square().mean(-1))
 
     def pick(self, index: Sequence[int]) -> ScoreStatistics:
         "Those of the words in `index` alone"
@@ -106,12 +104,12 @@ def solve_weights(
     gram = gram + ridge * size * torch.eye(gram.shape[-1]).to(gram)
     if how == "nonnegative":
         return _minimise_nonnegative(gram, pull).to(statistics.pull)
-    pull = pull[..., None]
-    unbounded = torch.linalg.pinv(gram, hermitian=True) @ pull
+    best = torch.linalg.solve(gram, pull)
     if how == "ridge":
-        return unbounded.squeeze(-1).to(statistics.pull)
-    convex = pull.mT @ unbounded + size  # the least c for which H is positive definite, and some more
-    weights = _minimise_nonnegative(gram - pull - pull.mT + convex, torch.ones_like(pull).squeeze(-1))
+        return best.to(statistics.pull)
+    c = (pull * best).sum(-1)[:, None, None] + size  # a little more than it takes for H to be positive definite
+    homogeneous = gram - pull[:, None] - pull[..., None] + c
+    weights = _minimise_nonnegative(homogeneous, torch.ones_like(pull))
     return F.normalize(weights, p=1, dim=-1).to(statistics.pull)
 
 # %% ../../nbs/methods/concept_weights.ipynb #alike-export
@@ -131,9 +129,9 @@ def superfluous_words(
     "Words that nobody misses, the least used first"
     use = weights.abs().mean(0)
     i, j = (direction_cosines(statistics).triu(1) > twins).nonzero().T
-    unused = (use < dead * use.mean()).nonzero().flatten()
-    found = torch.cat([torch.where(use[i] < use[j], i, j), unused]).unique()
-    return found[use[found].argsort()].tolist()
+    superfluous = use < dead * use.mean()
+    superfluous[torch.where(use[i] < use[j], i, j)] = True
+    return [k for k in use.argsort().tolist() if superfluous[k]]
 
 # %% ../../nbs/methods/concept_weights.ipynb #elimination-export
 def elimination(statistics: ScoreStatistics, how: str = "simplex") -> list[dict]:

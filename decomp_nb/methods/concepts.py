@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -18,17 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..components.foundations import Foundation, Prompts, codes_of, open_foundation, random_codes
 from ..components.latents import Pixels
-from ..core import Decomposer, Factors, sample
+from ..core import Decomposer, Factors
+from .concept_penalties import penalty
 from decomp_nb.methods.concept_weights import (
     WEIGHTS, ScoreStatistics, activate, direction_cosines, invert_activation, solve_weights, superfluous_words,
 )
 
 # %% auto #0
-__all__ = ['PENALTIES', 'OBJECT_TEMPLATES', 'STYLE_TEMPLATES', 'compose_scores', 'penalty', 'templates_of',
-           'FoundationDecomposer', 'predict_noise', 'noise_per_concept', 'word_prompts', 'composed_noise',
-           'WordDecomposer', 'sample_prompts', 'sample_times', 'add_noise', 'training_step', 'Concepts',
-           'encode_latents', 'score_statistics', 'update_statistics', 'refit', 'revive', 'select', 'merge',
-           'recipe_factors', 'compose', 'concept_samples', 'edit', 'concepts_preset']
+__all__ = ['OBJECT_TEMPLATES', 'STYLE_TEMPLATES', 'compose_scores', 'templates_of', 'FoundationDecomposer', 'noise_per_concept',
+           'word_prompts', 'composed_noise', 'WordDecomposer', 'sample_prompts', 'sample_times', 'add_noise',
+           'training_step', 'Concepts', 'encode_latents', 'score_statistics', 'update_statistics', 'refit', 'revive',
+           'select', 'merge', 'concepts_preset']
 
 # %% ../../nbs/methods/concepts.ipynb #compose-export
 def compose_scores(
@@ -47,60 +48,6 @@ def compose_scores(
     if how == "sum_conjunction":
         return answers.shape[1] * null + change
     raise ValueError(f"composition={how!r}: choose 'conjunction', 'sum' or 'sum_conjunction'")
-
-# %% ../../nbs/methods/concepts.ipynb #penalties-export
-def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    "Both members `(…,pairs,d)` of all pairs of rows `(…,k,d)`"
-    i, j = torch.triu_indices(x.shape[-2], x.shape[-2], 1, device=x.device)
-    return x[..., i, :], x[..., j, :]
-
-
-def _distances(x: Tensor) -> Tensor:
-    "Distances of all pairs of rows, flat; pairs that coincide are left out"
-    a, b = _pairs(x)
-    distances = (a - b).norm(dim=-1)
-    return distances[distances > 0]
-
-
-def _products(x: Tensor) -> Tensor:
-    "Inner products `(…,pairs)` of all pairs of rows"
-    a, b = _pairs(x)
-    return (a * b).sum(-1)
-
-
-def _angles(x: Tensor) -> Tensor:
-    return torch.acos(_products(F.normalize(x, dim=-1)).clamp(-1 + 1e-7, 1 - 1e-7))
-
-# %% ../../nbs/methods/concepts.ipynb #penalty-export
-PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "energy": lambda x: (1 / _distances(x)).mean(),
-    "log_energy": lambda x: -_distances(x).log().mean(),
-    "similarity": lambda x: _products(x).norm() / x.shape[-1],  # over all pairs of all images
-    "signed_similarity": lambda x: _products(x).mean() / x.shape[-1],
-    "angle": lambda x: -_angles(x).log().mean(),
-    "squared_cosine": lambda x: _products(x).square().mean(),
-    "norm": lambda x: x.norm(dim=-1).mean(),
-}
-
-
-def penalty(
-    name: str,  # `word_…`, `score_…` or `weighted_…` and one of `PENALTIES`, such as "word_energy"
-    codes: Tensor,  # `(k,d)`, what `word_…` compares
-    answers: Tensor,  # `(b,k,…)`, what `score_…` compares
-    weights: Tensor,  # `(b,k)`, which `weighted_…` multiplies by the answers
-) -> Tensor:
-    "One optional loss (a scalar) by name; with `_unit` at the end of directions only, without lengths"
-    what, _, kind = name.partition("_")
-    measure = kind.removesuffix("_unit")
-    if what not in ("word", "score", "weighted") or measure not in PENALTIES:
-        choices = ", ".join(PENALTIES)
-        raise ValueError(f"penalty {name!r}: choose word_…, score_… or weighted_… with one of {choices}")
-    x = codes if what == "word" else answers.flatten(2)
-    if what == "weighted":
-        x = x * weights[..., None]
-    if x.shape[-2] < 2 and measure != "norm":
-        raise ValueError(f"penalty {name!r} compares words with each other, but there is only one")
-    return PENALTIES[measure](x if measure == kind else F.normalize(x, dim=-1))
 
 # %% ../../nbs/methods/concepts.ipynb #templates-export
 OBJECT_TEMPLATES = [f"{start} {{}}" for start in (
@@ -130,13 +77,16 @@ def templates_of(given: str | Sequence[str]) -> list[str]:
 # %% ../../nbs/methods/concepts.ipynb #frozen-export
 class FoundationDecomposer(Decomposer):
     "A decomposer whose denoiser is a frozen text-to-image model that knows a few new words"
+    concept_chunk = 0  # words per call of the denoiser; 0 for all at once
+
     def __init__(self, foundation: str, tokens: list[str], *, n_vectors: int = 1, image_size: int = 512):
         super().__init__()
         base = open_foundation(foundation)
         base.add_words(tokens, n_vectors)
         self.foundations()["foundation"] = base
+        self.tokens = base.words
+        self.n_factors = len(base.words)
         self.image_size = image_size
-        self.concept_chunk = 0  # words per call of the denoiser; 0 for all at once
 
     @property
     def base(self) -> Foundation:
@@ -149,81 +99,59 @@ class FoundationDecomposer(Decomposer):
         return self.base.latents
 
     @property
-    def scheduler(self):
-        "Its noise schedule"
-        return self.base.scheduler
-
-    @property
-    def sampler(self):
-        "The solver that draws images"
-        return self.base.sampler
-
-    @property
     def latent_shape(self) -> tuple[int, int, int]:
         "Shape `(c,h,w)` of x_t"
         return self.latents.shape(self.image_size)
 
     @property
-    def tokens(self) -> list[str]:
-        "Names of the new words"
-        return list(self.base.words)
+    def scheduler(self) -> SchedulerMixin:
+        "Its noise schedule"
+        return self.base.scheduler
 
     @property
-    def n_factors(self) -> int:
-        "Number M of the new words"
-        return len(self.tokens)
+    def sampler(self) -> SchedulerMixin:
+        "The solver that draws images"
+        return self.base.sampler
 
 # %% ../../nbs/methods/concepts.ipynb #noise-export
-def predict_noise(model: FoundationDecomposer, x_t: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
-    "Predictions `(b,m,c,h,w)` for `x_t` `(b,m,c,h,w)` at `t` `(b,m)` given b·m `prompts`"
-    b, m = t.shape
-    x, t = x_t.flatten(0, 1), t.flatten()
-    size = b * (model.concept_chunk or m)
-    call = model.base.predict
-    if size < len(x) and torch.is_grad_enabled():
-        call = partial(checkpoint, call, use_reentrant=False)
-    parts = [slice(i, i + size) for i in range(0, len(x), size)]
-    answers = torch.cat([call(x[part], t[part], prompts.rows(part)) for part in parts])
-    return rearrange(answers, "(b m) ... -> b m ...", b=b)
-
-
 def noise_per_concept(
     model: FoundationDecomposer,
     prompts: Prompts,  # row 0 is the empty one
-    x_t: Tensor,  # `(b,c,h,w)`, or `(b,m,c,h,w)`: every word at a noise level of its own
+    x_t: Tensor,  # `(b,c,h,w)`, or `(b,m,c,h,w)` where every prompt has a noise level of its own
     t: Tensor,  # `(b,)` or `(b,m)`
-    rows: Tensor | None = None,  # which prompts each image is asked about, `(b,m)`; None: all of them
-) -> tuple[Tensor, Tensor]:
-    "Predictions for the empty prompt `(b,c,h,w)` and for the words `(b,m,c,h,w)`"
+    rows: Tensor | None = None,  # the prompts of each image, `(b,m)`; None: all of them
+) -> Tensor:
+    "Predictions `(b,m,c,h,w)` of the frozen model"
     if rows is None:
-        rows = torch.arange(1, len(prompts.states)).expand(len(x_t), -1)
-    rows = F.pad(rows, (1, 0))  # the empty prompt comes first
-    m = rows.shape[1]
+        rows = torch.arange(len(prompts.states)).expand(len(x_t), -1)
+    b, m = rows.shape
     if t.ndim == 1:
         x_t, t = repeat(x_t, "b ... -> b m ...", m=m), repeat(t, "b -> b m", m=m)
-    else:
-        levels = [0, *range(m - 1)]
-        x_t, t = x_t[:, levels], t[:, levels]
-    answers = predict_noise(model, x_t, t, prompts.rows(rows.flatten()))
-    return answers[:, 0], answers[:, 1:]
+    x_t, t, prompts = x_t.flatten(0, 1), t.flatten(), prompts.rows(rows.flatten())
+    call, size = model.base.predict, b * (model.concept_chunk or m)
+    if size < b * m and torch.is_grad_enabled():
+        call = partial(checkpoint, call, use_reentrant=False)
+    parts = [slice(i, i + size) for i in range(0, b * m, size)]
+    answers = torch.cat([call(x_t[part], t[part], prompts.rows(part)) for part in parts])
+    return rearrange(answers, "(b m) ... -> b m ...", b=b)
 
 # %% ../../nbs/methods/concepts.ipynb #composed-export
 def word_prompts(model: FoundationDecomposer, codes: Tensor, templates: str | Sequence[str]) -> Prompts:
     "The empty prompt in row 0, then words with codes `(n,d)` in a template (one for all, or n)"
-    return model.base.null().rows(slice(0, 1)).cat(model.base.encode_each(codes, templates))
+    return model.base.null().rows([0]).cat(model.base.encode_each(codes, templates))
 
 
 def composed_noise(
     model: FoundationDecomposer,
     prompts: Prompts,  # row 0 is the empty one
-    weights: Tensor,  # `(b,m)`
-    rows: Tensor | None = None,  # `(b,m)`, as in `noise_per_concept`
+    weights: Tensor,  # of the words, `(b,m)`
+    rows: Tensor | None = None,  # the empty prompt and the words, `(b,1+m)`, as in `noise_per_concept`
     how: str = "conjunction",  # as in `compose_scores`
 ) -> Callable[[Tensor, Tensor], Tensor]:
     "A denoiser `(x_t, t) → (b,c,h,w)`: the words of `prompts` together"
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        null, answers = noise_per_concept(model, prompts, x_t, t.expand(len(x_t)), rows)
-        return compose_scores(null, answers, weights, how)
+        answers = noise_per_concept(model, prompts, x_t, t.expand(len(x_t)), rows)
+        return compose_scores(answers[:, 0], answers[:, 1:], weights, how)
 
     return predict
 
@@ -239,18 +167,17 @@ class WordDecomposer(FoundationDecomposer):
         return activate(self.raw_weights[index], self.config.weights, self.config.temperature)
 
     def parameter_groups(self) -> list[dict]:
-        "Words and weights, with the learning rate of the weights relative to that of the words"
-        scale = self.config.weights_lr_scale
-        return [{"params": [self.codes], "name": "words"}, {"params": [self.raw_weights], "lr_scale": scale, "name": "weights"}]
+        "Words, and weights with their learning rate relative to that of the words"
+        words = {"params": [self.codes], "name": "words"}
+        return [words, {"params": [self.raw_weights], "name": "weights", "lr_scale": self.config.weights_lr_scale}]
 
     def guided(self, factors: Factors, scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
         "A denoiser `(x_t, t) → (b,c,h,w)` for words with weights; guidance multiplies the weights"
-        codes, rows = factors.codes, None
-        if (codes == codes[:1]).all():
-            codes = codes[:1]  # the same words for all images
-        else:
-            rows = 1 + torch.arange(codes[..., 0].numel()).view(codes.shape[:2])
-        prompts = word_prompts(self, codes.flatten(0, 1), self.templates[0])
+        codes = factors.codes
+        shared = bool((codes == codes[:1]).all())
+        words = codes[0] if shared else codes.flatten(0, 1)
+        rows = None if shared else F.pad(1 + torch.arange(len(words)).view(codes.shape[:2]), (1, 0))
+        prompts = word_prompts(self, words, self.templates[0])
         return composed_noise(self, prompts, (factors * scale).weights, rows, self.config.composition)
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
@@ -273,14 +200,14 @@ def sample_prompts(
     b: int,  # images
     template: Tensor | None = None,  # numbers of the templates `(b,M)`; None: at random
 ) -> tuple[Prompts, Tensor]:
-    "A sentence for every image and word: the distinct ones behind the empty prompt, and the rows `(b,M)` of each"
+    "The distinct sentences, the empty one first, and which of them each image has: rows `(b,1+M)`, the empty one first"
     m, n = model.n_factors, len(model.templates)
     if template is None:
         template = torch.randint(n, (b, m)) if n > 1 else torch.zeros(b, m, dtype=torch.long)
-    distinct, rows = (n * torch.arange(m) + template.cpu()).unique(return_inverse=True)
-    words, sentences = distinct // n, (distinct % n).tolist()
-    codes = model.codes[words.to(model.codes.device)]
-    return word_prompts(model, codes, [model.templates[i] for i in sentences]), 1 + rows
+    sentences, rows = (n * torch.arange(m) + template.cpu()).unique(return_inverse=True)
+    templates = [model.templates[i % n] for i in sentences.tolist()]
+    prompts = word_prompts(model, model.codes[(sentences // n).to(model.codes.device)], templates)
+    return prompts, F.pad(1 + rows, (1, 0))
 
 
 def sample_times(model: WordDecomposer, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -290,43 +217,39 @@ def sample_times(model: WordDecomposer, n: int, generator: torch.Generator | Non
 
 
 def add_noise(base: Foundation, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    "x_t and the target; with `t` `(b,M)` and `x0` `(b,M,…)` each word has a noise level, and the first is the target"
-    if t.ndim == 1:
-        return base.noise_at(x0, noise, t), base.target(x0, noise, t)
-    flat = x0.flatten(0, 1), noise.flatten(0, 1), t.flatten()
-    return base.noise_at(*flat).unflatten(0, t.shape), base.target(*flat).unflatten(0, t.shape)[:, 0]
+    "x_t and the target, shaped like `x0`: `(b,c,h,w)` with `t` `(b,)`, or `(b,m,c,h,w)` with `t` `(b,m)`"
+    flat = x0.flatten(0, t.ndim - 1), noise.flatten(0, t.ndim - 1), t.flatten()
+    return base.noise_at(*flat).view_as(x0), base.target(*flat).view_as(x0)
 
 # %% ../../nbs/methods/concepts.ipynb #step-export
 def training_step(
     model: WordDecomposer,
     batch: dict,  # `image` and `index`; `noise`, `timesteps`, `template`, `latent_noise`, `x0` instead of random ones
 ) -> dict:
-    "`loss`, `mse`, the share `explained`, and the predictions `composed` and `answers` (the empty prompt last)"
+    "`loss`, `mse`, the share `explained`, and the predictions `composed` and `answers` (the empty prompt first)"
     config, index = model.config, batch["index"]
     x0 = batch["x0"] if "x0" in batch else model.latents.from_batch(batch)
     noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
     t = batch["timesteps"] if "timesteps" in batch else sample_times(model, len(index))
     x_t, target = add_noise(model.base, x0, noise, t)
+    if t.ndim > 1:  # every word has a noise level: the empty prompt and the target take the first one
+        x_t, t, target = torch.cat([x_t[:, :1], x_t], 1), torch.cat([t[:, :1], t], 1), target[:, 0]
     prompts, rows = sample_prompts(model, len(index), batch.get("template"))
-    null, answers = noise_per_concept(model, prompts, x_t, t, rows)
+    answers = noise_per_concept(model, prompts, x_t, t, rows)
+    null, words = answers[:, 0], answers[:, 1:]
     weights = model.weights(index)
-    composed = compose_scores(null, answers, weights, config.composition)
+    composed = compose_scores(null, words, weights, config.composition)
     mse = (composed - target).square().mean()
     loss = config.mse_weight * mse
     for name, strength in (config.penalties or {}).items():
-        loss = loss + strength * penalty(name, model.codes, answers, weights)
+        loss = loss + strength * penalty(name, model.codes, words, weights)
     if config.weights == "sparse":
         loss = loss + config.sparsity * weights.sum(-1).mean()
-    null = null.detach()
+    answers, mse = answers.detach(), mse.detach()
     if model.training and len(model.gram):
-        update_statistics(model, index, ScoreStatistics.of_draw(null, answers.detach(), target))
-    return {
-        "loss": loss,
-        "mse": mse.detach(),
-        "explained": 1 - mse.detach() / (null - target).square().mean(),
-        "composed": composed.detach(),
-        "answers": torch.cat([answers.detach(), null[:, None]], 1),
-    }
+        update_statistics(model, index, ScoreStatistics.of_draw(answers, target))
+    explained = 1 - mse / (answers[:, 0] - target).square().mean()
+    return {"loss": loss, "mse": mse, "explained": explained, "composed": composed.detach(), "answers": answers}
 
 # %% ../../nbs/methods/concepts.ipynb #class-export
 class Concepts(WordDecomposer):
@@ -361,10 +284,12 @@ class Concepts(WordDecomposer):
         super().__init__(foundation, names, n_vectors=n_vectors, image_size=image_size)
         self.register_to_config(tokens=names, n_concepts=len(names))
         self.templates = templates_of(templates)
-        self.codes = nn.Parameter(_start_codes(self.base, initial_words, seed))
-        self.raw_weights = nn.Parameter(_start_weights(n_images, len(names), init_weight, weights, temperature))
-        for name, value in _no_statistics(n_images if refit_every or revive_every else 0, len(names)).items():
-            self.register_buffer(name, value)
+        random = torch.Generator().manual_seed(seed)
+        known = codes_of(self.base, initial_words) if initial_words else None
+        self.codes = nn.Parameter(random_codes(self.base, len(names), random) if known is None else known)
+        start = torch.full((n_images, len(names)), init_weight or 1 / len(names))
+        self.raw_weights = nn.Parameter(invert_activation(start, weights, temperature))
+        _start_statistics(self, n_images if refit_every or revive_every else 0)
 
 # %% ../../nbs/methods/concepts.ipynb #start-export
 def _check_words(tokens: Sequence[str], initial_words: Sequence[str] | None) -> None:
@@ -375,21 +300,11 @@ def _check_words(tokens: Sequence[str], initial_words: Sequence[str] | None) -> 
         raise ValueError(f"initial_words has {n} entries for {len(tokens)} tokens: give one known word for each")
 
 
-def _start_codes(base: Foundation, initial_words: Sequence[str] | None, seed: int) -> Tensor:
-    if initial_words:
-        return codes_of(base, initial_words)
-    return random_codes(base, len(base.words), torch.Generator().manual_seed(seed))
-
-
-def _start_weights(n: int, m: int, init_weight: float, kind: str, temperature: float) -> Tensor:
-    if n < 0:
-        raise ValueError(f"n_images={n}: must be 0 or more")
-    return invert_activation(torch.full((n, m), init_weight or 1 / m), kind, temperature)
-
-
-def _no_statistics(n: int, m: int) -> dict[str, Tensor]:
-    shapes = {"gram": (n, m, m), "pull": (n, m), "power": (n,), "steps_seen": ()}
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+def _start_statistics(model: WordDecomposer, n: int) -> None:
+    "Buffers for the statistics of n images"
+    m = model.n_factors
+    for name, shape in {"gram": (n, m, m), "pull": (n, m), "power": (n,), "steps_seen": ()}.items():
+        model.register_buffer(name, torch.zeros(shape))
 
 # %% ../../nbs/methods/concepts.ipynb #draws-export
 def encode_latents(model: FoundationDecomposer, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -400,13 +315,18 @@ def encode_latents(model: FoundationDecomposer, images: Tensor, generator: torch
     return model.latents.encode(images, torch.randn(len(images), *shape, generator=generator).to(images))
 
 
-def _random_draw(model: WordDecomposer, x0: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    "A time `(n,)` and noise `(n,…)` for each of the latents"
-    return sample_times(model, len(x0), generator), torch.randn(x0.shape, generator=generator).to(x0)
+def _random_draws(
+    model: WordDecomposer, x0: Tensor, draws: int, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    "Times `(b,)` and noise `(b,…)` for latents `(b,…)`, as in training"
+    for _ in range(draws):
+        yield sample_times(model, len(x0), generator), torch.randn(x0.shape, generator=generator).to(x0)
 
 
-def _paired_draws(model: WordDecomposer, draws: int, generator: torch.Generator | None) -> list[tuple[Tensor, Tensor]]:
-    "Times that are the quantiles of those of training, each with a noise for all images"
+def _paired_draws(
+    model: WordDecomposer, draws: int, generator: torch.Generator | None
+) -> list[tuple[Tensor, Tensor]]:
+    "Times `(1,)` that are the quantiles of those of training, each with a noise `(1,…)` for all images"
     times = sample_times(model, 64 * draws, generator).sort().values[32::64]
     noises = torch.randn(draws, *model.latent_shape, generator=generator).to(model.codes)
     return list(zip(times.split(1), noises.split(1)))
@@ -426,16 +346,15 @@ def score_statistics(
     "What closed-form weights, the choice of M and the comparison of words are computed from"
     codes = model.codes if codes is None else codes
     prompts = word_prompts(model, codes, model.templates[0])
-    shared = _paired_draws(model, draws, generator) if paired else []
+    shared = _paired_draws(model, draws, generator) if paired else None
     parts = []
     for part in images.to(codes).split(batch_size):
         x0 = encode_latents(model, part, generator)
         found = []
-        for i in range(draws):
-            t, noise = shared[i] if paired else _random_draw(model, x0, generator)
-            t, noise = t.expand(len(x0)), noise.expand_as(x0)
-            x_t, target = add_noise(model.base, x0, noise, t)
-            found.append(ScoreStatistics.of_draw(*noise_per_concept(model, prompts, x_t, t), target))
+        for t, noise in shared or _random_draws(model, x0, draws, generator):
+            t = t.expand(len(x0))
+            x_t, target = add_noise(model.base, x0, noise.expand_as(x0), t)
+            found.append(ScoreStatistics.of_draw(noise_per_concept(model, prompts, x_t, t), target))
         parts.append([torch.stack(values).mean(0) for values in zip(*found)])
     return ScoreStatistics(*map(torch.cat, zip(*parts)))
 
@@ -451,7 +370,7 @@ def update_statistics(model: Concepts, index: Tensor, new: ScoreStatistics, deca
             act(model)
 
 
-def _set_weights(model: Concepts, images: Tensor, weights: Tensor) -> None:
+def _set_weights(model: Concepts, images: Tensor | slice, weights: Tensor) -> None:
     raw = invert_activation(weights, model.config.weights, model.config.temperature)
     model.raw_weights[images] = raw.to(model.raw_weights)
 
@@ -472,13 +391,14 @@ def revive(model: Concepts, twins: float = 0.85, dead: float = 0.2) -> list[int]
     if not spare or len(spare) == model.n_factors:
         return []
     word = spare[0]
-    unexplained = 1 - statistics.explained(weights).nan_to_num(0.0)
+    rest = 1 - statistics.explained(weights).nan_to_num(0.0)
     owner = weights.index_fill(1, torch.tensor(spare, device=weights.device), -torch.inf).argmax(1)
     members = F.one_hot(owner, model.n_factors).to(weights)
-    mean = (unexplained @ members / members.sum(0)).masked_fill(members.sum(0) < 2, -torch.inf)
-    theirs = (owner == mean.argmax()).nonzero().flatten()
-    moved = theirs[unexplained[theirs].argsort(descending=True)][:max(1, len(theirs) // 2)]
-    model.codes[word] = model.codes[mean.argmax()] + 0.5 * random_codes(model.base, 1).to(model.codes)[0]
+    count = members.sum(0)
+    busy = (rest @ members / count).masked_fill(count < 2, -torch.inf).argmax()
+    n = max(1, int(count[busy]) // 2)
+    moved = rest.masked_fill(owner != busy, -torch.inf).topk(n).indices  # what the busiest word explains worst
+    model.codes[word] = model.codes[busy] + 0.5 * random_codes(model.base, 1).to(model.codes)[0]
     fresh = torch.full_like(weights[moved], 0.02)
     fresh[:, word] = weights.sum(-1).mean()
     _set_weights(model, moved, fresh)
@@ -491,9 +411,8 @@ def revive(model: Concepts, twins: float = 0.85, dead: float = 0.2) -> list[int]
 def select(model: Concepts, index: Sequence[int]) -> Concepts:
     "A model of the words in `index` only; softmax weights are shared out anew among them"
     index = list(index)
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    config |= {"tokens": [model.tokens[i] for i in index], "initial_words": None}
-    small = type(model)(**config).to(model.device)
+    tokens = [model.tokens[i] for i in index]
+    small = type(model).from_config(model.config, tokens=tokens, initial_words=None).to(model.device)
     small.codes.copy_(model.codes[index])
     small.raw_weights.copy_(model.raw_weights[:, index])
     return small
@@ -514,79 +433,8 @@ def merge(model: Concepts, statistics: ScoreStatistics, above: float = 0.9) -> C
             kept.append(word)
     kept.sort()
     small = select(model, kept)
-    small.raw_weights.copy_(invert_activation(total[:, kept], model.config.weights, model.config.temperature))
+    _set_weights(small, slice(None), total[:, kept])
     return small
-
-# %% ../../nbs/methods/concepts.ipynb #recipe-export
-def recipe_factors(model: Concepts, recipe: Mapping[str, float]) -> tuple[Prompts, Tensor]:
-    "Prompts (row 0: the empty one) and strengths `(1,k)`; the name of a word alone is put into the model's template"
-    if not recipe:
-        raise ValueError("the recipe is empty: give texts with strengths, such as {'<c1>': 5.0}")
-    texts = [model.templates[0].format(text) if text in model.tokens else text for text in recipe]
-    prompts = model.base.null().rows(slice(0, 1)).cat(model.base.encode(texts, model.codes))
-    return prompts, torch.tensor([list(recipe.values())], dtype=torch.float32, device=model.codes.device)
-
-
-@torch.no_grad()
-def compose(
-    model: Concepts,
-    recipe: Mapping[str, float] | str,  # text → strength; a text alone has strength `guidance_scale`
-    n: int = 4,  # images
-    *,
-    guidance_scale: float = 7.5,
-    steps: int = 50,
-    noise: Tensor | None = None,  # `(n,c,h,w)` to start from
-    generator: torch.Generator | None = None,
-    scheduler=None,  # any diffusers scheduler instead of the model's own
-    callback: Callable[[dict], Tensor | None] | None = None,  # see `sample`
-) -> Tensor:
-    "Images `(n,3,h,w)` of a composition: ε(x) + Σ strength · (ε(x | text) − ε(x))"
-    prompts, strengths = recipe_factors(model, {recipe: guidance_scale} if isinstance(recipe, str) else recipe)
-    if noise is None:
-        noise = torch.randn(n, *model.latent_shape, generator=generator)
-    predict = composed_noise(model, prompts, strengths)
-    options = dict(generator=generator, callback=callback)
-    return model.latents.decode(sample(predict, noise.to(model.codes), scheduler or model.sampler, steps, **options))
-
-# %% ../../nbs/methods/concepts.ipynb #samples-export
-def concept_samples(model: Concepts, n: int = 4, **options) -> Tensor:
-    "Every word alone, images `(M,n,3,h,w)`, all from the same noise; options as `compose`"
-    if options.get("noise") is None:
-        options["noise"] = torch.randn(n, *model.latent_shape, generator=options.get("generator"))
-    return torch.stack([compose(model, token, **options) for token in model.tokens])
-
-# %% ../../nbs/methods/concepts.ipynb #edit-export
-def _changed(model: Concepts, own: Tensor, weights: Tensor | Mapping[str, float]) -> Tensor:
-    "New weights `(b,M)`: those given, or `own` with some words changed by name"
-    if not isinstance(weights, Mapping):
-        return torch.as_tensor(weights).to(own).expand_as(own)
-    new = own.clone()
-    for name, value in weights.items():
-        if name not in model.tokens:
-            raise ValueError(f"{name!r} is none of the words {', '.join(model.tokens)}")
-        new[:, model.tokens.index(name)] = value
-    return new
-
-
-@torch.no_grad()
-def edit(
-    model: Concepts,
-    images: Tensor,  # `(b,3,h,w)` in [−1,1]
-    weights: Tensor | Mapping[str, float],  # new weights `(b,M)`, or only those that change, by name
-    *,
-    own: Tensor | None = None,  # the images' own weights `(b,M)`; None for the closed form
-    guidance_scale: float = 1.0,  # multiplies the new weights; an inversion holds for 1 only
-    steps: int = 50,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    "Images `(b,3,h,w)` drawn with other weights from the noise that their own lead back to"
-    images = images.to(model.codes)
-    if own is None:
-        own = model.encode(images, generator=generator).weights
-    factors = Factors(model.codes.detach().expand(len(images), -1, -1), own.to(model.codes))
-    changed = Factors(factors.codes, _changed(model, factors.weights, weights))
-    noise = model.base.invert(model.guided(factors), model.latents.encode(images), steps)
-    return model.decode(changed, noise=noise, steps=steps, guidance_scale=guidance_scale)
 
 # %% ../../nbs/methods/concepts.ipynb #presets-export
 def concepts_preset(

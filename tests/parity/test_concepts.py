@@ -17,7 +17,8 @@ from recorded import close, every_alteration_fails, keys_of, once, run
 
 from decomp_nb.components.foundations import open_foundation
 from decomp_nb.core import sample
-from decomp_nb.methods.concepts import Concepts, compose, noise_per_concept, recipe_factors, sample_prompts
+from decomp_nb.methods.concept_drawing import compose, recipe_factors
+from decomp_nb.methods.concepts import Concepts, noise_per_concept, sample_prompts
 from decomp_nb.metrics import concepts as metrics
 from decomp_nb.official.concepts import load_official_concepts, official_arguments, official_ddim, official_plan, read_official, save_concepts
 from decomp_nb.viz import attribution
@@ -107,8 +108,7 @@ def check_first_batch(r, case, model, batch, template, order):
         noisy = noisy if recorded.ndim == 5 else noisy[0]
     yield name("noisy_latents"), noisy, SINGLE
     told, rows = sample_prompts(model, len(batch["index"]), template)
-    each = torch.cat([rows[0], torch.zeros(1, dtype=rows.dtype)])
-    yield name("text_hidden"), told.states[each[order]].detach(), SINGLE
+    yield name("text_hidden"), told.states[rows[0].roll(-1)[order]].detach(), SINGLE
 
 
 def other_rows(base) -> torch.Tensor: return base.tables[0].table.weight
@@ -144,7 +144,7 @@ def check_training(r, case):
         yield name("weights_before"), column(model.raw_weights), WEIGHTS
         if learns_words: yield name("placeholder_rows_before"), model.codes.detach().clone(), COMPOSED
         out = model(batch)
-        answers = out["answers"].transpose(0, 1)[order]
+        answers = out["answers"].transpose(0, 1).roll(-1, 0)[order]
         if number == 0:
             yield from check_first_batch(r, case, model, batch, templates[m], order)
             yield name("unet_out"), answers, SINGLE
@@ -195,8 +195,8 @@ def check_compose(r, case):
     yield "timesteps", ladder.timesteps, SINGLE
     told, strengths = recipe_factors(model, dict(zip(texts, scales)))
     assert strengths.tolist()[0] == pytest.approx(scales)
-    null, said = noise_per_concept(model, told, noise, ladder.timesteps[:1].expand(len(noise)))
-    yield "unet_out_step0", torch.stack([torch.cat([null, said[:, k]]) for k in range(len(texts))]), SINGLE
+    answers = noise_per_concept(model, told, noise, ladder.timesteps[:1].expand(len(noise)))
+    yield "unet_out_step0", torch.stack([torch.cat([answers[:, 0], answers[:, 1 + k]]) for k in range(len(texts))]), SINGLE
     seen, after = [], []
     original = model.base.predict
 
