@@ -13,9 +13,7 @@ from einops import reduce
 from torch import Tensor
 
 from ..components.foundations import Foundation
-from decomp_nb.methods.concepts import (
-    Concepts, _set_weights, add_noise, encode_latents, sample_times, score_statistics,
-)
+from .concepts import Concepts, add_noise, encode_latents, sample_times, score_statistics
 
 # %% auto #0
 __all__ = ['medoids', 'invert_images', 'refine_words', 'mixtures_of_words', 'word_costs', 'init_from_images']
@@ -28,25 +26,25 @@ def medoids(
     "k columns such that the cheapest of them for every row cost least in all (Kaufman and Rousseeuw 1990)"
     if not 1 <= k <= cost.shape[1]:
         raise ValueError(f"k={k}: there are {cost.shape[1]} columns to choose from")
-
-    def best_beside(others: list[int]) -> tuple[int, float]:
-        "The best column beside the others, and the whole cost with it"
-        least = cost[:, others].amin(1, keepdim=True) if others else torch.inf
-        total = cost.clamp_max(least).sum(0)
-        total[others] = torch.inf
-        return int(total.argmin()), float(total.min())
-
     chosen = []
     for _ in range(k):
-        chosen.append(best_beside(chosen)[0])
+        chosen.append(_best_beside(cost, chosen)[0])
     spent, before = torch.inf, None
     while before != chosen:  # exchange one by one as long as that helps
         before = chosen.copy()
         for i in range(k):
-            column, total = best_beside(chosen[:i] + chosen[i + 1:])
+            column, total = _best_beside(cost, chosen[:i] + chosen[i + 1:])
             if total < spent - 1e-9:
                 chosen[i], spent = column, total
     return chosen
+
+
+def _best_beside(cost: Tensor, others: list[int]) -> tuple[int, float]:
+    "The best column beside the others, and the whole cost with it"
+    least = cost[:, others].amin(1, keepdim=True) if others else cost.amax()
+    total = cost.clamp_max(least).sum(0)
+    total[others] = torch.inf
+    return int(total.argmin()), float(total.min())
 
 # %% ../../nbs/methods/concept_start.ipynb #inversion-export
 def invert_images(
@@ -108,17 +106,10 @@ def word_costs(
     chunk: int = 50,  # predictions per call of the denoiser
 ) -> Tensor:
     "Loss `(n,m)` of every image under every word alone, at a weight of one"
-    statistics = score_statistics(
-        model,
-        images,
-        draws,
-        codes=words,
-        generator=torch.Generator().manual_seed(model.config.seed),
-        paired=True,
-        batch_size=max(1, chunk // (1 + len(words))),
-    )
-    diagonal = statistics.gram.diagonal(dim1=1, dim2=2)
-    return statistics.power[:, None] - 2 * statistics.pull + diagonal
+    same = torch.Generator().manual_seed(model.config.seed)
+    n = max(1, chunk // (1 + len(words)))
+    found = score_statistics(model, images, draws, codes=words, generator=same, paired=True, batch_size=n)
+    return found.power[:, None] - 2 * found.pull + found.gram.diagonal(dim1=1, dim2=2)
 
 # %% ../../nbs/methods/concept_start.ipynb #init-export
 def init_from_images(
@@ -165,5 +156,5 @@ def _begin_with(model: Concepts, pool: Tensor, cost: Tensor) -> list[int]:
     cost = cost[:, chosen]
     owner = F.one_hot(cost.argmin(1), k).to(cost)
     model.codes.copy_(pool[chosen])
-    _set_weights(model, slice(None), 0.9 * owner + 0.1 / k)
+    model.set_weights(0.9 * owner + 0.1 / k)
     return (cost - 1e6 * owner).argmin(0).tolist()

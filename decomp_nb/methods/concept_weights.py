@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -66,9 +67,8 @@ class ScoreStatistics(NamedTuple):
         gram, pull = directions @ directions.mT, (directions @ rest[..., None]).squeeze(-1)
         return cls(gram / rest.shape[-1], pull / rest.shape[-1], rest.square().mean(-1))
 
-    def pick(self, index: Sequence[int]) -> ScoreStatistics:
+    def pick(self, index: list[int]) -> ScoreStatistics:
         "Those of the words in `index` alone"
-        index = list(index)
         return ScoreStatistics(self.gram[:, index][:, :, index], self.pull[:, index], self.power)
 
     def loss(self, weights: Tensor) -> Tensor:
@@ -85,9 +85,9 @@ def _minimise_nonnegative(gram: Tensor, pull: Tensor) -> Tensor:
     "The minimum `(b,k)` of wᵀGw − 2 b·w over w ≥ 0, as least squares with a root of G"
     values, axes = torch.linalg.eigh(gram)
     scale = values.clamp_min(1e-15).sqrt()[..., None]
-    roots = (scale * axes.mT).cpu().numpy()
-    right = (axes.mT @ pull[..., None] / scale).squeeze(-1).cpu().numpy()
-    return torch.from_numpy(np.stack([nnls(a, b)[0] for a, b in zip(roots, right)]))
+    right = axes.mT @ pull[..., None] / scale
+    problems = zip((scale * axes.mT).cpu().numpy(), right.squeeze(-1).cpu().numpy())
+    return torch.from_numpy(np.stack([nnls(*problem)[0] for problem in problems]))
 
 
 def solve_weights(
@@ -100,16 +100,14 @@ def solve_weights(
     if how not in WEIGHTS.values():
         raise ValueError(f"how={how!r}: choose 'ridge', 'nonnegative' or 'simplex'")
     gram, pull = statistics.gram.double(), statistics.pull.double()
-    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None]
-    gram = gram + ridge * size * torch.eye(gram.shape[-1]).to(gram)
+    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-12)
+    gram = gram + (ridge * size).expand_as(pull).diag_embed()
+    if how == "ridge":
+        return torch.linalg.solve(gram, pull).to(statistics.pull)
     if how == "nonnegative":
         return _minimise_nonnegative(gram, pull).to(statistics.pull)
-    best = torch.linalg.solve(gram, pull)
-    if how == "ridge":
-        return best.to(statistics.pull)
-    c = (pull * best).sum(-1)[:, None, None] + size  # a little more than it takes for H to be positive definite
-    homogeneous = gram - pull[:, None] - pull[..., None] + c
-    weights = _minimise_nonnegative(homogeneous, torch.ones_like(pull))
+    price = 1e6 * size  # of the squared distance of Σw from 1
+    weights = _minimise_nonnegative(gram + price[..., None], pull + price)
     return F.normalize(weights, p=1, dim=-1).to(statistics.pull)
 
 # %% ../../nbs/methods/concept_weights.ipynb #alike-export
@@ -136,15 +134,14 @@ def superfluous_words(
 # %% ../../nbs/methods/concept_weights.ipynb #elimination-export
 def elimination(statistics: ScoreStatistics, how: str = "simplex") -> list[dict]:
     "From all words down to one: `kept` (which are left) and `explained` (mean over images); the least missed goes first"
-    def explained(index: Sequence[int]) -> float:
-        part = statistics.pick(index)
-        return part.explained(solve_weights(part, how)).mean().item()
+    def step(kept: Sequence[int]) -> dict:
+        part = statistics.pick(list(kept))
+        return {"kept": list(kept), "explained": part.explained(solve_weights(part, how)).mean().item()}
 
-    kept = list(range(statistics.gram.shape[-1]))
-    steps = [{"kept": kept, "explained": explained(kept)}]
-    while len(kept) > 1:
-        kept = list(max(combinations(kept, len(kept) - 1), key=explained))
-        steps.append({"kept": kept, "explained": explained(kept)})
+    steps = [step(range(statistics.gram.shape[-1]))]
+    for size in range(len(steps[0]["kept"]) - 1, 0, -1):
+        smaller = map(step, combinations(steps[-1]["kept"], size))
+        steps.append(max(smaller, key=itemgetter("explained")))
     return steps
 
 

@@ -157,7 +157,7 @@ def composed_noise(
 
 # %% ../../nbs/methods/concepts.ipynb #words-export
 class WordDecomposer(FoundationDecomposer):
-    "Factors are words with weights: `encode`, `predict` and `forward`"
+    "Factors are words with weights: `encode` and `predict`"
     codes: Tensor  # vectors of the words `(M,d)`
     raw_weights: Tensor  # of the training images `(N,M)`, before `activate`
     templates: list[str]  # sentences around a word; the first is used to draw
@@ -166,10 +166,15 @@ class WordDecomposer(FoundationDecomposer):
         "Weights `(n,M)` of the training images in `index`"
         return activate(self.raw_weights[index], self.config.weights, self.config.temperature)
 
+    def set_weights(self, weights: Tensor, index: Tensor | slice = slice(None)) -> None:
+        "Set the weights `(n,M)` of the training images in `index`"
+        raw = invert_activation(weights, self.config.weights, self.config.temperature)
+        self.raw_weights.data[index] = raw.to(self.raw_weights)
+
     def parameter_groups(self) -> list[dict]:
         "Words, and weights with their learning rate relative to that of the words"
-        words = {"params": [self.codes], "name": "words"}
-        return [words, {"params": [self.raw_weights], "name": "weights", "lr_scale": self.config.weights_lr_scale}]
+        weights = {"params": [self.raw_weights], "name": "weights", "lr_scale": self.config.weights_lr_scale}
+        return [{"params": [self.codes], "name": "words"}, weights]
 
     def guided(self, factors: Factors, scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
         "A denoiser `(x_t, t) → (b,c,h,w)` for words with weights; guidance multiplies the weights"
@@ -184,14 +189,10 @@ class WordDecomposer(FoundationDecomposer):
         "The prediction `(b,c,h,w)` of words with weights at `x_t` `(b,c,h,w)` and `t` `(b,)`"
         return self.guided(factors)(x_t, t)
 
-    def forward(self, batch: dict) -> dict:
-        "`training_step`"
-        return training_step(self, batch)
-
     def encode(self, images: Tensor, *, how: str | None = None, ridge: float = 1e-3, **options) -> Factors:
         "Words `(b,M,d)` and weights of images `(b,3,h,w)` by `solve_weights`; options of `score_statistics`"
-        statistics = score_statistics(self, images, **options)
-        weights = solve_weights(statistics, how or WEIGHTS[self.config.weights], ridge=ridge)
+        how = how or WEIGHTS[self.config.weights]
+        weights = solve_weights(score_statistics(self, images, **options), how, ridge=ridge)
         return Factors(self.codes.detach().expand(len(images), -1, -1), weights)
 
 # %% ../../nbs/methods/concepts.ipynb #prompts-export
@@ -284,12 +285,14 @@ class Concepts(WordDecomposer):
         super().__init__(foundation, names, n_vectors=n_vectors, image_size=image_size)
         self.register_to_config(tokens=names, n_concepts=len(names))
         self.templates = templates_of(templates)
-        random = torch.Generator().manual_seed(seed)
-        known = codes_of(self.base, initial_words) if initial_words else None
-        self.codes = nn.Parameter(random_codes(self.base, len(names), random) if known is None else known)
+        self.codes = nn.Parameter(_first_codes(self.base, initial_words, seed))
         start = torch.full((n_images, len(names)), init_weight or 1 / len(names))
         self.raw_weights = nn.Parameter(invert_activation(start, weights, temperature))
         _start_statistics(self, n_images if refit_every or revive_every else 0)
+
+    def forward(self, batch: dict) -> dict:
+        "`training_step`"
+        return training_step(self, batch)
 
 # %% ../../nbs/methods/concepts.ipynb #start-export
 def _check_words(tokens: Sequence[str], initial_words: Sequence[str] | None) -> None:
@@ -298,6 +301,12 @@ def _check_words(tokens: Sequence[str], initial_words: Sequence[str] | None) -> 
     if initial_words and len(initial_words) != len(tokens):
         n = len(initial_words)
         raise ValueError(f"initial_words has {n} entries for {len(tokens)} tokens: give one known word for each")
+
+
+def _first_codes(base: Foundation, words: Sequence[str] | None, seed: int) -> Tensor:
+    if words:
+        return codes_of(base, words)
+    return random_codes(base, len(base.words), torch.Generator().manual_seed(seed))
 
 
 def _start_statistics(model: WordDecomposer, n: int) -> None:
@@ -370,17 +379,12 @@ def update_statistics(model: Concepts, index: Tensor, new: ScoreStatistics, deca
             act(model)
 
 
-def _set_weights(model: Concepts, images: Tensor | slice, weights: Tensor) -> None:
-    raw = invert_activation(weights, model.config.weights, model.config.temperature)
-    model.raw_weights[images] = raw.to(model.raw_weights)
-
-
 @torch.no_grad()
 def refit(model: Concepts) -> None:
     "Set the weights of all images that training has visited to their closed form"
     known = model.power > 0
     statistics = ScoreStatistics(model.gram[known], model.pull[known], model.power[known])
-    _set_weights(model, known, solve_weights(statistics, WEIGHTS[model.config.weights], ridge=0.05))
+    model.set_weights(solve_weights(statistics, WEIGHTS[model.config.weights], ridge=0.05), known)
 
 # %% ../../nbs/methods/concepts.ipynb #revive-export
 @torch.no_grad()
@@ -401,7 +405,7 @@ def revive(model: Concepts, twins: float = 0.85, dead: float = 0.2) -> list[int]
     model.codes[word] = model.codes[busy] + 0.5 * random_codes(model.base, 1).to(model.codes)[0]
     fresh = torch.full_like(weights[moved], 0.02)
     fresh[:, word] = weights.sum(-1).mean()
-    _set_weights(model, moved, fresh)
+    model.set_weights(fresh, moved)
     for kept in (model.gram, model.gram.mT, model.pull):
         kept[:, word] = 0
     return [word]
@@ -411,8 +415,9 @@ def revive(model: Concepts, twins: float = 0.85, dead: float = 0.2) -> list[int]
 def select(model: Concepts, index: Sequence[int]) -> Concepts:
     "A model of the words in `index` only; softmax weights are shared out anew among them"
     index = list(index)
-    tokens = [model.tokens[i] for i in index]
-    small = type(model).from_config(model.config, tokens=tokens, initial_words=None).to(model.device)
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    config |= {"tokens": [model.tokens[i] for i in index], "initial_words": None}
+    small = type(model)(**config).to(model.device)
     small.codes.copy_(model.codes[index])
     small.raw_weights.copy_(model.raw_weights[:, index])
     return small
@@ -433,7 +438,7 @@ def merge(model: Concepts, statistics: ScoreStatistics, above: float = 0.9) -> C
             kept.append(word)
     kept.sort()
     small = select(model, kept)
-    _set_weights(small, slice(None), total[:, kept])
+    small.set_weights(total[:, kept])
     return small
 
 # %% ../../nbs/methods/concepts.ipynb #presets-export
@@ -442,25 +447,17 @@ def concepts_preset(
     **changes,  # arguments of `Concepts`, replacing the preset's
 ) -> dict:
     "Arguments of `Concepts` for a known setting (without `n_images`); ValueError for an unknown name"
-    published = dict(
-        foundation="stabilityai/stable-diffusion-2-1-base",
-        image_size=512,
-        weights="free",
-        weights_lr_scale=1.0,
-        tokens=["<t1>", "<t2>", "<t3>", "<t4>", "<t5>"],
-    )
+    published = dict(foundation="stabilityai/stable-diffusion-2-1-base", weights="free", weights_lr_scale=1.0)
+    published |= dict(image_size=512, tokens=["<t1>", "<t2>", "<t3>", "<t4>", "<t5>"])
     things = published | dict(templates="object", init_weight=5.0)
     styles = published | dict(templates="word", init_weight=0.2)
     animals = ["<koala>", "<ice_bear>", "<zebra>", "<tiger>", "<giant_panda>"]
     presets = {
         "small": dict(n_concepts=5, image_size=16, templates="a photo of {}"),
         "tiny": dict(n_concepts=2, image_size=16, templates="a photo of a {}"),
-        "imagenet_s1": things,
-        "imagenet_s2": things,
-        "imagenet_s3": things,
+        **dict.fromkeys(["imagenet_s1", "imagenet_s2", "imagenet_s3"], things),
         "imagenet_s4": things | {"tokens": animals},
-        "ade20k": styles,
-        "art": styles,
+        **dict.fromkeys(["ade20k", "art"], styles),
     }
     if name not in presets:
         raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, presets))}")

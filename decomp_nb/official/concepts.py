@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..components.diffusion import make_scheduler
 from ..components.foundations import Foundation
 from ..methods.concepts import Concepts
-from .reading import read_weights
+from .reading import read_flat
 
 # %% auto #0
 __all__ = ['read_official', 'load_official_concepts', 'save_concepts', 'official_arguments', 'official_plan', 'published_folders',
@@ -23,22 +24,20 @@ __all__ = ['read_official', 'load_official_concepts', 'save_concepts', 'official
 # %% ../../nbs/official/concepts.ipynb #read-export
 def read_official(folder: str | Path, prefix: str = "") -> tuple[list[str], Tensor, Tensor | None]:
     "Tokens, rows `(M,d)` and weights `(N,M)`, or None, of an official run; prefix \"test_\" for the files of --test"
-    words, beside = (Path(folder) / f"{prefix}{name}.bin" for name in ("learned_embeds", "weights"))
+    words, beside = Path(folder) / f"{prefix}learned_embeds.bin", Path(folder) / f"{prefix}weights.bin"
     if not words.is_file():
         raise FileNotFoundError(f"no {words.name} in {folder}: expected the output folder of an official training")
-    learned = read_weights(words)
-    if not isinstance(learned, dict) or len(learned) != 1:
-        raise ValueError(f"{words.name}: expected one entry '<a>,<b>,…'")
+    learned = read_flat(words)
+    if len(learned) != 1:
+        raise ValueError(f"{words.name}: expected one entry '<a>,<b>,…', found {len(learned)}")
     (names, rows), = learned.items()
     tokens = names.split(",")
     if len(tokens) != len(rows):
         raise ValueError(f"{words.name}: {len(tokens)} tokens, but {len(rows)} rows")
-    if not beside.is_file():
-        return tokens, rows.float(), None
-    weights = read_weights(beside)["weights"].flatten(1)
-    if weights.shape[1] != len(tokens):
+    weights = read_flat(beside)["weights"].flatten(1) if beside.is_file() else None
+    if weights is not None and weights.shape[1] != len(tokens):
         raise ValueError(f"{beside.name}: {weights.shape[1]} weights per image for {len(tokens)} tokens of {words.name}")
-    return tokens, rows.float(), weights.float()
+    return tokens, rows, weights
 
 
 def load_official_concepts(folder: str | Path, foundation: str, *, prefix: str = "", **options) -> Concepts:
@@ -66,69 +65,66 @@ def save_concepts(
     from safetensors.torch import save_file
     folder = Path(folder)
     model.save_pretrained(folder)
-    (folder / "words").mkdir(parents=True, exist_ok=True)
-    rows = model.codes.float().cpu().unflatten(-1, (model.config.n_vectors, -1)).split(model.base.widths, -1)
-    encoders = ("clip_l", "clip_g", "t5")
+    (folder / "words").mkdir(exist_ok=True)
+    vectors = rearrange(model.codes.float().cpu(), "k (v d) -> k v d", v=model.config.n_vectors)
+    parts = vectors.split(model.base.widths, -1)  # one for each text encoder
     for i, token in enumerate(model.tokens):
-        keys = [token] if len(rows) == 1 else encoders
-        vectors = {key: part[i].contiguous() for key, part in zip(keys, rows)}
-        save_file(vectors, folder / "words" / f"{token.strip('<>')}.safetensors")
+        keys = [token] if len(parts) == 1 else ["clip_l", "clip_g", "t5"]
+        rows = {key: part[i].contiguous() for key, part in zip(keys, parts)}
+        save_file(rows, folder / "words" / f"{token.strip('<>')}.safetensors")
     if official:
-        if len(rows) > 1 or model.config.n_vectors > 1:
+        if len(parts) > 1 or vectors.shape[1] > 1:
             raise ValueError("the official files have one row per word, of one text encoder: save without official=True")
-        torch.save({",".join(model.tokens): rows[0][:, 0].clone()}, folder / "learned_embeds.bin")
-        weights = model.weights().cpu()[:, :, None, None, None]
-        torch.save({"weights": weights.clone()}, folder / "weights.bin")
+        torch.save({",".join(model.tokens): vectors[:, 0].clone()}, folder / "learned_embeds.bin")
+        torch.save({"weights": model.weights().cpu()[:, :, None, None, None].clone()}, folder / "weights.bin")
     return folder
 
 # %% ../../nbs/official/concepts.ipynb #penalties-export
-def _repulsion(flags: Mapping, composed: bool) -> str:
-    "Name of the penalty on the predictions for the words"
-    if flags.get("use_similarity"):
+def _repulsion(on: set[str], composed: bool) -> str:
+    "What the penalty on the predictions for the words measures"
+    if "use_similarity" in on:
         return "signed_similarity" if composed else "similarity"
-    if flags.get("log_mhe") or composed and flags.get("use_euclidean_mhe"):
+    if "log_mhe" in on or composed and "use_euclidean_mhe" in on:
         return "log_energy"
-    if flags.get("use_euclidean_mhe"):
+    if "use_euclidean_mhe" in on:
         return "energy"
-    if flags.get("use_acos_mhe"):
+    if "use_acos_mhe" in on:
         return "angle"
     raise ValueError("use_orthogonal_loss needs use_similarity, use_euclidean_mhe or use_acos_mhe")
 
 
-def _penalties(flags: Mapping) -> dict[str, float]:
+def _penalties(flags: Mapping, on: set[str]) -> dict[str, float]:
     "Optional losses, name → strength"
-    composed = bool(flags.get("use_composed_score"))
-    unit = "_unit" if flags.get("normalize_score") else ""
+    composed = "use_composed_score" in on
+    unit = "_unit" if "normalize_score" in on else ""
     found = {}
-    if flags.get("use_orthogonal_loss"):
-        what = "weighted_" if composed and flags.get("use_weighted_score") else "score_"
-        found[what + _repulsion(flags, composed) + unit * composed] = flags["orthogonal_coeff"]
-    if flags.get("text_loss"):
-        for flag, kind, strength in (
-            ("text_repulsion_loss", "log_energy" + unit * (not composed), "text_repulsion_coeff"),
-            ("text_repulsion_similarity_loss", "squared_cosine" + unit * (not composed), "text_repulsion_coeff"),
-            ("use_l2_norm_regularization", "norm", "l2_norm_coeff"),
-        ):
-            if flags.get(flag):
-                found[f"word_{kind}"] = flags[strength]
-    if flags.get("euclidean_dist_loss"):
+    if "use_orthogonal_loss" in on:
+        what = "weighted_" if composed and "use_weighted_score" in on else "score_"
+        found[what + _repulsion(on, composed) + unit * composed] = flags["orthogonal_coeff"]
+    if {"text_loss", "text_repulsion_loss"} <= on:
+        found["word_log_energy" + unit * (not composed)] = flags["text_repulsion_coeff"]
+    if {"text_loss", "text_repulsion_similarity_loss"} <= on:
+        found["word_squared_cosine" + unit * (not composed)] = flags["text_repulsion_coeff"]
+    if {"text_loss", "use_l2_norm_regularization"} <= on:
+        found["word_norm"] = flags["l2_norm_coeff"]
+    if "euclidean_dist_loss" in on:
         found["word_energy"] = flags["euclidean_dist_coeff"]
     return found
 
 # %% ../../nbs/official/concepts.ipynb #flags-export
 def official_arguments(flags: Mapping) -> dict:
     "Arguments of `Concepts` for the official command-line flags (a dict of all of them)"
-    composed, softmax = bool(flags.get("use_composed_score")), bool(flags.get("softmax_weights"))
+    on = {name for name, value in flags.items() if value}
     composition = "conjunction"
-    if composed:
-        composition = "sum_conjunction" if flags.get("use_conj_score") else "sum"
-    tokens = flags["placeholder_tokens"].split(",")
+    if "use_composed_score" in on:
+        composition = "sum_conjunction" if "use_conj_score" in on else "sum"
+    tokens, softmax = flags["placeholder_tokens"].split(","), "softmax_weights" in on
     return dict(
         tokens=tokens,
-        weights="softmax" if composed and softmax else "free",
+        weights="softmax" if softmax and composition != "conjunction" else "free",
         init_weight=1 / len(tokens) if softmax else float(flags["init_weight"]),
         composition=composition,
-        penalties=_penalties(flags) or None,
+        penalties=_penalties(flags, on) or None,
         mse_weight=float(flags.get("mse_coeff", 1)),
         image_size=flags["resolution"],
         weights_lr_scale=1.0,
