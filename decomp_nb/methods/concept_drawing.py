@@ -20,7 +20,7 @@ __all__ = ['recipe_factors', 'compose', 'concept_samples', 'edit']
 
 # %% ../../nbs/methods/concept_drawing.ipynb #recipe-export
 def recipe_factors(model: Concepts, recipe: Mapping[str, float]) -> tuple[Prompts, Tensor]:
-    "Prompts (row 0: the empty one) and strengths `(1,k)`; the name of a word alone is put into the model's template"
+    "Prompts (row 0: the empty one) and strengths `(1,k)`; a new word alone is put into the model's template"
     if not recipe:
         raise ValueError("the recipe is empty: give texts with strengths, such as {'<c1>': 5.0}")
     texts = [model.templates[0].format(text) if text in model.tokens else text for text in recipe]

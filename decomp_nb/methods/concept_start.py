@@ -16,7 +16,7 @@ from ..components.foundations import Foundation
 from .concepts import Concepts, add_noise, encode_latents, sample_times, score_statistics
 
 # %% auto #0
-__all__ = ['medoids', 'invert_images', 'refine_words', 'mixtures_of_words', 'word_costs', 'init_from_images']
+__all__ = ['medoids', 'invert_images', 'mixtures_of_words', 'word_costs', 'init_from_images']
 
 # %% ../../nbs/methods/concept_start.ipynb #medoids-export
 def medoids(
@@ -78,15 +78,8 @@ def _word_loss(model: Concepts, x0: Tensor, words: Tensor, noise: Tensor, t: Ten
     return reduce((answers - target).square(), "b c h w -> b", "mean").sum()
 
 
-def refine_words(model: Concepts, x0: Tensor, words: Tensor, owner: Tensor, **options) -> Tensor:
-    "Words `(k, code_dim)`, each after textual inversion of the images that `owner` `(n,)` gives to it"
-    words = words.clone().requires_grad_()
-    invert_images(model, x0, lambda: words[owner], [words], learning_rate=0.01, **options)
-    return words.detach()
-
-
 def mixtures_of_words(base: Foundation, n: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    "n words `(n, code_dim)` that are mixtures of all known ones, as a function of logits, and these logits, now 0"
+    "n words `(n, code_dim)`, mixtures of all known ones, as a function of logits, and these logits"
     tables = [table.detach() for table in base.dictionary()[1]]
     logits = [table.new_zeros(n, base.n_vectors, len(table)).requires_grad_() for table in tables]
 
@@ -117,10 +110,10 @@ def init_from_images(
     images: Tensor,  # `(n,3,h,w)` in [−1,1], in the order of the model's weights
     *,
     steps: int = 100,  # of textual inversion, all images at once
-    refine: int = 20,  # steps in which the chosen words learn all of their images, before the second choice; 0: one choice
+    refine: int = 20,  # steps in which chosen words learn all of their images, before a second choice; 0: none
     draws: int = 16,  # of time and noise, to compare the words
     candidates: int = 64,  # at most so many images get a word, taken at random
-    batch_size: int = 10,  # images of a training step; no call is larger than such a step, or one image with all words
+    batch_size: int = 10,  # images of a training step: no call of the denoiser is larger than such a step
     generator: torch.Generator | None = None,
 ) -> list[int]:
     "Begin with the M words that explain all images best; for each of them the image that it explains best"
@@ -129,28 +122,32 @@ def init_from_images(
     chunk = batch_size * (k + 1)
     options = dict(chunk=chunk, generator=generator)
     with torch.no_grad():
-        x0 = torch.cat([encode_latents(model, part.to(model.device), generator) for part in images.split(chunk)])
+        parts = images.to(model.device).split(chunk)
+        x0 = torch.cat([encode_latents(model, part, generator) for part in parts])
     some = torch.randperm(n, generator=generator)[:max(candidates, k)].sort().values
     pool = invert_images(model, x0[some], *mixtures_of_words(model.base, len(some)), steps=steps, **options)
     cost = word_costs(model, images, pool, draws, chunk)
     if refine:
         chosen = medoids(cost, k)
-        words = refine_words(model, x0, pool[chosen], cost[:, chosen].argmin(1), steps=refine, **options)
-        pool, cost = torch.cat([pool, words]), torch.cat([cost, word_costs(model, images, words, draws, chunk)], 1)
+        free, owner = pool[chosen].requires_grad_(), cost[:, chosen].argmin(1)
+        invert_images(model, x0, lambda: free[owner], [free], steps=refine, learning_rate=0.01, **options)
+        words = free.detach()
+        pool = torch.cat([pool, words])
+        cost = torch.cat([cost, word_costs(model, images, words, draws, chunk)], 1)
     return _begin_with(model, pool, cost)
 
 # %% ../../nbs/methods/concept_start.ipynb #begin-export
 def _check_images(model: Concepts, n: int) -> None:
     wanted, k = len(model.raw_weights), model.n_factors
     if n != wanted:
-        raise ValueError(f"{n} images for a model of {wanted}: give the training images, all of them and in their order")
+        raise ValueError(f"{n} images for a model of {wanted}: give the training images, all and in their order")
     if n < k:
-        raise ValueError(f"{n} images cannot begin {k} words: give more images, ask for fewer words, or begin at random")
+        raise ValueError(f"{n} images cannot begin {k} words: give more images or fewer words, or begin at random")
 
 
 @torch.no_grad()
 def _begin_with(model: Concepts, pool: Tensor, cost: Tensor) -> list[int]:
-    "Choose words, and give 0.9 of each image's weight to its cheapest; for each word the image that it explains best"
+    "Choose words; each image's cheapest gets 0.9 of its weight. For each word the image that it explains best"
     k = model.n_factors
     chosen = medoids(cost, k)
     cost = cost[:, chosen]

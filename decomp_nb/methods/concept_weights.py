@@ -133,7 +133,7 @@ def superfluous_words(
 
 # %% ../../nbs/methods/concept_weights.ipynb #elimination-export
 def elimination(statistics: ScoreStatistics, how: str = "simplex") -> list[dict]:
-    "From all words down to one: `kept` (which are left) and `explained` (mean over images); the least missed goes first"
+    "From all words down to one, the least missed first: which are `kept` and the share `explained` (mean)"
     def step(kept: Sequence[int]) -> dict:
         part = statistics.pick(list(kept))
         return {"kept": list(kept), "explained": part.explained(solve_weights(part, how)).mean().item()}
