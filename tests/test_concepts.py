@@ -14,10 +14,11 @@ from decomp_nb.core import Factors, load_decomposer
 from decomp_nb.data.class_folders import NumberedPictures, class_folders
 from decomp_nb.worlds.captioned import CaptionedScenes, concept_task, scene_words
 from decomp_nb.methods.concept_drawing import compose, edit
-from decomp_nb.methods.concept_penalties import penalty
+from decomp_nb.components.concept_penalties import penalty
 from decomp_nb.methods.concept_start import init_from_images, medoids
-from decomp_nb.methods.concept_weights import ScoreStatistics, elimination, solve_weights
-from decomp_nb.methods.concepts import Concepts, concepts_preset, merge, score_statistics, select
+from decomp_nb.components.concept_weights import ScoreStatistics, elimination, solve_weights
+from decomp_nb.components.words import score_statistics
+from decomp_nb.methods.concepts import Concepts, concepts_preset, merge, select
 from decomp_nb.metrics import concepts as metrics
 from decomp_nb.official.concepts import load_official_concepts, save_concepts
 from decomp_nb.training.config import TrainConfig

@@ -12,14 +12,14 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..components.foundations import Prompts
+from ..components.words import WordDecomposer, composed_noise
 from ..core import Factors, sample
-from .concepts import Concepts, composed_noise
 
 # %% auto #0
 __all__ = ['recipe_factors', 'compose', 'concept_samples', 'edit']
 
 # %% ../../nbs/methods/concept_drawing.ipynb #recipe-export
-def recipe_factors(model: Concepts, recipe: Mapping[str, float]) -> tuple[Prompts, Tensor]:
+def recipe_factors(model: WordDecomposer, recipe: Mapping[str, float]) -> tuple[Prompts, Tensor]:
     "Prompts (row 0: the empty one) and strengths `(1,k)`; a new word alone is put into the model's template"
     if not recipe:
         raise ValueError("the recipe is empty: give texts with strengths, such as {'<c1>': 5.0}")
@@ -30,7 +30,7 @@ def recipe_factors(model: Concepts, recipe: Mapping[str, float]) -> tuple[Prompt
 
 @torch.no_grad()
 def compose(
-    model: Concepts,
+    model: WordDecomposer,
     recipe: Mapping[str, float] | str,  # text → strength; a text alone has strength `guidance_scale`
     n: int = 4,  # images
     *,
@@ -51,14 +51,14 @@ def compose(
     return model.latents.decode(x)
 
 # %% ../../nbs/methods/concept_drawing.ipynb #samples-export
-def concept_samples(model: Concepts, n: int = 4, **options) -> Tensor:
+def concept_samples(model: WordDecomposer, n: int = 4, **options) -> Tensor:
     "Every word alone, images `(M,n,3,h,w)`, all from the same noise; options as `compose`"
     if options.get("noise") is None:
         options["noise"] = torch.randn(n, *model.latent_shape, generator=options.get("generator"))
     return torch.stack([compose(model, token, **options) for token in model.tokens])
 
 # %% ../../nbs/methods/concept_drawing.ipynb #edit-export
-def _changed(model: Concepts, own: Tensor, weights: Tensor | Mapping[str, float]) -> Tensor:
+def _changed(model: WordDecomposer, own: Tensor, weights: Tensor | Mapping[str, float]) -> Tensor:
     "New weights `(b,M)`: those given, or `own` with some words changed by name"
     if not isinstance(weights, Mapping):
         return torch.as_tensor(weights).to(own).expand_as(own)
@@ -72,7 +72,7 @@ def _changed(model: Concepts, own: Tensor, weights: Tensor | Mapping[str, float]
 
 @torch.no_grad()
 def edit(
-    model: Concepts,
+    model: WordDecomposer,
     images: Tensor,  # `(b,3,h,w)` in [−1,1]
     weights: Tensor | Mapping[str, float],  # new weights `(b,M)`, or only those that change, by name
     *,

@@ -13,7 +13,9 @@ from einops import reduce
 from torch import Tensor
 
 from ..components.foundations import Foundation
-from .concepts import Concepts, add_noise, encode_latents, sample_times, score_statistics
+from decomp_nb.components.words import (
+    WordDecomposer, add_noise, encode_latents, sample_times, score_statistics,
+)
 
 # %% auto #0
 __all__ = ['medoids', 'invert_images', 'mixtures_of_words', 'word_costs', 'init_from_images']
@@ -48,7 +50,7 @@ def _best_beside(cost: Tensor, others: list[int]) -> tuple[int, float]:
 
 # %% ../../nbs/methods/concept_start.ipynb #inversion-export
 def invert_images(
-    model: Concepts,
+    model: WordDecomposer,
     x0: Tensor,  # latents `(n,c,h,w)`
     words: Callable[[], Tensor],  # the word of each of them `(n, code_dim)`, as a function of the parameters
     parameters: Sequence[Tensor],
@@ -70,7 +72,7 @@ def invert_images(
     return words().detach()
 
 
-def _word_loss(model: Concepts, x0: Tensor, words: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def _word_loss(model: WordDecomposer, x0: Tensor, words: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     "Sum over images of the squared error under the word of each"
     t = t.expand(len(x0))
     x_t, target = add_noise(model.base, x0, noise.expand_as(x0), t)
@@ -92,7 +94,7 @@ def mixtures_of_words(base: Foundation, n: int) -> tuple[Callable[[], Tensor], l
 # %% ../../nbs/methods/concept_start.ipynb #costs-export
 @torch.no_grad()
 def word_costs(
-    model: Concepts,
+    model: WordDecomposer,
     images: Tensor,  # `(n,3,h,w)` in [−1,1]
     words: Tensor,  # `(m, code_dim)`
     draws: int = 16,  # of time and noise, the same whichever the words are
@@ -106,7 +108,7 @@ def word_costs(
 
 # %% ../../nbs/methods/concept_start.ipynb #init-export
 def init_from_images(
-    model: Concepts,
+    model: WordDecomposer,
     images: Tensor,  # `(n,3,h,w)` in [−1,1], in the order of the model's weights
     *,
     steps: int = 100,  # of textual inversion, all images at once
@@ -137,7 +139,7 @@ def init_from_images(
     return _begin_with(model, pool, cost)
 
 # %% ../../nbs/methods/concept_start.ipynb #begin-export
-def _check_images(model: Concepts, n: int) -> None:
+def _check_images(model: WordDecomposer, n: int) -> None:
     wanted, k = len(model.raw_weights), model.n_factors
     if n != wanted:
         raise ValueError(f"{n} images for a model of {wanted}: give the training images, all and in their order")
@@ -146,7 +148,7 @@ def _check_images(model: Concepts, n: int) -> None:
 
 
 @torch.no_grad()
-def _begin_with(model: Concepts, pool: Tensor, cost: Tensor) -> list[int]:
+def _begin_with(model: WordDecomposer, pool: Tensor, cost: Tensor) -> list[int]:
     "Choose words; each image's cheapest gets 0.9 of its weight. For each word the image that it explains best"
     k = model.n_factors
     chosen = medoids(cost, k)

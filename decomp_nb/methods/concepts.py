@@ -6,48 +6,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..components.foundations import Foundation, Prompts, codes_of, open_foundation, random_codes
-from ..components.latents import Pixels
-from ..core import Decomposer, Factors
-from .concept_penalties import penalty
-from decomp_nb.methods.concept_weights import (
-    WEIGHTS, ScoreStatistics, activate, direction_cosines, invert_activation, solve_weights, superfluous_words,
+from ..components.concept_penalties import penalty
+from decomp_nb.components.concept_weights import (
+    WEIGHTS, ScoreStatistics, direction_cosines, invert_activation, solve_weights, superfluous_words,
+)
+from ..components.foundations import Foundation, Prompts, codes_of, random_codes
+from decomp_nb.components.words import (
+    WordDecomposer, add_noise, compose_scores, noise_per_concept, sample_times, word_prompts,
 )
 
 # %% auto #0
-__all__ = ['OBJECT_TEMPLATES', 'STYLE_TEMPLATES', 'compose_scores', 'templates_of', 'FoundationDecomposer', 'noise_per_concept',
-           'word_prompts', 'composed_noise', 'WordDecomposer', 'sample_prompts', 'sample_times', 'add_noise',
-           'training_step', 'Concepts', 'encode_latents', 'score_statistics', 'update_statistics', 'refit', 'revive',
-           'select', 'merge', 'concepts_preset']
-
-# %% ../../nbs/methods/concepts.ipynb #compose-export
-def compose_scores(
-    null: Tensor,  # prediction for the empty prompt `(b,…)`
-    answers: Tensor,  # predictions for k words `(b,k,…)`
-    weights: Tensor,  # `(b,k)`
-    how: str = "conjunction",  # or "sum", "sum_conjunction", as the official code has them
-) -> Tensor:
-    "The prediction `(b,…)` of k words together; ValueError for another `how`"
-    weights = weights.to(answers.dtype).reshape(*weights.shape, *[1] * (answers.ndim - 2))
-    if how == "sum":
-        return (weights * answers).sum(1)
-    change = (weights * (answers - null[:, None])).sum(1)
-    if how == "conjunction":
-        return null + change
-    if how == "sum_conjunction":
-        return answers.shape[1] * null + change
-    raise ValueError(f"composition={how!r}: choose 'conjunction', 'sum' or 'sum_conjunction'")
+__all__ = ['OBJECT_TEMPLATES', 'STYLE_TEMPLATES', 'templates_of', 'sample_prompts', 'training_step', 'Concepts',
+           'update_statistics', 'refit', 'revive', 'select', 'merge', 'concepts_preset']
 
 # %% ../../nbs/methods/concepts.ipynb #templates-export
 OBJECT_TEMPLATES = [f"{start} {{}}" for start in (
@@ -74,123 +51,6 @@ def templates_of(given: str | Sequence[str]) -> list[str]:
             raise ValueError(f"template {template!r}: write {{}} once, at the place of the word")
     return list(templates)
 
-# %% ../../nbs/methods/concepts.ipynb #frozen-export
-class FoundationDecomposer(Decomposer):
-    "A decomposer whose denoiser is a frozen text-to-image model that knows a few new words"
-    concept_chunk = 0  # words per call of the denoiser; 0 for all at once
-
-    def __init__(self, foundation: str, tokens: list[str], *, n_vectors: int = 1, image_size: int = 512):
-        super().__init__()
-        base = open_foundation(foundation)
-        base.add_words(tokens, n_vectors)
-        self.foundations()["foundation"] = base
-        self.tokens = base.words
-        self.n_factors = len(base.words)
-        self.image_size = image_size
-
-    @property
-    def base(self) -> Foundation:
-        "The frozen text-to-image model"
-        return self.foundations()["foundation"]
-
-    @property
-    def latents(self) -> nn.Module:
-        "Its latent space"
-        return self.base.latents
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(c,h,w)` of x_t"
-        return self.latents.shape(self.image_size)
-
-    @property
-    def scheduler(self) -> SchedulerMixin:
-        "Its noise schedule"
-        return self.base.scheduler
-
-    @property
-    def sampler(self) -> SchedulerMixin:
-        "The solver that draws images"
-        return self.base.sampler
-
-# %% ../../nbs/methods/concepts.ipynb #noise-export
-def noise_per_concept(
-    model: FoundationDecomposer,
-    prompts: Prompts,  # row 0 is the empty one
-    x_t: Tensor,  # `(b,c,h,w)`, or `(b,m,c,h,w)` where every prompt has a noise level of its own
-    t: Tensor,  # `(b,)` or `(b,m)`
-    rows: Tensor | None = None,  # the prompts of each image, `(b,m)`; None: all of them
-) -> Tensor:
-    "Predictions `(b,m,c,h,w)` of the frozen model"
-    if rows is None:
-        rows = torch.arange(len(prompts.states)).expand(len(x_t), -1)
-    b, m = rows.shape
-    if t.ndim == 1:
-        x_t, t = repeat(x_t, "b ... -> b m ...", m=m), repeat(t, "b -> b m", m=m)
-    x_t, t, prompts = x_t.flatten(0, 1), t.flatten(), prompts.rows(rows.flatten())
-    call, size = model.base.predict, b * (model.concept_chunk or m)
-    if size < b * m and torch.is_grad_enabled():
-        call = partial(checkpoint, call, use_reentrant=False)
-    parts = [slice(i, i + size) for i in range(0, b * m, size)]
-    answers = torch.cat([call(x_t[part], t[part], prompts.rows(part)) for part in parts])
-    return rearrange(answers, "(b m) ... -> b m ...", b=b)
-
-# %% ../../nbs/methods/concepts.ipynb #composed-export
-def word_prompts(model: FoundationDecomposer, codes: Tensor, templates: str | Sequence[str]) -> Prompts:
-    "The empty prompt in row 0, then words with codes `(n,d)` in a template (one for all, or n)"
-    return model.base.null().rows([0]).cat(model.base.encode_each(codes, templates))
-
-
-def composed_noise(
-    model: FoundationDecomposer,
-    prompts: Prompts,  # row 0 is the empty one
-    weights: Tensor,  # of the words, `(b,m)`
-    rows: Tensor | None = None,  # the empty prompt and the words, `(b,1+m)`, as in `noise_per_concept`
-    how: str = "conjunction",  # as in `compose_scores`
-) -> Callable[[Tensor, Tensor], Tensor]:
-    "A denoiser `(x_t, t) → (b,c,h,w)`: the words of `prompts` together"
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        answers = noise_per_concept(model, prompts, x_t, t.expand(len(x_t)), rows)
-        return compose_scores(answers[:, 0], answers[:, 1:], weights, how)
-
-    return predict
-
-# %% ../../nbs/methods/concepts.ipynb #words-export
-class WordDecomposer(FoundationDecomposer):
-    "Factors are words with weights: vectors `codes` `(M,d)`, and `raw_weights` `(N,M)` before `activate`"
-    def weights(self, index: Tensor | Sequence[int] | slice = slice(None)) -> Tensor:
-        "Weights `(n,M)` of the training images in `index`"
-        return activate(self.raw_weights[index], self.config.weights, self.config.temperature)
-
-    def set_weights(self, weights: Tensor, index: Tensor | slice = slice(None)) -> None:
-        "Set the weights `(n,M)` of the training images in `index`"
-        raw = invert_activation(weights, self.config.weights, self.config.temperature)
-        self.raw_weights.data[index] = raw.to(self.raw_weights)
-
-    def parameter_groups(self) -> list[dict]:
-        "Words, and weights with their learning rate relative to that of the words"
-        weights = {"params": [self.raw_weights], "name": "weights", "lr_scale": self.config.weights_lr_scale}
-        return [{"params": [self.codes], "name": "words"}, weights]
-
-    def guided(self, factors: Factors, scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-        "A denoiser `(x_t, t) → (b,c,h,w)` for words with weights; guidance multiplies the weights"
-        codes = factors.codes
-        shared = bool((codes == codes[:1]).all())
-        words = codes[0] if shared else codes.flatten(0, 1)
-        rows = None if shared else F.pad(1 + torch.arange(len(words)).view(codes.shape[:2]), (1, 0))
-        prompts = word_prompts(self, words, self.templates[0])
-        return composed_noise(self, prompts, (factors * scale).weights, rows, self.config.composition)
-
-    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "The prediction `(b,c,h,w)` of words with weights at `x_t` `(b,c,h,w)` and `t` `(b,)`"
-        return self.guided(factors)(x_t, t)
-
-    def encode(self, images: Tensor, *, how: str | None = None, ridge: float = 1e-3, **options) -> Factors:
-        "Words `(b,M,d)` and weights of images `(b,3,h,w)` by `solve_weights`; options of `score_statistics`"
-        how = how or WEIGHTS[self.config.weights]
-        weights = solve_weights(score_statistics(self, images, **options), how, ridge=ridge)
-        return Factors(self.codes.detach().expand(len(images), -1, -1), weights)
-
 # %% ../../nbs/methods/concepts.ipynb #prompts-export
 def sample_prompts(
     model: WordDecomposer,
@@ -205,18 +65,6 @@ def sample_prompts(
     templates = [model.templates[i % n] for i in sentences.tolist()]
     prompts = word_prompts(model, model.codes[(sentences // n).to(model.codes.device)], templates)
     return prompts, F.pad(1 + rows, (1, 0))
-
-
-def sample_times(model: WordDecomposer, n: int, generator: torch.Generator | None = None) -> Tensor:
-    "Times `(n,)`, distributed as training visits them"
-    how, strength = model.config.timestep_sampling, model.config.timestep_strength
-    return model.base.times(n, how=how, strength=strength, generator=generator, device=model.codes.device)
-
-
-def add_noise(base: Foundation, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    "x_t and the target, shaped like `x0`: `(b,c,h,w)` with `t` `(b,)`, or `(b,m,c,h,w)` with `t` `(b,m)`"
-    flat = x0.flatten(0, t.ndim - 1), noise.flatten(0, t.ndim - 1), t.flatten()
-    return base.noise_at(*flat).view_as(x0), base.target(*flat).view_as(x0)
 
 # %% ../../nbs/methods/concepts.ipynb #step-export
 def training_step(
@@ -310,53 +158,6 @@ def _start_statistics(model: WordDecomposer, n: int) -> None:
     m = model.n_factors
     for name, shape in {"gram": (n, m, m), "pull": (n, m), "power": (n,), "steps_seen": ()}.items():
         model.register_buffer(name, torch.zeros(shape))
-
-# %% ../../nbs/methods/concepts.ipynb #draws-export
-def encode_latents(
-    model: FoundationDecomposer, images: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
-    "Latents `(n,c,h,w)` of images `(n,3,h,w)`; a generator makes the draw from the posterior reproducible"
-    if generator is None or isinstance(model.latents, Pixels):
-        return model.latents.encode(images)
-    shape = model.latents.shape(images.shape[-1])
-    return model.latents.encode(images, torch.randn(len(images), *shape, generator=generator).to(images))
-
-
-def _paired_draws(
-    model: WordDecomposer, draws: int, generator: torch.Generator | None
-) -> list[tuple[Tensor, Tensor]]:
-    "Times `(1,)` that are the quantiles of those of training, each with a noise `(1,…)` for all images"
-    times = sample_times(model, 64 * draws, generator).sort().values[32::64]
-    noises = torch.randn(draws, *model.latent_shape, generator=generator).to(model.codes)
-    return list(zip(times.split(1), noises.split(1)))
-
-# %% ../../nbs/methods/concepts.ipynb #reading-export
-@torch.no_grad()
-def score_statistics(
-    model: WordDecomposer,
-    images: Tensor,  # `(b,3,h,w)` in [−1,1]
-    draws: int = 16,  # of time and noise, for every image
-    *,
-    codes: Tensor | None = None,  # words `(k,d)` to explain them with; None for the model's own
-    generator: torch.Generator | None = None,
-    batch_size: int = 8,
-    paired: bool = False,  # the same times and noise for all images, spread evenly over the times
-) -> ScoreStatistics:
-    "What closed-form weights, the choice of M and the comparison of words are computed from"
-    codes = model.codes if codes is None else codes
-    prompts = word_prompts(model, codes, model.templates[0])
-    shared = _paired_draws(model, draws, generator) if paired else []
-    parts = []
-    for part in images.to(codes).split(batch_size):
-        x0 = encode_latents(model, part, generator)
-        found = []
-        for i in range(draws):
-            t = shared[i][0].expand(len(x0)) if paired else sample_times(model, len(x0), generator)
-            noise = shared[i][1] if paired else torch.randn(x0.shape, generator=generator).to(x0)
-            x_t, target = add_noise(model.base, x0, noise.expand_as(x0), t)
-            found.append(ScoreStatistics.of_draw(noise_per_concept(model, prompts, x_t, t), target))
-        parts.append([torch.stack(values).mean(0) for values in zip(*found)])
-    return ScoreStatistics(*map(torch.cat, zip(*parts)))
 
 # %% ../../nbs/methods/concepts.ipynb #statistics-export
 @torch.no_grad()
