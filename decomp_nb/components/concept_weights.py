@@ -62,10 +62,13 @@ class ScoreStatistics(NamedTuple):
     @classmethod
     def of_draw(cls, answers: Tensor, target: Tensor) -> ScoreStatistics:
         "From one draw: predictions `(b,1+k,…)` for the empty prompt and k words, and the target `(b,…)`"
-        null, words = answers[:, :1], answers[:, 1:]
-        directions, rest = (words - null).flatten(2), (target - null[:, 0]).flatten(1)
-        gram, pull = directions @ directions.mT, (directions @ rest[..., None]).squeeze(-1)
-        return cls(gram / rest.shape[-1], pull / rest.shape[-1], rest.square().mean(-1))
+        null = answers[:, 0]
+        directions = (answers[:, 1:] - null[:, None]).flatten(2)
+        rest = (target - null).flatten(1)
+        n = rest.shape[-1]
+        gram = directions @ directions.mT / n
+        pull = (directions @ rest[..., None]).squeeze(-1) / n
+        return cls(gram, pull, rest.square().mean(-1))
 
     def pick(self, index: list[int]) -> ScoreStatistics:
         "Those of the words in `index` alone"
@@ -86,7 +89,8 @@ def _minimise_nonnegative(gram: Tensor, pull: Tensor) -> Tensor:
     values, axes = torch.linalg.eigh(gram)
     scale = values.clamp_min(1e-15).sqrt()[..., None]
     right = axes.mT @ pull[..., None] / scale
-    problems = zip((scale * axes.mT).cpu().numpy(), right.squeeze(-1).cpu().numpy())
+    roots = scale * axes.mT
+    problems = zip(roots.cpu().numpy(), right.squeeze(-1).cpu().numpy())
     return torch.from_numpy(np.stack([nnls(*problem)[0] for problem in problems]))
 
 
@@ -100,7 +104,8 @@ def solve_weights(
     if how not in WEIGHTS.values():
         raise ValueError(f"how={how!r}: choose 'ridge', 'nonnegative' or 'simplex'")
     gram, pull = statistics.gram.double(), statistics.pull.double()
-    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-12)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    size = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
     gram = gram + (ridge * size).expand_as(pull).diag_embed()
     if how == "ridge":
         return torch.linalg.solve(gram, pull).to(statistics.pull)
