@@ -108,10 +108,9 @@ _moved = {
     "components.codebooks": {"components.lpips": "PerceptualDistance VggFeatures=VGGFeatures vgg_distance"},
     "methods.concepts": {
         "methods.concept_drawing": "recipe_factors compose edit portraits=concept_samples",
-        "components.words": "compose_scores score_statistics",
-        "components.concept_penalties": "PENALTIES penalty",
-        "components.concept_weights": "WEIGHTS weights_of=activate raw_of=invert_activation ScoreStatistics direction_cosines "
-                                      "solve_weights elimination enough_words",
+        "components.words": "score_statistics",
+        "components.concept_penalties": "PENALTIES",
+        "components.concept_weights": "weights_of=activate raw_of=invert_activation elimination enough_words",
         "methods.concept_start": "medoids begin_at_pictures=init_from_images",
         "official.concepts": "read_official load_official_concepts save=save_concepts official_arguments official_plan "
                              "official_ddim published_folders",
