@@ -13,7 +13,7 @@ _homes = {
     "methods.slot_diffusion": "SlotDiffusion",
     "methods.slate": "SLATE",
     "methods.slot_attention_ae": "SlotAttentionAE",
-    "methods.concepts": "Concepts load_official_concepts",
+    "methods.concepts": "Concepts",
     "training.trainer": "Trainer",
     "training.run_directory": "Run",
     "training.config": "TrainConfig",
@@ -25,6 +25,7 @@ _homes = {
     "official.decomp_diffusion": "load_official_decomp_diffusion save_official_decomp_diffusion",
     "official.disdiff": "load_official_disdiff load_official_latent_diffusion",
     "official.autoencoders": "load_official_autoencoder",
+    "official.concepts": "load_official_concepts",
 }
 _home_of = {name: home for home, names in _homes.items() for name in names.split()}
 __all__ = sorted(_home_of)
@@ -159,6 +160,15 @@ _moved = {
     "components.latent_diffusion": {
         "components.samplers": "OfficialDDIM=DDIM latent_sampler",
         "components.latents": "paint=decode_latents",
+    },
+    "methods.concepts": {
+        "methods.concept_drawing": "recipe_factors compose edit portraits=concept_samples",
+        "components.words": "score_statistics",
+        "components.concept_penalties": "PENALTIES",
+        "components.concept_weights": "weights_of=activate raw_of=invert_activation elimination enough_words",
+        "methods.concept_start": "medoids begin_at_pictures=init_from_images",
+        "official.concepts": "read_official load_official_concepts save=save_concepts official_arguments "
+                             "official_plan official_ddim published_folders",
     },
     "metrics.generation": {
         "components.lpips": "VGGMaps=VGGFeatures load_lpips",

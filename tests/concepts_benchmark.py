@@ -36,8 +36,9 @@ def concepts(size: str, n_words: int, n_images: int):
     "A `Concepts` with random weights on it, as published: free weights from 5"
     from unittest.mock import patch
 
+    from decomp_nb.components import words
     from decomp_nb.methods import concepts as method
-    with patch.object(method, "open_foundation", lambda _: foundation(size)):
+    with patch.object(words, "open_foundation", lambda _: foundation(size)):
         return method.Concepts("random", n_images, n_concepts=n_words, image_size=SIZES[size]["image"], weights="free", init_weight=5.0, weights_lr_scale=1.0).train()
 
 

@@ -17,9 +17,14 @@ from decomp_nb.components.text_to_image import clip_tokenizer
 from decomp_nb.core import Factors, load_decomposer
 from decomp_nb.data.class_folders import NumberedPictures, class_folders
 from decomp_nb.worlds.captioned import CaptionedScenes, concept_task, scene_words
-from decomp_nb.methods.concepts import (Concepts, ScoreStatistics, begin_at_pictures, compose, concepts_preset, edit, elimination, load_official_concepts, medoids, merge, onto_simplex, penalty,
-                                        save, score_statistics, select, solve_weights)
+from decomp_nb.methods.concept_drawing import compose, edit
+from decomp_nb.components.concept_penalties import penalty
+from decomp_nb.methods.concept_start import init_from_images, medoids
+from decomp_nb.components.concept_weights import ScoreStatistics, elimination, solve_weights
+from decomp_nb.components.words import score_statistics
+from decomp_nb.methods.concepts import Concepts, concepts_preset, merge, select
 from decomp_nb.metrics import concepts as metrics
+from decomp_nb.official.concepts import load_official_concepts, save_concepts
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.run_directory import Run
 from decomp_nb.training.trainer import Trainer
@@ -70,7 +75,7 @@ def test_every_family_learns_and_draws(family, places):
     assert model.decode(factors, steps=2).shape == compose(model, {"<one>": 3.0, "a red square": 1.0, "<two>": -1.0}, 2, steps=2).shape == (2, 3, 16, 16)
     assert edit(model, images[:1], {"<one>": 0.0}, own=factors.weights[:1], steps=2).isfinite().all()
     before = model.codes.detach().clone()
-    begun = begin_at_pictures(model, images, steps=1, refine=1, draws=1, batch_size=2)
+    begun = init_from_images(model, images, steps=1, refine=1, draws=1, batch_size=2)
     assert set(begun) <= {0, 1, 2} and model.codes.isfinite().all() and not torch.equal(model.codes, before) and all(p.grad is None for p in model.base.parameters())
 
 
@@ -115,9 +120,11 @@ def test_paired_statistics_use_the_same_draws(places):
     assert apart(told(paired=True)) < 1e-5 and apart(told()) > 10 * apart(told(paired=True))  # how far apart: the tiny model's weights decide
 
 
-def test_simplex_projection_is_the_nearest_point():
+def test_simplex_weights_are_the_nearest_point():
+    "With orthogonal words the loss is a distance: its minimum is the projection onto the simplex"
     x = torch.randn(50, 4, dtype=torch.float64) * 2
-    p, others = onto_simplex(x), torch.distributions.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((300,))
+    others = torch.distributions.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((300,))
+    p = solve_weights(ScoreStatistics(torch.eye(4).double().expand(50, 4, 4), x, x.square().sum(1)), "simplex", ridge=0.0)
     assert torch.allclose(p.sum(1), torch.ones(50, dtype=torch.float64)) and (p >= 0).all()
     assert ((x - p).norm(dim=1) <= torch.cdist(x, others).amin(1) + 1e-9).all()
 
@@ -132,13 +139,13 @@ def test_medoids_are_the_best_columns():
 
 
 @pytest.mark.parametrize("weights", ["softmax", "free", "nonnegative"])
-def test_words_begin_at_pictures_of_different_classes(places, weights):
+def test_words_init_from_images_of_different_classes(places, weights):
     "One word for each kind of picture, weights to match, the same again from the same seed; fewer candidates than pictures; bad input"
     hidden = ["red-square", "blue-circle", "green-heart"]
     model = Concepts(str(places / "memory"), 12, n_concepts=3, image_size=16, templates="word", timestep_sampling="high_noise", weights=weights)
     labels = torch.arange(3).repeat(4)
     images = model.base.pictures[[model.base.vocabulary.index(hidden[i]) for i in labels]]
-    start = lambda **o: begin_at_pictures(model, images, generator=torch.Generator().manual_seed(1), **o)
+    start = lambda **o: init_from_images(model, images, generator=torch.Generator().manual_seed(1), **o)
     chosen = start()
     assert sorted(labels[chosen].tolist()) == [0, 1, 2]
     assert (labels[chosen][model.weights().argmax(1)] == labels).all() and torch.allclose(model.weights().sum(1), torch.ones(12), atol=1e-4)
@@ -146,8 +153,8 @@ def test_words_begin_at_pictures_of_different_classes(places, weights):
     assert start() == chosen and torch.equal(model.codes, codes) and model.codes.grad is None and model.codes.requires_grad
     assert all(p.grad is None for p in model.base.parameters())
     assert len(set(start(steps=2, draws=1, candidates=5, batch_size=4))) == 3
-    with pytest.raises(ValueError, match="11 pictures for a model of 12"): begin_at_pictures(model, images[:11])
-    with pytest.raises(ValueError, match="2 pictures cannot begin 3 words"): begin_at_pictures(Concepts(str(places / "memory"), 2, n_concepts=3, image_size=16), images[:2])
+    with pytest.raises(ValueError, match="11 images for a model of 12"): init_from_images(model, images[:11])
+    with pytest.raises(ValueError, match="2 images cannot begin 3 words"): init_from_images(Concepts(str(places / "memory"), 2, n_concepts=3, image_size=16), images[:2])
 
 
 def test_superfluous_words_are_seen_and_merged():
@@ -231,11 +238,11 @@ def test_bad_folders(tmp_path):
 def test_saved_words_of_two_encoders(places, tmp_path):
     from safetensors.torch import load_file
     model = Concepts(str(places / "sdxl"), 0, ["<one>"], image_size=16)
-    save(model, tmp_path)
+    save_concepts(model, tmp_path)
     words = load_file(tmp_path / "words" / "one.safetensors")
     assert {k: tuple(v.shape) for k, v in words.items()} == {"clip_l": (1, 16), "clip_g": (1, 24)}
     assert torch.equal(load_decomposer(tmp_path).codes, model.codes)
-    with pytest.raises(ValueError, match="one row per word"): save(model, tmp_path, official=True)
+    with pytest.raises(ValueError, match="one row per word"): save_concepts(model, tmp_path, official=True)
 
 
 # --- judges -----------------------------------------------------------------------------------------------------------------------------------------------

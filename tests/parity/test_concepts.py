@@ -17,8 +17,11 @@ from recorded import close, every_alteration_fails, keys_of, once, run
 
 from decomp_nb.components.pipelines import open_foundation
 from decomp_nb.core import sample
-from decomp_nb.methods.concepts import Concepts, compose, load_official_concepts, official_arguments, official_ddim, official_plan, read_official, recipe_factors, save
+from decomp_nb.methods.concept_drawing import compose, recipe_factors
+from decomp_nb.components.words import noise_per_concept
+from decomp_nb.methods.concepts import Concepts, sample_prompts
 from decomp_nb.metrics import concepts as metrics
+from decomp_nb.official.concepts import load_official_concepts, official_arguments, official_ddim, official_plan, read_official, save_concepts
 from decomp_nb.viz import attribution
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
@@ -105,9 +108,8 @@ def check_first_batch(r, case, model, batch, template, order):
         noisy = noisy.unflatten(0, batch["timesteps"].shape).transpose(0, 1)
         noisy = noisy if recorded.ndim == 5 else noisy[0]
     yield name("noisy_latents"), noisy, SINGLE
-    told, rows = model.sentences(len(batch["index"]), template)
-    each = torch.cat([rows[0], torch.zeros(1, dtype=rows.dtype)])
-    yield name("text_hidden"), told.states[each[order]].detach(), SINGLE
+    told, rows = sample_prompts(model, len(batch["index"]), template)
+    yield name("text_hidden"), told.states[rows[0].roll(-1)[order]].detach(), SINGLE
 
 
 def other_rows(base) -> torch.Tensor: return base.tables[0].table.weight
@@ -143,7 +145,7 @@ def check_training(r, case):
         yield name("weights_before"), column(model.raw_weights), WEIGHTS
         if learns_words: yield name("placeholder_rows_before"), model.codes.detach().clone(), COMPOSED
         out = model(batch)
-        answers = out["answers"].transpose(0, 1)[order]
+        answers = out["answers"].transpose(0, 1).roll(-1, 0)[order]
         if number == 0:
             yield from check_first_batch(r, case, model, batch, templates[m], order)
             yield name("unet_out"), answers, SINGLE
@@ -194,15 +196,17 @@ def check_compose(r, case):
     yield "timesteps", ladder.timesteps, SINGLE
     told, strengths = recipe_factors(model, dict(zip(texts, scales)))
     assert strengths.tolist()[0] == pytest.approx(scales)
-    null, said = model.spread(told, 1 + torch.arange(len(texts)).expand(len(noise), -1), noise, ladder.timesteps[:1].expand(len(noise)))
-    yield "unet_out_step0", torch.stack([torch.cat([null, said[:, k]]) for k in range(len(texts))]), SINGLE
+    answers = noise_per_concept(model, told, noise, ladder.timesteps[:1].expand(len(noise)))
+    yield "unet_out_step0", torch.stack([torch.cat([answers[:, 0], answers[:, 1 + k]]) for k in range(len(texts))]), SINGLE
     seen, after = [], []
-    original = model.spread
+    original = model.base.predict
 
-    def watched(*args):
-        seen.append((args[2].clone(), original(*args)))
-        return seen[-1][1]
-    model.spread = watched
+    def watched(x, t, prompts):
+        answers = original(x, t, prompts)
+        x, each = (v.unflatten(0, (len(noise), -1)) for v in (x, answers))
+        seen.append((x[:, 0].clone(), (each[:, 0], each[:, 1:])))
+        return answers
+    model.base.predict = watched
     drawn = compose(model, dict(zip(texts, scales)), noise=noise, steps=steps, scheduler=official_ddim(model.base), callback=lambda state: after.append(state["x"].clone()))
     yield "latents_before", torch.stack([x for x, _ in seen]), CHAIN
     yield "latents_after", torch.stack(after), CHAIN
@@ -392,7 +396,7 @@ def test_official_files_are_read_and_written(golden, tmp_path):
     assert torch.equal(read_rows, rows) and torch.equal(read_weights, weights)
     model = load_official_concepts(folder, r.pipeline, image_size=32)
     assert torch.equal(model.codes, rows) and torch.equal(model.weights(), weights)
-    save(model, tmp_path, official=True)
+    save_concepts(model, tmp_path, official=True)
     for name in ("learned_embeds.bin", "weights.bin"):
         ours, theirs = (torch.load(f / name, weights_only=True) for f in (tmp_path, folder))
         assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
@@ -404,7 +408,7 @@ def test_diffusers_reads_our_words(golden, tmp_path):
     from diffusers import StableDiffusionPipeline
     r = Recorded(golden("concept_discovery"))
     model = load_official_concepts(r.folder / "official_artifacts", r.pipeline, image_size=32)
-    save(model, tmp_path)
+    save_concepts(model, tmp_path)
     pipe = StableDiffusionPipeline.from_pretrained(r.pipeline, safety_checker=None)
     for token in model.tokens: pipe.load_textual_inversion(tmp_path / "words" / f"{token.strip('<>')}.safetensors")
     text = r.json("compose_ddim")["prompts"][1]
