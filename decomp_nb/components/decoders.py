@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .slots import coordinate_grid, position_projection
 
 # %% auto #0
-__all__ = ['log_weights', 'mix_layers', 'BroadcastDecoder', 'MultiHeadAttention', 'DecoderBlock', 'AutoregressiveDecoder',
-           'sample_token']
+__all__ = ['log_weights', 'mix_layers', 'BroadcastDecoder', 'MultiHeadAttention', 'DecoderBlock', 'TokenTransformer',
+           'sample_token', 'AutoregressiveDecoder']
 
 # %% ../../nbs/components/decoders.ipynb #mixture-export
 def log_weights(weights: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def mix_layers(
 
 # %% ../../nbs/components/decoders.ipynb #broadcast-export
 class BroadcastDecoder(nn.Module):
-    "Spatial broadcast decoder (Watters et al. 2019; Slot Attention): every slot alone becomes colours and a mask's logit"
+    "Spatial broadcast decoder (Watters et al. 2019): every slot alone becomes colours and a mask's logit"
 
     def __init__(
         self,
@@ -110,9 +110,9 @@ class MultiHeadAttention(nn.Module):
 class DecoderBlock(nn.Module):
     "Read the tokens so far, read the slots, then an MLP: each behind a layer norm and added to the input"
 
-    def __init__(self, dim: int, n_heads: int, dropout: float = 0.0, gain: float = 1.0, *, first: bool = False):
+    def __init__(self, dim: int, n_heads: int, dropout: float = 0.0, gain: float = 1.0):
         super().__init__()
-        self.first = first  # the first block's residual starts behind the norm (SLATE)
+        self.first = False  # True: the residual starts behind the norm (first block of SLATE)
         self.norm_self = nn.LayerNorm(dim)
         self.norm_slots = nn.LayerNorm(dim)
         self.norm_mlp = nn.LayerNorm(dim)
@@ -145,8 +145,8 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 # %% ../../nbs/components/decoders.ipynb #writer-export
-class AutoregressiveDecoder(nn.Module):
-    "Autoregressive transformer decoder of SLATE: slots → `length` tokens"
+class TokenTransformer(nn.Module):
+    "Transformer decoder of SLATE in training: logits of `length` tokens, each from the slots and the tokens before it"
 
     def __init__(
         self,
@@ -168,22 +168,21 @@ class AutoregressiveDecoder(nn.Module):
         nn.init.xavier_uniform_(self.read_slots.weight)
         nn.init.zeros_(self.read_slots.bias)
         gain = (3 * n_layers) ** -0.5
-        blocks = [DecoderBlock(dim, n_heads, dropout, gain, first=i == 0) for i in range(n_layers)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(DecoderBlock(dim, n_heads, dropout, gain) for _ in range(n_layers))
+        self.blocks[0].first = True
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary, bias=False)
         nn.init.xavier_uniform_(self.head.weight)
 
     def _slots(self, slots: Tensor, weights: Tensor | None) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        "Keys and values of the slots for every block, and log-weights as logits"
         read = self.read_slots(slots)
         bias = None if weights is None else log_weights(weights.to(read))[:, None, None]
         return [block.over_slots.keys_and_values(read) for block in self.blocks], bias
 
     def forward(self, tokens: Tensor, slots: Tensor, weights: Tensor | None = None) -> Tensor:
-        "Teacher forcing: true tokens `(b,n)` → logits `(b,n,V)`, those of token i from the tokens before it"
+        "Teacher forcing: true tokens `(b,n)`, slots `(b,k,d)` and their weights `(b,k)` → logits `(b,n,V)`"
         if tokens.shape[1] != self.length:
-            raise ValueError(f"{tokens.shape[1]} tokens per picture, but the decoder was built for {self.length}")
+            raise ValueError(f"{tokens.shape[1]} tokens per picture: the decoder was built for {self.length}")
         begin = torch.full_like(tokens[:, :1], self.vocabulary)
         x = self.words(torch.cat([begin, tokens[:, :-1]], 1)) + self.places
         x = F.dropout(x, self.dropout, self.training)
@@ -192,42 +191,47 @@ class AutoregressiveDecoder(nn.Module):
             x = block(x, slot, bias)
         return self.head(self.norm(x))
 
-    @torch.no_grad()
-    def generate(
-        self,
-        slots: Tensor,  # `(b,k,d)`
-        weights: Tensor | None = None,  # `(b,k)`
-        *,
-        temperature: float = 0.0,  # 0: always the likeliest token (SLATE); 1: sample from the model's distribution
-        top_k: int = 0,  # sample among the k likeliest tokens only; 0: all
-        generator: torch.Generator | None = None,
-        prefix: Tensor | None = None,  # `(b,m)`: the first tokens are given
-        return_logits: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        "Token after token: `(b,n)`, and the logits `(b,n,V)`; keys and values are kept, so a step reads one new token"
-        read, bias = self._slots(slots, weights)
-        b, heads, _, head_dim = read[0][0].shape
-        caches = [slots.new_empty(2, b, heads, self.length, head_dim) for _ in self.blocks]
-        tokens = torch.full((b, self.length + 1), self.vocabulary, device=slots.device)  # the first means: begin
-        given = 0 if prefix is None else prefix.shape[1]
-        all_logits = []
-        for i in range(self.length):
-            x = self.words(tokens[:, i:i + 1]) + self.places[:, i:i + 1]
-            for block, slot, cache in zip(self.blocks, read, caches):
-                x = block(x, slot, bias, cache, i)
-            logits = self.head(self.norm(x))[:, 0]
-            tokens[:, i + 1] = prefix[:, i] if i < given else sample_token(logits, temperature, top_k, generator)
-            all_logits.append(logits)
-        return (tokens[:, 1:], torch.stack(all_logits, 1)) if return_logits else tokens[:, 1:]
-
-
+# %% ../../nbs/components/decoders.ipynb #sample-export
 def sample_token(
-    logits: Tensor, temperature: float = 0.0, top_k: int = 0, generator: torch.Generator | None = None
+    logits: Tensor,  # `(b,V)`
+    temperature: float = 0.0,  # 0: the likeliest token; 1: sample from the model's distribution
+    top_k: int = 0,  # sample among the k likeliest tokens only; 0: all
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    "One token `(b,)` from logits `(b,V)`; arguments as of `AutoregressiveDecoder.generate`"
+    "One token for each row of logits: `(b,)`"
     if temperature <= 0:
         return logits.argmax(-1)
     if top_k:
         least = logits.topk(top_k, -1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+class AutoregressiveDecoder(TokenTransformer):
+    "Autoregressive transformer decoder of SLATE: slots → `length` tokens"
+
+    @torch.no_grad()
+    def generate(
+        self,
+        slots: Tensor,  # `(b,k,d)`
+        weights: Tensor | None = None,  # `(b,k)`; 0: the slot is not there
+        *,
+        prefix: Tensor | None = None,  # `(b,m)`: the first tokens are given
+        return_logits: bool = False,
+        **sampling,  # temperature, top_k and generator of `sample_token`; by default the likeliest token (SLATE)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        "Token after token: `(b,n)`, with `return_logits` also the logits `(b,n,V)`"
+        read, bias = self._slots(slots, weights)
+        b, heads, _, head_dim = read[0][0].shape
+        caches = [slots.new_empty(2, b, heads, self.length, head_dim) for _ in self.blocks]
+        tokens = torch.full((b, self.length + 1), self.vocabulary, device=slots.device)  # the first means: begin
+        all_logits = []
+        for i in range(self.length):
+            x = self.words(tokens[:, i:i + 1]) + self.places[:, i:i + 1]
+            for block, slot, cache in zip(self.blocks, read, caches):
+                x = block(x, slot, bias, cache, i)
+            logits = self.head(self.norm(x))[:, 0]
+            given = prefix is not None and i < prefix.shape[1]
+            tokens[:, i + 1] = prefix[:, i] if given else sample_token(logits, **sampling)
+            all_logits.append(logits)
+        return (tokens[:, 1:], torch.stack(all_logits, 1)) if return_logits else tokens[:, 1:]
