@@ -5,6 +5,8 @@
 # %% ../../nbs/components/decoders.ipynb #imports-export
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -45,7 +47,6 @@ class BroadcastDecoder(nn.Module):
         channels: tuple[int, ...] = (128, 128, 128, 128),  # one transposed convolution each
         start: int = 8,  # side of the grid that slots are copied to
         kernel: int = 5,
-        gain: float = 1.0,  # factor on their weights at the start; about 2.5 keeps slots from fading (short trainings)
     ):
         super().__init__()
         doublings = max(image_size // start, 1).bit_length() - 1
@@ -59,12 +60,9 @@ class BroadcastDecoder(nn.Module):
         layers = []
         for i, (before, width) in enumerate(zip([slot_dim, *channels], channels)):
             stride = 2 if i < doublings else 1
-            enlarge = nn.ConvTranspose2d(before, width, kernel, stride, kernel // 2, output_padding=stride - 1)
-            layers += [enlarge, nn.ReLU()]
+            layers.append(nn.ConvTranspose2d(before, width, kernel, stride, kernel // 2, output_padding=stride - 1))
+            layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 4, 1))
-        with torch.no_grad():
-            for layer in layers[::2]:
-                layer.weight.mul_(gain)
 
     def forward(self, slots: Tensor) -> Tensor:
         "`(b,k,d)` → layers `(b,k,4,h,w)` for `mix_layers`"
@@ -218,7 +216,7 @@ class AutoregressiveDecoder(TokenTransformer):
         *,
         prefix: Tensor | None = None,  # `(b,m)`: the first tokens are given
         return_logits: bool = False,
-        **sampling,  # temperature, top_k and generator of `sample_token`; by default the likeliest token (SLATE)
+        **sampling: Any,  # temperature, top_k and generator of `sample_token`; by default the likeliest token (SLATE)
     ) -> Tensor | tuple[Tensor, Tensor]:
         "Token after token: `(b,n)`, with `return_logits` also the logits `(b,n,V)`"
         read, bias = self._slots(slots, weights)

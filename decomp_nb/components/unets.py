@@ -18,10 +18,10 @@ from .slots import coordinate_grid, position_projection
 
 # %% auto #0
 __all__ = ['POSITIONS', 'RESAMPLE_BLOCKS', 'VECTOR_UNET', 'check_halvings', 'check_groups', 'check_choice', 'build_with',
-           'sincos_table', 'resize_table', 'QuickAttention', 'PositionAttention', 'attention_layers', 'feature_sizes',
-           'note_size', 'add_positions', 'denoiser_config', 'slot_denoiser', 'sharpen_attention', 'load_unet',
-           'check_attention', 'plain_unet', 'zero_start', 'TimeConcat', 'n_coordinate_channels', 'coordinate_channels',
-           'vector_denoiser', 'call_vector_unet', 'latent_unet', 'UNetFeatures', 'unet_down', 'unet_up']
+           'sincos_table', 'resize_table', 'QuickAttention', 'PositionAttention', 'attention_layers', 'note_size',
+           'add_positions', 'denoiser_config', 'slot_denoiser', 'sharpen_attention', 'load_unet', 'check_attention',
+           'plain_unet', 'zero_start', 'TimeConcat', 'n_coordinate_channels', 'coordinate_channels', 'vector_denoiser',
+           'call_vector_unet', 'latent_unet', 'UNetFeatures', 'unet_down', 'unet_up']
 
 # %% ../../nbs/components/unets.ipynb #check-export
 def check_halvings(size: int | tuple[int, int], levels: int, what: str = "resolution") -> None:
@@ -151,23 +151,6 @@ def attention_layers(unet: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in unet.named_modules() if name.endswith((".attn1", ".attn2"))}
 
 
-def feature_sizes(unet: nn.Module) -> dict[str, tuple[int, int]]:
-    "Height and width of the feature map of every attention layer, from `sample_size` halved once per level"
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    coarsest = len(unet.config.down_block_types) - 1
-    sizes = {}
-    for name in attention_layers(unet):
-        part, index = name.split(".")[:2]
-        level = coarsest
-        if part == "down_blocks":
-            level = int(index)
-        elif part == "up_blocks":
-            level = coarsest - int(index)
-        sizes[name] = (height // 2**level, width // 2**level)
-    return sizes
-
-
 def note_size(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
     "Hook of a Transformer block: write the height and width of the feature map into its processors"
     features = args[0] if args else kwargs["hidden_states"]
@@ -183,11 +166,16 @@ def add_positions(
     std: float | None = None,  # std of the start of the position weights; small: places are left to the slots at first
 ) -> nn.Module:
     "Give every attention layer of the UNet a `PositionAttention` processor; returns the UNet"
-    sizes = feature_sizes(unet)
-    for name, layer in attention_layers(unet).items():
-        layer.set_processor(PositionAttention(layer.query_dim, sizes[name], kind, std))
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    coarsest = len(unet.down_blocks) - 1
+    levels = [*range(coarsest + 1), *range(coarsest, -1, -1), coarsest]
+    for level, block in zip(levels, [*unet.down_blocks, *unet.up_blocks, unet.mid_block]):
+        for layer in attention_layers(block).values():
+            halved = (height // 2**level, width // 2**level)
+            layer.set_processor(PositionAttention(layer.query_dim, halved, kind, std))
     for module in unet.modules():
-        if hasattr(module, "transformer_blocks") and note_size not in module._forward_pre_hooks.values():
+        if hasattr(module, "transformer_blocks"):
             module.register_forward_pre_hook(note_size, with_kwargs=True)
     return unet
 
