@@ -20,7 +20,7 @@ from .slots import coordinate_grid, position_projection
 __all__ = ['POSITIONS', 'RESAMPLE_BLOCKS', 'VECTOR_UNET', 'check_halvings', 'check_groups', 'check_choice', 'build_with',
            'sincos_table', 'resize_table', 'QuickAttention', 'PositionAttention', 'attention_layers', 'note_size',
            'add_positions', 'denoiser_config', 'slot_denoiser', 'sharpen_attention', 'load_unet', 'check_attention',
-           'plain_unet', 'zero_start', 'TimeConcat', 'n_coordinate_channels', 'coordinate_channels', 'vector_denoiser',
+           'zero_start', 'plain_unet', 'TimeConcat', 'n_coordinate_channels', 'coordinate_channels', 'vector_denoiser',
            'call_vector_unet', 'latent_unet', 'UNetFeatures', 'unet_down', 'unet_up']
 
 # %% ../../nbs/components/unets.ipynb #check-export
@@ -238,22 +238,21 @@ def sharpen_attention(unet: nn.Module, gain: float = 3.0) -> nn.Module:
     return unet
 
 # %% ../../nbs/components/unets.ipynb #frozen-export
-def load_unet(name_or_folder: str, subfolder: str | None = "unet", **options: Any) -> nn.Module:
-    "UNet of a text-to-image model, frozen and in eval mode; `options` of diffusers' `from_pretrained`"
+def load_unet(name_or_folder: str) -> nn.Module:
+    "UNet of a text-to-image model, by hub name or folder of its pipeline; frozen and in eval mode"
     from diffusers import UNet2DConditionModel
     try:
-        config = UNet2DConditionModel.load_config(name_or_folder, subfolder=subfolder)
+        config = UNet2DConditionModel.load_config(name_or_folder, subfolder="unet")
     except OSError as error:
         raise FileNotFoundError(
-            f"no UNet at {name_or_folder!r} (subfolder {subfolder!r}): "
-            "give a hub name or a folder that holds config.json"
+            f"no UNet at {name_or_folder!r}: give a hub name, or a folder that holds unet/config.json"
         ) from error
     if config.get("pos_type") or config.get("_class_name") == "UNet2DConditionModelWithPos":
         raise ValueError(
             f"{name_or_folder!r} is an official LSD denoiser; a plain UNet would lose its position weights: "
             "use decomp_nb.load_official_lsd"
         )
-    unet = UNet2DConditionModel.from_pretrained(name_or_folder, subfolder=subfolder, **options)
+    unet = UNet2DConditionModel.from_pretrained(name_or_folder, subfolder="unet")
     return unet.requires_grad_(False).eval()
 
 # %% ../../nbs/components/unets.ipynb #plain-export
@@ -274,6 +273,24 @@ def check_attention(channels: list[int], attention_levels: list[int], head_dim: 
             if c % (n or head_dim):
                 option = f"n_heads={n}" if n else f"head_dim={head_dim}"
                 raise ValueError(f"attention over {c} channels cannot have {option}: give a divisor")
+
+
+
+def _set_heads(unet: nn.Module, down: int, up: int) -> None:
+    for name, layer in unet.named_modules():
+        if hasattr(layer, "to_q"):
+            layer.heads = up if name.startswith("up_blocks") else down
+            layer.scale = (layer.to_q.out_features // layer.heads) ** -0.5
+
+
+@torch.no_grad()
+def zero_start(unet: nn.Module) -> None:
+    "Residual blocks and attention begin as the identity, and the answer as 0"
+    last = [module.conv2 for module in unet.modules() if hasattr(module, "conv2")]
+    last += [module.to_out[0] for module in unet.modules() if hasattr(module, "to_out")]
+    for layer in [*last, unet.conv_out]:
+        layer.weight.zero_()
+        layer.bias.zero_()
 
 # %% ../../nbs/components/unets.ipynb #plain-unet-export
 def plain_unet(
@@ -320,23 +337,6 @@ def plain_unet(
         _set_heads(unet, n_heads, n_heads_up or n_heads)
     zero_start(unet)
     return unet
-
-# %% ../../nbs/components/unets.ipynb #plain-parts-export
-def _set_heads(unet: nn.Module, down: int, up: int) -> None:
-    for name, layer in unet.named_modules():
-        if hasattr(layer, "to_q"):
-            layer.heads = up if name.startswith("up_blocks") else down
-            layer.scale = (layer.to_q.out_features // layer.heads) ** -0.5
-
-
-@torch.no_grad()
-def zero_start(unet: nn.Module) -> None:
-    "Residual blocks and attention begin as the identity, and the answer as 0"
-    last = [module.conv2 for module in unet.modules() if hasattr(module, "conv2")]
-    last += [module.to_out[0] for module in unet.modules() if hasattr(module, "to_out")]
-    for layer in [*last, unet.conv_out]:
-        layer.weight.zero_()
-        layer.bias.zero_()
 
 # %% ../../nbs/components/unets.ipynb #time-export
 class TimeConcat(nn.Module):

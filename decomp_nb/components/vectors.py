@@ -14,7 +14,7 @@ from .encoders import BasicBlock
 from .unets import check_choice, coordinate_channels
 
 # %% auto #0
-__all__ = ['SpatialSoftmax', 'VectorEncoder']
+__all__ = ['SpatialSoftmax', 'convolutions_first', 'VectorEncoder']
 
 # %% ../../nbs/components/vectors.ipynb #places-export
 class SpatialSoftmax(nn.Module):
@@ -57,8 +57,8 @@ class SpatialSoftmax(nn.Module):
         return self.to_vector(read.to(x.dtype))[..., 0]
 
 # %% ../../nbs/components/vectors.ipynb #order-export
-def _convolutions_first(block: BasicBlock) -> BasicBlock:
-    "Parameters in the order that optimizer states of earlier checkpoints of Decomp Diffusion have"
+def convolutions_first(block: BasicBlock) -> BasicBlock:
+    "The same block with its parameters in the order that optimizer states of Decomp Diffusion are stored in"
     for name in ("norm1", "norm2"):
         block._modules[name] = block._modules.pop(name)
     return block
@@ -81,28 +81,27 @@ class VectorEncoder(nn.Module):
         maps: int = 10,  # of the spatial softmax, in each group
     ):
         super().__init__()
-        most = max(image_size.bit_length() - 1, 1)
         if levels < 1 or image_size < 2**levels:
-            raise ValueError(f"levels={levels}: give 1 to {most} halvings for pictures of {image_size} pixels")
+            raise ValueError(f"levels={levels}: pictures of {image_size} pixels are halved at least once, to 1 pixel at most")
         check_choice("end", end, ("none", "relu"))
         check_choice("readout", readout, ("flatten", "spatial_softmax"))
         self.image_size, self.out_dim, self.end = image_size, out_dim, end
         channels = [width * 2**i for i in range(levels + 1)]
         self.first = nn.Conv2d(3, width, 3, padding=1)
-        self.blocks = nn.ModuleList(_convolutions_first(BasicBlock(c, c, norm=norm, groups=8)) for c in channels[:-1])
+        self.blocks = nn.ModuleList(convolutions_first(BasicBlock(c, c, norm=norm, groups=8)) for c in channels[:-1])
         self.halve = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in channels[:-1])
+        side = -(-image_size // 2**levels)  # a strided convolution rounds up
         if readout == "flatten":
-            side = -(-image_size // 2**levels)  # a strided convolution rounds up
             self.last = nn.Linear(channels[-1] * side**2, out_dim)
         else:
             self.last = SpatialSoftmax(channels[-1], out_dim, groups=groups, maps=maps)
 
     def forward(self, images: Tensor) -> Tensor:
         "`(b, 3, image_size, image_size)` in [−1, 1] → `(b, out_dim)`"
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            shape = tuple(images.shape[1:])
-            raise ValueError(f"images of shape {shape}, not {expected}: resize them, or change image_size")
+        side = self.image_size
+        if images.shape[1:] != (3, side, side):
+            shape = tuple(images.shape)
+            raise ValueError(f"images {shape} for an encoder built for (b, 3, {side}, {side}): resize one of them")
         x = F.relu(self.first(images))
         for block, halve in zip(self.blocks, self.halve):
             x = F.relu(halve(block(x)))
