@@ -29,7 +29,8 @@ def mix_layers(
     weights: Tensor | None = None,  # `(b,k)` of the slots; 0: the layer is not there
 ) -> tuple[Tensor, Tensor, Tensor]:
     "The picture `(b,3,h,w)`, the colours `(b,k,3,h,w)` and the masks `(b,k,h,w)`, which sum to 1 over k"
-    colours, mask_logits = layers[:, :, :3], layers[:, :, 3]
+    colours = layers[:, :, :3]
+    mask_logits = layers[:, :, 3]
     if weights is not None:
         mask_logits = mask_logits + log_weights(weights.to(mask_logits))[..., None, None]
     masks = mask_logits.softmax(1)
@@ -55,13 +56,13 @@ class BroadcastDecoder(nn.Module):
                 f"image_size={image_size} is not start={start} doubled at most {len(channels)} times, "
                 "once per entry of channels"
             )
-        self.slot_dim, self.image_size, self.start = slot_dim, image_size, start
+        self.start = start
         self.position = position_projection(slot_dim)
         layers = []
         for i, (before, width) in enumerate(zip([slot_dim, *channels], channels)):
             stride = 2 if i < doublings else 1
-            layers.append(nn.ConvTranspose2d(before, width, kernel, stride, kernel // 2, output_padding=stride - 1))
-            layers.append(nn.ReLU())
+            layer = nn.ConvTranspose2d(before, width, kernel, stride, kernel // 2, output_padding=stride - 1)
+            layers += [layer, nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 4, 1))
 
     def forward(self, slots: Tensor) -> Tensor:
@@ -115,7 +116,12 @@ class DecoderBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(dim)
         self.over_words = MultiHeadAttention(dim, n_heads, dropout, gain)
         self.over_slots = MultiHeadAttention(dim, n_heads, dropout, gain)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim),
+            nn.ReLU(),
+            nn.Linear(4 * dim, dim),
+            nn.Dropout(dropout),
+        )
         nn.init.xavier_uniform_(self.mlp[0].weight)
         nn.init.xavier_uniform_(self.mlp[2].weight, gain=gain)
         nn.init.zeros_(self.mlp[0].bias)
@@ -157,7 +163,9 @@ class TokenTransformer(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        self.vocabulary, self.length, self.dropout = vocabulary, length, dropout
+        self.vocabulary = vocabulary
+        self.length = length
+        self.dropout = dropout
         self.read_slots = nn.Linear(slot_dim, dim)
         self.words = nn.Embedding(vocabulary + 1, dim)  # the last token means: begin
         self.places = nn.Parameter(torch.empty(1, length, dim))

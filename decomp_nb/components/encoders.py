@@ -38,7 +38,7 @@ class FeatureEncoder(nn.Module):
     def __init__(self, image_size: int, stride: int, out_channels: int):
         super().__init__()
         if image_size % stride:
-            raise ValueError(f"image_size={image_size} is no multiple of stride={stride}")
+            raise ValueError(f"pictures of {image_size} pixels are no multiple of the encoder's stride {stride}")
         self.image_size = image_size
         self.stride = stride
         self.out_channels = out_channels
@@ -285,7 +285,7 @@ def read_transformer_config(name_or_folder: str) -> Any:
     from transformers import AutoConfig
     try:
         return AutoConfig.from_pretrained(name_or_folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no vision transformer at {name_or_folder!r}: give a local folder that holds config.json, "
             "or a hub name that is reachable or cached"

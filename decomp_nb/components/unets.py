@@ -86,7 +86,8 @@ class QuickAttention:
 
     def __init__(self):
         from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-        self.plain, self.fused = AttnProcessor(), AttnProcessor2_0()
+        self.plain = AttnProcessor()
+        self.fused = AttnProcessor2_0()
 
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **options
@@ -140,9 +141,9 @@ class PositionAttention(nn.Module):
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
     ) -> Tensor:
         "Called by diffusers' `Attention` with tokens `(b, n, dim)`"
-        n, (height, width) = hidden_states.shape[1], self.size
-        if n != height * width:
-            raise ValueError(f"{n} tokens do not fill a feature map of {height}×{width}")
+        height, width = self.size
+        if hidden_states.shape[1] != height * width:
+            raise ValueError(f"{hidden_states.shape[1]} tokens do not fill a feature map of {height}×{width}")
         return self.attend(attn, hidden_states + self.positions(), encoder_hidden_states, attention_mask, temb)
 
 # %% ../../nbs/components/unets.ipynb #layers-export

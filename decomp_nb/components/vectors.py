@@ -82,13 +82,15 @@ class VectorEncoder(nn.Module):
     ):
         super().__init__()
         if levels < 1 or image_size < 2**levels:
-            raise ValueError(f"levels={levels}: pictures of {image_size} pixels are halved at least once, to 1 pixel at most")
+            raise ValueError(f"levels={levels}: halve pictures of {image_size} pixels at least once, at most to 1 pixel")
         check_choice("end", end, ("none", "relu"))
         check_choice("readout", readout, ("flatten", "spatial_softmax"))
-        self.image_size, self.out_dim, self.end = image_size, out_dim, end
+        self.image_size = image_size
+        self.end = end
         channels = [width * 2**i for i in range(levels + 1)]
         self.first = nn.Conv2d(3, width, 3, padding=1)
-        self.blocks = nn.ModuleList(convolutions_first(BasicBlock(c, c, norm=norm, groups=8)) for c in channels[:-1])
+        blocks = [BasicBlock(c, c, norm=norm, groups=8) for c in channels[:-1]]
+        self.blocks = nn.ModuleList(map(convolutions_first, blocks))
         self.halve = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in channels[:-1])
         side = -(-image_size // 2**levels)  # a strided convolution rounds up
         if readout == "flatten":
