@@ -29,7 +29,8 @@ def check_image(images: Tensor, stride: int) -> None:
         raise ValueError(f"images have shape {tuple(images.shape)}, expected (batch, 3, height, width)")
     height, width = images.shape[-2:]
     if height % stride or width % stride:
-        raise ValueError(f"image of {height}×{width} is no multiple of the encoder's stride {stride}: resize it")
+        misfit = "smaller than" if min(height, width) < stride else "no multiple of"
+        raise ValueError(f"image of {height}×{width} is {misfit} the encoder's stride {stride}: resize it")
 
 
 class FeatureEncoder(nn.Module):
