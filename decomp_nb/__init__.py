@@ -105,17 +105,17 @@ _moved = {
         "viz.attribution": "trace=record_attention listening_layers=text_layers",
     },
     "components.vectors": {
-        "components.encoders": "normalisation ShortcutBlock=BasicBlock SpatialSoftmax VectorEncoder",
+        "components.encoders": "normalisation",
         "components.unets": "TimeBeside=TimeConcat vector_denoiser place_channels=n_coordinate_channels "
                             "where=coordinate_channels denoise_with=call_vector_unet start_at_zero=zero_start build_with",
     },
     "components.denoisers": {
         "components.unets": "POSITIONS sincos_table QuickAttention PositionAttention resize_table attention_layers "
-                            "feature_sizes note_size add_positions denoiser_config check_halvings check_options "
+                            "note_size add_positions denoiser_config check_halvings "
                             "slot_denoiser sharpen_attention load_unet",
     },
     "components.latent_diffusion": {
-        "components.unets": "latent_unet Look=UNetFeatures look=unet_down climb=unet_up",
+        "components.unets": "Look=UNetFeatures look=unet_down climb=unet_up",
     },
     "components.decoders": {
         "components.decoders": "Heads=MultiHeadAttention WriterBlock=DecoderBlock TokenWriter=AutoregressiveDecoder",
