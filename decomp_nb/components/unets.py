@@ -171,7 +171,8 @@ def add_positions(
     height, width = (size, size) if isinstance(size, int) else size
     coarsest = len(unet.down_blocks) - 1
     levels = [*range(coarsest + 1), *range(coarsest, -1, -1), coarsest]
-    for level, block in zip(levels, [*unet.down_blocks, *unet.up_blocks, unet.mid_block]):
+    middle = unet.mid_block or nn.Identity()  # a UNet may have none
+    for level, block in zip(levels, [*unet.down_blocks, *unet.up_blocks, middle]):
         for layer in attention_layers(block).values():
             halved = (height // 2**level, width // 2**level)
             layer.set_processor(PositionAttention(layer.query_dim, halved, kind, std))
