@@ -160,6 +160,7 @@ _moved = {
     "components.latent_diffusion": {
         "components.samplers": "OfficialDDIM=DDIM latent_sampler",
         "components.latents": "paint=decode_latents",
+        "components.unets": "Look=UNetFeatures look=unet_down climb=unet_up",
     },
     "methods.concepts": {
         "methods.concept_drawing": "recipe_factors compose edit portraits=concept_samples",
@@ -169,6 +170,24 @@ _moved = {
         "methods.concept_start": "medoids begin_at_pictures=init_from_images",
         "official.concepts": "read_official load_official_concepts save=save_concepts official_arguments "
                              "official_plan official_ddim published_folders",
+    },
+    "components.vectors": {
+        "components.encoders": "normalisation",
+        "components.unets": "TimeBeside=TimeConcat vector_denoiser place_channels=n_coordinate_channels "
+                            "where=coordinate_channels denoise_with=call_vector_unet "
+                            "start_at_zero=zero_start build_with",
+    },
+    "components.denoisers": {
+        "components.unets": "POSITIONS sincos_table QuickAttention PositionAttention resize_table "
+                            "attention_layers note_size add_positions denoiser_config check_halvings "
+                            "slot_denoiser sharpen_attention load_unet",
+    },
+    "components.decoders": {
+        "components.decoders": "Heads=MultiHeadAttention WriterBlock=DecoderBlock "
+                               "TokenWriter=AutoregressiveDecoder",
+    },
+    "components.encoders": {
+        "components.text": "quiet_loading=quiet",
     },
     "metrics.generation": {
         "components.lpips": "VGGMaps=VGGFeatures load_lpips",

@@ -19,8 +19,9 @@ def foundation(size: str):
     "A random pipeline in Stable Diffusion's layout"
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from decomp_nb.components.autoencoders import small_vae
+    from decomp_nb.components.latents import KLLatents
     from decomp_nb.components.pipelines import StableDiffusion
-    from decomp_nb.components.latents import KLLatents, small_vae
     from decomp_nb.components.text_to_image import clip_tokenizer, text_unet
     s = SIZES[size]
     torch.manual_seed(0)

@@ -56,8 +56,8 @@ def train_step(
 @torch.no_grad()
 def official_picture(model, images, noise, steps: int = 50):
     "Components and reconstruction as the official script draws them: picture by picture, run by run; latents `(b,k+1,c,h,w)`"
-    from decomp_nb.core import sample
-    from decomp_nb.methods.decomp_diffusion import decomp_sampler
+    from decomp_nb.components.ddim import decomp_sampler
+    from decomp_nb.decomposer import sample
     ddim, rows = decomp_sampler("ddim", model.scheduler), []
     for image, start in zip(images.split(1), noise.split(1)):
         factors = model.encode(image)
@@ -74,7 +74,7 @@ def picture(
     sdpa: bool = False, one_run: bool = False, bf16: bool = False, channels_last: bool = False, solver_steps: int = 0,
 ):
     "A decomposition picture: run by run, or all components and the reconstruction in `one_run`; `solver_steps` > 0: DPM-Solver++ with so many steps"
-    from decomp_nb.methods.decomp_diffusion import decomp_sampler
+    from decomp_nb.components.ddim import decomp_sampler
     model = build(preset, sdpa).eval()
     if channels_last: model.to(memory_format=torch.channels_last)
     images = torch.rand(batch_size, 3, model.config.image_size, model.config.image_size) * 2 - 1

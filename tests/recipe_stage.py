@@ -37,12 +37,12 @@ from decomp_nb.components.text_to_image import TextToImage, clip_tokenizer
 from decomp_nb.data.class_folders import NumberedPictures
 from decomp_nb.data.factors import Shapes3D
 from decomp_nb.methods import disdiff
-from decomp_nb.methods.concepts import published_folders
+from decomp_nb.official.concepts import published_folders
 from decomp_nb.training.config import resolve_out_dir
+from decomp_nb.training.engine import read_losses
 from decomp_nb.training.launch import make_parser, take_parameters
 from decomp_nb.training.parameters import check_values, gather_values, parameters
 from decomp_nb.training.rehearsal import smaller
-from decomp_nb.training.engine import read_losses
 from decomp_nb.training.reporting import append_metrics
 from decomp_nb.training.run_directory import Run
 

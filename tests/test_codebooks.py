@@ -7,12 +7,12 @@ from torch import nn
 
 from decomp_nb.components import codebooks, decoders, samplers
 from decomp_nb.components.autoencoders import VQAutoencoder, vq_model
-from decomp_nb.components.lpips import PerceptualDistance, vgg_distance
 from decomp_nb.components.diffusion import make_scheduler
 from decomp_nb.components.dvae import DVAE
 from decomp_nb.components.latents import VQLatents, build_latents
-from decomp_nb.core import sample
+from decomp_nb.components.lpips import PerceptualDistance, vgg_distance
 from decomp_nb.data.cache import cache_latents
+from decomp_nb.decomposer import sample
 
 
 def tiny_vq(**options):

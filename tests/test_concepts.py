@@ -10,18 +10,18 @@ import yaml
 from test_runs import QUICK, execute
 from tiny_pipelines import tiny_foundation
 
+from decomp_nb.components.concept_penalties import penalty
+from decomp_nb.components.concept_weights import ScoreStatistics, elimination, solve_weights
 from decomp_nb.components.foundations import check_words, random_codes
 from decomp_nb.components.picture_memory import picture_memory
 from decomp_nb.components.pipelines import open_foundation
 from decomp_nb.components.text_to_image import clip_tokenizer
-from decomp_nb.core import Factors, load_decomposer
-from decomp_nb.data.class_folders import NumberedPictures, class_folders
-from decomp_nb.worlds.captioned import CaptionedScenes, concept_task, scene_words
-from decomp_nb.methods.concept_drawing import compose, edit
-from decomp_nb.components.concept_penalties import penalty
-from decomp_nb.methods.concept_start import init_from_images, medoids
-from decomp_nb.components.concept_weights import ScoreStatistics, elimination, solve_weights
 from decomp_nb.components.words import score_statistics
+from decomp_nb.data.class_folders import NumberedPictures, class_folders
+from decomp_nb.decomposer import load_decomposer
+from decomp_nb.factors import Factors
+from decomp_nb.methods.concept_drawing import compose, edit
+from decomp_nb.methods.concept_start import init_from_images, medoids
 from decomp_nb.methods.concepts import Concepts, concepts_preset, merge, select
 from decomp_nb.metrics import concepts as metrics
 from decomp_nb.official.concepts import load_official_concepts, save_concepts
@@ -29,6 +29,7 @@ from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.run_directory import Run
 from decomp_nb.training.trainer import Trainer
 from decomp_nb.viz.attribution import attribute
+from decomp_nb.worlds.captioned import CaptionedScenes, concept_task, scene_words
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 ROOT = Path(__file__).resolve().parents[1]

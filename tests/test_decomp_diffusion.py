@@ -13,7 +13,8 @@ from decomp_nb.components.diffusion import signal_and_noise
 from decomp_nb.components.recombination import decode_across, keep_mask, swap_across
 from decomp_nb.components.text import tiny_pipeline
 from decomp_nb.components.vectors import SpatialSoftmax
-from decomp_nb.core import Factors, recombine, sample
+from decomp_nb.decomposer import sample
+from decomp_nb.factors import Factors, recombine
 from decomp_nb.methods.decomp_diffusion import DecompDiffusion, decomp_diffusion_preset, orthogonality
 from decomp_nb.metrics.separation import object_shares, recombination_accuracy, separation
 from decomp_nb.training.run_directory import Run

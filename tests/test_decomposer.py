@@ -4,8 +4,9 @@ import copy
 import pytest
 import torch
 
-from decomp_nb.components.codebooks import VQLatents, vq_model
+from decomp_nb.components.autoencoders import vq_model
 from decomp_nb.components.latent_diffusion import LatentDiffusion
+from decomp_nb.components.latents import VQLatents
 from decomp_nb.decomposer import Decomposer, Frozen, fingerprint, load_decomposer, sample, shipped
 from decomp_nb.factors import Factors
 from decomp_nb.methods.decomp_diffusion import DecompDiffusion, decomp_diffusion_preset

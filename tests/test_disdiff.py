@@ -6,14 +6,24 @@ import math
 import pytest
 import torch
 
-from decomp_nb.components.adversarial import AdversarialAutoencoder, PatchDiscriminator, adaptive_weight, kl_model
+from decomp_nb.components.adversarial import AdversarialAutoencoder, PatchDiscriminator, adaptive_weight
+from decomp_nb.components.autoencoders import kl_model, vq_model
 from decomp_nb.components.code_model import FactorEncoder
-from decomp_nb.components.codebooks import VQLatents, vq_model
-from decomp_nb.components.codes import CircularCodes, circular_kl, code_arc, code_line, edges, independent_circles
-from decomp_nb.components.latent_diffusion import LatentDiffusion, OfficialDDIM, climb, latent_sampler, look, mark_of, paint
-from decomp_nb.components.latents import KLLatents
-from decomp_nb.core import Factors, load_decomposer
+from decomp_nb.components.codes import (
+    CircularCodes,
+    circular_kl,
+    code_arc,
+    code_line,
+    edges,
+    independent_circles,
+)
+from decomp_nb.components.latent_diffusion import LatentDiffusion, mark_of
+from decomp_nb.components.latents import KLLatents, VQLatents, decode_latents
+from decomp_nb.components.samplers import DDIM, latent_sampler
 from decomp_nb.components.shift_decoder import FactorNames, TwoConditions
+from decomp_nb.components.unets import unet_down, unet_up
+from decomp_nb.decomposer import load_decomposer
+from decomp_nb.factors import Factors
 from decomp_nb.methods.disdiff import DisDiff, disdiff_preset, disentangling_logits
 from decomp_nb.methods.encdiff import EncDiff, encdiff_preset
 from decomp_nb.training.record import check_model
@@ -147,9 +157,9 @@ def test_the_target_of_the_variant_part_gets_no_gradient():
     model = disdiff(dis_weight=1.0)
     b, codes = batch(), torch.randn(4, 3, 4, requires_grad=True)
     x_t, t = b["noise"], b["timesteps"]
-    seen = look(model.base.denoiser, x_t, t)
+    seen = unet_down(model.base.denoiser, x_t, t)
     one = model.fields(seen, codes, torch.arange(3))[torch.arange(4), b["chosen"]]
-    model.disentangling(x_t, t, climb(model.base.denoiser, seen), one, codes, b["chosen"])["disentangling"].sum().backward()
+    model.disentangling(x_t, t, unet_up(model.base.denoiser, seen), one, codes, b["chosen"])["disentangling"].sum().backward()
     touched = codes.grad.abs().sum(-1) > 0
     assert torch.equal(touched, torch.nn.functional.one_hot(b["chosen"], 3).bool())
 
@@ -205,7 +215,7 @@ def test_dead_factors_show():
 
 def test_official_steps_and_noise():
     model = disdiff()
-    ddim = OfficialDDIM(model.scheduler, eta=1.0)
+    ddim = DDIM(model.scheduler, eta=1.0)
     ddim.set_timesteps(300)
     assert len(ddim.timesteps) == 334 and ddim.timesteps[-1] == 1
     with pytest.raises(ValueError, match="steps=0"): ddim.set_timesteps(0)
@@ -371,7 +381,7 @@ def test_an_adopted_encoder_stays_as_it_is():
     out["loss"].backward()
     assert out["disentangling"].mean() > 0 and all(p.grad is None for p in model.encoder.parameters()) and any(p.grad is not None and p.grad.any() for p in model.fields.parameters())
     torch.testing.assert_close(model.train().encode(x).codes, giver.encode(x).codes)  # and its running means are not touched
-    torch.testing.assert_close(model.reencode(model.latents.encode(x))[1], model.encode(paint(model.latents, model.latents.encode(x))).codes)
+    torch.testing.assert_close(model.reencode(model.latents.encode(x))[1], model.encode(decode_latents(model.latents, model.latents.encode(x))).codes)
     with pytest.raises(ValueError, match="another one: n_factors is 3 there and 4 here"): disdiff(**kind | {"n_factors": 4}).adopt_encoder(giver)
 
 
@@ -482,7 +492,7 @@ def test_the_weight_is_bounded():
 def test_paint_passes_gradients():
     for kind in ("vq", "kl"):
         z = torch.randn(1, 3, 8, 8, requires_grad=True)
-        paint(space(kind), z).sum().backward()
+        decode_latents(space(kind), z).sum().backward()
         assert z.grad.abs().sum() > 0
 
 

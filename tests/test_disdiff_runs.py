@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_runs import QUICK, execute
 
-from decomp_nb.components.codebooks import VQLatents, build_space
 from decomp_nb.components.latent_diffusion import LatentDiffusion
+from decomp_nb.components.latents import VQLatents, build_latents
 from decomp_nb.methods.disdiff import DisDiff
 from decomp_nb.training.run_directory import Run
 
@@ -26,7 +26,7 @@ def stages(tmp_path_factory):
 
 def test_each_stage_leaves_what_the_next_one_needs(stages):
     ae, ldm, dis = (Run(stages / name) for name in ("ae", "ldm", "dis"))
-    assert isinstance(build_space(str(ae.path)), VQLatents) and {"lr/autoencoder", "lr/discriminator"} <= set(ae.metrics("train")[-1])
+    assert isinstance(build_latents(str(ae.path)), VQLatents) and {"lr/autoencoder", "lr/discriminator"} <= set(ae.metrics("train")[-1])
     assert isinstance(ldm.model(), LatentDiffusion) and "noise_error" in json.loads((ldm.path / "scores.json").read_text())
     assert set(json.loads((dis.path / "scores.json").read_text())) == {"DisDiff", "untrained", "PCA", "PCA of the latents"}
     assert dis.curve("eval/factor_vae")[0] == [2, 4] and {"variant_hits", "invariant_hits", "denoising"} <= set(dis.metrics("train")[-1])

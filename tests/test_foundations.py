@@ -10,7 +10,7 @@ from decomp_nb.components.foundations import codes_of, nearest_words, random_cod
 from decomp_nb.components.picture_memory import picture_memory
 from decomp_nb.components.pipelines import open_foundation
 from decomp_nb.components.text_to_image import TextToImage, random_pipeline
-from decomp_nb.core import sample
+from decomp_nb.decomposer import sample
 from decomp_nb.viz.attribution import record_attention, text_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers

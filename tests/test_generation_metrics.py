@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from decomp_nb.components import lpips
-from decomp_nb.core import shipped
+from decomp_nb.decomposer import shipped
 from decomp_nb.metrics import extractors, generation
 from decomp_nb.worlds.scenes import Scenes
 

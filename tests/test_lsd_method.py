@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from decomp_nb.components.text import quiet, tiny_pipeline
-from decomp_nb.core import Factors, load_decomposer
 from decomp_nb.components.slot_sets import changed_region, drop_slots, repaint
+from decomp_nb.components.text import quiet, tiny_pipeline
+from decomp_nb.decomposer import load_decomposer
+from decomp_nb.factors import Factors
 from decomp_nb.methods.lsd import LSD, lsd_preset
 from decomp_nb.methods.stable_lsd import StableLSD
 

@@ -4,10 +4,12 @@ import json
 import pytest
 import torch
 
-from decomp_nb.components.codebooks import DVAE, VQLatents, vq_model
-from decomp_nb.components.latents import cache_features
+from decomp_nb.components.autoencoders import vq_model
+from decomp_nb.components.dvae import DVAE
+from decomp_nb.components.latents import VQLatents
 from decomp_nb.components.slot_sets import drop_slots, keep_largest, merge_duplicates, mix_slots, swap_slots
-from decomp_nb.core import Factors
+from decomp_nb.data.cache import cache_features
+from decomp_nb.factors import Factors
 from decomp_nb.methods.slate import SLATE, load_dvae, slate_preset
 from decomp_nb.methods.slot_attention_ae import SlotAttentionAE, slot_attention_preset
 from decomp_nb.methods.slot_diffusion import SlotDiffusion, slot_diffusion_denoiser, slot_diffusion_preset

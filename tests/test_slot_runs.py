@@ -4,7 +4,7 @@ import json
 import pytest
 from test_runs import QUICK, execute
 
-from decomp_nb.components.codebooks import VQLatents, build_space
+from decomp_nb.components.latents import VQLatents, build_latents
 from decomp_nb.methods.slate import SLATE
 from decomp_nb.methods.slot_attention_ae import SlotAttentionAE
 from decomp_nb.methods.slot_diffusion import SlotDiffusion
@@ -36,6 +36,6 @@ def test_discrete_vae_then_slate(tmp_path):
 @pytest.mark.parametrize("cached", [True])
 def test_vq_vae_then_slot_diffusion(tmp_path, cached):
     execute("train_autoencoder", tmp_path, kind="vqvae", out_dir=str(tmp_path / "vq"), n_images=24, image_size=32, width=8, multipliers=[1, 1, 1], n_codes=16, free_steps=2, eval_images=4, **QUICK)
-    assert isinstance(build_space(str(tmp_path / "vq")), VQLatents)
+    assert isinstance(build_latents(str(tmp_path / "vq")), VQLatents)
     execute("train_slot_diffusion", tmp_path, out_dir=str(tmp_path / "run"), latents_path=str(tmp_path / "vq"), cache_latents=cached, sample_steps=2, **SMALL)
     assert check(tmp_path / "run", SlotDiffusion).latent_shape == (4, 8, 8)

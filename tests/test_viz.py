@@ -11,9 +11,22 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from decomp_nb.core import Decomposer, Factors, to_uint8
+from decomp_nb.decomposer import Decomposer
+from decomp_nb.factors import Factors, to_uint8
 from decomp_nb.viz.colours import palette
-from decomp_nb.viz.figures import Picture, film, grid, masked, matrix, overlay, paint, save_picture, show, slots, strip
+from decomp_nb.viz.figures import (
+    Picture,
+    film,
+    grid,
+    masked,
+    matrix,
+    overlay,
+    paint,
+    save_picture,
+    show,
+    slots,
+    strip,
+)
 from decomp_nb.viz.mixer import Desk, Mixer, board, mixer, mixer_board
 from decomp_nb.viz.plots import bars, curve, heat
 

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..core import Decomposer, Factors
 from .codes import edges, independent_circles
 from .diffusion import noise_at, sample_timesteps
-from .vectors import build_with, normalisation
+from .encoders import normalisation
+from .unets import build_with
+from ..decomposer import Decomposer
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['ResidualConv', 'encoder_layers', 'FactorEncoder', 'init_low_variance', 'init_from_ica', 'SplitEncoder',

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
-from .diffusion import diffusion_target, invert, make_scheduler, noise_at, sample_timesteps
+from .diffusion import diffusion_target, make_scheduler, noise_at, sample_timesteps
+from .samplers import invert
 
 # %% auto #0
 __all__ = ['Prompts', 'WordTable', 'check_words', 'token_names', 'expand_words', 'FrozenDenoiser', 'Foundation', 'random_codes',

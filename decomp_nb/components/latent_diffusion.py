@@ -13,74 +13,18 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .denoisers import check_halvings
 from .diffusion import LSD_SCHEDULE, make_scheduler, noise_batch, prediction_type_of
 from .latents import build_latents
-from .vectors import _set_heads, build_with, start_at_zero
-from ..core import Decomposer, Factors
+from .unets import build_with, latent_unet
+from ..decomposer import Decomposer
+from ..factors import Factors
 
 # %% auto #0
-__all__ = ['LATENT_SCHEDULE', 'latent_unet', 'Look', 'look', 'climb', 'Posterior', 'posterior', 'bound_weights', 'noise_loss',
-           'space_sizes', 'mark_of', 'LatentSpaceModel', 'LatentDiffusion']
+__all__ = ['LATENT_SCHEDULE', 'Posterior', 'posterior', 'bound_weights', 'noise_loss', 'space_sizes', 'mark_of',
+           'LatentSpaceModel', 'LatentDiffusion']
 
 # %% ../../nbs/components/latent_diffusion.ipynb #schedule-export
 LATENT_SCHEDULE = {**LSD_SCHEDULE, "beta_start": 0.0015, "beta_end": 0.0155, "beta_schedule": "scaled_linear"}
-
-# %% ../../nbs/components/latent_diffusion.ipynb #unet-export
-def latent_unet(
-    sample_size: int = 16,  # side of the latents
-    *,
-    in_channels: int = 3,
-    channels: tuple[int, ...] = (64, 128, 256, 256),  # of each level, from fine to coarse
-    layers_per_block: int = 2,
-    attention_levels: tuple[int, ...] = (0, 1, 2),  # levels with self-attention; 0 = full resolution
-    n_heads: int = 8,
-    groups: int = 32,  # of the group norms
-):
-    "Unconditional `UNet2DModel`; the defaults are the network of DisDiff's second stage"
-    from diffusers import UNet2DModel
-    channels, levels = tuple(channels), len(channels)
-    check_halvings(sample_size, levels, "sample_size")
-    if wrong := [c for c in channels if c % groups or c % n_heads]: raise ValueError(f"channels={channels}: {wrong[0]} must split into groups={groups} and n_heads={n_heads}")
-    if wrong := [a for a in attention_levels if not 0 <= a < levels]: raise ValueError(f"attention_levels={tuple(attention_levels)}: there is no level {wrong[0]}, the levels are 0 to {levels - 1}")
-    attends = [i in attention_levels for i in range(levels)]
-    unet = UNet2DModel(
-        sample_size=sample_size, in_channels=in_channels, out_channels=in_channels, layers_per_block=layers_per_block, block_out_channels=channels,
-        down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
-        downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift", attention_head_dim=channels[0] // n_heads,
-        norm_num_groups=groups, attn_norm_num_groups=groups, norm_eps=1e-5, freq_shift=0, flip_sin_to_cos=True)
-    _set_heads(unet, n_heads, n_heads)
-    start_at_zero(unet)
-    return unet
-
-# %% ../../nbs/components/latent_diffusion.ipynb #look-export
-class Look(NamedTuple):
-    "What the way down of a UNet saw in x_t"
-    bottom: Tensor  # `(b,c,h,w)`, the coarsest features
-    skips: tuple[Tensor, ...]  # features that the way up reads
-    time: Tensor  # `(b,e)`, embedding of t
-
-
-def look(unet, x: Tensor, t: Tensor) -> Look:
-    "The way down"
-    time = unet.time_embedding(unet.time_proj(t).to(x.dtype))
-    h = unet.conv_in(x)
-    skips = (h,)
-    for block in unet.down_blocks:
-        h, kept = block(hidden_states=h, temb=time)
-        skips += kept
-    return Look(h, skips, time)
-
-
-def climb(unet, seen: Look, time: Tensor | None = None) -> Tensor:
-    "The way up, of `unet` or of any module with its `mid_block`, `up_blocks`, `conv_norm_out` and `conv_out`"
-    time, skips = seen.time if time is None else time, seen.skips
-    h = unet.mid_block(seen.bottom, time)
-    for block in unet.up_blocks:
-        n = len(block.resnets)
-        h, skips = block(h, skips[-n:], time), skips[:-n]
-    return unet.conv_out(F.silu(unet.conv_norm_out(h)))
 
 # %% ../../nbs/components/latent_diffusion.ipynb #posterior-export
 class Posterior(NamedTuple):

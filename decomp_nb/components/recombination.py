@@ -13,7 +13,8 @@ from diffusers import SchedulerMixin
 from einops import rearrange
 from torch import Tensor
 
-from ..core import Decomposer, Factors, recombine, sample
+from ..decomposer import Decomposer, sample
+from ..factors import Factors, recombine
 from ..viz.figures import Film, film
 
 # %% auto #0

@@ -14,7 +14,13 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .diffusion import clean_from, make_scheduler, prediction_type_of, signal_and_noise, to_x0
+from decomp_nb.components.diffusion import (
+    clean_from,
+    make_scheduler,
+    prediction_type_of,
+    signal_and_noise,
+    to_x0,
+)
 
 # %% auto #0
 __all__ = ['interp', 'ContinuousTime', 'step_orders', 'ProjectingSampler', 'single_step', 'SinglestepSolver', 'DDIM',

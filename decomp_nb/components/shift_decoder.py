@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .code_model import check_choices
 from .diffusion import signal_and_noise
-from .latent_diffusion import Look, climb, latent_unet, posterior
-from .vectors import build_with
+from .latent_diffusion import posterior
+from .unets import UNetFeatures, build_with, latent_unet, unet_up
 
 # %% auto #0
 __all__ = ['WAY_UP', 'TwoConditions', 'FactorNames', 'up_many', 'ShiftDecoder', 'field_coefficient']
@@ -74,13 +74,13 @@ class FactorNames(nn.Module):
 WAY_UP = ("mid_block", "up_blocks", "conv_norm_out", "conv_out")
 
 
-def up_many(decoder: nn.Module, seen: Look, conditions: Tensor) -> Tensor:
+def up_many(decoder: nn.Module, seen: UNetFeatures, conditions: Tensor) -> Tensor:
     "The way up from the same features with m conditions `(b,m,e)` each: `(b,m,c,h,w)`"
     m = conditions.shape[1]
     features = seen.bottom, seen.time, *seen.skips
     bottom, time, *skips = (v.repeat_interleave(m, 0) for v in features)
-    many = Look(bottom, tuple(skips), time)
-    fields = climb(decoder, many, rearrange(conditions, "b m e -> (b m) e"))
+    many = UNetFeatures(bottom, tuple(skips), time)
+    fields = unet_up(decoder, many, rearrange(conditions, "b m e -> (b m) e"))
     return rearrange(fields, "(b m) c h w -> b m c h w", m=m)
 
 # %% ../../nbs/components/shift_decoder.ipynb #fields-export
@@ -107,7 +107,7 @@ class ShiftDecoder(nn.Module):
 
     def forward(
         self,
-        seen: Look,  # features of the frozen UNet, for b pictures
+        seen: UNetFeatures,  # features of the frozen UNet, for b pictures
         codes: Tensor,  # `(b,m,d)`
         which: Tensor,  # `(m,)`: the factor that each code is of
         chunk: int = 0,  # codes per pass; 0: all at once

@@ -14,17 +14,24 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .codebooks import build_space
-from .denoisers import slot_denoiser
 from decomp_nb.components.diffusion import (
-    diffusion_loss, diffusion_target, make_scheduler, min_snr_weight, noise_at, offset_noise, prediction_type_of,
+    diffusion_loss,
+    diffusion_target,
+    make_scheduler,
+    min_snr_weight,
+    noise_at,
+    offset_noise,
+    prediction_type_of,
     sample_timesteps,
 )
 from .encoders import build_encoder
+from .latents import build_latents
 from .slot_sets import drop_slots, keep_largest, merge_duplicates, swap_slots, token_mask
 from .slots import SlotAttention, SlotResult, masks_from_attention, slot_diagnostics
 from .tracking import fold_batch, fold_time, track
-from ..core import Decomposer, Factors
+from .unets import slot_denoiser
+from ..decomposer import Decomposer
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['require', 'refuse_unknown', 'current_options', 'VersionedConfig', 'SlotModel', 'fixed_denoiser', 'LatentSpace',
@@ -78,6 +85,7 @@ class VersionedConfig:
 # %% ../../nbs/components/slot_model.ipynb #seeing-export
 class SlotModel(VersionedConfig, Decomposer):
     "A method whose factors are slots: encoder and slot attention; sub-classes add what makes a picture of slots"
+    tracks = True  # on clips, slots are carried from frame to frame
 
     @register_to_config
     def __init__(
@@ -194,7 +202,7 @@ class LatentSpace:
     def build_latents(self) -> nn.Module:
         "The space that the config names: pixels, patches, or a frozen autoencoder"
         config = self.config
-        return build_space(config.latents_path, patch=config.patch_size, base=config.get("_name_or_path"))
+        return build_latents(config.latents_path, patch=config.patch_size, base=config.get("_name_or_path"))
 
     @property
     def latents(self) -> nn.Module:

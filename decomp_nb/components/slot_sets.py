@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion import noise_at
-from ..core import Decomposer, Factors
+from ..decomposer import Decomposer
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['token_mask', 'random_order', 'drop_slots', 'keep_largest', 'duplicate_groups', 'merge_duplicates', 'mix_slots',

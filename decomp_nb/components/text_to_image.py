@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .diffusion import diffusion_loss, diffusion_target, make_scheduler, noise_at, sample_timesteps
-from .latents import KLLatents, small_vae
+from .autoencoders import small_vae
+from decomp_nb.components.diffusion import (
+    diffusion_loss,
+    diffusion_target,
+    make_scheduler,
+    noise_at,
+    sample_timesteps,
+)
+from .latents import KLLatents
 from .text import quiet
-from ..core import sample
+from ..decomposer import sample
 
 # %% auto #0
 __all__ = ['clip_tokenizer', 'text_model', 'text_unet', 'identity_vae', 'save_pipeline', 'TextUNet', 'TextDiffusion',

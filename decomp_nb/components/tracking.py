@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .slots import SlotAttention, SlotResult
-from ..core import Factors
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['track', 'fold_time', 'fold_batch']

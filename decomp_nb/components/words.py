@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from decomp_nb.components.concept_weights import (
-    WEIGHTS, ScoreStatistics, activate, invert_activation, solve_weights,
+    WEIGHTS,
+    ScoreStatistics,
+    activate,
+    invert_activation,
+    solve_weights,
 )
-from .foundations import Foundation, Prompts, open_foundation
+from .foundations import Foundation, Prompts
 from .latents import Pixels
-from ..core import Decomposer, Factors
+from .pipelines import open_foundation
+from ..decomposer import Decomposer
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['compose_scores', 'FoundationDecomposer', 'noise_per_concept', 'word_prompts', 'composed_noise', 'WordDecomposer',

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..components.foundations import Prompts
 from ..components.words import WordDecomposer, composed_noise
-from ..core import Factors, sample
+from ..decomposer import sample
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['recipe_factors', 'compose', 'concept_samples', 'edit']

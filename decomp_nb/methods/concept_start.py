@@ -14,7 +14,11 @@ from torch import Tensor
 
 from ..components.foundations import Foundation
 from decomp_nb.components.words import (
-    WordDecomposer, add_noise, encode_latents, sample_times, score_statistics,
+    WordDecomposer,
+    add_noise,
+    encode_latents,
+    sample_times,
+    score_statistics,
 )
 
 # %% auto #0

@@ -15,11 +15,21 @@ from torch import Tensor, nn
 
 from ..components.concept_penalties import penalty
 from decomp_nb.components.concept_weights import (
-    WEIGHTS, ScoreStatistics, direction_cosines, invert_activation, solve_weights, superfluous_words,
+    WEIGHTS,
+    ScoreStatistics,
+    direction_cosines,
+    invert_activation,
+    solve_weights,
+    superfluous_words,
 )
 from ..components.foundations import Foundation, Prompts, codes_of, random_codes
 from decomp_nb.components.words import (
-    WordDecomposer, add_noise, compose_scores, noise_per_concept, sample_times, word_prompts,
+    WordDecomposer,
+    add_noise,
+    compose_scores,
+    noise_per_concept,
+    sample_times,
+    word_prompts,
 )
 
 # %% auto #0

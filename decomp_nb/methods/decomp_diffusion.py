@@ -18,14 +18,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..components import ddim
-from ..components.denoisers import load_unet, slot_denoiser
 from decomp_nb.components.diffusion import (
-    diffusion_target, make_scheduler, min_snr_weight, noise_at, prediction_type_of, sample_timesteps,
+    diffusion_target,
+    make_scheduler,
+    min_snr_weight,
+    noise_at,
+    prediction_type_of,
+    sample_timesteps,
 )
 from ..components.latents import Pixels, build_latents
 from ..components.recombination import ComponentFilms, Recombination
-from ..components.vectors import VectorEncoder, build_with, denoise_with, vector_denoiser
-from ..core import Decomposer, Factors
+from ..components.unets import build_with, call_vector_unet, load_unet, slot_denoiser, vector_denoiser
+from ..components.vectors import VectorEncoder
+from ..decomposer import Decomposer
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['DECOMP_SCHEDULE', 'PRESETS', 'composition_weights', 'code_cosines', 'orthogonality', 'early_weight', 'UnitPixels',
@@ -130,7 +136,7 @@ class _Prediction:
         "Prediction for noisy pictures `(n,c,h,w)` at `t` `(n,)`, each given one vector of `(n,d)`"
         codes = codes.to(x_t.dtype)
         if not isinstance(self.unet.config.get("cross_attention_dim"), int):
-            return denoise_with(self.unet, x_t, t, codes)
+            return call_vector_unet(self.unet, x_t, t, codes)
         tokens = codes if self.to_token is None else self.to_token(codes)
         return self.unet(x_t, t, encoder_hidden_states=tokens[:, None].to(x_t.dtype)).sample
 

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..components.code_model import CodeModel, check_choices, make_encoder
-from ..components.codebooks import build_space
 from ..components.codes import CircularCodes
 from ..components.diffusion import make_scheduler, to_x0
-from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, latent_sampler, latent_unet
-from ..components.latent_diffusion import Look, climb, look, mark_of, noise_loss, paint
+from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, mark_of, noise_loss
+from ..components.latents import build_latents, decode_latents
+from ..components.samplers import latent_sampler
 from ..components.shift_decoder import ShiftDecoder, field_coefficient
 from ..components.slot_model import changed
-from ..core import Decomposer, Factors
+from ..components.unets import UNetFeatures, latent_unet, unet_down, unet_up
+from ..decomposer import Decomposer
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['DATA_SETS', 'OFFICIAL', 'SMALL', 'PRESETS', 'DisentanglingLogits', 'disentangling_logits', 'choice_losses',
@@ -138,7 +140,7 @@ class FrozenBase(CodeModel):
         near = self.config.get("_name_or_path")
         base = LatentDiffusion.from_pretrained(find_base(self.config.base_path, near))
         path = self.config.latents_path
-        return base.stand_on(build_space(path, base=near)) if path else base
+        return base.stand_on(build_latents(path, base=near)) if path else base
 
     @property
     def latents(self) -> nn.Module:
@@ -161,10 +163,10 @@ class FrozenBase(CodeModel):
         return self.fields.conv_out.out_channels, side, side
 
     @torch.no_grad()
-    def frozen(self, x_t: Tensor, t: Tensor) -> tuple[Look, Tensor]:
+    def frozen(self, x_t: Tensor, t: Tensor) -> tuple[UNetFeatures, Tensor]:
         "The features of the frozen UNet on its way down, and the noise that it predicts"
-        seen = look(self.base.denoiser, x_t, t)
-        return seen, climb(self.base.denoiser, seen)
+        seen = unet_down(self.base.denoiser, x_t, t)
+        return seen, unet_up(self.base.denoiser, seen)
 
 # %% ../../nbs/methods/disdiff.ipynb #options-export
 class DisDiffOptions(FrozenBase):
@@ -213,7 +215,7 @@ class FieldModel(DisDiffOptions):
         seen, answer = self.frozen(x_t, t)
         return answer + field_coefficient(self.scheduler, t, answer) * self.field_sum(seen, factors)
 
-    def field_sum(self, seen: Look, factors: Factors) -> Tensor:
+    def field_sum(self, seen: UNetFeatures, factors: Factors) -> Tensor:
         "Σ wᵢ gᵢ `(b,c,h,w)`; factors of weight 0 cost nothing"
         which, codes, weights = read_set(factors, self.n_factors)
         fields = self.fields(seen, codes, which, self.factor_chunk)
@@ -247,7 +249,7 @@ class FieldJudge(FieldModel):
 
     def reencode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         "What the frozen encoder reads of predicted latents (decoded pictures, or `z`), and its codes `(b,N,d)`"
-        seen = z if self.config.reads == "latents" else paint(self.latents, z)
+        seen = z if self.config.reads == "latents" else decode_latents(self.latents, z)
         judge = nn.Sequential(*self.encoder_parts())
         modes = {module: module.training for module in judge.modules()}
         # a state dict is detached: only `z` gets a gradient
@@ -262,7 +264,7 @@ class FieldJudge(FieldModel):
         c = self.config
         before, after = latents if c.dis_kind == "Z" else seen
         if c.dis_kind == "IM" and c.reads == "latents":
-            before, after = (paint(self.latents, z) for z in latents)
+            before, after = (decode_latents(self.latents, z) for z in latents)
         weight = reduce((before - after).square(), "b ... -> b", "mean")
         return weight.clamp_max(c.dis_bound) if c.dis_bound else weight
 

@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from ..components.autoencoders import sample_posterior
 from ..components.code_model import CodeModel, check_choices, make_encoder
-from ..components.codebooks import build_space
 from ..components.codes import CircularCodes
-from ..components.denoisers import slot_denoiser
 from ..components.diffusion import diffusion_target, make_scheduler
-from ..components.latent_diffusion import LATENT_SCHEDULE, latent_sampler
-from ..components.latents import draw
+from ..components.latent_diffusion import LATENT_SCHEDULE
+from ..components.latents import build_latents
+from ..components.samplers import latent_sampler
 from ..components.slot_model import changed
-from ..core import Factors
+from ..components.unets import slot_denoiser
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['ERRORS', 'SMALL_DENOISER', 'DENOISER', 'ENCDIFF_PRESETS', 'TokenDenoiser', 'token_network', 'normal_kl', 'TokenModel',
@@ -105,7 +106,7 @@ class TokenModel(CodeModel):
             return codes, None
         if self.compass is not None:
             return self.compass.sample(codes, noise), self.compass.kl.expand(len(codes), -1)
-        return draw(codes, logvar, noise), normal_kl(codes, logvar)
+        return sample_posterior(codes, logvar, noise), normal_kl(codes, logvar)
 
     @property
     def kl_weight(self) -> float:
@@ -150,7 +151,7 @@ class TokenSpace(TokenModel):
     def latents(self) -> nn.Module:
         "The space that `latents_path` names, built at first use"
         if "latents" not in self.foundations():
-            self.stand_on(build_space(self.config.latents_path, base=self.config.get("_name_or_path")))
+            self.stand_on(build_latents(self.config.latents_path, base=self.config.get("_name_or_path")))
         return self.foundations()["latents"]
 
     def stand_on(self, space: nn.Module) -> TokenSpace:

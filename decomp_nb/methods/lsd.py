@@ -5,8 +5,8 @@
 # %% ../../nbs/methods/lsd.ipynb #imports-export
 from __future__ import annotations
 
-from ..components.denoisers import denoiser_config
 from ..components.slot_model import DiffusionSlotModel, from_preset, small_encoder
+from ..components.unets import denoiser_config
 
 # %% auto #0
 __all__ = ['SMALL_SCHEDULE', 'LSD', 'lsd_preset']

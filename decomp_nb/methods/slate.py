@@ -12,13 +12,18 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..components.codebooks import DVAE
-from ..components.decoders import TokenWriter
+from ..components.decoders import AutoregressiveDecoder
+from ..components.dvae import DVAE
 from decomp_nb.components.slot_model import (
-    SlotModel, from_preset, published_encoder, refuse_unknown, require, small_encoder,
+    SlotModel,
+    from_preset,
+    published_encoder,
+    refuse_unknown,
+    require,
+    small_encoder,
 )
 from ..components.tracking import fold_batch, fold_time
-from ..core import Factors
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['load_dvae', 'SLATE', 'slate_preset']
@@ -61,7 +66,7 @@ class SLATE(SlotModel):
         if image_size % 4:
             raise ValueError(f"image_size={image_size} does not fall into patches of 4")
         options = dict(writer_config)
-        self.writer = TokenWriter(options.pop("vocabulary"), (image_size // 4) ** 2, self.factor_dim, **options)
+        self.writer = AutoregressiveDecoder(options.pop("vocabulary"), (image_size // 4) ** 2, self.factor_dim, **options)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from ..components.decoders import BroadcastDecoder, mix_layers
 from decomp_nb.components.slot_model import (
-    SlotModel, from_preset, published_encoder, refuse_unknown, small_encoder,
+    SlotModel,
+    from_preset,
+    published_encoder,
+    refuse_unknown,
+    small_encoder,
 )
 from ..components.tracking import fold_time
-from ..core import Factors
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['SlotAttentionAE', 'slot_attention_preset']

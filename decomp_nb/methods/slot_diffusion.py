@@ -5,9 +5,9 @@
 # %% ../../nbs/methods/slot_diffusion.ipynb #imports-export
 from __future__ import annotations
 
-from ..components.codebooks import VQLatents
+from ..components.latents import VQLatents
+from ..components.samplers import SinglestepSolver
 from ..components.slot_model import DiffusionSlotModel, from_preset, published_encoder, small_encoder
-from ..components.solvers import SinglestepSolver
 
 # %% auto #0
 __all__ = ['PUBLISHED_SCHEDULE', 'DINO', 'slot_diffusion_denoiser', 'SlotDiffusion', 'slot_diffusion_preset']

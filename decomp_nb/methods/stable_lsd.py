@@ -8,11 +8,11 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..components.denoisers import load_unet
 from ..components.latents import build_latents
 from ..components.slot_model import DiffusionSlotModel
 from ..components.text import PromptEncoder
-from ..core import Factors
+from ..components.unets import load_unet
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['scheduler_of', 'StableLSD']

@@ -260,7 +260,7 @@ def _squares(importance: ndarray):
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    from decomp_nb.core import palette
+    from decomp_nb.viz.colours import palette
     sides = 0.94 * np.sqrt(importance / max(importance.max(), 1e-12))
     squares = [Rectangle((j - side / 2, i - side / 2), side, side) for (i, j), side in np.ndenumerate(sides)]
     colours = palette(importance.shape[1]).numpy() / 255

@@ -191,7 +191,7 @@ def scene_extractor() -> SceneExtractor:
     "The extractor that comes with the package, the same for everyone"
     from safetensors.torch import load_file
 
-    from decomp_nb.core import shipped
+    from decomp_nb.decomposer import shipped
     state = load_file(shipped("scene_extractor") / "model.safetensors")
     network = SceneExtractor()
     network.load_state_dict({name: value.float() for name, value in state.items()})

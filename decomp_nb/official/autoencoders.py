@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..components.codebooks import DVAE, vq_model
+from ..components.autoencoders import vq_model
+from ..components.dvae import DVAE
 from .reading import add_rest, count_of, load_strict, part_of, read_lightning
 
 # %% auto #0

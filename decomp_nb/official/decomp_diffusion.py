@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import Decomposer
+from ..decomposer import Decomposer
 from .reading import load_strict, part_of, read_weights, rename, take
 from .unets import convert_unet, numbers_after, official_unet, unet_places, unet_sizes
 

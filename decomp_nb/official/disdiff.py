@@ -9,9 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..components.codebooks import VQLatents
-from ..components.latents import KLLatents
-from ..core import Decomposer
+from ..components.latents import KLLatents, VQLatents
+from ..decomposer import Decomposer
 from .autoencoders import read_autoencoder
 from .reading import load_strict, noise_schedule, part_of, read_lightning, take
 from .unets import convert_unet, unet_places, unet_sizes

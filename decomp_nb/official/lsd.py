@@ -15,10 +15,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..components.denoisers import PositionAttention, sincos_table, slot_denoiser
 from ..components.encoders import UNetEncoder
 from ..components.slots import SlotAttention, coordinate_grid
-from ..core import Decomposer
+from ..components.unets import PositionAttention, sincos_table, slot_denoiser
+from ..decomposer import Decomposer
 from .reading import check_table, load_strict, read_weights, rename
 
 # %% auto #0

@@ -10,12 +10,20 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..components.codebooks import VQLatents
 from ..components.encoders import vit_state
+from ..components.latents import VQLatents
 from ..components.slots import coordinate_grid
 from .autoencoders import read_dvae, read_vq, vq_config
 from decomp_nb.official.reading import (
-    check_table, count_of, load_strict, noise_schedule, part_of, read_flat, refuse_rest, rename, take,
+    check_table,
+    count_of,
+    load_strict,
+    noise_schedule,
+    part_of,
+    read_flat,
+    refuse_rest,
+    rename,
+    take,
 )
 from .unets import convert_text_unet, unet_sizes
 

@@ -86,8 +86,8 @@ def lsd_step(
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
 
-    from decomp_nb.components.denoisers import PositionAttention
     from decomp_nb.components.latents import KLLatents
+    from decomp_nb.components.unets import PositionAttention
     from decomp_nb.methods.lsd import LSD, lsd_preset
     torch.manual_seed(0)
     model = LSD(**(lsd_preset(preset) if isinstance(preset, str) else preset))
@@ -133,7 +133,8 @@ def slot_diffusion_step(
     "One SlotDiffusion training step with random weights; `latents`, `features`: from a cache; returns (step, pictures)"
     import torch
 
-    from decomp_nb.components.codebooks import VQLatents, vq_model
+    from decomp_nb.components.autoencoders import vq_model
+    from decomp_nb.components.latents import VQLatents
     from decomp_nb.methods.slot_diffusion import SlotDiffusion, slot_diffusion_preset
     torch.manual_seed(0)
     if preset is None:

@@ -82,7 +82,7 @@ class Run:
 
     def model(self, step: int | None = None) -> nn.Module:
         "The trained model with averaged weights, of the newest checkpoint or of the one at `step`"
-        from decomp_nb.core import load_decomposer
+        from decomp_nb.decomposer import load_decomposer
 
         if not (self.path / "model").is_dir():
             raise FileNotFoundError(f"{self.path.name} has no model/: nothing has been saved yet")

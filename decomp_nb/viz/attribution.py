@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..components.foundations import Foundation, Prompts
-from ..core import sample
+from ..decomposer import sample
 
 # %% auto #0
 __all__ = ['AttentionMaps', 'text_layers', 'record_attention', 'token_places', 'normalised', 'expand', 'attribute',

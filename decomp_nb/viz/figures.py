@@ -16,9 +16,27 @@ from PIL import Image
 from torch import Tensor
 
 from .colours import EMPTY, PAPER, factor_colours, palette
-from .sheets import _GAP, _MARGIN, _ROOM, Picture
-from .sheets import _box, _caption, _check_count, _chunks, _fit, _framed, _layout
-from .sheets import _one_size, _page, _png, _rows, _stack, _table, _tiles, _words
+from decomp_nb.viz.sheets import (
+    _GAP,
+    _MARGIN,
+    _ROOM,
+    Picture,
+    _box,
+    _caption,
+    _check_count,
+    _chunks,
+    _fit,
+    _framed,
+    _layout,
+    _one_size,
+    _page,
+    _png,
+    _rows,
+    _stack,
+    _table,
+    _tiles,
+    _words,
+)
 
 # %% auto #0
 __all__ = ['show', 'grid', 'paint', 'overlay', 'masked', 'slots', 'strip', 'matrix', 'Film', 'film', 'save_picture']

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core import Factors
+from ..factors import Factors
 from .colours import PAPER, factor_colours
 from .figures import masked, show
 from .sheets import Picture, _chunks, _fit, _framed, _layout, _page, _rows, _stack, _tiles

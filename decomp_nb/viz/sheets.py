@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from ..core import to_uint8
+from ..factors import to_uint8
 from .colours import INK, PAPER
 
 # %% auto #0

@@ -16,12 +16,19 @@ from recorded import Recorded as Arrays
 from recorded import close, every_alteration_fails, keys_of, once, run
 
 from decomp_nb.components.pipelines import open_foundation
-from decomp_nb.core import sample
-from decomp_nb.methods.concept_drawing import compose, recipe_factors
 from decomp_nb.components.words import noise_per_concept
+from decomp_nb.decomposer import sample
+from decomp_nb.methods.concept_drawing import compose, recipe_factors
 from decomp_nb.methods.concepts import Concepts, sample_prompts
 from decomp_nb.metrics import concepts as metrics
-from decomp_nb.official.concepts import load_official_concepts, official_arguments, official_ddim, official_plan, read_official, save_concepts
+from decomp_nb.official.concepts import (
+    load_official_concepts,
+    official_arguments,
+    official_ddim,
+    official_plan,
+    read_official,
+    save_concepts,
+)
 from decomp_nb.viz import attribution
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")

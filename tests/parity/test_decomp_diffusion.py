@@ -16,11 +16,13 @@ from recorded import close, compared_and_given, every_alteration_fails, keys_of,
 from safetensors.torch import load_file, save_file
 from test_lsd import watch
 
-from decomp_nb.official import decomp_diffusion as convert, reading
-from decomp_nb.components.diffusion import noise_at
-from decomp_nb.core import Factors, recombine, sample
 from decomp_nb.components.ddim import ddim_invert, decomp_sampler
+from decomp_nb.components.diffusion import noise_at
 from decomp_nb.components.recombination import check_partners, keep_mask, swap_across
+from decomp_nb.decomposer import sample
+from decomp_nb.factors import Factors, recombine
+from decomp_nb.official import decomp_diffusion as convert
+from decomp_nb.official import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 

@@ -20,15 +20,20 @@ from recorded import Recorded as Arrays
 from recorded import compared_and_given, every_alteration_fails, keys_of, load_arrays, once, run
 from safetensors.torch import load_file
 
-from decomp_nb.official import disdiff as convert, autoencoders, reading
 from decomp_nb.components.adversarial import AdversarialAutoencoder
+from decomp_nb.components.autoencoders import sample_posterior
 from decomp_nb.components.codebooks import codebook_loss, nearest_codes, quantise
 from decomp_nb.components.diffusion import noise_at, to_x0
-from decomp_nb.components.latent_diffusion import bound_weights, climb, latent_sampler, look, noise_loss, paint, posterior
-from decomp_nb.components.latents import draw
+from decomp_nb.components.latent_diffusion import bound_weights, noise_loss, posterior
+from decomp_nb.components.latents import decode_latents
+from decomp_nb.components.samplers import latent_sampler
 from decomp_nb.components.shift_decoder import field_coefficient
-from decomp_nb.core import Factors, sample
+from decomp_nb.components.unets import unet_down, unet_up
+from decomp_nb.decomposer import sample
+from decomp_nb.factors import Factors
 from decomp_nb.methods.disdiff import choice_losses, disentangling_logits
+from decomp_nb.official import autoencoders, reading
+from decomp_nb.official import disdiff as convert
 
 VALUE, GRADIENT = 2e-4, 1e-3  # of the largest number of an array, as the README of the data says
 INPUTS = {"images_u8", "t", "noise", "sampled_concept", "ddim.x_T", "ddim.swap_factor", "ddim.eta1_noise"}
@@ -131,7 +136,7 @@ def check_autoencoders(r):
             yield f"{prefix}.decode_continuous", vae.decode(h[:1], force_not_quantize=True).sample, VALUE
         else:
             posterior_ = vae.encode(images).latent_dist
-            z = draw(posterior_.mean, posterior_.logvar, r.given(f"{prefix}.noise"))
+            z = sample_posterior(posterior_.mean, posterior_.logvar, r.given(f"{prefix}.noise"))
             yield f"{prefix}.moments", posterior_.parameters, VALUE
             yield f"{prefix}.kl", posterior_.kl(), VALUE
             yield f"{prefix}.sample", z, VALUE
@@ -184,9 +189,9 @@ def check_fields(r):
     _, _, t, z_t = r.noised(model)
     factors, chosen = model.encode(images), r.given("sampled_concept")
     frozen = model.base.denoiser
-    seen = look(frozen, z_t, t)
+    seen = unet_down(frozen, z_t, t)
     fields = model.fields(seen, factors.codes, torch.arange(model.n_factors))
-    answer, one = climb(frozen, seen), fields[torch.arange(len(t)), chosen]
+    answer, one = unet_up(frozen, seen), fields[torch.arange(len(t)), chosen]
     yield "t_emb", frozen.time_proj(t), VALUE
     yield "emb", seen.time, VALUE
     yield "cond_eval", factors.codes.flatten(1), VALUE
@@ -297,9 +302,9 @@ def check_moves(r):
     chosen, frozen = r.given("sampled_concept"), model.base.denoiser
     with torch.no_grad():
         codes = model.encode(r.images).codes
-        seen = look(frozen, z_t, t)
+        seen = unet_down(frozen, z_t, t)
         one = model.fields(seen, codes, torch.arange(model.n_factors))[torch.arange(len(t)), chosen]
-        without, single = model.clean_latents(z_t, t, climb(frozen, seen), one)
+        without, single = model.clean_latents(z_t, t, unet_up(frozen, seen), one)
         (x_u, before), (x_s, after) = model.reencode(without), model.reencode(single)
     assert model.encoder.training and model.encoder.layers[1].training  # as it was before
     moves = disentangling_logits(codes, before, after)
@@ -475,4 +480,4 @@ def test_weights_are_wanted(golden):
     with torch.no_grad(): close(model.predict(z_t, t, f.cat(f) * 0.5), model.predict(z_t, t, f), 1e-5, "half and half")
     with pytest.raises(ValueError, match="known by their place"): model.predict(z_t, t, Factors(f.codes[:, :-1]))
     assert bound_weights(model.scheduler)[0] == bound_weights(model.scheduler)[1]
-    assert paint(model.latents, torch.zeros(1, *model.latent_shape)).shape[-1] == r.arrays["images_u8"].shape[1]
+    assert decode_latents(model.latents, torch.zeros(1, *model.latent_shape)).shape[-1] == r.arrays["images_u8"].shape[1]

@@ -25,11 +25,12 @@ from recorded import Recorded as Arrays
 from recorded import close, compared_and_given, every_alteration_fails, keys_of, once, run
 from safetensors.torch import save_file
 
-from decomp_nb.official import lsd as convert, reading
 from decomp_nb.components import denoisers, diffusion
 from decomp_nb.components.slots import SlotAttention, coordinate_grid
 from decomp_nb.components.tracking import track
-from decomp_nb.core import sample
+from decomp_nb.decomposer import sample
+from decomp_nb.official import lsd as convert
+from decomp_nb.official import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 

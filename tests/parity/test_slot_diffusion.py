@@ -18,14 +18,16 @@ from recorded import Recorded as Arrays
 from recorded import compared_and_given, every_alteration_fails, once, run
 from safetensors.torch import load_file
 
-from decomp_nb.official import slots as convert, autoencoders, reading
 from decomp_nb.components import codebooks, diffusion, solvers
 from decomp_nb.components.encoders import ResNetEncoder, build_encoder
 from decomp_nb.components.slot_sets import mix_slots
 from decomp_nb.components.slots import SlotAttention, coordinate_grid
-from decomp_nb.core import Factors, sample
-from decomp_nb.official.slots import published_rate
+from decomp_nb.decomposer import sample
+from decomp_nb.factors import Factors
 from decomp_nb.metrics import generation, segmentation
+from decomp_nb.official import autoencoders, reading
+from decomp_nb.official import slots as convert
+from decomp_nb.official.slots import published_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 
@@ -593,7 +595,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 
 def test_a_folder_keeps_the_autoencoder_with_the_model(golden, tmp_path):
-    from decomp_nb.core import load_decomposer
+    from decomp_nb.decomposer import load_decomposer
     from decomp_nb.methods.slate import SLATE
     from decomp_nb.methods.slot_diffusion import SlotDiffusion
     folder = golden("slotdiffusion")
