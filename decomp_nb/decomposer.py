@@ -10,9 +10,10 @@ import importlib
 import inspect
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from .factors import Factors, _join
 
 # %% auto #0
-__all__ = ['sample', 'Frozen', 'StrictModel', 'fingerprint', 'Method', 'Decomposer', 'shipped', 'load_decomposer']
+__all__ = ['sample', 'Frozen', 'VersionedConfig', 'StrictModel', 'fingerprint', 'Method', 'Decomposer', 'shipped',
+           'load_decomposer']
 
 # %% ../nbs/decomposer.ipynb #sample-export
 @torch.no_grad()
@@ -63,8 +65,36 @@ class Frozen:
     base: nn.Module | None = None  # DisDiff: the unconditional diffusion model
     foundation: nn.Module | None = None  # Concepts: the text-to-image model
 
+# %% ../nbs/decomposer.ipynb #versions-export
+class VersionedConfig:
+    "Reads configs of earlier versions: options that were renamed, had no effect, or are gone"
+    renamed: dict[str, str] = {}  # old name → today's
+    unused: tuple[str, ...] = ()  # options that had no effect on this class
+    fixed: dict[str, Any] = {}  # options that are gone, and the one value that still means the same
+
+    @classmethod
+    def current_options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        "Options of an earlier version in today's names; ValueError for one that is gone"
+        options = {cls.renamed.get(name, name): v for name, v in config.items() if name not in cls.unused}
+        for name, value in cls.fixed.items():
+            if options.pop(name, value) != value:
+                raise ValueError(f"{name} is no longer an option of {cls.__name__}: it is always {value!r}")
+        return options
+
+    @classmethod
+    def current_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        "A whole config of an earlier version: `current_options`, and the defaults of options that it lacks"
+        parameters = inspect.signature(cls.__init__).parameters
+        named = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        return named | cls.current_options(config)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> tuple[dict, dict, dict]:
+        "What diffusers calls in `from_config` and `from_pretrained`"
+        return super().extract_init_dict(cls.current_options(config_dict), **options)
+
 # %% ../nbs/decomposer.ipynb #strict-export
-class StrictModel(ModelMixin, ConfigMixin):
+class StrictModel(VersionedConfig, ModelMixin, ConfigMixin):
     "A diffusers model that loads strictly and keeps frozen models beside its own weights"
     config_name = "config.json"
     _supports_gradient_checkpointing = True

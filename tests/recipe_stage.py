@@ -31,7 +31,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from decomp_nb import core
+from decomp_nb import decomposer
 from decomp_nb.components import latent_diffusion
 from decomp_nb.components.text_to_image import TextToImage, clip_tokenizer
 from decomp_nb.data.class_folders import NumberedPictures
@@ -246,7 +246,7 @@ def weightless(meta: bool):
     with pytest.MonkeyPatch.context() as patch:
         for base in (ModelMixin, PreTrainedModel, _BaseAutoModelClass):
             patch.setattr(base, "from_pretrained", from_folder(base.from_pretrained.__func__))
-        patch.setattr(core, "_check_folder", lambda cls, path: None)
+        patch.setattr(decomposer, "_check_folder", lambda cls, path: None)
         for module in (latent_diffusion, disdiff):
             patch.setattr(module, "mark_of", lambda module: "rehearsal")
         if not meta:

@@ -181,7 +181,7 @@ def test_a_trained_dc_autoencoder_is_plain_diffusers(tmp_path):
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_a_frozen_denoiser_takes_pictures_of_any_side(image_size, tmp_path):
     "Stable-LSD is published with pictures of 256 pixels and a UNet whose config says 768"
-    tiny_pipeline(tmp_path, sample_size=8)
+    tiny_pipeline(tmp_path)
     encoder = dict(kind="conv", image_size=image_size, channels=[8, 8], stride=2, kernel=3, groups=4)
     model = StableLSD(
         str(tmp_path), encoder, dict(n_slots=3, slot_dim=16, hidden_dim=16), image_size=image_size

@@ -136,7 +136,7 @@ def test_configs_of_older_versions_load(old, tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         assert type(make()).from_pretrained(tmp_path / name).config.merge_threshold == 0.9
     (tmp_path / "diffusion" / "config.json").write_text(json.dumps(json.loads((tmp_path / "diffusion/config.json").read_text()) | {"ask_codebook": False}))
-    with pytest.raises(ValueError, match="SinglestepSolver"): SlotDiffusion.from_pretrained(tmp_path / "diffusion")
+    with pytest.raises(ValueError, match="ask_codebook is no longer an option of SlotDiffusion"): SlotDiffusion.from_pretrained(tmp_path / "diffusion")
 
 
 def test_registers_are_read_and_are_no_factors():

@@ -23,8 +23,8 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['ResidualConv', 'encoder_layers', 'FactorEncoder', 'init_low_variance', 'init_from_ica', 'SplitEncoder',
-           'check_choices', 'make_encoder', 'check_codes', 'rename_keys', 'CodeReader', 'CodeEncoder', 'CodeStart',
-           'CodeTrainer', 'CodeModel']
+           'check_choices', 'make_encoder', 'check_codes', 'CodeReader', 'CodeEncoder', 'CodeStart', 'CodeTrainer',
+           'CodeModel']
 
 # %% ../../nbs/components/code_model.ipynb #encoder-export
 class ResidualConv(nn.Module):
@@ -184,34 +184,18 @@ def check_codes(config: Any) -> tuple[int, int, int]:
     return n, d, structure
 
 # %% ../../nbs/components/code_model.ipynb #codes-export
-def rename_keys(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    "A copy in which options have the names `{old: new}`"
-    return {names.get(name, name): value for name, value in config.items()}
-
-
 class CodeReader(Decomposer):
     "N codes in a fixed order, computed by `encoder` and, if they are circular, `compass`"
     renamed = {"directions": "circular"}  # options of earlier versions
-    unused: tuple[str, ...] = ()  # options of earlier versions that had no effect on this class
-    fixed: dict[str, Any] = {}  # options of earlier versions that are gone, and the value that is left
 
     @classmethod
-    def current_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        "The options of an earlier version as this one names them; ValueError for one that is gone"
-        config = rename_keys(config, cls.renamed)
-        for name in cls.unused:
-            config.pop(name, None)
-        for name, value in cls.fixed.items():
-            if config.pop(name, value) != value:
-                raise ValueError(f"{name} is no longer an option of {cls.__name__}: it is always {value!r}")
-        if config.get("encoder_config"):
-            config["encoder_config"] = rename_keys(config["encoder_config"], {"glance": "linear_skip"})
-        return config
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> tuple[dict, dict, dict]:
-        "Used by `from_config` and `from_pretrained`"
-        return super().extract_init_dict(cls.current_config(config_dict), **options)
+    def current_options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        "As `VersionedConfig.current_options`; the encoder's `linear_skip` was called `glance`"
+        options = super().current_options(config)
+        if options.get("encoder_config"):
+            encoder = options["encoder_config"]
+            options["encoder_config"] = {"linear_skip" if k == "glance" else k: v for k, v in encoder.items()}
+        return options
 
     @property
     def n_factors(self) -> int:

@@ -5,7 +5,6 @@
 # %% ../../nbs/components/latent_diffusion.ipynb #imports-export
 from __future__ import annotations
 
-import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +13,14 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .diffusion import LSD_SCHEDULE, make_scheduler, noise_batch, prediction_type_of
-from .latents import build_latents
+from .latents import LatentSpace, build_latents
 from .unets import build_with, latent_unet
-from ..decomposer import Decomposer
+from ..decomposer import Decomposer, fingerprint
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['LATENT_SCHEDULE', 'Posterior', 'posterior', 'bound_weights', 'noise_loss', 'space_sizes', 'mark_of',
-           'LatentSpaceModel', 'LatentDiffusion']
+__all__ = ['LATENT_SCHEDULE', 'Posterior', 'posterior', 'bound_weights', 'noise_loss', 'space_sizes', 'LatentSpaceModel',
+           'LatentDiffusion']
 
 # %% ../../nbs/components/latent_diffusion.ipynb #schedule-export
 LATENT_SCHEDULE = {**LSD_SCHEDULE, "beta_start": 0.0015, "beta_end": 0.0155, "beta_schedule": "scaled_linear"}
@@ -70,52 +69,20 @@ def space_sizes(latents_path: str | None, image_size: int) -> dict[str, int]:
     channels, side, _ = build_latents(latents_path).shape(image_size)
     return {"in_channels": channels, "sample_size": side}
 
-
-def mark_of(module: nn.Module) -> str:
-    "Eight letters that distinguish one set of weights from another; the same in half precision"
-    total = 0
-    for name, v in sorted(module.state_dict().items()):
-        sample = v.detach().flatten()[::max(1, v.numel() // 64)].float().half().cpu()
-        total = zlib.crc32(name.encode() + sample.numpy().tobytes(), total)
-    return f"{total:08x}"
-
 # %% ../../nbs/components/latent_diffusion.ipynb #frozen-export
-class LatentSpaceModel(Decomposer):
+class LatentSpaceModel(LatentSpace, Decomposer):
     "A method with a `denoiser` in the latents of a frozen autoencoder, which its config names: path and fingerprint"
 
-    @property
-    def latents(self) -> nn.Module:
-        "The space of the denoiser, built at first use"
-        if "latents" not in self.foundations():
-            self.stand_on(build_latents(self.config.latents_path, base=self.config.get("_name_or_path")))
-        return self.foundations()["latents"]
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(c,h,w)` of x_t"
-        unet = self.denoiser.config
-        return unet.in_channels, unet.sample_size, unet.sample_size
-
-    def stand_on(self, space: nn.Module) -> LatentSpaceModel:
-        "Use this autoencoder; `ValueError` where its latents have another size, or training used another one"
-        config = self.config
-        shape = space.shape(config.image_size)
-        if shape != self.latent_shape:
-            channels, side, _ = self.latent_shape
+    def check_latents(self, space: nn.Module) -> None:
+        "ValueError where the latents have another size, or training used another autoencoder"
+        super().check_latents(space)
+        mark, trained = fingerprint(space), self.config.latents_mark
+        if trained not in ("", mark):
             raise ValueError(
-                f"the latents of a {config.image_size}-pixel picture are {shape}, but the denoiser was built for "
-                f"{channels} channels of side {side}: "
-                "change denoiser_config (in_channels, sample_size), image_size or latents_path"
-            )
-        mark = mark_of(space)
-        if config.latents_mark not in ("", mark):
-            raise ValueError(
-                f"latents_path={config.latents_path!r}: this autoencoder ({mark}) is not the one that the denoiser "
-                f"was trained with ({config.latents_mark})"
+                f"latents_path={self.config.latents_path!r}: this autoencoder ({mark}) is not the one that the denoiser "
+                f"was trained with ({trained})"
             )
         self.register_to_config(latents_mark=mark)
-        self.foundations()["latents"] = space.requires_grad_(False).to(next(self.parameters()).device)
-        return self
 
 # %% ../../nbs/components/latent_diffusion.ipynb #class-export
 class LatentDiffusion(LatentSpaceModel):

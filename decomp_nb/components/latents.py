@@ -20,7 +20,7 @@ from .codebooks import look_up, nearest_codes
 
 # %% auto #0
 __all__ = ['SPACES', 'decode_latents', 'Pixels', 'FrozenAutoencoder', 'KLLatents', 'DeterministicLatents', 'VQLatents',
-           'find_autoencoder', 'build_latents']
+           'find_autoencoder', 'build_latents', 'LatentSpace']
 
 # %% ../../nbs/components/latents.ipynb #decode-export
 def decode_latents(latents: nn.Module, z: Tensor) -> Tensor:
@@ -243,3 +243,41 @@ def build_latents(
     if kind not in SPACES:
         raise ValueError(f"{place} holds a {kind}; the latents of a method need one of {', '.join(SPACES)}")
     return SPACES[kind](_load_autoencoder(kind, place, subfolder))
+
+# %% ../../nbs/components/latents.ipynb #space-of-method-export
+class LatentSpace:
+    "A method whose denoiser works in a frozen space: pixels, patches, or the latents of an autoencoder"
+
+    def build_latents(self) -> nn.Module:
+        "The space that the config names, see the function `build_latents`"
+        config = self.config
+        return build_latents(config.latents_path, patch=config.get("patch_size", 1), base=config.get("_name_or_path"))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        "Shape `(c,h,w)` of x_t, that of the denoiser"
+        unet = self.denoiser.config
+        return unet.in_channels, unet.sample_size, unet.sample_size
+
+    def latents_fit(self, shape: tuple[int, int, int]) -> bool:
+        "Whether the denoiser was built for latents of this shape"
+        unet = self.denoiser.config
+        return shape == (unet.in_channels, unet.sample_size, unet.sample_size)
+
+    def check_latents(self, space: nn.Module) -> None:
+        "ValueError where the latents of this space have another shape than the denoiser's"
+        size = self.config.image_size
+        shape = space.shape(size)
+        if not self.latents_fit(shape):
+            unet = self.denoiser.config
+            raise ValueError(
+                f"the latents of a {size}-pixel picture are {shape}, but the denoiser was built for "
+                f"{unet.in_channels} channels of side {unet.sample_size}: "
+                "change denoiser_config (in_channels, sample_size), image_size, latents_path or patch_size"
+            )
+
+    def attach(self, module: nn.Module, name: str = "latents") -> LatentSpace:
+        "Use this space, or another frozen model; see `StrictModel.attach`"
+        if name == "latents":
+            self.check_latents(module)
+        return super().attach(module, name)

@@ -25,7 +25,7 @@ from decomp_nb.components.diffusion import (
     sample_timesteps,
 )
 from .encoders import build_encoder
-from .latents import build_latents
+from .latents import LatentSpace
 from .slot_sets import drop_slots, keep_largest, merge_duplicates, swap_slots, token_mask
 from .slots import SlotAttention, SlotResult, masks_from_attention, slot_diagnostics
 from .tracking import fold_batch, fold_time, track
@@ -34,8 +34,8 @@ from ..decomposer import Decomposer
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['require', 'refuse_unknown', 'current_options', 'VersionedConfig', 'SlotModel', 'fixed_denoiser', 'LatentSpace',
-           'DiffusionSlotModel', 'changed', 'from_preset', 'small_encoder', 'published_encoder']
+__all__ = ['require', 'refuse_unknown', 'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel', 'changed', 'from_preset',
+           'small_encoder', 'published_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -51,40 +51,11 @@ def refuse_unknown(options: dict) -> None:
     if unknown:
         raise TypeError(f"decode has no option {', '.join(sorted(unknown))}")
 
-# %% ../../nbs/components/slot_model.ipynb #versions-export
-def current_options(config: dict) -> dict:
-    "A config of slot models in today's names: `merge_twins` and `merge_above` have become `merge_threshold`"
-    config = dict(config)
-    for old in ("merge_twins", "merge_above"):
-        if old in config:
-            config["merge_threshold"] = config.pop(old)
-    if config.pop("ask_codebook", True) is False:
-        raise ValueError(
-            "ask_codebook=False: no option of the model any more; without the codebook samples "
-            "decode(…, scheduler=SinglestepSolver(model.scheduler))"
-        )
-    return config
-
-
-class VersionedConfig:
-    "Models whose options have had other names"
-
-    @classmethod
-    def current_config(cls, config: dict) -> dict:
-        "A config of an older version in today's names, with the defaults of options that it lacks"
-        parameters = inspect.signature(cls.__init__).parameters
-        defaults = {name: p.default for name, p in parameters.items() if name != "self"}
-        config = current_options(config)
-        return config | {name: value for name, value in defaults.items() if name not in config}
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        "As in diffusers, for configs of older versions too"
-        return super().extract_init_dict(current_options(config_dict), **kwargs)
-
 # %% ../../nbs/components/slot_model.ipynb #seeing-export
-class SlotModel(VersionedConfig, Decomposer):
+class SlotModel(Decomposer):
     "A method whose factors are slots: encoder and slot attention; sub-classes add what makes a picture of slots"
+    renamed = {"merge_twins": "merge_threshold", "merge_above": "merge_threshold"}
+    fixed = {"ask_codebook": True}  # drawing without the codebook: decode(…, scheduler=SinglestepSolver(model.scheduler))
     tracks = True  # on clips, slots are carried from frame to frame
 
     @register_to_config
@@ -194,44 +165,6 @@ def fixed_denoiser(denoiser: nn.Module, x_t: Tensor, t: Tensor, factors: Factors
     codes = factors.codes.to(x_t.dtype)
     options = dict(encoder_hidden_states=codes, encoder_attention_mask=token_mask(factors.weights))
     return torch.func.functional_call(denoiser, weights, (x_t, t), options).sample
-
-# %% ../../nbs/components/slot_model.ipynb #latents-export
-class LatentSpace:
-    "A method whose denoiser works in a frozen space: pixels, patches, or the latents of an autoencoder"
-
-    def build_latents(self) -> nn.Module:
-        "The space that the config names: pixels, patches, or a frozen autoencoder"
-        config = self.config
-        return build_latents(config.latents_path, patch=config.patch_size, base=config.get("_name_or_path"))
-
-    @property
-    def latents(self) -> nn.Module:
-        "The space of the denoiser, built at first use"
-        if "latents" not in self.foundations():
-            self.stand_on(self.build_latents())
-        return self.foundations()["latents"]
-
-    def latents_fit(self, shape: tuple[int, int, int]) -> bool:
-        "Whether the denoiser was built for latents of this shape `(c,h,w)`"
-        unet = self.denoiser.config
-        return shape[:2] == (unet.in_channels, unet.sample_size)
-
-    def stand_on(self, space: nn.Module) -> None:
-        "Use this space (Pixels, KLLatents, VQLatents); refused where its shape is not the denoiser's"
-        shape = space.shape(self.config.image_size)
-        if not self.latents_fit(shape):
-            unet = self.denoiser.config
-            raise ValueError(
-                f"the latents of a {self.config.image_size}-pixel picture are {shape}, but the denoiser was built for "
-                f"{unet.in_channels} channels of side {unet.sample_size}: "
-                "change denoiser_config (in_channels, sample_size), latents_path or patch_size"
-            )
-        self.foundations()["latents"] = space.to(next(self.parameters()).device)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(c,h,w)` of x_t"
-        return self.latents.shape(self.config.image_size)
 
 # %% ../../nbs/components/slot_model.ipynb #painting-export
 class DiffusionSlotModel(LatentSpace, SlotModel):
@@ -350,6 +283,11 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         empty = self.null_factors(factors).codes.to(codes.dtype)
         return factors._replace(codes=torch.where(chance < self.config.null_dropout, empty, codes))
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        "Shape `(c,h,w)` of x_t, that of the latents"
+        return self.latents.shape(self.config.image_size)
+
     def null_factors(self, factors: Factors) -> Factors:
         "k copies of one learned token: to an attention layer the same as a single token"
         if self.null_code is None:
@@ -374,7 +312,7 @@ def from_preset(presets: dict[str, dict], name: str, changes: dict) -> dict:
     "`presets[name]` with `changes` put in; an unknown name is an error that lists the known ones"
     if name not in presets:
         raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, presets))}")
-    return changed(presets[name], current_options(changes))
+    return changed(presets[name], SlotModel.current_options(changes))
 
 # %% ../../nbs/components/slot_model.ipynb #eyes-export
 def small_encoder(

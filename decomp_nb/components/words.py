@@ -66,7 +66,7 @@ class FoundationDecomposer(Decomposer):
         super().__init__()
         base = open_foundation(foundation)
         base.add_words(tokens, n_vectors)
-        self.foundations()["foundation"] = base
+        self.frozen.foundation = base
         self.tokens = base.words
         self.n_factors = len(base.words)
         self.image_size = image_size
@@ -74,7 +74,7 @@ class FoundationDecomposer(Decomposer):
     @property
     def base(self) -> Foundation:
         "The frozen text-to-image model"
-        return self.foundations()["foundation"]
+        return self.frozen.foundation
 
     @property
     def latents(self) -> nn.Module:

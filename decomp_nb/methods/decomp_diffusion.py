@@ -288,18 +288,13 @@ class _Frozen:
         "The denoiser: this model's own, or that of a text-to-image model"
         if not self.config.foundation:
             return self.denoiser
-        frozen = self.foundations()
-        if "unet" not in frozen:
-            frozen["unet"] = load_unet(self.config.foundation)
-        return frozen["unet"]
+        if self.frozen.unet is None:
+            self.frozen.unet = load_unet(self.config.foundation)
+        return self.frozen.unet
 
-    @property
-    def latents(self) -> nn.Module:
+    def build_latents(self) -> nn.Module:
         "The space of x_t: pixels, patches, or the latents of an autoencoder"
-        frozen = self.foundations()
-        if "latents" not in frozen:
-            frozen["latents"] = _build_space(self.config, self.unet).to(next(self.parameters()).device)
-        return frozen["latents"]
+        return _build_space(self.config, self.unet)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -21,13 +21,13 @@ from torch.func import functional_call
 from ..components.code_model import CodeModel, check_choices, make_encoder
 from ..components.codes import CircularCodes
 from ..components.diffusion import make_scheduler, to_x0
-from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, mark_of, noise_loss
+from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, noise_loss
 from ..components.latents import build_latents, decode_latents
 from ..components.samplers import latent_sampler
 from ..components.shift_decoder import ShiftDecoder, field_coefficient
 from ..components.slot_model import changed
 from ..components.unets import UNetFeatures, latent_unet, unet_down, unet_up
-from ..decomposer import Decomposer
+from ..decomposer import Decomposer, fingerprint
 from ..factors import Factors
 
 # %% auto #0
@@ -105,7 +105,7 @@ def check_base(model: DisDiff, base: LatentDiffusion) -> None:
     kind = base.scheduler.config.prediction_type
     if kind != "epsilon":
         raise ValueError(f"the base predicts {kind!r}; fields are added to a predicted noise ('epsilon')")
-    mark, trained = mark_of(base), ours.base_mark
+    mark, trained = fingerprint(base), ours.base_mark
     if trained not in ("", mark):
         raise ValueError(f"this base ({mark}) is not the one that the fields were trained on ({trained})")
     base.latents  # noqa: B018 - refuses an autoencoder that does not fit
@@ -132,29 +132,27 @@ class FrozenBase(CodeModel):
     @property
     def base(self) -> LatentDiffusion:
         "The frozen model, loaded at first use"
-        if "base" not in self.foundations():
-            self.stand_on(self._load_base())
-        return self.foundations()["base"]
+        if self.frozen.base is None:
+            self.attach(self._load_base())
+        return self.frozen.base
 
     def _load_base(self) -> LatentDiffusion:
         near = self.config.get("_name_or_path")
         base = LatentDiffusion.from_pretrained(find_base(self.config.base_path, near))
         path = self.config.latents_path
-        return base.stand_on(build_latents(path, base=near)) if path else base
+        return base.attach(build_latents(path, base=near)) if path else base
 
     @property
     def latents(self) -> nn.Module:
         "The base's space"
         return self.base.latents
 
-    def stand_on(self, base: LatentDiffusion) -> FrozenBase:
+    def attach(self, module: LatentDiffusion, name: str = "base") -> FrozenBase:
         "Use this base; refused where sizes or weights are not those the model was made for"
-        check_base(self, base)
-        self.register_to_config(base_mark=mark_of(base))
-        device = next(self.parameters()).device
-        self.foundations()["base"] = base.requires_grad_(False).eval().to(device)
-        self.foundations()["latents"] = base.latents
-        return self
+        check_base(self, module)
+        self.register_to_config(base_mark=fingerprint(module))
+        super().attach(module, name)
+        return super().attach(module.latents, "latents")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -163,7 +161,7 @@ class FrozenBase(CodeModel):
         return self.fields.conv_out.out_channels, side, side
 
     @torch.no_grad()
-    def frozen(self, x_t: Tensor, t: Tensor) -> tuple[UNetFeatures, Tensor]:
+    def predict_frozen(self, x_t: Tensor, t: Tensor) -> tuple[UNetFeatures, Tensor]:
         "The features of the frozen UNet on its way down, and the noise that it predicts"
         seen = unet_down(self.base.denoiser, x_t, t)
         return seen, unet_up(self.base.denoiser, seen)
@@ -201,7 +199,7 @@ class DisDiffOptions(FrozenBase):
 
     def _begin_on(self, base: LatentDiffusion | None) -> None:
         if base is not None:
-            self.stand_on(base)
+            self.attach(base)
         if base is not None and self.config.start == "base":
             self.fields.init_from(base.denoiser)
 
@@ -212,7 +210,7 @@ class FieldModel(DisDiffOptions):
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
         "The frozen model's noise `(b,c,h,w)`, shifted by the fields of the factors"
-        seen, answer = self.frozen(x_t, t)
+        seen, answer = self.predict_frozen(x_t, t)
         return answer + field_coefficient(self.scheduler, t, answer) * self.field_sum(seen, factors)
 
     def field_sum(self, seen: UNetFeatures, factors: Factors) -> Tensor:
@@ -226,7 +224,7 @@ class FieldModel(DisDiffOptions):
     def all_fields(self, images: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Codes `(b,N,d)`, frozen prediction `(b,c,h,w)` and fields `(b,N,c,h,w)` of pictures and their noisy latents"
         codes = self.encode(images, z=x0).codes
-        seen, answer = self.frozen(x_t, t)
+        seen, answer = self.predict_frozen(x_t, t)
         return codes, answer, self.fields(seen, codes, torch.arange(self.n_factors), self.factor_chunk)
 
     def null_factors(self, factors: Factors) -> Factors:
@@ -410,4 +408,4 @@ def disdiff_preset(
     "Arguments of `DisDiff` for a known setting; the base decides about the denoiser"
     if name not in PRESETS:
         raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, PRESETS))}")
-    return changed(PRESETS[name], DisDiff.current_config(changes))
+    return changed(PRESETS[name], DisDiff.current_options(changes))

@@ -18,7 +18,7 @@ from ..components.code_model import CodeModel, check_choices, make_encoder
 from ..components.codes import CircularCodes
 from ..components.diffusion import diffusion_target, make_scheduler
 from ..components.latent_diffusion import LATENT_SCHEDULE
-from ..components.latents import build_latents
+from ..components.latents import LatentSpace
 from ..components.samplers import latent_sampler
 from ..components.slot_model import changed
 from ..components.unets import slot_denoiser
@@ -122,7 +122,7 @@ class TokenModel(CodeModel):
         return shares
 
 # %% ../../nbs/methods/encdiff.ipynb #latents-export
-class TokenSpace(TokenModel):
+class TokenSpace(LatentSpace, TokenModel):
     "The space of the denoiser, and options of earlier versions"
     renamed = {
         "directions": "circular",
@@ -132,9 +132,9 @@ class TokenSpace(TokenModel):
     }
 
     @classmethod
-    def current_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def current_options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         "As of any `CodeModel`; a `DisDiff` with tokens also had options that had no effect on it"
-        current = super().current_config(config)
+        current = super().current_options(config)
         if current.pop("conditioning", None) is None:
             return current
         known = cls._get_init_keys(cls)
@@ -142,29 +142,9 @@ class TokenSpace(TokenModel):
         return kept | {"_class_name": "EncDiff"}
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(c,h,w)` of x_t"
-        unet = self.reader.unet.config
-        return unet.in_channels, unet.sample_size, unet.sample_size
-
-    @property
-    def latents(self) -> nn.Module:
-        "The space that `latents_path` names, built at first use"
-        if "latents" not in self.foundations():
-            self.stand_on(build_latents(self.config.latents_path, base=self.config.get("_name_or_path")))
-        return self.foundations()["latents"]
-
-    def stand_on(self, space: nn.Module) -> TokenSpace:
-        "Use this autoencoder; refused where its latents have another size"
-        size = self.config.image_size
-        shape = space.shape(size)
-        if shape != self.latent_shape:
-            raise ValueError(
-                f"the latents of a {size}-pixel picture are {shape}, "
-                f"but denoiser_config says {self.latent_shape}"
-            )
-        self.foundations()["latents"] = space.requires_grad_(False).to(next(self.parameters()).device)
-        return self
+    def denoiser(self) -> nn.Module:
+        "The UNet that reads the tokens"
+        return self.reader.unet
 
 # %% ../../nbs/methods/encdiff.ipynb #class-export
 class EncDiff(TokenSpace):
@@ -259,4 +239,4 @@ def encdiff_preset(
     "Arguments of `EncDiff` for a known setting"
     if name not in ENCDIFF_PRESETS:
         raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, ENCDIFF_PRESETS))}")
-    return changed(ENCDIFF_PRESETS[name], EncDiff.current_config(changes))
+    return changed(ENCDIFF_PRESETS[name], EncDiff.current_options(changes))

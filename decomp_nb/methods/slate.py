@@ -77,18 +77,18 @@ class SLATE(SlotModel):
     @property
     def dvae(self) -> DVAE:
         "The discrete VAE, frozen, loaded at first use"
-        if "dvae" not in self.foundations():
-            self.stand_on(load_dvae(self.config.dvae_path, base=self.config.get("_name_or_path")))
-        return self.foundations()["dvae"]
+        if self.frozen.dvae is None:
+            self.attach(load_dvae(self.config.dvae_path, base=self.config.get("_name_or_path")))
+        return self.frozen.dvae
 
-    def stand_on(self, dvae: DVAE) -> None:
+    def attach(self, module: DVAE, name: str = "dvae") -> SLATE:
         "Use this discrete VAE; refused where its vocabulary is not the transformer's"
-        if dvae.config.vocabulary != self.writer.vocabulary:
+        words = module.config.vocabulary
+        if words != self.writer.vocabulary:
             raise ValueError(
-                f"the discrete VAE knows {dvae.config.vocabulary} words, "
-                f"but writer_config says vocabulary={self.writer.vocabulary}"
+                f"the discrete VAE knows {words} words, but writer_config says vocabulary={self.writer.vocabulary}"
             )
-        self.foundations()["dvae"] = dvae.requires_grad_(False).eval().to(next(self.parameters()).device)
+        return super().attach(module, name)
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
         "There is no denoiser to ask"

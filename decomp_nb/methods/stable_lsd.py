@@ -72,12 +72,12 @@ class StableLSD(DiffusionSlotModel):
 
     def build_denoiser(self, config: nn.Module) -> None:
         "Stand on the frozen UNet"
-        self.foundations()["denoiser"] = config
+        self.frozen.denoiser = config
 
     @property
     def denoiser(self) -> nn.Module:
         "The frozen UNet"
-        return self.foundations()["denoiser"]
+        return self.frozen.denoiser
 
     def build_latents(self) -> nn.Module:
         "The frozen autoencoder"
@@ -90,9 +90,9 @@ class StableLSD(DiffusionSlotModel):
     def null_factors(self, factors: Factors) -> Factors:
         "The empty prompt, as many tokens of it as there are slots (Stable-LSD's unconditional branch)"
         codes = factors.codes
-        if "null" not in self.foundations():
-            self.foundations()["null"] = PromptEncoder(self.config.foundation).to(codes.device)
-        empty = self.foundations()["null"]([""], factors.n_factors)
+        if self.frozen.null is None:
+            self.frozen.null = PromptEncoder(self.config.foundation).to(codes.device)
+        empty = self.frozen.null([""], factors.n_factors)
         return factors._replace(codes=empty.to(codes).expand_as(codes))
 
     def enable_gradient_checkpointing(self) -> None:

@@ -89,7 +89,7 @@ def load_official_latent_diffusion(
     options = {"scheduler_config": stored_schedule(state), **options}
     model = LatentDiffusion(image_size=image_size, denoiser_config=sizes, **options)
     load_strict(model.denoiser, convert_latent_unet(unet, sizes), f"{Path(path).name}, the UNet")
-    return model.stand_on(space).eval()
+    return model.attach(space).eval()
 
 
 def _frozen_unet(state: dict[str, Tensor], path: str | Path, ema: bool) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def load_official_disdiff(
     unet = averaged(unet, state) if ema else unet
     fields = convert_shift_decoder(unet, dict(base.config.denoiser_config))
     load_strict(model.fields, fields, f"{name}, the shift decoder")
-    return model.stand_on(base).eval()
+    return model.attach(base).eval()
 
 
 def _picture_side(encoder: dict[str, Tensor]) -> int:

@@ -156,7 +156,7 @@ def keep_with(model: nn.Module, folder: str | Path) -> Path:
     "Save a method and its frozen networks (sub-folders vae/, dvae/ or base/) into one folder that loads by itself"
     model.latents  # noqa: B018 - loads what is not there yet
     folder = Path(folder)
-    frozen = model.foundations()
+    frozen = vars(model.frozen)
     if "base" in frozen:
         model.register_to_config(base_path="base", latents_path=None)
         keep_with(frozen["base"], folder / "base")

@@ -264,7 +264,7 @@ def load_official_slots(
         model, own, frozen = *_slot_attention_ae(state, common, path), None
     load_strict(model, refuse_rest(state, path) | weights | own, str(path))
     if frozen is not None:
-        model.stand_on(frozen)
+        model.attach(frozen)
     return model.eval()
 
 # %% ../../nbs/official/slots.ipynb #slots-parts-export

@@ -92,7 +92,7 @@ def lsd_step(
     torch.manual_seed(0)
     model = LSD(**(lsd_preset(preset) if isinstance(preset, str) else preset))
     space = KLLatents(AutoencoderKL(**(vae or sd_vae_config())))
-    model.foundations()["latents"] = space
+    model.frozen.latents = space
     if not sdpa:
         for layer in model.modules():
             processor = getattr(layer, "processor", None)
@@ -141,7 +141,7 @@ def slot_diffusion_step(
         preset = slot_diffusion_preset("coco", image_size=image_size, denoiser_config={"sample_size": image_size // 4})
         preset["encoder_config"] = dict(kind="vit", image_size=image_size, vit_config=None)
     model = SlotDiffusion(**preset).train()
-    model.stand_on(VQLatents(vq_model(**(vae or {})).eval()))
+    model.attach(VQLatents(vq_model(**(vae or {})).eval()))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
     batch = {"image": torch.rand(batch_size, 3, model.config.image_size, model.config.image_size) * 2 - 1}
     if latents: batch["latent_mean"], batch["latent_logvar"] = model.latents.moments(batch["image"])
