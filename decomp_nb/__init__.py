@@ -138,7 +138,7 @@ _moved = {
         "components.codes": "edges independent_circles code_line code_arc turned=rotate "
                             "turn_cost=circular_kl Directions=CircularCodes",
         "components.code_model": "ResidualConv FactorEncoder SplitEncoder",
-        "components.shift_decoder": "TwoConditions FactorNames ShiftDecoder field_coefficient",
+        "components.shift_decoder": "TwoConditions FactorNames",
         "methods.disdiff": "Moves=DisentanglingLogits moves_of=disentangling_logits",
         "methods.encdiff": "TokenReader=TokenDenoiser",
     },
@@ -158,6 +158,7 @@ _moved = {
                                "CodebookDDIM=DDIM through_projection",
     },
     "components.latent_diffusion": {
+        "decomposer": "mark_of=fingerprint",
         "components.samplers": "OfficialDDIM=DDIM latent_sampler",
         "components.latents": "paint=decode_latents",
         "components.unets": "Look=UNetFeatures look=unet_down climb=unet_up",

@@ -85,8 +85,9 @@ class VersionedConfig:
     def current_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         "A whole config of an earlier version: `current_options`, and the defaults of options that it lacks"
         parameters = inspect.signature(cls.__init__).parameters
+        options = cls.current_options(config)
         named = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-        return named | cls.current_options(config)
+        return options | {name: value for name, value in named.items() if name not in options}
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> tuple[dict, dict, dict]:
@@ -243,8 +244,12 @@ class Method(StrictModel):
     def __init_subclass__(cls, **kwargs):
         "What a method writes for pictures takes clips too"
         super().__init_subclass__(**kwargs)
-        for name in _ON_FRAMES.keys() & vars(cls).keys():
-            setattr(cls, name, _ON_FRAMES[name](vars(cls)[name]))
+        for name, on_frames in _ON_FRAMES.items():
+            method = getattr(cls, name, None)  # of the class itself or of a part that it is composed of
+            if method is not None and not getattr(method, "takes_clips", False):
+                with_clips = on_frames(method)
+                with_clips.takes_clips = True
+                setattr(cls, name, with_clips)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

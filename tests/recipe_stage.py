@@ -248,7 +248,7 @@ def weightless(meta: bool):
             patch.setattr(base, "from_pretrained", from_folder(base.from_pretrained.__func__))
         patch.setattr(decomposer, "_check_folder", lambda cls, path: None)
         for module in (latent_diffusion, disdiff):
-            patch.setattr(module, "mark_of", lambda module: "rehearsal")
+            patch.setattr(module, "fingerprint", lambda module: "rehearsal")
         if not meta:
             yield
             return

@@ -17,12 +17,12 @@ from decomp_nb.components.codes import (
     edges,
     independent_circles,
 )
-from decomp_nb.components.latent_diffusion import LatentDiffusion, mark_of
+from decomp_nb.components.latent_diffusion import LatentDiffusion
+from decomp_nb.decomposer import fingerprint, load_decomposer
 from decomp_nb.components.latents import KLLatents, VQLatents, decode_latents
 from decomp_nb.components.samplers import DDIM, latent_sampler
 from decomp_nb.components.shift_decoder import FactorNames, TwoConditions
 from decomp_nb.components.unets import unet_down, unet_up
-from decomp_nb.decomposer import load_decomposer
 from decomp_nb.factors import Factors
 from decomp_nb.methods.disdiff import DisDiff, disdiff_preset, disentangling_logits
 from decomp_nb.methods.encdiff import EncDiff, encdiff_preset
@@ -230,7 +230,7 @@ def test_saved_with_a_path_and_loaded(tmp_path):
     x = batch()["image"]
     torch.testing.assert_close(again.reconstruct(x, steps=2, noise=batch()["noise"]), model.reconstruct(x, steps=2, noise=batch()["noise"]))
     half = copy.deepcopy(model.base).half()
-    assert mark_of(half) == mark_of(model.base)
+    assert fingerprint(half) == fingerprint(model.base)
 
 
 TOKENS = dict(factor_dim=1, token_dim=8,
@@ -448,7 +448,7 @@ def test_refuses_stages_that_do_not_belong_together(tmp_path):
     model.save_pretrained(tmp_path / "ldm")
     build = lambda **o: DisDiff(**{"base_path": str(tmp_path / "ldm"), "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, **o})
     fine = build(latents_path=str(tmp_path / "ae"))
-    assert fine.config.image_size == 16 and fine.latent_shape == (3, 8, 8) and fine.config.base_mark == mark_of(fine.base)
+    assert fine.config.image_size == 16 and fine.latent_shape == (3, 8, 8) and fine.config.base_mark == fingerprint(fine.base)
     cases = {"is not the one that the denoiser was trained with": dict(latents_path=str(tmp_path / "other")), "but the denoiser was built for 3 channels of side 8": dict(latents_path=str(tmp_path / "small")),
              "holds a VQModel": dict(base_path=str(tmp_path / "ae")), "give its run directory": dict(base_path="", denoiser_config=UNET, image_size=16), "image_size: give it": dict(base_path=None)}
     for message, options in cases.items():

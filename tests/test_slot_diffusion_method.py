@@ -162,7 +162,8 @@ def test_contrast_needs_training_and_is_subtracted():
 def test_sampling_asks_the_codebook_only_where_there_is_one():
     assert diffusion().sampler.project is not None
     pixels = SlotDiffusion(**EYES, patch_size=4, denoiser_config=slot_diffusion_denoiser(4, slot_dim=16, channels=(8, 16), layers_per_block=1, head_dim=8, groups=4, in_channels=48))
-    assert pixels.sampler.project is None and pixels.latent_shape == (48, 4, 4)
+    x = torch.randn(2, 48, 4, 4)
+    assert pixels.sampler.project(x) is x and pixels.latent_shape == x.shape[1:]
 
 
 def test_guidance_needs_a_model_that_was_trained_for_it():

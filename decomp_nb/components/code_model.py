@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,9 +133,9 @@ class SplitEncoder(nn.Module):
     ):
         super().__init__()
         self.halves = halves
-        build = dict(what="encoder_config", function=FactorEncoder, size=size, **options)
-        self.colour = build_with(**build, out_dim=dims[0] * halves, linear_skip=linear_skip)
-        self.form = build_with(**build, out_dim=dims[1] * halves, in_channels=1)
+        build = partial(build_with, FactorEncoder, "encoder_config", size=size, **options)
+        self.colour = build(out_dim=dims[0] * halves, linear_skip=linear_skip)
+        self.form = build(out_dim=dims[1] * halves, in_channels=1)
 
     def forward(self, images: Tensor) -> Tensor:
         "`(b,3,h,w)` → `(b, halves · sum(dims))`"

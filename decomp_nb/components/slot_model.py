@@ -196,7 +196,8 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         zoom: float = 1.0,  # outside training, enlarge pictures this many times for the encoder: finer masks
     ):
         super().__init__(
-            image_size, encoder_config, slots_config, slot_dropout, keep_slots, merge_threshold, zoom
+            image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
+            slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
         )
         if not 0 < contrast_rate <= 1:
             raise ValueError(f"contrast_rate={contrast_rate}: must be above 0 and at most 1")

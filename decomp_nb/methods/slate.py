@@ -60,7 +60,8 @@ class SLATE(SlotModel):
         zoom: float = 1.0,
     ):
         super().__init__(
-            image_size, encoder_config, slots_config, slot_dropout, keep_slots, merge_threshold, zoom
+            image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
+            slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
         )
         require(writer_config=writer_config)
         if image_size % 4:

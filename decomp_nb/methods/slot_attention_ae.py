@@ -42,7 +42,8 @@ class SlotAttentionAE(SlotModel):
         zoom: float = 1.0,
     ):
         super().__init__(
-            image_size, encoder_config, slots_config, slot_dropout, keep_slots, merge_threshold, zoom
+            image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
+            slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
         )
         if mask_source not in ("decoder", "attention"):
             raise ValueError(f"mask_source={mask_source!r}: choose 'decoder' or 'attention'")

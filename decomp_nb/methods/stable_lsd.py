@@ -61,7 +61,8 @@ class StableLSD(DiffusionSlotModel):
         slots = dict(n_slots=7, slot_dim=768, hidden_dim=768, out_dim=width, n_iterations=5) | (slots_config or {})
         dino = dict(kind="dino", name_or_folder="facebook/dinov2-base", image_size=image_size, resolution=448)
         super().__init__(
-            image_size, encoder_config or dino, slots, denoiser_config=unet, scheduler_config=schedule,
+            image_size=image_size, encoder_config=encoder_config or dino, slots_config=slots,
+            denoiser_config=unet, scheduler_config=schedule,
             timestep_sampling=timestep_sampling, timestep_strength=timestep_strength, min_snr_gamma=min_snr_gamma,
             offset_noise=offset_noise, slot_dropout=slot_dropout, null_dropout=null_dropout, n_registers=n_registers,
             contrast_weight=contrast_weight, contrast_rate=contrast_rate, keep_slots=keep_slots,

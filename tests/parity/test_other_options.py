@@ -63,7 +63,7 @@ def mean_of(parts):
     "Composed answer of `(model, vector)` pairs: the mean of what each model says to its vector"
 
     def answer(x, t):
-        return torch.stack([model._ask(x, t, code.expand(len(x), -1)) for model, code in parts]).mean(0)
+        return torch.stack([model.predict_component(x, t, code.expand(len(x), -1)) for model, code in parts]).mean(0)
 
     return answer
 
@@ -338,7 +338,7 @@ def warmed_up_set(folder: Path, golden: Path, case: str, warmup: int):
             f"{m}/other_rows_grad_absmax": others.grad.abs().max(),
         }
         if number:
-            arrays[f"{m}/unet_out_sum"] = out["answers"].transpose(0, 1)[order].double().sum((1, 2, 3, 4))
+            arrays[f"{m}/unet_out_sum"] = out["answers"].transpose(0, 1).roll(-1, 0)[order].double().sum((1, 2, 3, 4))
         others.grad = None
         if not settings["sync"][number]:
             continue
