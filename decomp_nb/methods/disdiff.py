@@ -93,7 +93,7 @@ def find_base(path: str | Path | None, near: str | Path | None = None) -> Path:
     raise FileNotFoundError(f"base_path={str(path)!r}: no LatentDiffusion there; train_latent_diffusion makes one")
 
 # %% ../../nbs/methods/disdiff.ipynb #check-base-export
-def check_base(model: DisDiff, base: LatentDiffusion) -> None:
+def check_base(model: CodeModel, base: LatentDiffusion) -> None:
     "One error that names what does not fit"
     ours, theirs = model.config, base.config
     if theirs.image_size != ours.image_size:
