@@ -16,7 +16,7 @@ from .clevr import Clevr
 from .colours import COLORS
 from .random import scene_keys
 from .scene_type import SceneFactors, SceneType
-from .shapes import Shapes, TexturedShapes
+from .shapes import Shapes, TexturedObjects, TexturedShapes
 
 # %% auto #0
 __all__ = ['KINDS', 'VARIANTS', 'Indices', 'make_scene_type', 'caption', 'captions', 'edit_factors', 'DrawnDataset', 'to_levels',
@@ -26,6 +26,7 @@ __all__ = ['KINDS', 'VARIANTS', 'Indices', 'make_scene_type', 'caption', 'captio
 KINDS: dict[str, type[SceneType]] = {
     "shapes": Shapes,
     "textured_shapes": TexturedShapes,
+    "textured_objects": TexturedObjects,
     "tetrominoes": Tetrominoes,
     "toy_squares": ToySquares,
     "clevr_scenes": Clevr,

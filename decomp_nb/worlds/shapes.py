@@ -29,7 +29,7 @@ from .scene_type import SceneFactors, SceneType, check_choice, draw_counts, pixe
 
 # %% auto #0
 __all__ = ['SHAPES', 'signed_distance', 'object_distances', 'pixel_coverage', 'composite', 'label_map', 'Shapes', 'keep_visible',
-           'sample_shapes', 'render_shapes', 'TexturedShapes']
+           'sample_shapes', 'render_shapes', 'TexturedShapes', 'TexturedObjects']
 
 # %% ../../nbs/worlds/shapes.ipynb #sdf-basic
 def _square(x, y, half=(1.0, 1.0)):
@@ -326,3 +326,9 @@ def render_shapes(
 class TexturedShapes(Shapes):
     "Coloured shapes on noise, stripes, checkers and cells: grouping by colour alone no longer works"
     background: str = "textures"
+
+
+@dataclass(frozen=True)
+class TexturedObjects(TexturedShapes):
+    "Two-coloured and patterned objects on textures: colours do not give an object away, as k-means of colours shows"
+    foreground: str = "textured"
