@@ -5,108 +5,133 @@
 # %% ../../nbs/data/factors.ipynb #imports-export
 from __future__ import annotations
 
-import io
 import math
-import os
-import shutil
-import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .home import cache_folder
-from .hdf5 import LazyH5, open_h5
-from .images import image_groups, list_images, read_image, resize_crop, to_image_tensor
-from .reader import split_by_group, split_name, subsample
-from ..worlds.rooms import SHAPE_NAMES, colour_maps, draw_maps, hue_colours
-from ..worlds.sprites import CORRUPTIONS, SPRITE_SHAPES, corrupt, sprite, swirls
+from .reader import Reader, split_name, subsample
 
 # %% auto #0
-__all__ = ['GRIDS', 'FOLDERS', 'FactorGrid', 'sub_grid', 'FactorImages', 'split_rows', 'Shapes3D', 'H5Images', 'NpzImages',
-           'npz_array', 'DSprites', 'official_resize', 'picture_reader', 'MPI3D', 'Cars3D', 'read_norb', 'SmallNORB',
-           'Falcor3D', 'CelebA', 'OfficialFolder']
+__all__ = ['GRIDS', 'FactorGrid', 'sub_grid', 'grid_sizes', 'split_rows', 'FactorTable', 'FactorImages']
 
 # %% ../../nbs/data/factors.ipynb #grid-export
 class FactorGrid:
     "Names and sizes of factors; index ↔ factors, the last factor fastest"
 
     def __init__(self, sizes: Mapping[str, int]):
-        if not sizes or min(sizes.values()) < 1: raise ValueError(f"every factor needs at least one value: {dict(sizes)}")
-        self.names, self.sizes = tuple(sizes), tuple(int(s) for s in sizes.values())
+        if not sizes or min(sizes.values()) < 1:
+            raise ValueError(f"every factor needs at least one value: {dict(sizes)}")
+        self.names = tuple(sizes)
+        self.sizes = tuple(int(s) for s in sizes.values())
         self.strides = tuple(math.prod(self.sizes[k + 1:]) for k in range(len(self.sizes)))
 
-    def __len__(self) -> int: return math.prod(self.sizes)
-    def __repr__(self) -> str: return f"FactorGrid({len(self)}: " + ", ".join(f"{n} {s}" for n, s in zip(self.names, self.sizes)) + ")"
+    def __len__(self) -> int:
+        return math.prod(self.sizes)
 
-    def factors(self, index) -> np.ndarray:
-        "Indices `(…)` → factors `(…,F)`"
+    def __repr__(self) -> str:
+        return f"FactorGrid({len(self)}: " + ", ".join(map("{} {}".format, self.names, self.sizes)) + ")"
+
+    def factors(self, index: ArrayLike) -> np.ndarray:
+        "Indices `(…)` → factors `(…,F)`; ValueError where one is outside the grid"
         index = np.asarray(index)
-        if index.size and (index.min() < 0 or index.max() >= len(self)):
-            raise ValueError(f"index {index.max() if index.max() >= len(self) else index.min()} is outside 0…{len(self) - 1}")
-        return np.stack([index // stride % size for stride, size in zip(self.strides, self.sizes)], -1)
+        outside = index[(index < 0) | (index >= len(self))]
+        if outside.size:
+            raise ValueError(f"index {outside.max()} is outside 0…{len(self) - 1}")
+        return index[..., None] // self.strides % self.sizes
 
-    def index(self, factors) -> np.ndarray:
+    def index(self, factors: ArrayLike) -> np.ndarray:
         "Factors `(…,F)` → indices `(…)`; ValueError names the factor that is out of range"
         factors = np.asarray(factors)
         if factors.shape[-1] != len(self.sizes):
-            raise ValueError(f"factors {factors.shape}: the last axis has to hold {len(self.sizes)} numbers, {', '.join(self.names)}")
-        for k, (name, size) in enumerate(zip(self.names, self.sizes)):
-            bad = factors[..., k][(factors[..., k] < 0) | (factors[..., k] >= size)]
-            if bad.size: raise ValueError(f"{name} = {bad.flat[0]} is out of range, it has the values 0…{size - 1}")
+            expected = f"the last axis has to hold {len(self.sizes)} numbers, {', '.join(self.names)}"
+            raise ValueError(f"factors {factors.shape}: {expected}")
+        for name, size, values in zip(self.names, self.sizes, np.moveaxis(factors, -1, 0)):
+            bad = values[(values < 0) | (values >= size)]
+            if bad.size:
+                raise ValueError(f"{name} = {bad.flat[0]} is out of range, it has the values 0…{size - 1}")
         return (factors * np.array(self.strides)).sum(-1)
 
 # %% ../../nbs/data/factors.ipynb #grids-export
+_MPI3D = dict(object_color=6, object_shape=6, object_size=2, camera_height=3, background_color=3, horizontal_axis=40,
+              vertical_axis=40)
 GRIDS = {name: FactorGrid(sizes) for name, sizes in {
     "shapes3d": dict(floor_hue=10, wall_hue=10, object_hue=10, scale=8, shape=4, orientation=15),
     "dsprites": dict(shape=3, scale=6, orientation=40, x=32, y=32),
-    "mpi3d": dict(object_color=6, object_shape=6, object_size=2, camera_height=3, background_color=3,
-                  horizontal_axis=40, vertical_axis=40),
-    "mpi3d_complex": dict(object_color=4, object_shape=4, object_size=2, camera_height=3, background_color=3,
-                          horizontal_axis=40, vertical_axis=40),
+    "mpi3d": _MPI3D,
+    "mpi3d_complex": _MPI3D | dict(object_color=4, object_shape=4),
     "cars3d": dict(elevation=4, azimuth=24, object=183),
     "smallnorb": dict(category=5, instance=10, elevation=9, azimuth=18, lighting=6),
     "falcor3d": dict(lighting_intensity=5, lighting_x=6, lighting_y=6, lighting_z=6, camera_x=6, camera_y=6, camera_z=6),
 }.items()}
 
 # %% ../../nbs/data/factors.ipynb #sub-grid-export
-def sub_grid(name: str, sizes: Sequence[int] | None = None) -> FactorGrid:
-    "Grid of a published set, or one with the same factors and other sizes"
-    full = GRIDS[name]
-    if sizes is None: return full
-    if len(sizes) != len(full.sizes):
-        raise ValueError(f"sizes={tuple(sizes)}: {name} has {len(full.sizes)} factors, {', '.join(full.names)}")
-    return FactorGrid(dict(zip(full.names, sizes)))
+def sub_grid(
+    name: str,  # a key of `GRIDS`
+    sizes: Sequence[int] | None = None,
+    count: int | None = None,  # images that there have to be
+    path: Path | str = "",  # of the file that holds them
+) -> FactorGrid:
+    "Grid of a published set, or one with the same factors and other sizes; ValueError where they do not make `count` images"
+    grid = GRIDS[name]
+    if sizes is not None:
+        if len(sizes) != len(grid.sizes):
+            raise ValueError(f"sizes={tuple(sizes)}: {name} has {len(grid.sizes)} factors, {', '.join(grid.names)}")
+        grid = FactorGrid(dict(zip(grid.names, sizes)))
+    if count not in (None, len(grid)):
+        raise ValueError(f"{path} has {count} images, but factors {grid.sizes} make {len(grid)}")
+    return grid
 
-# %% ../../nbs/data/factors.ipynb #base-export
-class FactorImages:
-    "Pictures with known factors: subclasses implement `pictures(rows)`"
-    name = "factors"
+# %% ../../nbs/data/factors.ipynb #grid-sizes-export
+def grid_sizes(classes: np.ndarray, names: Sequence[str], where: str) -> tuple[int, ...]:
+    "Sizes of the grid whose rows are `classes` `(n,F)`; ValueError where rows are missing or in another order"
+    sizes = tuple(int(s) for s in classes.max(0) + 1)
+    if math.prod(sizes) != len(classes):
+        made = f"{sizes} different values make {math.prod(sizes)} pictures"
+        raise ValueError(f"{where} with {made}, the file has {len(classes)}")
+    wrong = np.flatnonzero((classes != FactorGrid(dict(zip(names, sizes))).factors(np.arange(len(classes)))).any(1))
+    if len(wrong):
+        order = f"rows have to run through {', '.join(names)}, the last one fastest"
+        raise ValueError(f"{where}: row {wrong[0]} is out of order; {order}")
+    return sizes
+
+# %% ../../nbs/data/factors.ipynb #split-rows-export
+def split_rows(count: int, split: str) -> np.ndarray:
+    "Rows of a split: 5 % val, 5 % test (at least one each), the rest train; drawn once, whatever the seed"
+    split = split_name(split)
+    if split == "all":
+        return np.arange(count)
+    if count < 3:
+        raise ValueError(f"split={split!r} needs at least 3 images, there are {count}: use split='all'")
+    order = np.random.RandomState(0).permutation(count)
+    share = max(1, count // 20)
+    return np.sort({"val": order[:share], "test": order[share:2 * share], "train": order[2 * share:]}[split])
+
+# %% ../../nbs/data/factors.ipynb #table-export
+class FactorTable(Reader):
+    "Which rows of a set with known factors its items are: the split, names and values of the factors"
 
     def __init__(
         self,
         grid: FactorGrid,  # names and sizes of the factors
         size: int,  # side of the square pictures
-        *,
-        split: str = "all",  # train, val, test, all
-        n: int | None = None,  # at most so many items
-        seed: int = 0,  # which ones `n` draws
+        *, split: str = "all", n: int | None = None, seed: int = 0,  # see `split_rows` and `subsample`
         table: np.ndarray | None = None,  # `(rows,F)` factors of every row; None: the rows are the grid
         values: Mapping[str, Sequence] | None = None,  # names of the values of factors
+        chosen: Sequence[int] | None = None,  # rows of the split, where the set has one of its own
     ):
-        self.grid, self.size, self.split, self.table = grid, size, split_name(split), table
+        self.grid = grid
+        self.size = size
+        self.split = split_name(split)
+        self.table = table
         self.factor_sizes = dict(zip(grid.names, grid.sizes))
-        self.factor_names = {name: [str(v) for v in (values or {}).get(name, range(size))] for name, size in self.factor_sizes.items()}
-        self.rows = np.array(subsample(split_rows(len(grid) if table is None else len(table), split), n, seed))
-
-    def pictures(self, rows: np.ndarray) -> Tensor:
-        "Rows `(b,)` → float pictures `(b,3,size,size)` in [−1,1]"
-        raise NotImplementedError
+        names = {name: range(count) for name, count in self.factor_sizes.items()} | dict(values or {})
+        self.factor_names = {name: [str(v) for v in names[name]] for name in grid.names}
+        rows = split_rows(len(grid if table is None else table), split) if chosen is None else chosen
+        self.index = self.rows = np.array(subsample(rows, n, seed))
 
     def factors_of(self, rows: np.ndarray) -> np.ndarray:
         "Factors `(b,F)` of rows of the whole set"
@@ -121,493 +146,43 @@ class FactorImages:
         "The item with these factors; ValueError where this split has none"
         self.grid.index(factors)  # in range?
         found = np.flatnonzero((self.factors == np.asarray(factors)).all(1))
-        if not len(found): raise ValueError(f"{self!r} has no picture with the factors {tuple(factors)}")
+        if not len(found):
+            raise ValueError(f"{self!r} has no picture with the factors {tuple(factors)}")
         return int(found[0])
 
-    def batch(self, items) -> dict:
+# %% ../../nbs/data/factors.ipynb #base-export
+class FactorImages(FactorTable):
+    "Pictures with known factors: subclasses implement `pictures(rows)`"
+
+    name = "factors"
+
+    def pictures(self, rows: np.ndarray) -> Tensor:
+        "Rows `(b,)` → float pictures `(b,3,size,size)` in [−1,1]"
+        raise NotImplementedError
+
+    def image_id(self, row: int) -> str:
+        "Name of the picture of a row"
+        return f"{self.name}-{row:07d}"
+
+    def batch(self, items: ArrayLike) -> dict:
         "Many items at once: stacked tensors and lists"
         rows = self.rows[np.asarray(items).reshape(-1)]
         factors = torch.from_numpy(np.ascontiguousarray(self.factors_of(rows))).long()
         labels = dict(zip(self.grid.names, factors.unbind(1)))
         return {"image": self.pictures(rows), "labels": labels, "image_id": [self.image_id(r) for r in rows]}
 
-    def image_id(self, row: int) -> str: return f"{self.name}-{row:07d}"
-
-    def __len__(self) -> int: return len(self.rows)
-
     def __getitems__(self, items: list[int]) -> list[dict]:
         "What torch's DataLoader calls to fetch a whole batch"
         batch = self.batch(items)
-        labels = {name: column.unbind() for name, column in batch["labels"].items()}
-        return [{"image": image, "labels": {name: column[i] for name, column in labels.items()}, "image_id": batch["image_id"][i]}
-                for i, image in enumerate(batch["image"].unbind())]
+        names = batch["labels"]
+        labels = [dict(zip(names, values)) for values in zip(*names.values())]
+        return [dict(zip(batch, item)) for item in zip(batch["image"], labels, batch["image_id"])]
 
     def __getitem__(self, item: int) -> dict:
-        if not -len(self) <= item < len(self): raise IndexError(f"item {item} of a data set of {len(self)}")
+        if not -len(self) <= item < len(self):
+            raise IndexError(f"item {item} of a data set of {len(self)}")
         return self.__getitems__([item])[0]
 
     def __repr__(self) -> str:
         sizes = " × ".join(map(str, self.grid.sizes[:8])) + (" × …" if len(self.grid.sizes) > 8 else "")
         return f"{type(self).__name__}({len(self)} images, {self.size} px, split {self.split}: {sizes})"
-
-
-def split_rows(count: int, split: str) -> np.ndarray:
-    "Rows of a split: 5 % val, 5 % test (at least one each), the rest train; drawn once, whatever the seed"
-    split = split_name(split)
-    if split == "all": return np.arange(count)
-    if count < 3: raise ValueError(f"split={split!r} needs at least 3 images, there are {count}: use split='all'")
-    order, share = np.random.RandomState(0).permutation(count), max(1, count // 20)
-    return np.sort({"val": order[:share], "test": order[share:2 * share], "train": order[2 * share:]}[split])
-
-# %% ../../nbs/data/factors.ipynb #shapes3d-export
-class Shapes3D(FactorImages):
-    "Shapes3D: drawn on the fly from ray-cast maps, or read from `3dshapes.h5` or `3dshapes.npz`"
-    name = "shapes3d"
-
-    def __init__(
-        self,
-        path: Path | str | None = None,  # the published file; None: drawn here
-        size: int = 64,
-        *,
-        split: str = "all",
-        n: int | None = None,
-        seed: int = 0,
-        sizes: Sequence[int] | None = None,  # of the six factors; None: as published, or as the file says
-        samples: int = 2,  # drawn: rays per pixel and direction
-        cache: Path | str | None = None,  # drawn: where the maps are kept; None: nowhere if there are few, else `cache_folder()`
-    ):
-        self.file = None
-        if path is not None: self.file, found = _open_shapes(Path(path))
-        grid = sub_grid("shapes3d", sizes or (found if path is not None else None))
-        values = {name: (np.arange(count) / count).round(2) for name, count in zip(grid.names[:3], grid.sizes)}
-        values |= dict(scale=np.linspace(0.75, 1.25, grid.sizes[3]).round(3), shape=SHAPE_NAMES[:grid.sizes[4]],
-                       orientation=np.linspace(-30, 30, grid.sizes[5]).round(1))
-        super().__init__(grid, size, split=split, n=n, seed=seed, values=values)
-        if self.file is None:
-            if grid.sizes[4] > 4: raise ValueError(f"shape has 4 values, {', '.join(SHAPE_NAMES)}; sizes asks for {grid.sizes[4]}")
-            self.maps, self._hues = _room_maps(grid.sizes[3:], size, samples, cache), [hue_colours(s) for s in grid.sizes[:3]]
-        elif self.file.shape[0] != len(grid):
-            raise ValueError(f"{path} has {self.file.shape[0]} images, but factors {grid.sizes} make {len(grid)}")
-
-    def pictures(self, rows: np.ndarray) -> Tensor:
-        if self.file is not None: return resize_crop(to_image_tensor(self.file.read(rows)), self.size)
-        factors = torch.from_numpy(self.grid.factors(rows))
-        geometry = torch.from_numpy(np.asarray(rows) % math.prod(self.grid.sizes[3:]))
-        return colour_maps(self.maps[geometry], torch.stack([hues[factors[:, k]] for k, hues in enumerate(self._hues)], 1))
-
-
-def _room_maps(sizes: Sequence[int], size: int, samples: int, cache: Path | str | None) -> Tensor:
-    "Maps of all scales, shapes and orientations `(g,5,size,size)`; kept on the disk where they take more than a second"
-    file = Path(cache or cache_folder()) / f"shapes3d_{'x'.join(map(str, sizes))}_{size}px_{samples}.npy"
-    if cache is None and math.prod(sizes) <= 60: file = None
-    if file is not None and file.is_file(): return torch.from_numpy(np.load(file)).float()
-    maps = draw_maps(np.linspace(0.75, 1.25, sizes[0]), SHAPE_NAMES[:sizes[1]], np.linspace(-30, 30, sizes[2]), size, samples)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.part{os.getpid()}")
-        with part.open("wb") as stream: np.save(stream, maps.half().numpy())
-        part.replace(file)
-        return maps.half().float()  # the same pictures with and without the file
-    return maps
-
-
-# %% ../../nbs/data/factors.ipynb #shapes3d-files
-def _open_shapes(path: Path):
-    "Reader of the images, and the sizes that the labels of an .h5 show; ValueError where they are in another order"
-    if path.suffix == ".npz": return NpzImages(path, "images"), None
-    file = H5Images(path, "images")
-    with open_h5(path) as f:
-        if "labels" not in f: raise ValueError(f"{path} has no dataset 'labels' (n,6) beside 'images'; it has: {', '.join(f)}")
-        labels = f["labels"][:]
-    names = GRIDS["shapes3d"].names
-    if labels.ndim != 2 or labels.shape != (file.shape[0], len(names)):
-        raise ValueError(f"{path}: 'labels' is {labels.shape}, expected ({file.shape[0]}, 6) for {', '.join(names)}")
-    classes = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
-    sizes = tuple(int(s) for s in classes.max(0) + 1)
-    if math.prod(sizes) != len(labels):
-        raise ValueError(f"{path}: labels with {sizes} different values make {math.prod(sizes)} pictures, the file has {len(labels)}")
-    wrong = np.flatnonzero((classes != FactorGrid(dict(zip(names, sizes))).factors(np.arange(len(labels)))).any(1))
-    if len(wrong):
-        raise ValueError(f"{path}: row {wrong[0]} is out of order; rows have to run through {', '.join(names)}, the last one fastest")
-    return file, sizes
-
-
-class H5Images:
-    "One dataset of uint8 pictures `(n,h,w,3)` in an HDF5 file; reads any rows, in any order"
-
-    def __init__(self, path: Path, key: str):
-        self.path, self.key, self.data = path, key, LazyH5(path)
-        with open_h5(path) as f:
-            if key not in f: raise ValueError(f"{path} has no dataset {key!r}; it has: {', '.join(f)}")
-            self.shape = _check_pictures(f[key].shape, f[key].dtype, f"{path}: {key!r}")
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        ordered, back = np.unique(rows, return_inverse=True)  # h5py wants ascending rows
-        return self.data.read(self.key, ordered)[back]
-
-
-def _check_pictures(shape: tuple, dtype, what: str) -> tuple:
-    if dtype != np.uint8 or len(shape) not in (3, 4) or len(shape) == 4 and shape[-1] not in (1, 3):
-        raise ValueError(f"{what} is {dtype} {tuple(shape)}, expected uint8 (n,h,w,3), (n,h,w,1) or (n,h,w)")
-    return tuple(shape)
-
-# %% ../../nbs/data/factors.ipynb #npz-export
-class NpzImages:
-    "One uint8 array of an .npz, mapped from the disk; a compressed one is unpacked once into a file that is then mapped"
-
-    def __init__(self, path: Path | str, key: str, cache: Path | str | None = None):
-        self.path, self.key = Path(path), key
-        if not self.path.is_file(): raise FileNotFoundError(f"there is no file {path}: check the path")
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = {Path(m.filename).stem: m for m in archive.infolist()}
-                if key not in members: raise ValueError(f"{path} has no array {key!r}; it has: {', '.join(members)}")
-                with archive.open(members[key]) as stream: self._shape, self._dtype, start = _npy_header(stream)
-                self.shape = _check_pictures(self._shape, self._dtype, f"{path}: {key!r}")
-                self.file, self._start = self._locate(archive, members[key], start, cache)
-        except zipfile.BadZipFile as error: raise ValueError(f"{path} is damaged or no .npz ({error}): download it again") from None
-        self._array = None
-
-    def _locate(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo, start: int, cache) -> tuple[Path, int]:
-        "File and position of the plain bytes"
-        if member.compress_type == zipfile.ZIP_STORED:
-            with self.path.open("rb") as stream:  # the local header repeats the name and has extras of its own length
-                stream.seek(member.header_offset + 26)
-                name, extra = np.frombuffer(stream.read(4), "<u2").tolist()
-            return self.path, member.header_offset + 30 + name + extra + start
-        folder = Path(cache) if cache else self.path.parent if os.access(self.path.parent, os.W_OK) else cache_folder()
-        out = folder / f"{self.path.stem}_{self.key}.npy"
-        if not (out.is_file() and out.stat().st_size == member.file_size):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part, archive.open(member) as packed:
-                shutil.copyfileobj(packed, part, 1 << 20)
-            os.replace(part.name, out)
-        return out, start
-
-    def __getstate__(self) -> dict: return {**self.__dict__, "_array": None}  # every process maps for itself
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        if self._array is None: self._array = np.memmap(self.file, np.uint8, "r", self._start, self._shape)
-        return self._array[rows]
-
-
-def _npy_header(stream) -> tuple[tuple, np.dtype, int]:
-    "Shape, type and length of the header of an .npy; only plain arrays in C order"
-    head = io.BytesIO(stream.read(1 << 16))
-    version = np.lib.format.read_magic(head)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(head)
-    if fortran: raise ValueError("arrays in Fortran order cannot be mapped: save the array in C order")
-    return shape, dtype, head.tell()
-
-
-def npz_array(path: Path | str, key: str) -> np.ndarray | None:
-    "A small array of an .npz, None where it has none of that name; never unpickles"
-    with np.load(path) as archive: return archive[key] if key in archive.files else None
-
-# %% ../../nbs/data/factors.ipynb #dsprites-export
-class DSprites(FactorImages):
-    "dSprites and its variants: drawn on the fly, or read from the published .npz"
-    name = "dsprites"
-
-    def __init__(
-        self,
-        path: Path | str | None = None,  # dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz; None: drawn here
-        size: int = 64,
-        *,
-        variant: str = "white",  # "white", "color", "noise", "scream"
-        split: str = "all",
-        n: int | None = None,
-        seed: int = 0,  # which items `n` draws, and the noise of every picture
-        sizes: Sequence[int] | None = None,  # of the five factors; None: as published, or as the file says
-        painting: Path | str | None = None,  # picture behind the sprites of "scream"; None: swirls painted here
-    ):
-        if variant not in CORRUPTIONS: raise ValueError(f"variant={variant!r} is unknown: use {', '.join(map(repr, CORRUPTIONS))}")
-        self.file, self.variant, self.seed = None, variant, seed
-        if path is not None:
-            self.file, classes = NpzImages(path, "imgs"), npz_array(path, "latents_classes")
-            if classes is None: raise ValueError(f"{path} has no array 'latents_classes' (n,6)")
-            if (classes[:, -5:] != FactorGrid(dict(zip("abcde", classes.max(0)[-5:] + 1))).factors(np.arange(len(classes)))).any():
-                raise ValueError(f"{path}: rows of 'latents_classes' are out of order; the last factor has to turn fastest")
-            sizes = sizes or tuple(int(s) for s in classes.max(0)[-5:] + 1)
-        grid = sub_grid("dsprites", sizes)
-        self._values = [np.arange(grid.sizes[0]), np.linspace(0.5, 1, grid.sizes[1]), np.linspace(0, 2 * np.pi, grid.sizes[2]),
-                        np.linspace(0, 1, grid.sizes[3]), np.linspace(0, 1, grid.sizes[4])]
-        names = dict(shape=SPRITE_SHAPES[:grid.sizes[0]], scale=self._values[1].round(2),
-                     orientation=np.degrees(self._values[2]).round(1))
-        super().__init__(grid, size, split=split, n=n, seed=seed, values=names)
-        if self.file is not None and self.file.shape[0] != len(grid):
-            raise ValueError(f"{path} has {self.file.shape[0]} images, but factors {grid.sizes} make {len(grid)}")
-        self._painting = _painted(painting) if variant == "scream" else None
-
-    def pictures(self, rows: np.ndarray) -> Tensor:
-        if self.file is None: masks = sprite(*(v[k] for v, k in zip(self._values, self.grid.factors(rows).T)), size=self.size).float()
-        else: masks = resize_crop(torch.from_numpy(self.file.read(rows)).float(), self.size)
-        keys = [self.seed * len(self.grid) + int(row) for row in rows]
-        return corrupt(masks, self.variant, keys, self._painting) * 2 - 1
-
-
-def _painted(path: Path | str | None) -> Tensor:
-    "The painting as `(3,350,274)` in [0,1], the size that the published variant uses; without a file, coloured swirls"
-    if path is None: return swirls()
-    picture = read_image(path).resize((274, 350), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-
-# %% ../../nbs/data/factors.ipynb #official-resize-export
-def official_resize(picture: np.ndarray, size: int) -> np.ndarray:
-    "Float picture `(h,w,c)` → `(size,size,c)` like scikit-image's `resize`: Gaussian blur where it shrinks, then linear; aspect not kept"
-    from scipy import ndimage
-    ratio = np.array([picture.shape[0] / size, picture.shape[1] / size, 1.0])
-    if (ratio == 1).all(): return picture
-    blurred = ndimage.gaussian_filter(picture, np.maximum(0, (ratio - 1) / 2), mode="mirror") if (ratio > 1).any() else picture
-    return ndimage.zoom(blurred, 1 / ratio, order=1, mode="mirror", grid_mode=True).clip(picture.min(), picture.max())
-
-
-def picture_reader(resize: str):
-    "`read(file, size, columns=None) → (3,size,size)`: `area` crops to a square and averages, `official` is the loader of Decomp Diffusion"
-    readers = {"area": _read_area, "official": _read_official}
-    if resize not in readers: raise ValueError(f"resize={resize!r} is unknown: use 'area' or 'official'")
-    return readers[resize]
-
-
-def _read_area(file: Path, size: int, columns: slice | None = None) -> Tensor:
-    image = to_image_tensor(read_image(file))
-    return resize_crop(image if columns is None else image[..., columns], size)
-
-
-def _read_official(file: Path, size: int, columns: slice | None = None) -> Tensor:
-    read_image(file)  # one clear error for damaged files
-    with Image.open(file) as stored: picture = np.asarray(stored.convert("RGBA" if "A" in stored.getbands() else "RGB")) / 255
-    small = official_resize(picture if columns is None else picture[:, columns], size)
-    return torch.from_numpy(small[..., :3] * 2 - 1).permute(2, 0, 1).float().contiguous()
-
-# %% ../../nbs/data/factors.ipynb #mpi3d-export
-class MPI3D(FactorImages):
-    "MPI3D toy, realistic, real or complex: `images` of the published .npz, told apart by their number"
-    name = "mpi3d"
-
-    def __init__(self, path: Path | str, size: int = 64, *, split: str = "all", n: int | None = None, seed: int = 0,
-                 sizes: Sequence[int] | None = None):  # of the seven factors; None: the published set with as many images
-        self.file = NpzImages(path, "images")
-        count = self.file.shape[0]
-        known = {len(GRIDS[name]): name for name in ("mpi3d", "mpi3d_complex")}
-        if sizes is None and count not in known:
-            raise ValueError(f"{path} has {count} images, MPI3D has {' or '.join(map(str, known))}: pass sizes= of its seven factors")
-        grid = sub_grid(known.get(count, "mpi3d"), sizes)
-        if len(grid) != count: raise ValueError(f"{path} has {count} images, but factors {grid.sizes} make {len(grid)}")
-        super().__init__(grid, size, split=split, n=n, seed=seed)
-
-    def pictures(self, rows: np.ndarray) -> Tensor: return resize_crop(to_image_tensor(self.file.read(rows)), self.size)
-
-# %% ../../nbs/data/factors.ipynb #cars3d-export
-class Cars3D(FactorImages):
-    "Cars3D: a folder of MATLAB files with key `im` `(h,w,3,azimuth,elevation)`, one for each car"
-    name = "cars3d"
-
-    def __init__(self, path: Path | str, size: int = 64, *, split: str = "all", n: int | None = None, seed: int = 0):
-        folder = Path(path) / "cars" if (Path(path) / "cars").is_dir() else Path(path)
-        self.files = sorted(folder.glob("*.mat")) if folder.is_dir() else []
-        if not self.files: raise FileNotFoundError(f"no .mat files in {folder}: Cars3D is a folder of MATLAB files, one for each car")
-        turns, heights = _car(self.files[0], size).shape[:2]
-        super().__init__(FactorGrid(dict(elevation=heights, azimuth=turns, object=len(self.files))), size, split=split, n=n, seed=seed)
-
-    def pictures(self, rows: np.ndarray) -> Tensor:
-        rows = self.grid.factors(rows)
-        out = np.empty((len(rows), self.size, self.size, 3), np.uint8)
-        for car in np.unique(rows[:, 2]):  # one file at a time
-            mine = rows[:, 2] == car
-            views = _car(self.files[car], self.size)
-            if views.shape[:2] != self.grid.sizes[1::-1]:
-                raise ValueError(f"{self.files[car]} has {views.shape[:2]} views, the first file {self.grid.sizes[1::-1]}")
-            out[mine] = views[rows[mine, 1], rows[mine, 0]]
-        return to_image_tensor(out)
-
-
-@lru_cache(maxsize=256)
-def _car(file: Path, size: int) -> np.ndarray:
-    "Views of one car `(azimuth,elevation,size,size,3)` uint8"
-    from scipy.io import loadmat
-    try: views = loadmat(str(file), variable_names=["im"]).get("im")
-    except (ValueError, TypeError, OSError, NotImplementedError) as error:
-        raise ValueError(f"{file} is no MATLAB file of version 5 ({error})") from None
-    if views is None or views.ndim != 5 or views.shape[2] != 3 or views.dtype != np.uint8:
-        found = None if views is None else (views.dtype, views.shape)
-        raise ValueError(f"{file}: 'im' is {found}, expected uint8 (h,w,3,azimuth,elevation)")
-    views = np.einsum("hwcae->aehwc", views)
-    flat = np.ascontiguousarray(views).reshape(-1, *views.shape[2:])
-    small = [np.asarray(Image.fromarray(v).resize((size, size), Image.Resampling.LANCZOS)) for v in flat]
-    return np.stack(small).reshape(*views.shape[:2], size, size, 3)
-
-# %% ../../nbs/data/factors.ipynb #smallnorb-export
-_NORB_TYPES = {507333717: np.uint8, 507333716: np.int32, 507333713: np.float32, 507333715: np.float64}
-
-
-def read_norb(path: Path | str) -> np.memmap:
-    "An array in NORB's binary format, mapped from the disk"
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
-    head = np.fromfile(path, "<i4", 2)
-    if len(head) < 2 or int(head[0]) not in _NORB_TYPES:
-        raise ValueError(f"{path} is not in NORB's format (it begins with {head.tolist()})")
-    axes = max(3, int(head[1]))
-    shape = tuple(np.fromfile(path, "<i4", 2 + axes)[2:2 + int(head[1])].tolist())
-    dtype, start = np.dtype(_NORB_TYPES[int(head[0])]), 4 * (2 + axes)
-    if path.stat().st_size < start + math.prod(shape) * dtype.itemsize: raise ValueError(f"{path} is cut short: {shape} do not fit into it")
-    return np.memmap(path, dtype, "r", start, shape)
-
-
-class SmallNORB(FactorImages):
-    "SmallNORB: the `-dat`, `-cat` and `-info` files of the training and the testing half, whichever are there"
-    name = "smallnorb"
-
-    def __init__(self, path: Path | str, size: int = 64, *, split: str = "all", n: int | None = None, seed: int = 0):
-        self.files = sorted(p for p in Path(path).glob("smallnorb-*-dat.mat"))
-        if not self.files: raise FileNotFoundError(f"no smallnorb-…-dat.mat in {path}")
-        tables = []
-        for file in self.files:
-            category, info = (read_norb(file.with_name(file.name.replace("-dat.", f"-{part}."))) for part in ("cat", "info"))
-            tables.append(np.stack([category, info[:, 0], info[:, 1], info[:, 2] // 2, info[:, 3]], 1).astype(np.int64))
-        table = np.concatenate(tables)
-        self._ends = np.cumsum([len(t) for t in tables])
-        self._full = table
-        keep = [0, 2, 3, 4]
-        sizes = dict(zip([GRIDS["smallnorb"].names[k] for k in keep], table.max(0)[keep] + 1))
-        super().__init__(FactorGrid(sizes), size, split=split, n=n, seed=seed, table=table[:, keep],
-                         values=dict(category=("animal", "human", "airplane", "truck", "car")) if sizes["category"] == 5 else None)
-
-    def pictures(self, rows: np.ndarray) -> Tensor:
-        part = np.searchsorted(self._ends, rows, side="right")
-        views = [_norb_images(self.files[p])[row - (self._ends[p - 1] if p else 0), 0] for p, row in zip(part, rows)]
-        return resize_crop(to_image_tensor(np.stack(views)[..., None]), self.size)
-
-    def instance_of(self, rows: np.ndarray) -> np.ndarray:
-        "Number of the toy, `(b,)`"
-        return self._full[rows, 1]
-
-
-@lru_cache(maxsize=8)
-def _norb_images(file: Path) -> np.memmap: return read_norb(file)
-
-# %% ../../nbs/data/factors.ipynb #falcor-export
-class Falcor3D(FactorImages):
-    "Falcor3D: numbered pictures of one room; the number is the index into the grid of its seven factors"
-    name = "falcor3d"
-
-    def __init__(self, path: Path | str, size: int = 64, *, split: str = "all", n: int | None = None, seed: int = 0,
-                 sizes: Sequence[int] | None = None,  # of the seven factors; None: as published
-                 resize: str = "area"):  # or "official", see `official_resize`
-        path = next((p for p in (Path(path) / "Falcor3D_down128" / "images", Path(path) / "images") if p.is_dir()), Path(path))
-        files, self._read = list_images(path), picture_reader(resize)
-        if bad := [f for f in files if not Path(f).stem.isdigit()]:
-            raise ValueError(f"{path}: {bad[0]} has no number for a name; Falcor3D's pictures are numbered")
-        grid, numbers = sub_grid("falcor3d", sizes), np.array([int(Path(f).stem) for f in files])
-        order = np.argsort(numbers)
-        self.path, self.files, self._numbers = Path(path), [files[i] for i in order], numbers[order]
-        whole = len(files) == len(grid) and (self._numbers == np.arange(len(grid))).all()
-        super().__init__(grid, size, split=split, n=n, seed=seed, table=None if whole else grid.factors(self._numbers))
-
-    def pictures(self, rows: np.ndarray) -> Tensor:
-        return torch.stack([self._read(self.path / self.files[row], self.size) for row in rows])
-
-    def image_id(self, row: int) -> str: return self.files[row]
-
-# %% ../../nbs/data/factors.ipynb #celeba-export
-class CelebA(FactorImages):
-    "CelebA: `img_align_celeba/*.jpg`, `list_attr_celeba.txt` and `list_eval_partition.txt` (used where it is there)"
-    name = "celeba"
-
-    def __init__(self, path: Path | str, size: int = 64, *, split: str = "all", n: int | None = None, seed: int = 0,
-                 crop: int | Sequence[int] | None = (57, 25, 128)):  # see `crop_box`; None: the largest centred square
-        self.path, self.crop = Path(path), crop
-        lists = self.path / "list_attr_celeba.txt"
-        if not lists.is_file(): raise FileNotFoundError(f"there is no {lists}: CelebA's attributes come in that file")
-        count, names, *lines = [line.split() for line in lists.read_text().splitlines() if line.strip()]
-        if not count[0].isdigit() or int(count[0]) != len(lines) or any(len(line) != len(names) + 1 for line in lines):
-            raise ValueError(f"{lists} is cut short or no attribute list: it announces {count[0]} rows of {len(names)} attributes, "
-                             f"and has {len(lines)}")
-        self.files = [line[0] for line in lines]
-        table = np.array([line[1:] for line in lines], np.int64) > 0
-        super().__init__(FactorGrid(dict.fromkeys(names, 2)), size, table=table.astype(np.int64),
-                         values=dict.fromkeys(names, ("no", "yes")))
-        self.split, self.rows = split_name(split), np.array(subsample(self._split_rows(split), n, seed))
-
-    def _split_rows(self, split: str) -> np.ndarray:
-        parts = self.path / "list_eval_partition.txt"
-        if split_name(split) == "all" or not parts.is_file(): return split_rows(len(self.files), split)
-        part = dict(line.split() for line in parts.read_text().splitlines() if line.strip())
-        wanted = str(("train", "val", "test").index(split_name(split)))
-        found = np.array([i for i, file in enumerate(self.files) if part.get(file) == wanted], int)
-        if not len(found): raise ValueError(f"{parts} has no picture for split={split!r}")
-        return found
-
-    def pictures(self, rows: np.ndarray) -> Tensor:
-        folder = self.path / "img_align_celeba"
-        return torch.stack([resize_crop(to_image_tensor(read_image(folder / self.files[row])), self.size, self.crop) for row in rows])
-
-    def image_id(self, row: int) -> str: return self.files[row]
-
-# %% ../../nbs/data/factors.ipynb #folders-export
-_KITTI, _VKITTI = "kitti_data_tracking_image_2/training/image_02/*/*.png", "vkitti_2.0.3_rgb/*/*/frames/rgb/Camera_0/*.jpg"
-_CELEBA_HQ, _ANIME = "celebahq/data128x128/*.jpg", "anime_portraits/*.jpg"
-FOLDERS = {  # official name → where its pictures lie, and the columns that are kept
-    "clevr": (["images_clevr/*.png"], None),
-    "clevr_toy": (["clevr_toy/*.png"], None),
-    "celebahq": ([_CELEBA_HQ], None),
-    "falcor3d": (["Falcor3D_down128/images/*.png"], None),
-    "kitti": ([_KITTI], (433, 808)),
-    "vkitti": ([_VKITTI], (433, 808)),
-    "comb_kitti": ([_KITTI] * 3 + [_VKITTI], (433, 808)),  # the smaller set three times
-    "tetris": (["tetris_images_32/*.png"], None),
-    "anime": ([_ANIME], None),
-    "faces": ([_CELEBA_HQ, _ANIME], None),
-}
-
-
-class OfficialFolder:
-    "One of the ten data sets of Decomp Diffusion, read from its official place below `path`, or from `path` itself if that holds pictures"
-
-    def __init__(
-        self,
-        path: Path | str,  # the official data_dir, or the folder of the pictures
-        size: int = 64,
-        *,
-        kind: str = "clevr",  # a key of `FOLDERS`
-        split: str = "all",  # videos of KITTI stay together
-        n: int | None = None,
-        seed: int = 0,
-        resize: str = "area",  # "area", or "official": scikit-image's filter
-    ):
-        if kind not in FOLDERS: raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(FOLDERS)}")
-        self.path, self.size, self.kind, self._read, self.split = Path(path), size, kind, picture_reader(resize), split_name(split)
-        patterns, self.columns = FOLDERS[kind]
-        found = [[p.relative_to(self.path).as_posix() for p in sorted(self.path.glob(pattern))] for pattern in patterns]
-        if not any(found) and self.path.is_dir(): found = [list_images(self.path)]
-        elif missing := [p for p, files in zip(patterns, found) if not files]:
-            raise FileNotFoundError(f"{kind}: nothing at {self.path}/{missing[0]}")
-        if kind == "faces" and len(found) == 2 and n: found = [subsample(files, n // 2, seed) for files in found]  # half faces, half portraits
-        files = [f for part in found for f in part]
-        once = sorted(set(files))
-        chosen = {once[i] for i in split_by_group(image_groups(once, "folder" if self.columns else "file"), split)}
-        self.files = subsample([f for f in files if f in chosen], n, seed)
-
-    def __len__(self) -> int: return len(self.files)
-
-    def __getitem__(self, i: int) -> dict:
-        file = self.path / self.files[i]
-        return {"image": self._read(file, self.size, self._columns(file)), "image_id": self.files[i]}
-
-    def _columns(self, file: Path) -> slice | None:
-        if self.columns is None: return None
-        with Image.open(file) as stored: width = stored.width
-        if width < self.columns[1]:
-            raise ValueError(f"{file} is {width} wide, but columns {self.columns[0]}…{self.columns[1]} of {self.kind} are kept")
-        return slice(*self.columns)
-
-    def check(self, n: int | None = None) -> int:
-        "Decode `n` pictures spread evenly, or all; ValueError names the first bad one"
-        from decomp_nb.data.reader import evenly
-        chosen = evenly(len(self), n)
-        for i in chosen: self[i]
-        return len(chosen)
-
-    def __repr__(self) -> str: return f"OfficialFolder({self.kind}: {len(self)} images, {self.size} px, split {self.split})"
