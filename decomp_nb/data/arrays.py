@@ -44,9 +44,9 @@ def _check_pictures(shape, dtype, what):
 
 # %% ../../nbs/data/arrays.ipynb #npz-export
 class NpzImages:
-    "One uint8 array of an .npz, mapped from the disk; a compressed one is unpacked once into a file that is then mapped"
+    "One uint8 array of an .npz, mapped from the disk; a compressed one is unpacked into a file once"
 
-    def __init__(self, path: Path | str, key: str, cache: Path | str | None = None):
+    def __init__(self, path: Path | str, key: str):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}: check the path")
@@ -62,7 +62,7 @@ class NpzImages:
                 if members[key].compress_type == zipfile.ZIP_STORED:
                     self._start += _data_start(path, members[key])
                 else:
-                    self.file = _unpacked(archive, members[key], f"{path.stem}_{key}.npy", cache)
+                    self.file = _unpacked(archive, members[key], f"{path.stem}_{key}.npy")
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} is damaged or no .npz ({error}): download it again") from None
         self._array = None
@@ -95,10 +95,10 @@ def _data_start(path, member):
     return member.header_offset + 30 + name + extra
 
 
-def _unpacked(archive, member, name, cache):
-    "The member as a file of its own, in `cache`, else beside the archive or in the cache folder"
+def _unpacked(archive, member, name):
+    "The member as a file of its own, beside the archive or in the cache folder"
     beside = Path(archive.filename).parent
-    folder = Path(cache or (beside if os.access(beside, os.W_OK) else cache_folder()))
+    folder = beside if os.access(beside, os.W_OK) else cache_folder()
     out = folder / name
     if not (out.is_file() and out.stat().st_size == member.file_size):
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,15 +22,24 @@ __all__ = ['clevrtex_factors', 'clevrtex_files', 'clevrtex_objects', 'clevrtex_c
 
 # %% ../../nbs/data/clevrtex.ipynb #clevrtex-objects-export
 def clevrtex_factors(objects: list[dict], classes: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    "Objects of a CLEVRTex JSON file → factors `(k,…)`: classes by their place in `classes`, positions, rotation in degrees"
-    factors = {name: np.array([names.index(o[name]) for o in objects], np.int64) for name, names in classes.items()}
-    places = np.array([o["3d_coords"] for o in objects], np.float32).reshape(-1, 3)
+    "Objects of a JSON file → factors `(k,…)`: classes by place in `classes`, positions, rotation in degrees"
+    factors = {}
+    for name, names in classes.items():
+        factors[name] = np.array([names.index(o[name]) for o in objects], np.int64)
+    places = _numbers(objects, "3d_coords").reshape(-1, 3)
     factors |= dict(zip("xyz", places.T))
-    factors["rotation"] = np.array([o["rotation"] for o in objects], np.float32)
-    factors["pixel_coords"] = np.array([o["pixel_coords"] for o in objects], np.float32).reshape(-1, 3)
+    factors["rotation"] = _numbers(objects, "rotation")
+    factors["pixel_coords"] = _numbers(objects, "pixel_coords").reshape(-1, 3)
     return factors
 
+
+def _numbers(objects, name):
+    return np.array([o[name] for o in objects], np.float32)
+
 # %% ../../nbs/data/clevrtex.ipynb #clevrtex-files-export
+_TENTHS = {"test": (0, 0.1), "val": (0.1, 0.2), "train": (0.2, 1), "all": (0, 1)}
+
+
 def clevrtex_files(path: Path | str) -> list[str]:
     "All pictures below a folder by their numbers, relative to it; an error where there are none"
     if not Path(path).is_dir():
@@ -38,7 +47,8 @@ def clevrtex_files(path: Path | str) -> list[str]:
     files = []
     for folder, _, names in os.walk(path, followlinks=True):
         inside = Path(folder).relative_to(path)
-        files += [(inside / name).as_posix() for name in names if re.fullmatch(r"CLEVRTEX_[a-z]+_\d{6}\.png", name)]
+        scenes = filter(re.compile(r"CLEVRTEX_[a-z]+_\d{6}\.png").fullmatch, names)
+        files += [(inside / name).as_posix() for name in scenes]
     if not files:
         raise ValueError(f"no CLEVRTEX_<variant>_<number>.png in folder {path} or below it")
     return sorted(files, key=lambda f: (Path(f).stem.rsplit("_", 1)[1], f))
@@ -50,7 +60,7 @@ def clevrtex_objects(file: Path) -> list[dict]:
 
 
 def clevrtex_classes(files: Sequence[Path]) -> dict[str, list[str]]:
-    "Class names, none first, of the whole set, so that all splits agree; 2,000 scenes have each of 60 materials dozens of times"
+    "Class names, none first, of the whole set: all splits agree; 2,000 scenes have each material dozens of times"
     found = {}
     for i in evenly(len(files), 2000):
         for o in clevrtex_objects(files[i]):
@@ -60,9 +70,6 @@ def clevrtex_classes(files: Sequence[Path]) -> dict[str, list[str]]:
     return {name: ["none", *sorted(values)] for name, values in found.items()}
 
 # %% ../../nbs/data/clevrtex.ipynb #clevrtex-export
-_TENTHS = {"test": (0, 0.1), "val": (0.1, 0.2), "train": (0.2, 1), "all": (0, 1)}
-
-
 class ClevrTex(SceneReader):
     "CLEVRTex as published: pictures, flat label maps and JSON files in folders"
 
@@ -70,16 +77,18 @@ class ClevrTex(SceneReader):
         self,
         path: Path | str,  # searched with all its sub-folders
         size: int = 128,  # side of the square that is returned
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # first tenth: test, second: val, the rest: train
-        max_objects: int | None = None,  # keep scenes with at most so many (reads all JSON files); None = all, padded to 10
-        crop: int | Sequence[int] | None = 192,  # side of the centred square: 192 as published, 240 as LSD evaluates
-        factor_names: dict[str, list[str]] | None = None,  # class names, "none" first; None = those found in the data
+        *, split: str = "all",  # first tenth: test, second: val, the rest: train
+        n: int | None = None,  # see `subsample`
+        seed: int = 0,
+        max_objects: int | None = None,  # keep scenes with at most so many; None = all, padded to 10
+        crop: int | Sequence[int] | None = 192,  # centred square: 192 as published, 240 as LSD evaluates
+        factor_names: dict[str, list[str]] | None = None,  # class names, "none" first; None = those found
     ):
         super().__init__(path, size, max_objects or 10, split, crop)
         files = clevrtex_files(path)
         self.factor_names = factor_names or clevrtex_classes([self.path / file for file in files])
         start, stop = (int(len(files) * share) for share in _TENTHS[self.split])
-        files = self.keep_small(files[start:stop], max_objects, lambda file: len(clevrtex_objects(self.path / file)))
+        files = self.keep_small(files[start:stop], max_objects, self._count)
         self.index = self.files = subsample(files, n, seed)
 
     def __getitem__(self, i: int) -> dict:
@@ -91,4 +100,8 @@ class ClevrTex(SceneReader):
             factors = clevrtex_factors(objects, self.factor_names)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{file}: {error} in its JSON file; list all classes in factor_names=") from None
-        return self.make_item(image, mask, [o["index"] for o in objects], factors, self.files[i].removesuffix(".png"))
+        ids = [o["index"] for o in objects]
+        return self.make_item(image, mask, ids, factors, name=self.files[i].removesuffix(".png"))
+
+    def _count(self, file):
+        return len(clevrtex_objects(self.path / file))

@@ -28,11 +28,19 @@ def _open_sprites(path):
     classes = npz_array(path, "latents_classes")
     if classes is None:
         raise ValueError(f"{path} has no array 'latents_classes' (n,6)")
-    return NpzImages(path, "imgs"), grid_sizes(classes[:, -5:], GRIDS["dsprites"].names, f"{path}: 'latents_classes'")
+    sizes = grid_sizes(classes[:, -5:], GRIDS["dsprites"].names, f"{path}: 'latents_classes'")
+    return NpzImages(path, "imgs"), sizes
+
+
+def _sprite_values(sizes):
+    "Values of the five factors: shape, scale, angle in radians, place"
+    stops = [("scale", 0.5, 1), ("orientation", 0, 2 * np.pi), ("x", 0, 1), ("y", 0, 1)]
+    values = {name: np.linspace(start, stop, count) for (name, start, stop), count in zip(stops, sizes[1:])}
+    return {"shape": np.arange(sizes[0])} | values
 
 
 def _painting(path):
-    "The painting as `(3,350,274)` in [0,1], the size that the published variant uses; without a file, coloured swirls"
+    "The painting as `(3,350,274)` in [0,1], the size of the published variant; without a file, coloured swirls"
     if path is None:
         return swirls()
     picture = read_image(path).resize((274, 350), Image.Resampling.BILINEAR)
@@ -49,7 +57,9 @@ class DSprites(FactorImages):
         path: Path | str | None = None,  # dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz; None: drawn here
         size: int = 64,
         *, variant: str = "white",  # "white", "color", "noise", "scream"
-        split: str = "all", n: int | None = None, seed: int = 0,  # see `FactorTable`; `seed` is also that of the noise
+        split: str = "all",  # see `FactorTable`; `seed` is also that of the noise
+        n: int | None = None,  # see `subsample`
+        seed: int = 0,
         sizes: Sequence[int] | None = None,  # of the five factors; None: as published, or as the file says
         painting: Path | str | None = None,  # picture behind the sprites of "scream"; None: swirls painted here
     ):
@@ -59,17 +69,16 @@ class DSprites(FactorImages):
         self.seed = seed
         self.file, found = _open_sprites(path) if path is not None else (None, None)
         grid = sub_grid("dsprites", sizes or found, self.file and self.file.shape[0], path)
-        shapes, scales, turns, *places = grid.sizes
-        self._values = [np.arange(shapes), np.linspace(0.5, 1, scales), np.linspace(0, 2 * np.pi, turns),
-                        *(np.linspace(0, 1, count) for count in places)]
-        values = dict(shape=SPRITE_SHAPES[:grid.sizes[0]], scale=self._values[1].round(2),
-                      orientation=np.degrees(self._values[2]).round(1))
+        self._values = _sprite_values(grid.sizes)
+        angles = np.degrees(self._values["orientation"]).round(1)
+        values = dict(shape=SPRITE_SHAPES[:grid.sizes[0]], scale=self._values["scale"].round(2), orientation=angles)
         super().__init__(grid, size, split=split, n=n, seed=seed, values=values)
         self._painting = _painting(painting) if variant == "scream" else None
 
     def pictures(self, rows: np.ndarray) -> Tensor:
         if self.file is None:
-            masks = sprite(*(v[k] for v, k in zip(self._values, self.grid.factors(rows).T)), size=self.size).float()
+            values = map(np.take, self._values.values(), self.grid.factors(rows).T)
+            masks = sprite(*values, size=self.size).float()
         else:
             masks = resize_crop(torch.from_numpy(self.file.read(rows)).float(), self.size)
         keys = [self.seed * len(self.grid) + int(row) for row in rows]

@@ -35,8 +35,9 @@ class MPI3D(FactorImages):
         self,
         path: Path | str,  # the .npz
         size: int = 64,
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # see `FactorTable`
-        sizes: Sequence[int] | None = None,  # of the seven factors; None: the published set with as many images
+        *, split: str = "all",
+        n: int | None = None, seed: int = 0,  # see `subsample`
+        sizes: Sequence[int] | None = None,  # of the seven factors; None: by the number of images
     ):
         self.file = NpzImages(path, "images")
         count = self.file.shape[0]
@@ -44,7 +45,8 @@ class MPI3D(FactorImages):
         if sizes is None and count not in known:
             published = " or ".join(map(str, known))
             raise ValueError(f"{path} has {count} images, MPI3D has {published}: pass sizes= of its seven factors")
-        super().__init__(sub_grid(known.get(count, "mpi3d"), sizes, count, path), size, split=split, n=n, seed=seed)
+        grid = sub_grid(known.get(count, "mpi3d"), sizes, count, path)
+        super().__init__(grid, size, split=split, n=n, seed=seed)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
         return resize_crop(to_image_tensor(self.file.read(rows)), self.size)
@@ -59,12 +61,15 @@ class Cars3D(FactorImages):
         self,
         path: Path | str,  # the folder, or the one above `cars`
         size: int = 64,
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # see `FactorTable`
+        *, split: str = "all",
+        n: int | None = None,  # see `subsample`
+        seed: int = 0,
     ):
         folder = Path(path) / "cars" if (Path(path) / "cars").is_dir() else Path(path)
         self.files = sorted(folder.glob("*.mat"))
         if not self.files:
-            raise FileNotFoundError(f"no .mat files in {folder}: Cars3D is a folder of MATLAB files, one for each car")
+            expected = "Cars3D is a folder of MATLAB files, one for each car"
+            raise FileNotFoundError(f"no .mat files in {folder}: {expected}")
         azimuths, elevations = _car(self.files[0], size).shape[:2]
         grid = FactorGrid(dict(elevation=elevations, azimuth=azimuths, object=len(self.files)))
         super().__init__(grid, size, split=split, n=n, seed=seed)
@@ -75,8 +80,9 @@ class Cars3D(FactorImages):
         for number in np.unique(car):  # one file at a time
             mine = car == number
             views = _car(self.files[number], self.size)
-            if views.shape[:2] != self.grid.sizes[1::-1]:
-                raise ValueError(f"{self.files[number]} has {views.shape[:2]} views, the first file {self.grid.sizes[1::-1]}")
+            expected = self.grid.sizes[1::-1]
+            if views.shape[:2] != expected:
+                raise ValueError(f"{self.files[number]} has {views.shape[:2]} views, the first file {expected}")
             out[mine] = views[azimuth[mine], elevation[mine]]
         return to_image_tensor(out)
 
@@ -93,7 +99,8 @@ def _car(file, size):
         found = None if views is None else (views.dtype, views.shape)
         raise ValueError(f"{file}: 'im' is {found}, expected uint8 (h,w,3,azimuth,elevation)")
     flat = np.ascontiguousarray(rearrange(views, "h w c a e -> (a e) h w c"))
-    small = [np.asarray(Image.fromarray(view).resize((size, size), Image.Resampling.LANCZOS)) for view in flat]
+    pictures = [Image.fromarray(view).resize((size, size), Image.Resampling.LANCZOS) for view in flat]
+    small = [np.asarray(picture) for picture in pictures]
     return rearrange(np.stack(small), "(a e) h w c -> a e h w c", a=views.shape[3])
 
 # %% ../../nbs/data/factor_files.ipynb #read-norb-export
@@ -117,7 +124,7 @@ def read_norb(path: Path | str) -> np.memmap:
 
 # %% ../../nbs/data/factor_files.ipynb #smallnorb-export
 class SmallNORB(FactorImages):
-    "SmallNORB: the `-dat`, `-cat` and `-info` files of the training and the testing half, whichever are there"
+    "SmallNORB: the `-dat`, `-cat` and `-info` files of the training and the testing half, or of one"
 
     name = "smallnorb"
 
@@ -125,7 +132,9 @@ class SmallNORB(FactorImages):
         self,
         path: Path | str,  # the folder of the files
         size: int = 64,
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # see `FactorTable`
+        *, split: str = "all",
+        n: int | None = None,  # see `subsample`
+        seed: int = 0,
     ):
         self.files = sorted(Path(path).glob("smallnorb-*-dat.mat"))
         if not self.files:
@@ -157,7 +166,8 @@ def _norb_images(file):
 
 def _norb_table(file):
     "Category, instance, elevation, azimuth, lighting of every picture, `(n,5)`"
-    category, info = (read_norb(file.with_name(file.name.replace("-dat.", f"-{part}."))) for part in ("cat", "info"))
+    names = [file.name.replace("-dat.", f"-{part}.") for part in ("cat", "info")]
+    category, info = (read_norb(file.with_name(name)) for name in names)
     return np.column_stack([category, info // [1, 1, 2, 1]]).astype(np.int64)
 
 # %% ../../nbs/data/factor_files.ipynb #falcor-export
@@ -170,7 +180,8 @@ class Falcor3D(FactorImages):
         self,
         path: Path | str,  # the folder of the pictures, or the official one above it
         size: int = 64,
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # see `FactorTable`
+        *, split: str = "all",
+        n: int | None = None, seed: int = 0,  # see `subsample`
         sizes: Sequence[int] | None = None,  # of the seven factors; None: as published
         resize: str = "area",  # or "official", see `official_resize`
     ):
@@ -179,7 +190,8 @@ class Falcor3D(FactorImages):
         self._read = picture_reader(resize)
         numbered = {file: Path(file).stem for file in list_images(self.path)}
         if bad := [file for file, number in numbered.items() if not number.isdigit()]:
-            raise ValueError(f"{self.path}: {bad[0]} has no number for a name; Falcor3D's pictures are numbered")
+            named = f"{bad[0]} has no number for a name"
+            raise ValueError(f"{self.path}: {named}; Falcor3D's pictures are numbered")
         self.files = sorted(numbered, key=lambda file: int(numbered[file]))
         grid = sub_grid("falcor3d", sizes)
         table = grid.factors([int(numbered[file]) for file in self.files])
@@ -223,7 +235,7 @@ def _official_rows(path, files, split):
 
 # %% ../../nbs/data/factor_files.ipynb #celeba-export
 class CelebA(FactorImages):
-    "CelebA: `img_align_celeba/*.jpg`, `list_attr_celeba.txt` and `list_eval_partition.txt` (used where it is there)"
+    "CelebA: `img_align_celeba/*.jpg`, `list_attr_celeba.txt` and, where it is there, `list_eval_partition.txt`"
 
     name = "celeba"
 
@@ -231,7 +243,8 @@ class CelebA(FactorImages):
         self,
         path: Path | str,  # the folder of the lists
         size: int = 64,
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # see `FactorTable`
+        *, split: str = "all",
+        n: int | None = None, seed: int = 0,  # see `subsample`
         crop: int | Sequence[int] | None = (57, 25, 128),  # see `crop_box`; None: the largest centred square
     ):
         self.path = Path(path)

@@ -36,7 +36,8 @@ class DumpVideo(NamedTuple):
 
     def image(self, t: int) -> Path:
         "File of the picture"
-        return Path(self.folder, self.frames[t] + (".jpg" if self.layout == "slot_diffusion" else "_image.png"))
+        ending = ".jpg" if self.layout == "slot_diffusion" else "_image.png"
+        return Path(self.folder, self.frames[t] + ending)
 
     def beside(self, t: int, ending: str) -> Path:
         "File that belongs to frame `t`, e.g. its `segment.png`"
@@ -54,20 +55,22 @@ class DumpVideo(NamedTuple):
 
 # %% ../../nbs/data/movi.ipynb #find-videos-export
 def dump_videos(path: Path | str) -> list[DumpVideo]:
-    "All videos below a folder, sorted by path, whichever of the three dumps it is; ValueError if it holds none"
+    "All videos below a folder, sorted by path, of any of the three dumps; ValueError if it holds none"
     images = Path(path, "images")
     base = images if images.is_dir() else Path(path)
     videos = []
     for folder, folders, files in os.walk(base, followlinks=True):
         folders.sort()
         if base == images:
-            video = _dump_video("lsd", folder, Path(path, "labels", Path(folder).relative_to(base)), files, "_image.png")
+            labels = Path(path, "labels", Path(folder).relative_to(base))
+            video = _dump_video("lsd", folder, labels, files, "_image.png")
         else:
             video = _dump_video("steve", folder, folder, files, "_image.png")
             video = video or _dump_video("slot_diffusion", folder, folder, files, ".jpg")
         videos += [video] if video else []
     if not videos:
-        raise ValueError(f"no video frames in {path}: expected …/<video>/<frame>_image.png or …/<video>/<frame>.jpg")
+        expected = "…/<video>/<frame>_image.png or …/<video>/<frame>.jpg"
+        raise ValueError(f"no video frames in {path}: expected {expected}")
     return videos
 
 
@@ -92,14 +95,15 @@ _CLASS_NAMES |= {key: ["none", *names] for key, names in MOVI_CLASSES.items()}
 
 # %% ../../nbs/data/movi.ipynb #instances-export
 def instance_factors(instances: dict) -> tuple[list[int], dict[str, np.ndarray]]:
-    "Content of an `_instances.json` → mask label and numeric factors `(k,…)` of each object; names and ragged boxes are left out"
+    "Content of an `_instances.json` → mask label and factors `(k,…)` of each object, without names and ragged boxes"
     visibility = np.asarray(instances["visibility"], float).reshape(-1)
     is_clevr = "x" in instances  # its first row is the background, and its table is padded
     rows = 1 + np.flatnonzero(visibility[1:] > 0) if is_clevr else np.arange(len(visibility))
     factors = {}
     for name, values in instances.items():
         values = _numbers(values)
-        if name in ("visibility", "bboxes", "bbox_frames") or values is None or len(values) != len(visibility):
+        left_out = name in ("visibility", "bboxes", "bbox_frames")
+        if left_out or values is None or len(values) != len(visibility):
             continue
         if name in MOVI_CLASSES:
             values = values.astype(np.int64) + 1
@@ -130,20 +134,25 @@ def read_mask(video: DumpVideo, t: int) -> np.ndarray:
     "Label map `(h,w)` of frame `t`"
     if video.layout != "steve":
         return read_labels(video.beside(t, _MASK_FILES[video.layout]))
-    files = sorted(Path(video.folder).glob(f"{video.frames[t]}_mask_*.png")) or [video.beside(t, "mask_00.png")]
+    files = sorted(Path(video.folder).glob(f"{video.frames[t]}_mask_*.png"))
+    files = files or [video.beside(t, "mask_00.png")]
     layers = np.stack([read_labels(file) > 127 for file in files])
     return np.where(layers.any(0), 1 + layers.argmax(0), 0)
 
 
+def _count_instances(video):
+    return len(read_instances(video, 0)[0])
+
+
 def most_objects(videos: list[DumpVideo], path: Path | str) -> int:
-    "From the set's name (MOVi-A…C 10, D…F 23), the JSON files, or STEVE's number of mask files; ValueError where nothing helps"
+    "From the set's name (MOVi-A…C 10, D…F 23), the JSON files, or STEVE's number of mask files, else ValueError"
     first = videos[0]
     named = re.findall(r"movi[-_]?([a-f])\b", first.folder.lower())
     if named:
         return 10 if named[-1] in "abc" else 23
     if first.has_factors:
         rows = read_json(first.beside(0, "instances.json"))
-        return len(rows["visibility"]) - 1 if "x" in rows else max(len(read_instances(v, 0)[0]) for v in videos)
+        return len(rows["visibility"]) - 1 if "x" in rows else max(map(_count_instances, videos))
     if first.layout == "steve":
         return len(list(Path(first.folder).glob(f"{first.frames[0]}_mask_*.png")))
     if not first.has_masks:
@@ -170,17 +179,18 @@ def stack_frames(frames: list[tuple], timeless: Collection[str]) -> tuple:
 
 # %% ../../nbs/data/movi.ipynb #dump-splits-export
 def dump_split_folders(path: Path, split: str) -> tuple[list[Path], list[str]]:
-    "Sub-folders of a dump for this split, such as `train` or `movi-e-train-with-label`, all for `all`; names of all split folders"
+    "Sub-folders for this split, such as `train` or `movi-e-train-with-label`; names of those of all splits"
     folders = {}
     for child in sorted(p for p in path.iterdir() if p.is_dir()):
-        named = re.fullmatch(r"(?:.*-)?(train|training|val|valid|validation|test)(?:-with-label)?", child.name)
+        named = re.fullmatch(r"(?:.*-)?(train|training|val|valid|validation|test)(-with-label)?", child.name)
         if named:
             folders[child] = split_name(named[1])
-    return [child for child, its in folders.items() if split in (its, "all")], [child.name for child in folders]
+    own = [child for child, its in folders.items() if split in (its, "all")]
+    return own, [child.name for child in folders]
 
 
 def _videos_of_split(path, split):
-    "Videos of the split's folders, else whole videos by hash of their relative path: the same wherever the set lies"
+    "Videos of the split's folders, else whole videos by hash of relative paths: the same wherever the set lies"
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}: check the path")
     own, folders = dump_split_folders(path, split)
@@ -200,16 +210,18 @@ class MoviDump(ClipReader):
         self,
         path: Path | str,  # a folder of videos, or of split folders
         size: int = 128,  # side of the square that is returned
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # a split folder, else whole videos by hash
+        *, split: str = "all",  # a split folder, else whole videos by hash
+        n: int | None = None, seed: int = 0,  # see `subsample`
         frames: str = "single",  # "single" frames or "clip"s
         clip_length: int | None = None, frame_step: int = 1, hop: int | None = None,  # see `clip_starts`
-        max_objects: int | None = None,  # rows of the labels; with instances.json also keeps only videos of at most so many
+        max_objects: int | None = None,  # rows of labels; videos with more are left out where JSON says so
         crop: int | Sequence[int] | None = None,  # see `crop_box`
     ):
         super().__init__(path, size, max_objects, split, crop)
         videos = _videos_of_split(self.path, self.split)
-        self.has_masks, self.has_factors = videos[0].has_masks, videos[0].has_factors
-        videos = self.keep_small(videos, max_objects if self.has_factors else None, lambda v: len(read_instances(v, 0)[0]))
+        self.has_masks = videos[0].has_masks
+        self.has_factors = videos[0].has_factors
+        videos = self.keep_small(videos, max_objects if self.has_factors else None, _count_instances)
         self.max_objects = max_objects or most_objects(videos, path)
         factors = read_instances(videos[0], 0)[1] if self.has_factors else {}
         self.factor_names = {key: names for key, names in _CLASS_NAMES.items() if key in factors}
@@ -224,6 +236,6 @@ class MoviDump(ClipReader):
         name = f"{Path(video.folder).relative_to(self.path).as_posix()}/{video.frames[start]}"
         read = partial(read_frame, video, has_masks=self.has_masks, has_factors=self.has_factors)
         if self.single:
-            return self.make_item(*read(start), name)
+            return self.make_item(*read(start), name=name)
         frames = [read(t) for t in range(len(video.frames))[self.window(start)]]
-        return self.make_item(*stack_frames(frames, self.factor_names), name)
+        return self.make_item(*stack_frames(frames, self.factor_names), name=name)

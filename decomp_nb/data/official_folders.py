@@ -21,7 +21,10 @@ __all__ = ['FOLDERS', 'official_resize', 'picture_reader', 'OfficialFolder']
 
 # %% ../../nbs/data/official_folders.ipynb #official-resize-export
 def official_resize(picture: np.ndarray, size: int) -> np.ndarray:
-    "Float picture `(h,w,c)` → `(size,size,c)` like scikit-image's `resize`: Gaussian blur where it shrinks, then linear; aspect not kept"
+    """Float picture `(h,w,c)` → `(size,size,c)` like scikit-image's `resize`.
+
+    Gaussian blur where it shrinks, then linear; the aspect is not kept.
+    """
     from scipy import ndimage
     ratio = np.array([picture.shape[0] / size, picture.shape[1] / size, 1.0])
     if (ratio == 1).all():
@@ -34,7 +37,10 @@ def official_resize(picture: np.ndarray, size: int) -> np.ndarray:
 
 # %% ../../nbs/data/official_folders.ipynb #picture-reader-export
 def picture_reader(resize: str) -> Callable:
-    "`read(file, size, columns=None) → (3,size,size)`: `area` crops to a square and averages, `official` is Decomp Diffusion's loader"
+    """`read(file, size, columns) → (3,size,size)` in [−1,1]; ValueError for an unknown name.
+
+    `area` crops to a square and averages, `official` is what Decomp Diffusion's loader does.
+    """
     readers = {"area": _read_area, "official": _read_official}
     if resize not in readers:
         raise ValueError(f"resize={resize!r} is unknown: use 'area' or 'official'")
@@ -73,20 +79,22 @@ FOLDERS = {  # official name → where its pictures lie, and the columns that ar
 
 # %% ../../nbs/data/official_folders.ipynb #official-folder-export
 class OfficialFolder(Reader):
-    "One of the ten data sets of Decomp Diffusion, read from its official place below `path`, or from `path` itself if that holds pictures"
+    "One of the ten sets of Decomp Diffusion, read from its official place below `path`, or from `path` itself"
 
     def __init__(
         self,
         path: Path | str,  # the official data_dir, or the folder of the pictures
         size: int = 64,
         *, kind: str = "clevr",  # a key of `FOLDERS`
-        split: str = "all", n: int | None = None, seed: int = 0,  # videos of KITTI stay together; see `subsample`
+        split: str = "all",  # videos of KITTI stay together; see `subsample`
+        n: int | None = None, seed: int = 0,  # see `subsample`
         resize: str = "area",  # "area", or "official": scikit-image's filter
     ):
         if kind not in FOLDERS:
             raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(FOLDERS)}")
         patterns, self.columns = FOLDERS[kind]
-        self.path, self.split = Path(path), split_name(split)
+        self.path = Path(path)
+        self.split = split_name(split)
         self.size = size
         self.items = f"images of {kind}"
         self._read = picture_reader(resize)
@@ -95,8 +103,8 @@ class OfficialFolder(Reader):
             found = [subsample(files, n // 2, seed) for files in found]  # half faces, half portraits
         files = sum(found, [])
         once = sorted(set(files))
-        chosen = split_by_group(image_groups(once, "folder" if self.columns else "file"), split)
-        chosen = {once[i] for i in chosen}
+        groups = image_groups(once, "folder" if self.columns else "file")
+        chosen = {once[i] for i in split_by_group(groups, split)}
         self.index = self.files = subsample([file for file in files if file in chosen], n, seed)
 
     def __getitem__(self, i: int) -> dict:
@@ -106,7 +114,7 @@ class OfficialFolder(Reader):
 
 # %% ../../nbs/data/official_folders.ipynb #official-files
 def _official_files(path, patterns, kind):
-    "Files of every pattern, relative to `path`; those of `path` itself where it is the folder of the pictures"
+    "Files of every pattern, relative to `path`; those of `path` itself where it is the pictures' folder"
     found = [sorted(path.glob(pattern)) for pattern in patterns]
     if not any(found) and path.is_dir():
         return [list_images(path)]

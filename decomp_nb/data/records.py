@@ -39,7 +39,7 @@ def read_varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def message_fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The (field number, value) pairs of a protocol buffer message: numbers for varints, bytes for everything else.
+    """The (field number, value) pairs of a protocol buffer message: numbers for varints, bytes for the rest.
 
     ValueError where the bytes are no such message.
     """
@@ -163,10 +163,11 @@ RECORD_LAYOUTS = {
 
 # %% ../../nbs/data/records.ipynb #record-arrays-export
 def record_arrays(features: dict[str, np.ndarray], layout: RecordLayout) -> dict[str, np.ndarray]:
-    "Features of a record → `image` (h,w,c), labels `mask` (h,w,1), `visibility` (E,), factors (E,…), cropped as the layout says"
+    "Features of a record → `image` (h,w,c), labels `mask` (h,w,1), `visibility` (E,), factors (E,…), cropped"
     height, width = layout.hw
     _check_features(features, height, width)
-    masks = rearrange(features["mask"], "(h w e) -> e h w" if layout.masks_last else "(e h w) -> e h w", h=height, w=width)
+    order = "(h w e)" if layout.masks_last else "(e h w)"
+    masks = rearrange(features["mask"], f"{order} -> e h w", h=height, w=width)
     top, left, side = crop_box(height, width, layout.crop)
     window = np.s_[top:top + side, left:left + side]
     arrays = {"image": rearrange(features["image"], "(h w c) -> h w c", h=height, w=width)[window],
@@ -260,10 +261,11 @@ class ObjectRecords(H5Scenes):
     def __init__(
         self,
         path: Path | str,  # the .tfrecords file
-        size: int | None = None,  # side of the square that is returned; None = as stored, after the layout's crop
+        size: int | None = None,  # side of the returned square; None = as stored, after the layout's crop
         *,
         layout: str,  # a key of `RECORD_LAYOUTS`
-        split: str = "all", n: int | None = None, seed: int = 0,  # by position, in the layout's shares; see `subsample`
+        split: str = "all",  # by position, in the layout's shares; see `subsample`
+        n: int | None = None, seed: int = 0,  # see `subsample`
         max_objects: int | None = None,  # keep scenes with at most so many objects
         cache: Path | str | None = None,  # where the HDF5 file is or goes; None = beside the records
         limit: int | None = None,  # use only the first so many records
@@ -280,5 +282,5 @@ class ObjectRecords(H5Scenes):
         super().__init__(cache, size, split=split, n=n, seed=seed, max_objects=max_objects, shares=shares)
 
 
-# DeepMind's CLEVR with masks, 100,000 scenes of 3 to 10 objects; `max_objects=6` is CLEVR6. Class codes are the file's own, 0 = none
+# DeepMind's CLEVR, 100,000 scenes of 3 to 10 objects; `max_objects=6` is CLEVR6. Class codes: the file's, 0 = none
 ClevrWithMasks = partial(ObjectRecords, layout="clevr_with_masks")

@@ -43,12 +43,12 @@ def h5_layout(file) -> H5Layout:
         raise ValueError(f"{file.filename}: {found}: a label map needs the size of its image")
     steps = shape[1] if len(shape) == 5 else None
     rows = _count_rows(file, steps)
-    factors = {key: kind for key in sorted(set(file) - _NO_FACTORS) if (kind := _factor_kind(file[key].shape[1:], steps, rows))}
+    kinds = {key: _factor_kind(file[key].shape[1:], steps, rows) for key in sorted(set(file) - set(_KNOWN))}
+    factors = {key: kind for key, kind in kinds.items() if kind}
     return H5Layout(pictures, shape[0], steps, shape[-3:-1], rows, factors, _class_names(file, factors))
 
 # %% ../../nbs/data/scenes_h5.ipynb #h5-layout-parts
-_NO_FACTORS = {"image", "video", "mask", "visibility", "num_actual_objects", "camera", "lights", "edited_object", "split",
-               "source_image"}
+_KNOWN = "image video mask visibility num_actual_objects camera lights edited_object split source_image".split()
 
 
 def _pictures_key(file):
@@ -56,7 +56,8 @@ def _pictures_key(file):
     key = next((key for key in ("video", "image") if key in file), None)
     if key is None:
         raise ValueError(f"{name} has no dataset 'image' or 'video'; it has: {', '.join(file) or 'nothing'}")
-    shape, dtype = file[key].shape, file[key].dtype
+    shape = file[key].shape
+    dtype = file[key].dtype
     axes = (5,) if key == "video" else (4, 5)
     if len(shape) not in axes or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise ValueError(f"{name}: {key!r} is {dtype} {shape}, but uint8 [N,H,W,3] or [N,T,H,W,3] is needed")
@@ -68,8 +69,9 @@ def _count_rows(file, steps):
     if "visibility" not in file:
         return None
     axes = file["visibility"].shape[1:]
-    by_step = steps and len(axes) > 1 and axes[0] == steps and axes[1] > 1
-    return axes[1] if by_step else axes[0]
+    if steps and len(axes) > 1 and axes[0] == steps and axes[1] > 1:
+        return axes[1]
+    return axes[0]
 
 
 def _factor_kind(axes, steps, rows):
@@ -82,18 +84,18 @@ def _class_names(file, factors):
     "Names of the classes of integer factors; their codes where the file does not name them"
     known = json.loads(file.attrs.get("factor_names", "{}"))
     coded = [key for key in factors if key in known or file[key].dtype in (np.int8, np.uint8)]
-    return {key: known.get(key) or [str(code) for code in range(int(file[key][:].max()) + 1)] for key in coded}
+    return {key: known.get(key) or list(map(str, range(int(file[key][:].max()) + 1))) for key in coded}
 
 # %% ../../nbs/data/scenes_h5.ipynb #count-objects-export
 def visible_rows(file, layout: H5Layout) -> np.ndarray | None:
-    "Which rows of each scene are there, at one step at least, `[N,E]`; None where the file has no `visibility`"
+    "Which rows of each scene are there, at any step, `[N,E]`; None where the file has no `visibility`"
     if not layout.n_rows:
         return None
     return np.reshape(file["visibility"][:] > 0, (layout.n_scenes, -1, layout.n_rows)).any(1)
 
 
 def count_objects(file, layout: H5Layout, n_background: int = 1) -> np.ndarray | None:
-    "Objects of every scene `[N]`, without the `n_background` background rows; None where the file has no numbers"
+    "Objects of every scene `[N]`, without the background rows; None where the file has no numbers"
     if layout.n_rows:
         return visible_rows(file, layout)[:, n_background:].sum(1)
     return file["num_actual_objects"][:].reshape(-1).astype(int) if "num_actual_objects" in file else None
@@ -129,7 +131,7 @@ class SceneFile(LazyH5):
         return size or min(self.layout.hw), max_objects or most
 
     def factors(self) -> dict[str, np.ndarray]:
-        "All factors as stored, background row included: int64 classes or float32 numbers; read once in each process"
+        "Factors as stored, background rows included: int64 classes or float32 numbers; read once in each process"
         if self._factors is None:
             self._factors = {key: self._column(key) for key in self.layout.factors}
         return self._factors
@@ -155,7 +157,8 @@ def read_scene(
         count = 0 if file.counts is None else file.counts[scene]
         return image, mask, [file.n_background + j for j in range(count)], {}
     ids = [row for row in range(file.n_background, file.layout.n_rows) if file.visible[scene, row]]
-    factors = {key: _rows(values, file.layout.factors[key], at)[ids] for key, values in file.factors().items()}
+    kinds = file.layout.factors
+    factors = {key: _rows(values, kinds[key], at)[ids] for key, values in file.factors().items()}
     return image, mask, ids, factors
 
 
@@ -174,7 +177,8 @@ def _scenes_of_split(data, split, shares, extras):
             raise ValueError(f"{path} holds edited scenes: read it with H5Edits")
         for key in extras:
             if key not in f:
-                raise ValueError(f"{path} has no dataset {key!r} of extras={tuple(extras)}; it has: {', '.join(f)}")
+                has = ", ".join(f)
+                raise ValueError(f"{path} has no dataset {key!r} of extras={tuple(extras)}; it has: {has}")
         stored = stored_split(f, split)
     return split_by_position(data.layout.n_scenes, split, shares) if stored is None else stored
 
@@ -186,9 +190,10 @@ class H5Scenes(ClipReader):
         self,
         path: Path | str,  # the .h5 file
         size: int | None = None,  # side of the square that is returned; None = as stored
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # by the file's `split`, else by position; see `subsample`
-        max_objects: int | None = None,  # keep scenes with at most so many, and pad labels to it; 6: CLEVR6 of CLEVR
-        n_background: int | None = None,  # first rows that are background (Objects Room: 4); None = as the file says, or 1
+        *, split: str = "all",  # by the file's `split`, else by position
+        n: int | None = None, seed: int = 0,  # see `subsample`
+        max_objects: int | None = None,  # keep scenes with at most so many, pad labels to it; 6: CLEVR6
+        n_background: int | None = None,  # rows of background (Objects Room: 4); None = the file's own, or 1
         frames: str = "clip",  # of video files: "clip" or "single"
         clip_length: int | None = None, frame_step: int = 1, hop: int | None = None,  # see `clip_starts`
         crop: int | Sequence[int] | None = None,  # see `crop_box`
@@ -210,14 +215,15 @@ class H5Scenes(ClipReader):
         scene, start = self.index[i]
         clips = self.data.layout.n_steps
         name = f"{self.path.stem}/{scene:06d}" + (f"/{start:03d}" if clips else "")
-        item = self.make_item(*read_scene(self.data, scene, self.window(start) if clips else None), name)
+        when = self.window(start) if clips else None
+        item = self.make_item(*read_scene(self.data, scene, when), name=name)
         if self.data.counts is None:
             del item["labels"]
         return item | {key: torch.as_tensor(self.data.read(key, scene)) for key in self.extras}
 
 # %% ../../nbs/data/scenes_h5.ipynb #edited-ids-export
 def edited_ids(n_original: int, n_now: int, edited: int) -> list[int]:
-    "Labels that the original's objects have in a render after an edit; 0 = gone. One less means that `edited` was removed"
+    "Labels of the original's objects in a render after an edit; 0 = gone. One less: `edited` was removed"
     everyone = list(range(1, n_original + 1))
     if n_now == n_original:
         return everyone
@@ -239,7 +245,8 @@ def _read_edits(file):
     "What an open file says of its edits; ValueError where it holds none"
     name = file.filename
     if "edited_object" not in file or "ops" not in file.attrs:
-        raise ValueError(f"{name} holds no edits: dataset 'edited_object' or attribute 'ops' is missing; read it with H5Scenes")
+        missing = "dataset 'edited_object' or attribute 'ops' is missing"
+        raise ValueError(f"{name} holds no edits: {missing}; read it with H5Scenes")
     layout = h5_layout(file)
     if layout.n_steps is None or layout.n_rows is None or "mask" not in file:
         raise ValueError(f"{name}: edits need 'image' [N,R,H,W,3], 'mask' and 'visibility'")
@@ -250,20 +257,24 @@ def _read_edits(file):
 def _edited_rows(file, scene, r, ids):
     "Factors `(len(ids),…)` of a render; zeros for objects that are gone"
     gone = np.array(ids) == 0
-    rows = {key: file.factors()[key][scene, r, ids] for key, kind in file.layout.factors.items() if kind == "step"}
-    for values in rows.values():
-        values[gone] = 0
+    rows = {}
+    for key, values in file.factors().items():
+        if file.layout.factors[key] == "step":
+            rows[key] = values[scene, r, ids]
+            rows[key][gone] = 0
     return rows
 
 # %% ../../nbs/data/scenes_h5.ipynb #h5-edits-export
 class H5Edits(SceneReader):
-    "Scenes rendered again after edits: the original's dict, `edits` {name: {image, masks, labels}}, `edited_object` (a label)"
+    "Scenes rendered again after edits: the original's dict, `edits` (dicts by name), `edited_object` (a label)"
 
     def __init__(
         self,
         path: Path | str,  # the .h5 file
         size: int | None = None,  # side of the square that is returned; None = as stored
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # by position; see `subsample`
+        *, split: str = "all",  # by position
+        n: int | None = None,  # see `subsample`
+        seed: int = 0,
         max_objects: int | None = None,  # keep scenes with at most so many objects, and pad labels to it
     ):
         with open_h5(path) as f:
@@ -281,11 +292,13 @@ class H5Edits(SceneReader):
         original, *edits = (self._render(scene, r) for r in range(len(self.ops)))
         for edit in edits:
             del edit["image_id"]
-        return original | {"edits": dict(zip(self.ops[1:], edits)), "edited_object": torch.tensor(self._edits.edited[scene])}
+        edited = torch.tensor(self._edits.edited[scene])
+        return original | {"edits": dict(zip(self.ops[1:], edits)), "edited_object": edited}
 
     def _render(self, scene, r):
         "The item of one render, with the original's rows"
         counts = self._edits.counts[scene]
         ids = edited_ids(counts[0], counts[r], self._edits.edited[scene])
         image, mask, _, _ = read_scene(self.data, scene, r)
-        return self.make_item(image, mask, ids, _edited_rows(self.data, scene, r, ids), f"{self.path.stem}/{scene:06d}")
+        rows = _edited_rows(self.data, scene, r, ids)
+        return self.make_item(image, mask, ids, rows, name=f"{self.path.stem}/{scene:06d}")

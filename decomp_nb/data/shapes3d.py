@@ -28,16 +28,16 @@ __all__ = ['room_maps', 'Shapes3D']
 def room_maps(
     sizes: Sequence[int],  # scales, shapes, orientations
     size: int,  # side in pixels
-    samples: int = 2,  # rays per pixel and direction
-    cache: Path | str | None = None,  # folder of the files; None: nowhere if the maps are few, else `cache_folder()`
+    cache: Path | str | None = None,  # folder of the files; None: `cache_folder()`, nowhere if the maps are few
 ) -> Tensor:
-    "Maps of all scales, shapes and orientations `(g,5,size,size)`; kept on the disk where they take more than a second"
+    "Maps of all scales, shapes and orientations `(g,5,size,size)`; kept on the disk where they are many"
     keep = cache is not None or math.prod(sizes) > 60
-    file = Path(cache or cache_folder()) / f"shapes3d_{'x'.join(map(str, sizes))}_{size}px_{samples}.npy"
+    file = Path(cache or cache_folder()) / f"shapes3d_{'x'.join(map(str, sizes))}_{size}px_2.npy"
     if keep and file.is_file():
         return torch.from_numpy(np.load(file)).float()
-    scales, angles = np.linspace(0.75, 1.25, sizes[0]), np.linspace(-30, 30, sizes[2])
-    maps = draw_maps(scales, SHAPE_NAMES[:sizes[1]], angles, size, samples)
+    scales = np.linspace(0.75, 1.25, sizes[0])
+    angles = np.linspace(-30, 30, sizes[2])
+    maps = draw_maps(scales, SHAPE_NAMES[:sizes[1]], angles, size, 2)
     if not keep:
         return maps
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def room_maps(
 
 # %% ../../nbs/data/shapes3d.ipynb #shapes3d-files
 def _open_shapes(path):
-    "Reader of the images, and the sizes that the labels of an .h5 have; ValueError where they are in another order"
+    "Reader of the images, and the sizes by the labels of an .h5; ValueError where they are in another order"
     if path.suffix == ".npz":
         return NpzImages(path, "images"), None
     file = H5Images(path, "images")
@@ -59,7 +59,8 @@ def _open_shapes(path):
         labels = f["labels"][:]
     names = GRIDS["shapes3d"].names
     if labels.shape != (file.shape[0], len(names)):
-        raise ValueError(f"{path}: 'labels' is {labels.shape}, expected ({file.shape[0]}, 6) for {', '.join(names)}")
+        expected = f"({file.shape[0]}, 6) for {', '.join(names)}"
+        raise ValueError(f"{path}: 'labels' is {labels.shape}, expected {expected}")
     classes = np.stack([np.unique(column, return_inverse=True)[1] for column in labels.T], 1)
     return file, grid_sizes(classes, names, f"{path}: labels")
 
@@ -80,9 +81,10 @@ class Shapes3D(FactorImages):
         self,
         path: Path | str | None = None,  # the published file; None: drawn here
         size: int = 64,
-        *, split: str = "all", n: int | None = None, seed: int = 0,  # see `FactorTable`
+        *, split: str = "all",
+        n: int | None = None, seed: int = 0,  # see `subsample`
         sizes: Sequence[int] | None = None,  # of the six factors; None: as published, or as the file says
-        samples: int = 2, cache: Path | str | None = None,  # see `room_maps`
+        cache: Path | str | None = None,  # of drawn maps, see `room_maps`
     ):
         self.file, found = _open_shapes(Path(path)) if path is not None else (None, None)
         grid = sub_grid("shapes3d", sizes or found, self.file and self.file.shape[0], path)
@@ -90,8 +92,9 @@ class Shapes3D(FactorImages):
         super().__init__(grid, size, split=split, n=n, seed=seed, values=values)
         if self.file is None:
             if grid.sizes[4] > 4:
-                raise ValueError(f"shape has 4 values, {', '.join(SHAPE_NAMES)}; sizes asks for {grid.sizes[4]}")
-            self.maps = room_maps(grid.sizes[3:], size, samples, cache)
+                known = ", ".join(SHAPE_NAMES)
+                raise ValueError(f"shape has 4 values, {known}; sizes asks for {grid.sizes[4]}")
+            self.maps = room_maps(grid.sizes[3:], size, cache)
             self._hues = [hue_colours(count) for count in grid.sizes[:3]]
 
     def pictures(self, rows: np.ndarray) -> Tensor:
