@@ -51,12 +51,13 @@ def clevrtex_files(path: Path | str) -> list[str]:
         files += [(inside / name).as_posix() for name in scenes]
     if not files:
         raise ValueError(f"no CLEVRTEX_<variant>_<number>.png in folder {path} or below it")
-    return sorted(files, key=lambda f: (Path(f).stem.rsplit("_", 1)[1], f))
+    return sorted(files, key=lambda file: (file[-10:], file))  # 000123.png
 
 
 def clevrtex_objects(file: Path) -> list[dict]:
     "Objects of the picture `file`, from the JSON file beside it, by `index`"
-    return sorted(read_json(file.with_suffix(".json"))["objects"], key=itemgetter("index"))
+    objects = read_json(file.with_suffix(".json"))["objects"]
+    return sorted(objects, key=itemgetter("index"))
 
 
 def clevrtex_classes(files: Sequence[Path]) -> dict[str, list[str]]:

@@ -72,7 +72,7 @@ class DSprites(FactorImages):
         self._values = _sprite_values(grid.sizes)
         angles = np.degrees(self._values["orientation"]).round(1)
         values = dict(shape=SPRITE_SHAPES[:grid.sizes[0]], scale=self._values["scale"].round(2), orientation=angles)
-        super().__init__(grid, size, split=split, n=n, seed=seed, values=values)
+        super().__init__(grid, size, split, n, seed, values=values)
         self._painting = _painting(painting) if variant == "scream" else None
 
     def pictures(self, rows: np.ndarray) -> Tensor:

@@ -46,7 +46,7 @@ class MPI3D(FactorImages):
             published = " or ".join(map(str, known))
             raise ValueError(f"{path} has {count} images, MPI3D has {published}: pass sizes= of its seven factors")
         grid = sub_grid(known.get(count, "mpi3d"), sizes, count, path)
-        super().__init__(grid, size, split=split, n=n, seed=seed)
+        super().__init__(grid, size, split, n, seed)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
         return resize_crop(to_image_tensor(self.file.read(rows)), self.size)
@@ -72,7 +72,7 @@ class Cars3D(FactorImages):
             raise FileNotFoundError(f"no .mat files in {folder}: {expected}")
         azimuths, elevations = _car(self.files[0], size).shape[:2]
         grid = FactorGrid(dict(elevation=elevations, azimuth=azimuths, object=len(self.files)))
-        super().__init__(grid, size, split=split, n=n, seed=seed)
+        super().__init__(grid, size, split, n, seed)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
         elevation, azimuth, car = self.grid.factors(rows).T
@@ -123,6 +123,10 @@ def read_norb(path: Path | str) -> np.memmap:
     return np.memmap(path, dtype, "r", 4 * numbers, shape)
 
 # %% ../../nbs/data/factor_files.ipynb #smallnorb-export
+_NORB_FACTORS = ("category", "elevation", "azimuth", "lighting")
+_NORB_CATEGORIES = ("animal", "human", "airplane", "truck", "car")
+
+
 class SmallNORB(FactorImages):
     "SmallNORB: the `-dat`, `-cat` and `-info` files of the training and the testing half, or of one"
 
@@ -143,10 +147,9 @@ class SmallNORB(FactorImages):
         self._ends = np.cumsum([len(half) for half in halves])
         category, self._instance, *others = np.concatenate(halves).T
         table = np.stack([category, *others], 1)
-        names = [name for name in GRIDS["smallnorb"].names if name != "instance"]
-        grid = FactorGrid(dict(zip(names, table.max(0) + 1)))
-        values = {"category": ("animal", "human", "airplane", "truck", "car")} if grid.sizes[0] == 5 else None
-        super().__init__(grid, size, split=split, n=n, seed=seed, table=table, values=values)
+        grid = FactorGrid(dict(zip(_NORB_FACTORS, table.max(0) + 1)))
+        values = {"category": _NORB_CATEGORIES} if grid.sizes[0] == 5 else None
+        super().__init__(grid, size, split, n, seed, table=table, values=values)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
         halves = np.searchsorted(self._ends, rows, side="right")
@@ -195,7 +198,7 @@ class Falcor3D(FactorImages):
         self.files = sorted(numbered, key=lambda file: int(numbered[file]))
         grid = sub_grid("falcor3d", sizes)
         table = grid.factors([int(numbered[file]) for file in self.files])
-        super().__init__(grid, size, split=split, n=n, seed=seed, table=table)
+        super().__init__(grid, size, split, n, seed, table=table)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
         return torch.stack([self._read(self.path / self.files[row], self.size) for row in rows])
@@ -253,7 +256,7 @@ class CelebA(FactorImages):
         values = dict.fromkeys(names, ("no", "yes"))
         chosen = _official_rows(self.path, self.files, split)
         grid = FactorGrid(dict.fromkeys(names, 2))
-        super().__init__(grid, size, split=split, n=n, seed=seed, table=table, values=values, chosen=chosen)
+        super().__init__(grid, size, split, n, seed, table=table, values=values, chosen=chosen)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
         files = [self.path / "img_align_celeba" / self.files[row] for row in rows]

@@ -122,9 +122,10 @@ class FactorTable(Reader):
         self,
         grid: FactorGrid,  # names and sizes of the factors
         size: int,  # side of the square pictures
-        *, split: str = "all",  # see `split_rows` and `subsample`
+        split: str = "all",  # see `split_rows`
         n: int | None = None,  # see `subsample`
         seed: int = 0,
+        *,
         table: np.ndarray | None = None,  # `(rows,F)` factors of every row; None: the rows are the grid
         values: Mapping[str, Sequence] | None = None,  # names of the values of factors
         chosen: Sequence[int] | None = None,  # rows of the split, where the set has one of its own

@@ -151,7 +151,7 @@ class SceneReader(Reader):
     def limit(self) -> str:
         return f", ≤ {self.max_objects} objects" if self.has_masks else ", no masks"
 
-    def make_item(self, *scene, name: str) -> dict:
+    def make_item(self, *scene: np.ndarray | list | dict | None, name: str) -> dict:
         "`scene_item` of an image, mask, ids and factors, in the reader's own size and crop"
         sizes = {"size": self.size, "max_objects": self.max_objects, "crop": self.crop}
         return scene_item(*scene, **sizes, image_id=name)

@@ -89,7 +89,7 @@ class Shapes3D(FactorImages):
         self.file, found = _open_shapes(Path(path)) if path is not None else (None, None)
         grid = sub_grid("shapes3d", sizes or found, self.file and self.file.shape[0], path)
         values = dict(zip(grid.names, _shape_values(grid.sizes)))
-        super().__init__(grid, size, split=split, n=n, seed=seed, values=values)
+        super().__init__(grid, size, split, n, seed, values=values)
         if self.file is None:
             if grid.sizes[4] > 4:
                 known = ", ".join(SHAPE_NAMES)
