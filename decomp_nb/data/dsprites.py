@@ -76,6 +76,7 @@ class DSprites(FactorImages):
         self._painting = _painting(painting) if variant == "scream" else None
 
     def pictures(self, rows: np.ndarray) -> Tensor:
+        "Pictures `(b,3,size,size)` of the rows, in [−1,1]"
         if self.file is None:
             values = map(np.take, self._values.values(), self.grid.factors(rows).T)
             masks = sprite(*values, size=self.size).float()

@@ -49,6 +49,7 @@ class MPI3D(FactorImages):
         super().__init__(grid, size, split, n, seed)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
+        "Pictures `(b,3,size,size)` of the rows, in [−1,1]"
         return resize_crop(to_image_tensor(self.file.read(rows)), self.size)
 
 # %% ../../nbs/data/factor_files.ipynb #cars3d-export
@@ -75,6 +76,7 @@ class Cars3D(FactorImages):
         super().__init__(grid, size, split, n, seed)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
+        "Pictures `(b,3,size,size)` of the rows, in [−1,1]"
         elevation, azimuth, car = self.grid.factors(rows).T
         out = np.empty((len(car), self.size, self.size, 3), np.uint8)
         for number in np.unique(car):  # one file at a time
@@ -152,6 +154,7 @@ class SmallNORB(FactorImages):
         super().__init__(grid, size, split, n, seed, table=table, values=values)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
+        "Pictures `(b,3,size,size)` of the rows, in [−1,1]"
         halves = np.searchsorted(self._ends, rows, side="right")
         starts = np.r_[0, self._ends][halves]
         views = [_norb_images(self.files[half])[row, 0] for half, row in zip(halves, rows - starts)]
@@ -201,9 +204,11 @@ class Falcor3D(FactorImages):
         super().__init__(grid, size, split, n, seed, table=table)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
+        "Pictures `(b,3,size,size)` of the rows, in [−1,1]"
         return torch.stack([self._read(self.path / self.files[row], self.size) for row in rows])
 
     def image_id(self, row: int) -> str:
+        "Name of the picture's file"
         return self.files[row]
 
 # %% ../../nbs/data/factor_files.ipynb #celeba-lists
@@ -259,8 +264,10 @@ class CelebA(FactorImages):
         super().__init__(grid, size, split, n, seed, table=table, values=values, chosen=chosen)
 
     def pictures(self, rows: np.ndarray) -> Tensor:
+        "Pictures `(b,3,size,size)` of the rows, in [−1,1]"
         files = [self.path / "img_align_celeba" / self.files[row] for row in rows]
         return torch.stack([square_image(read_image(file), self.size, self.crop) for file in files])
 
     def image_id(self, row: int) -> str:
+        "Name of the picture's file"
         return self.files[row]

@@ -24,7 +24,8 @@ __all__ = ['MOVI_CLASSES', 'DumpVideo', 'dump_videos', 'instance_factors', 'read
            'read_frame', 'stack_frames', 'dump_split_folders', 'MoviDump']
 
 # %% ../../nbs/data/movi.ipynb #dump-videos-export
-_MASK_FILES = {"lsd": "segment.png", "slot_diffusion": "mask.png", "steve": "mask_00.png"}
+_PICTURES = {"lsd": "_image.png", "slot_diffusion": ".jpg", "steve": "_image.png"}
+_MASKS = {"lsd": "segment.png", "slot_diffusion": "mask.png", "steve": "mask_00.png"}
 
 
 class DumpVideo(NamedTuple):
@@ -36,8 +37,7 @@ class DumpVideo(NamedTuple):
 
     def image(self, t: int) -> Path:
         "File of the picture"
-        ending = ".jpg" if self.layout == "slot_diffusion" else "_image.png"
-        return Path(self.folder, self.frames[t] + ending)
+        return Path(self.folder, self.frames[t] + _PICTURES[self.layout])
 
     def beside(self, t: int, ending: str) -> Path:
         "File that belongs to frame `t`, e.g. its `segment.png`"
@@ -46,7 +46,7 @@ class DumpVideo(NamedTuple):
     @property
     def has_masks(self) -> bool:
         "Whether there is a label map of the first frame"
-        return self.beside(0, _MASK_FILES[self.layout]).exists()
+        return self.beside(0, _MASKS[self.layout]).exists()
 
     @property
     def has_factors(self) -> bool:
@@ -61,23 +61,23 @@ def dump_videos(path: Path | str) -> list[DumpVideo]:
     videos = []
     for folder, folders, files in os.walk(base, followlinks=True):
         folders.sort()
-        if base == images:
-            labels = Path(path, "labels", Path(folder).relative_to(base))
-            video = _dump_video("lsd", folder, labels, files, "_image.png")
-        else:
-            video = _dump_video("steve", folder, folder, files, "_image.png")
-            video = video or _dump_video("slot_diffusion", folder, folder, files, ".jpg")
-        videos += [video] if video else []
+        layout = "slot_diffusion"
+        if any(file.endswith("_image.png") for file in files):
+            layout = "lsd" if base == images else "steve"
+        frames = _frames(files, _PICTURES[layout])
+        labels = Path(path, "labels", Path(folder).relative_to(base)) if layout == "lsd" else folder
+        if frames and (layout == "lsd" or base != images):
+            videos.append(DumpVideo(layout, folder, str(labels), frames))
     if not videos:
         expected = "…/<video>/<frame>_image.png or …/<video>/<frame>.jpg"
         raise ValueError(f"no video frames in {path}: expected {expected}")
     return videos
 
 
-def _dump_video(layout, folder, label_folder, files, ending):
+def _frames(files, ending):
+    "Names of the pictures in order of time"
     frames = [file.removesuffix(ending) for file in files if file.endswith(ending)]
-    frames.sort(key=lambda frame: (len(frame), frame))
-    return DumpVideo(layout, folder, str(label_folder), tuple(frames)) if frames else None
+    return tuple(sorted(frames, key=lambda frame: (len(frame), frame)))
 
 # %% ../../nbs/data/movi.ipynb #movi-classes-export
 MOVI_CLASSES = {  # class order of the published data sets
@@ -133,7 +133,7 @@ def read_instances(video: DumpVideo, t: int) -> tuple[list[int], dict[str, np.nd
 def read_mask(video: DumpVideo, t: int) -> np.ndarray:
     "Label map `(h,w)` of frame `t`"
     if video.layout != "steve":
-        return read_labels(video.beside(t, _MASK_FILES[video.layout]))
+        return read_labels(video.beside(t, _MASKS[video.layout]))
     files = sorted(Path(video.folder).glob(f"{video.frames[t]}_mask_*.png"))
     files = files or [video.beside(t, "mask_00.png")]
     layers = np.stack([read_labels(file) > 127 for file in files])

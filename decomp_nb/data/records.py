@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 from einops import rearrange
 
@@ -83,14 +84,15 @@ def _integers(values):
     "An int64_list, its numbers packed or one by one"
     numbers = []
     for _, value in message_fields(values):
-        if isinstance(value, int):
-            numbers.append(value)
-            continue
-        at = 0
-        while at < len(value):
-            number, at = read_varint(value, at)
-            numbers.append(number)
+        numbers += [value] if isinstance(value, int) else _varints(value)
     return np.array(numbers, np.uint64).view(np.int64)
+
+
+def _varints(data):
+    at = 0
+    while at < len(data):
+        number, at = read_varint(data, at)
+        yield number
 
 # %% ../../nbs/data/records.ipynb #crc-export
 def _crc_table() -> list[int]:
@@ -175,7 +177,8 @@ def record_arrays(features: dict[str, np.ndarray], layout: RecordLayout) -> dict
     for name, values in features.items():
         if name not in arrays and values.size % len(masks) == 0:
             arrays[name] = _factor(values, len(masks), name in layout.n_classes)
-    arrays.setdefault("visibility", (masks > 0).any((1, 2)).astype(np.float32))
+    if "visibility" not in arrays:
+        arrays["visibility"] = (masks > 0).any((1, 2)).astype(np.float32)
     if "pixel_coords" in arrays:
         arrays["pixel_coords"] = arrays["pixel_coords"] - np.float32([left, top, 0])
     return arrays
@@ -201,7 +204,6 @@ def records_to_h5(
     limit: int | None = None,  # only the first so many records
 ) -> Path:
     "Convert a set of DeepMind's multi_object_datasets into an HDF5 file that `H5Scenes` reads"
-    import h5py
     if layout not in RECORD_LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown: use one of {', '.join(RECORD_LAYOUTS)}")
     out = Path(out)

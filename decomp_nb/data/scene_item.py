@@ -67,11 +67,7 @@ def scene_item(
 
     `visibility` is 1 where an object has at least one pixel inside the crop, before scaling down.
     """
-    if mask is not None and mask.shape != image.shape[:-1]:
-        found = f"the mask is {mask.shape} but the image is {image.shape[:-1]}"
-        raise ValueError(f"{image_id}: {found}; a mask needs the size of its image")
-    if len(ids) > max_objects:
-        raise ValueError(f"{image_id} has {len(ids)} objects: pass a max_objects larger than {max_objects}")
+    _check_scene(image, mask, len(ids), max_objects, image_id)
     hw = image.shape[-3:-1]
     box = crop_box(*hw, crop)
     pictures = resize_crop(to_image_tensor(image), size, box)
@@ -85,6 +81,14 @@ def scene_item(
     rows |= follow_crop(factors, hw, box, size)
     item["labels"] = {name: _padded(values, max_objects) for name, values in rows.items()}
     return item | {"image_id": image_id}
+
+
+def _check_scene(image, mask, count, max_objects, image_id):
+    if mask is not None and mask.shape != image.shape[:-1]:
+        found = f"the mask is {mask.shape} but the image is {image.shape[:-1]}"
+        raise ValueError(f"{image_id}: {found}; a mask needs the size of its image")
+    if count > max_objects:
+        raise ValueError(f"{image_id} has {count} objects: pass a max_objects larger than {max_objects}")
 
 
 def _padded(rows, count):
@@ -149,6 +153,7 @@ class SceneReader(Reader):
 
     @property
     def limit(self) -> str:
+        "What `repr` says of the objects"
         return f", ≤ {self.max_objects} objects" if self.has_masks else ", no masks"
 
     def make_item(self, *scene: np.ndarray | list | dict | None, name: str) -> dict:

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 import torch
 
@@ -34,7 +35,7 @@ class H5Layout(NamedTuple):
     classes: dict[str, list[str]]  # class names of the integer factors
 
 
-def h5_layout(file) -> H5Layout:
+def h5_layout(file: h5py.File) -> H5Layout:
     "Layout of an open HDF5 file; ValueError naming the key that is missing or does not fit"
     pictures = _pictures_key(file)
     shape = file[pictures].shape
@@ -87,14 +88,14 @@ def _class_names(file, factors):
     return {key: known.get(key) or list(map(str, range(int(file[key][:].max()) + 1))) for key in coded}
 
 # %% ../../nbs/data/scenes_h5.ipynb #count-objects-export
-def visible_rows(file, layout: H5Layout) -> np.ndarray | None:
+def visible_rows(file: h5py.File, layout: H5Layout) -> np.ndarray | None:
     "Which rows of each scene are there, at any step, `[N,E]`; None where the file has no `visibility`"
     if not layout.n_rows:
         return None
     return np.reshape(file["visibility"][:] > 0, (layout.n_scenes, -1, layout.n_rows)).any(1)
 
 
-def count_objects(file, layout: H5Layout, n_background: int = 1) -> np.ndarray | None:
+def count_objects(file: h5py.File, layout: H5Layout, n_background: int = 1) -> np.ndarray | None:
     "Objects of every scene `[N]`, without the background rows; None where the file has no numbers"
     if layout.n_rows:
         return visible_rows(file, layout)[:, n_background:].sum(1)
@@ -157,14 +158,14 @@ def read_scene(
         count = 0 if file.counts is None else file.counts[scene]
         return image, mask, [file.n_background + j for j in range(count)], {}
     ids = [row for row in range(file.n_background, file.layout.n_rows) if file.visible[scene, row]]
-    kinds = file.layout.factors
-    factors = {key: _rows(values, kinds[key], at)[ids] for key, values in file.factors().items()}
+    factors = {key: _rows(file, key, at)[ids] for key in file.layout.factors}
     return image, mask, ids, factors
 
 
-def _rows(values, kind, at):
+def _rows(file, key, at):
     "A factor of one scene with its rows first, `(E,…)` or `(E,T,…)`"
-    if kind == "scene":
+    values = file.factors()[key]
+    if file.layout.factors[key] == "scene":
         return values[at[0]]
     return np.moveaxis(values[at], 1, 0) if isinstance(at[1], slice) else values[at]
 

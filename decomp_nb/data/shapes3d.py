@@ -98,6 +98,7 @@ class Shapes3D(FactorImages):
             self._hues = [hue_colours(count) for count in grid.sizes[:3]]
 
     def pictures(self, rows: np.ndarray) -> Tensor:
+        "Pictures `(b,3,size,size)` of the rows, in [−1,1]"
         if self.file is not None:
             return resize_crop(to_image_tensor(self.file.read(rows)), self.size)
         factors = torch.from_numpy(self.grid.factors(rows))
