@@ -78,7 +78,20 @@ _moved = {
         "data.hdf5": "open_h5 LazyH5 stored_split H5Photos",
         "data.reader": "choose=subsample",
     },
+    "data.multi_object": {
+        "data.scene_item": "relabel follow_crop scene_item split_by_position clip_starts read_labels read_json",
+        "data.scenes_h5": "H5Layout h5_layout count_objects H5Scenes edited_ids H5Edits",
+        "data.records": "read_varint message_fields read_example masked_crc read_records RecordLayout RECORD_LAYOUTS "
+                        "record_arrays records_to_h5 ObjectRecords ClevrWithMasks",
+        "data.clevrtex": "clevrtex_factors ClevrTex",
+        "data.movi": "MOVI_CLASSES DumpVideo dump_videos instance_factors dump_split_folders MoviDump",
+    },
     "data.factors": {
+        "data.arrays": "H5Images NpzImages npz_array",
+        "data.shapes3d": "Shapes3D",
+        "data.dsprites": "DSprites",
+        "data.factor_files": "MPI3D Cars3D read_norb SmallNORB Falcor3D CelebA",
+        "data.official_folders": "FOLDERS official_resize picture_reader OfficialFolder",
         "worlds.rooms": "shape_maps compose=colour_maps",
         "worlds.sprites": "spoil=corrupt",
     },

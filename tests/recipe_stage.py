@@ -35,7 +35,7 @@ from decomp_nb import decomposer
 from decomp_nb.components import latent_diffusion
 from decomp_nb.components.text_to_image import TextToImage, clip_tokenizer
 from decomp_nb.data.class_folders import NumberedPictures
-from decomp_nb.data.factors import Shapes3D
+from decomp_nb.data.shapes3d import Shapes3D
 from decomp_nb.methods import disdiff
 from decomp_nb.official.concepts import published_folders
 from decomp_nb.training.config import resolve_out_dir

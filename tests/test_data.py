@@ -12,30 +12,33 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from small_data import COLOURS, NAMES, draw, frame, rows, write_clevrtex, write_dump, write_scenes
+from torch.utils.data import DataLoader
 
 from decomp_nb.data import home
 from decomp_nb.data.catalog import detect_format, open_dataset, validate_dataset
+from decomp_nb.data.clevrtex import ClevrTex
 from decomp_nb.data.hdf5 import H5Photos, open_h5
-from decomp_nb.data.images import ImageFolder, crop_box, read_image, resize_crop, split_by_group, to_image_tensor, to_rgb
-from decomp_nb.data.multi_object import (
+from decomp_nb.data.images import (
+    ImageFolder,
+    crop_box,
+    read_image,
+    resize_crop,
+    split_by_group,
+    to_image_tensor,
+    to_rgb,
+)
+from decomp_nb.data.movi import MoviDump, instance_factors
+from decomp_nb.data.records import (
     RECORD_LAYOUTS,
-    ClevrTex,
     ClevrWithMasks,
-    H5Edits,
-    H5Scenes,
-    MoviDump,
     ObjectRecords,
-    count_objects,
-    follow_crop,
-    h5_layout,
-    instance_factors,
     masked_crc,
     read_example,
     read_records,
-    scene_item,
 )
+from decomp_nb.data.scene_item import follow_crop, scene_item
+from decomp_nb.data.scenes_h5 import H5Edits, H5Scenes, count_objects, h5_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = home.data_home()
@@ -380,11 +383,11 @@ def test_h5_edits_keep_identity(tmp_path):
 
 def test_open_late_and_once_per_process(scenes_file):
     ds = H5Scenes(scenes_file)
-    assert not ds.data.is_open and ds._factors is None
+    assert not ds.data.is_open and ds.data._factors is None
     expected = [ds[i] for i in range(len(ds))]  # now this process holds a handle, which the workers must not share
     assert ds.data.is_open
     copy = pickle.loads(pickle.dumps(ds))
-    assert not copy.data.is_open and copy._factors is None and copy[3]["image"].equal(expected[3]["image"])
+    assert not copy.data.is_open and copy.data._factors is None and copy[3]["image"].equal(expected[3]["image"])
     fork, (here, there) = multiprocessing.get_context("fork"), multiprocessing.Pipe()
     child = fork.Process(target=lambda: there.send((ds.data.is_open, ds[3]["masks"].sum().item(), ds.data.is_open)))
     child.start()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_eval import execute, numbers
 
-from decomp_nb.data.factors import Shapes3D
+from decomp_nb.data.shapes3d import Shapes3D
 from decomp_nb.methods.lsd import LSD, lsd_preset
 from decomp_nb.training.config import TrainConfig
 from decomp_nb.training.trainer import Trainer

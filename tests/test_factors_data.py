@@ -9,11 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
-from torch.utils.data import DataLoader
 from small_data import PLACES, as_bytes, write_cars, write_celeba, write_places, write_shapes
+from torch.utils.data import DataLoader
 
-from decomp_nb.data import factors as fac
+from decomp_nb.data.arrays import NpzImages
 from decomp_nb.data.catalog import open_dataset, validate_dataset
+from decomp_nb.data.dsprites import DSprites
+from decomp_nb.data.factor_files import MPI3D, Cars3D, CelebA, Falcor3D, SmallNORB, read_norb
+from decomp_nb.data.factors import GRIDS, FactorGrid, sub_grid
+from decomp_nb.data.official_folders import OfficialFolder, official_resize
+from decomp_nb.data.shapes3d import Shapes3D
 from decomp_nb.worlds.rooms import hue_colours
 from decomp_nb.worlds.sprites import sprite
 
@@ -21,7 +26,7 @@ SHAPES, SPRITES = (2, 3, 2, 2, 4, 3), (3, 2, 4, 3, 3)
 
 
 @pytest.fixture(scope="module")
-def drawn() -> fac.Shapes3D: return fac.Shapes3D(sizes=SHAPES, size=32)
+def drawn() -> Shapes3D: return Shapes3D(sizes=SHAPES, size=32)
 
 
 # the odometer
@@ -31,19 +36,19 @@ def drawn() -> fac.Shapes3D: return fac.Shapes3D(sizes=SHAPES, size=32)
     ("mpi3d", (172800, 28800, 14400, 4800, 1600, 40, 1), 1_036_800), ("mpi3d_complex", (115200, 28800, 14400, 4800, 1600, 40, 1), 460_800),
     ("cars3d", (4392, 183, 1), 17_568), ("falcor3d", (46656, 7776, 1296, 216, 36, 6, 1), 233_280)])
 def test_published_orders(name, strides, count):
-    grid = fac.GRIDS[name]
+    grid = GRIDS[name]
     index = np.array([0, 1, count // 3, count - 1])
     assert grid.strides == strides and len(grid) == count and (grid.index(grid.factors(index)) == index).all()
     assert (grid.factors(count - 1) + 1 == grid.sizes).all()
 
 
 def test_out_of_range_is_named():
-    grid = fac.GRIDS["shapes3d"]
+    grid = GRIDS["shapes3d"]
     for factors, message in [([0, 0, 0, 8, 0, 0], "scale = 8"), ([0, -1, 0, 0, 0, 0], "wall_hue = -1"), ([0] * 5, "6 numbers")]:
         with pytest.raises(ValueError, match=message): grid.index(factors)
     for index in (-1, 480_000):
         with pytest.raises(ValueError, match="outside 0…479999"): grid.factors([index])
-    with pytest.raises(ValueError, match="6 factors"): fac.sub_grid("shapes3d", (2, 2))
+    with pytest.raises(ValueError, match="6 factors"): sub_grid("shapes3d", (2, 2))
 
 
 # Shapes3D
@@ -51,7 +56,7 @@ def test_out_of_range_is_named():
 def test_drawn_shapes_change_what_the_factor_says(drawn):
     base = (0, 1, 1, 0, 1, 1)
     first = drawn[drawn.item_of(base)]
-    assert first["image"].shape == (3, 32, 32) and [v.item() for v in first["labels"].values()] == list(base) and list(first["labels"]) == list(fac.GRIDS["shapes3d"].names)
+    assert first["image"].shape == (3, 32, 32) and [v.item() for v in first["labels"].values()] == list(base) and list(first["labels"]) == list(GRIDS["shapes3d"].names)
     def changed(k, value):
         other = drawn[drawn.item_of((*base[:k], value, *base[k + 1:]))]["image"]
         return (other != first["image"]).any(0)
@@ -63,14 +68,14 @@ def test_drawn_shapes_change_what_the_factor_says(drawn):
 def test_colours_are_the_published_ones():
     colours = hue_colours()
     assert (colours[6] * 255).round().tolist() == [0, 102, 255] and (colours[0] * 255).tolist() == [255, 0, 0]
-    scene = fac.Shapes3D(sizes=(10, 10, 10, 2, 4, 3))
+    scene = Shapes3D(sizes=(10, 10, 10, 2, 4, 3))
     sky = (scene[0]["image"][:, 2, 32] + 1) * 127.5
     assert sky.round().tolist() == [153, 226, 249] and (scene.batch(range(0, 12000, 777))["image"].abs() <= 1).all()
     assert scene.factor_names["shape"] == ["cube", "cylinder", "sphere", "pill"] and scene.factor_names["orientation"] == ["-30.0", "0.0", "30.0"]
 
 
 def test_shapes_are_drawn_fast(drawn):
-    full = fac.Shapes3D(sizes=(10, 10, 10, 2, 4, 3))
+    full = Shapes3D(sizes=(10, 10, 10, 2, 4, 3))
     order = np.random.default_rng(0).integers(0, len(full), (32, 64))
     full.batch(order[0])
     seconds = []
@@ -82,23 +87,23 @@ def test_shapes_are_drawn_fast(drawn):
 
 
 def test_maps_are_kept(tmp_path):
-    first = fac.Shapes3D(sizes=(2, 2, 2, 2, 2, 2), size=16, cache=tmp_path)
+    first = Shapes3D(sizes=(2, 2, 2, 2, 2, 2), size=16, cache=tmp_path)
     file = next(tmp_path.glob("*.npy"))
     stamp = file.stat().st_mtime_ns
-    again = fac.Shapes3D(sizes=(3, 2, 2, 2, 2, 2), size=16, cache=tmp_path)
+    again = Shapes3D(sizes=(3, 2, 2, 2, 2, 2), size=16, cache=tmp_path)
     assert file.stat().st_mtime_ns == stamp and torch.equal(first.maps, again.maps)
 
 
 def test_stored_shapes_equal_the_drawn_ones(tmp_path, drawn):
-    stored = fac.Shapes3D(write_shapes(tmp_path / "3dshapes.h5", drawn), size=32)
+    stored = Shapes3D(write_shapes(tmp_path / "3dshapes.h5", drawn), size=32)
     assert stored.grid.sizes == SHAPES and not stored.file.data.is_open
     items = [100, 7, 7, 250]
     assert torch.equal(stored.batch(items)["image"], drawn.batch(items)["image"])
     np.savez(tmp_path / "3dshapes.npz", images=as_bytes(drawn.batch(range(len(drawn)))["image"]))
-    packed = fac.Shapes3D(tmp_path / "3dshapes.npz", size=32, sizes=SHAPES)
+    packed = Shapes3D(tmp_path / "3dshapes.npz", size=32, sizes=SHAPES)
     assert torch.equal(pickle.loads(pickle.dumps(packed)).batch(items)["image"], drawn.batch(items)["image"])
     assert open_dataset(tmp_path / "3dshapes.h5", split="all", size=16)[0]["image"].shape == (3, 16, 16)
-    with pytest.raises(ValueError, match="has 288 images, but factors"): fac.Shapes3D(tmp_path / "3dshapes.npz")
+    with pytest.raises(ValueError, match="has 288 images, but factors"): Shapes3D(tmp_path / "3dshapes.npz")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -108,22 +113,22 @@ def test_h5_in_another_order(tmp_path, drawn, change, message):
     path = write_shapes(tmp_path / "3dshapes.h5", drawn)
     with h5py.File(path) as f: labels = f["labels"][:]
     path = write_shapes(tmp_path / "other.h5", drawn, labels=change(labels))
-    with pytest.raises(ValueError, match=message): fac.Shapes3D(path)
+    with pytest.raises(ValueError, match=message): Shapes3D(path)
 
 
 def test_h5_of_other_pictures(tmp_path, drawn):
-    with pytest.raises(ValueError, match="expected uint8"): fac.Shapes3D(write_shapes(tmp_path / "a.h5", drawn, images=np.zeros((288, 3, 8, 8), np.uint8)))
+    with pytest.raises(ValueError, match="expected uint8"): Shapes3D(write_shapes(tmp_path / "a.h5", drawn, images=np.zeros((288, 3, 8, 8), np.uint8)))
     with h5py.File(tmp_path / "b.h5", "w") as f: f["pictures"] = np.zeros(3)
-    with pytest.raises(ValueError, match="no dataset 'images'"): fac.Shapes3D(tmp_path / "b.h5")
+    with pytest.raises(ValueError, match="no dataset 'images'"): Shapes3D(tmp_path / "b.h5")
 
 
 # what all have in common
 
 def test_splits_are_disjoint_and_fixed(drawn):
-    parts = {split: fac.Shapes3D(sizes=SHAPES, size=32, split=split) for split in ("train", "val", "test", "all")}
+    parts = {split: Shapes3D(sizes=SHAPES, size=32, split=split) for split in ("train", "val", "test", "all")}
     rows = [set(parts[s].rows.tolist()) for s in ("train", "val", "test")]
     assert not rows[0] & rows[1] and not rows[1] & rows[2] and set.union(*rows) == set(range(288)) and len(rows[1]) == 14
-    some = fac.Shapes3D(sizes=SHAPES, size=32, split="val", n=5, seed=3)
+    some = Shapes3D(sizes=SHAPES, size=32, split="val", n=5, seed=3)
     assert len(some) == 5 and set(some.rows) <= rows[1] and (some.factors == some.grid.factors(some.rows)).all()
     outside = parts["train"].factors[0]
     with pytest.raises(ValueError, match="no picture with the factors"): some.item_of(tuple(outside))
@@ -149,29 +154,29 @@ def test_sprites_have_the_published_sizes():
 
 
 def test_sprites_drawn_and_stored(tmp_path):
-    drawn = fac.DSprites(sizes=SPRITES)
+    drawn = DSprites(sizes=SPRITES)
     masks = (drawn.batch(range(len(drawn)))["image"][:, 0] > 0).byte().numpy()
     table = np.c_[np.zeros(len(drawn), int), drawn.factors]
     for name, classes in (("dsprites", table), ("mixed", table[::-1])):
         np.savez_compressed(tmp_path / f"{name}.npz", imgs=masks, latents_classes=classes, latents_values=classes * 0.1, metadata=np.array({"title": "toy"}, dtype=object))
     stored = open_dataset(tmp_path / "dsprites.npz", split="all")
-    assert type(stored) is fac.DSprites and torch.equal(stored.batch([5, 200])["image"], drawn.batch([5, 200])["image"]) and set(drawn[9]["image"].unique().tolist()) == {-1, 1}
-    with pytest.raises(ValueError, match="out of order"): fac.DSprites(tmp_path / "mixed.npz")
+    assert type(stored) is DSprites and torch.equal(stored.batch([5, 200])["image"], drawn.batch([5, 200])["image"]) and set(drawn[9]["image"].unique().tolist()) == {-1, 1}
+    with pytest.raises(ValueError, match="out of order"): DSprites(tmp_path / "mixed.npz")
 
 
 def test_variants_of_sprites(tmp_path):
-    plain = fac.DSprites(sizes=SPRITES)[40]["image"] > 0
+    plain = DSprites(sizes=SPRITES)[40]["image"] > 0
     for variant in ("color", "noise", "scream"):
-        ds = fac.DSprites(sizes=SPRITES, variant=variant)
+        ds = DSprites(sizes=SPRITES, variant=variant)
         image = ds[40]["image"]
         assert torch.equal(image, ds.batch([3, 40])["image"][1]) and not torch.equal(image, ds[41]["image"]) and image.abs().max() <= 1
-        assert not torch.equal(image, fac.DSprites(sizes=SPRITES, variant=variant, seed=1)[40]["image"])
-    colour = fac.DSprites(sizes=SPRITES, variant="color")[40]["image"]
+        assert not torch.equal(image, DSprites(sizes=SPRITES, variant=variant, seed=1)[40]["image"])
+    colour = DSprites(sizes=SPRITES, variant="color")[40]["image"]
     assert (colour[~plain] == -1).all() and (colour[plain] >= 0).all() and colour[0][plain[0]].unique().numel() == 1
     Image.new("RGB", (300, 400), (255, 0, 0)).save(tmp_path / "red.png")
-    red = fac.DSprites(sizes=SPRITES, variant="scream", painting=tmp_path / "red.png")[40]["image"]
+    red = DSprites(sizes=SPRITES, variant="scream", painting=tmp_path / "red.png")[40]["image"]
     torch.testing.assert_close(red[0][plain[0]].unique(), -red[0][~plain[0]].unique())  # inverted
-    with pytest.raises(ValueError, match="variant='grey'"): fac.DSprites(variant="grey")
+    with pytest.raises(ValueError, match="variant='grey'"): DSprites(variant="grey")
 
 
 # other files
@@ -182,15 +187,15 @@ def test_archives(tmp_path):
     np.savez_compressed(tmp_path / "packed.npz", before=np.zeros(7), images=pixels)
     sizes = (2, 2, 2, 3, 1, 2, 2)
     for name in ("plain", "packed"):
-        ds = fac.MPI3D(tmp_path / f"{name}.npz", 8, sizes=sizes)
-        assert (as_bytes(ds.batch([5, 90, 5])["image"]) == pixels[[5, 90, 5]]).all() and ds.grid.names == fac.GRIDS["mpi3d"].names
-    assert fac.NpzImages(tmp_path / "plain.npz", "images").file.suffix == ".npz" and (tmp_path / "packed_images.npy").is_file()
+        ds = MPI3D(tmp_path / f"{name}.npz", 8, sizes=sizes)
+        assert (as_bytes(ds.batch([5, 90, 5])["image"]) == pixels[[5, 90, 5]]).all() and ds.grid.names == GRIDS["mpi3d"].names
+    assert NpzImages(tmp_path / "plain.npz", "images").file.suffix == ".npz" and (tmp_path / "packed_images.npy").is_file()
     assert open_dataset(tmp_path / "plain.npz", split="all", sizes=sizes, size=8).name == "mpi3d"
-    with pytest.raises(ValueError, match="MPI3D has 1036800 or 460800"): fac.MPI3D(tmp_path / "plain.npz")
-    with pytest.raises(ValueError, match="has 96 images, but factors"): fac.MPI3D(tmp_path / "plain.npz", sizes=(2, 2, 2, 3, 3, 2, 2))
+    with pytest.raises(ValueError, match="MPI3D has 1036800 or 460800"): MPI3D(tmp_path / "plain.npz")
+    with pytest.raises(ValueError, match="has 96 images, but factors"): MPI3D(tmp_path / "plain.npz", sizes=(2, 2, 2, 3, 3, 2, 2))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "plain.npz").read_bytes()[:900])
-    with pytest.raises(ValueError, match="damaged or no .npz"): fac.MPI3D(tmp_path / "cut.npz")
-    with pytest.raises(FileNotFoundError): fac.MPI3D(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match="damaged or no .npz"): MPI3D(tmp_path / "cut.npz")
+    with pytest.raises(FileNotFoundError): MPI3D(tmp_path / "none.npz")
     with zipfile.ZipFile(tmp_path / "odd.npz", "w") as z: z.writestr("pictures.npy", b"")
     with pytest.raises(ValueError, match="none of the arrays"): open_dataset(tmp_path / "odd.npz")
 
@@ -198,13 +203,13 @@ def test_archives(tmp_path):
 def test_cars(tmp_path):
     write_cars(tmp_path / "cars")
     cars = open_dataset(tmp_path, split="all", size=8)
-    assert type(cars) is fac.Cars3D and dict(cars.factor_sizes) == dict(elevation=2, azimuth=6, object=3) and cars.grid.strides == (18, 3, 1)
+    assert type(cars) is Cars3D and dict(cars.factor_sizes) == dict(elevation=2, azimuth=6, object=3) and cars.grid.strides == (18, 3, 1)
     for elevation, azimuth, number in [(0, 0, 0), (1, 4, 2), (1, 5, 1)]:
         value = 80 * [1, 0, 2][number] + 10 * azimuth + elevation  # files in the order of their names
         assert (as_bytes(cars.batch([cars.item_of((elevation, azimuth, number))])["image"]) == value).all()
     savemat(tmp_path / "cars" / "car_d.mat", {"picture": np.zeros(3)})
-    with pytest.raises(ValueError, match="'im' is None"): fac.Cars3D(tmp_path)[3]
-    with pytest.raises(FileNotFoundError, match="no .mat files"): fac.Cars3D(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="'im' is None"): Cars3D(tmp_path)[3]
+    with pytest.raises(FileNotFoundError, match="no .mat files"): Cars3D(tmp_path / "nowhere")
 
 
 def write_norb(path, array):
@@ -213,7 +218,7 @@ def write_norb(path, array):
 
 
 def test_small_norb(tmp_path):
-    toys, random = fac.FactorGrid(dict(category=2, instance=2, elevation=3, azimuth=4, lighting=2)), np.random.default_rng(0)
+    toys, random = FactorGrid(dict(category=2, instance=2, elevation=3, azimuth=4, lighting=2)), np.random.default_rng(0)
     for k, half in enumerate(("5x01235x9x18x6x2x96x96-testing", "5x46789x9x18x6x2x96x96-training")):
         order = random.permutation(len(toys))
         rows = toys.factors(order).astype(np.int32)
@@ -222,15 +227,15 @@ def test_small_norb(tmp_path):
         info = np.stack([rows[:, 1] + 5 * k, rows[:, 2], 2 * rows[:, 3], rows[:, 4]], 1).astype(np.int32)
         for part, array in dict(dat=pictures, cat=rows[:, 0].copy(), info=info).items(): write_norb(tmp_path / f"smallnorb-{half}-{part}.mat", array)
     norb = open_dataset(tmp_path, split="all", size=12)
-    assert type(norb) is fac.SmallNORB and len(norb) == 2 * len(toys) and dict(norb.factor_sizes) == dict(category=2, elevation=3, azimuth=4, lighting=2)
+    assert type(norb) is SmallNORB and len(norb) == 2 * len(toys) and dict(norb.factor_sizes) == dict(category=2, elevation=3, azimuth=4, lighting=2)
     values, rows = as_bytes(norb.batch(range(len(norb)))["image"])[:, 0, 0, 0].astype(int), norb.rows
     expected = toys.factors(np.where(values >= 100, values - 100, values) if values.max() >= 100 else values)
     assert (norb.factors == expected[:, [0, 2, 3, 4]]).all() and (norb.instance_of(rows) % 5 == expected[:, 1]).all()
     file = next(tmp_path.glob("*testing-dat.mat"))
     file.write_bytes(file.read_bytes()[:400])
-    with pytest.raises(ValueError, match="cut short"): fac.read_norb(file)
+    with pytest.raises(ValueError, match="cut short"): read_norb(file)
     file.write_bytes(b"MATLAB 5.0 MAT-file")
-    with pytest.raises(ValueError, match="not in NORB's format"): fac.read_norb(file)
+    with pytest.raises(ValueError, match="not in NORB's format"): read_norb(file)
 
 
 def test_falcor(tmp_path):
@@ -241,22 +246,22 @@ def test_falcor(tmp_path):
     whole = open_dataset(tmp_path, kind="falcor3d", split="all", size=8, sizes=sizes)
     assert (whole.factors == whole.grid.factors(np.arange(24))).all() and as_bytes(whole.batch([23])["image"])[0, 0, 0].tolist() == [230, 60, 90]
     for i in (0, 3, 4): (folder / f"{i:06d}.png").unlink()
-    part = fac.Falcor3D(folder, 8, sizes=sizes, resize="official")
+    part = Falcor3D(folder, 8, sizes=sizes, resize="official")
     assert len(part) == 21 and (part.factors[0] == part.grid.factors(1)).all() and part[1]["image_id"] == "000002.png"
-    with pytest.raises(ValueError, match="outside 0…5"): fac.Falcor3D(folder, 8, sizes=(1, 6, 1, 1, 1, 1, 1))
+    with pytest.raises(ValueError, match="outside 0…5"): Falcor3D(folder, 8, sizes=(1, 6, 1, 1, 1, 1, 1))
     (folder / "cover.png").write_bytes((folder / "000001.png").read_bytes())
-    with pytest.raises(ValueError, match="no number"): fac.Falcor3D(folder, 8, sizes=sizes)
+    with pytest.raises(ValueError, match="no number"): Falcor3D(folder, 8, sizes=sizes)
 
 
 def test_celeba(tmp_path):
     lists = write_celeba(tmp_path) / "list_attr_celeba.txt"
     train, test = (open_dataset(tmp_path, split=split) for split in ("train", "test"))
-    assert type(train) is fac.CelebA and len(train) == 5 and len(test) == 1 and train.factors[:, :2].tolist() == [[1, 0], [0, 0], [1, 0], [0, 1], [1, 1]]
+    assert type(train) is CelebA and len(train) == 5 and len(test) == 1 and train.factors[:, :2].tolist() == [[1, 0], [0, 0], [1, 0], [0, 1], [1, 1]]
     colour = (train[4]["image"] + 1) * 127.5
     assert colour.shape == (3, 64, 64) and (colour[:, 2:-2, 2:-2].mean((1, 2)) - torch.tensor([80.0, 90, 200])).abs().max() < 3 and colour[2].min() > 150
     lists.write_text(lists.read_text().replace("8\n", "9\n", 1))
-    with pytest.raises(ValueError, match="announces 9 rows"): fac.CelebA(tmp_path)
-    with pytest.raises(FileNotFoundError, match="list_attr_celeba"): fac.CelebA(tmp_path / "img_align_celeba")
+    with pytest.raises(ValueError, match="announces 9 rows"): CelebA(tmp_path)
+    with pytest.raises(FileNotFoundError, match="list_attr_celeba"): CelebA(tmp_path / "img_align_celeba")
 
 
 # the folders of Decomp Diffusion
@@ -279,23 +284,23 @@ def test_official_folders(tmp_path, kind):
 
 def test_folders_that_do_not_fit(tmp_path):
     write_places(tmp_path, ["celebahq"])
-    with pytest.raises(FileNotFoundError, match="faces: nothing at .*anime_portraits"): fac.OfficialFolder(tmp_path, kind="faces")
-    assert len(fac.OfficialFolder(tmp_path / "celebahq", kind="anime")) == 4  # the folder of the pictures itself
-    with pytest.raises(ValueError, match="64 wide, but columns 433…808"): fac.OfficialFolder(tmp_path / "celebahq", kind="kitti")[0]
-    with pytest.raises(ValueError, match="kind='tetriss'"): fac.OfficialFolder(tmp_path, kind="tetriss")
-    with pytest.raises(ValueError, match="resize='cubic'"): fac.OfficialFolder(tmp_path, kind="celebahq", resize="cubic")
+    with pytest.raises(FileNotFoundError, match="faces: nothing at .*anime_portraits"): OfficialFolder(tmp_path, kind="faces")
+    assert len(OfficialFolder(tmp_path / "celebahq", kind="anime")) == 4  # the folder of the pictures itself
+    with pytest.raises(ValueError, match="64 wide, but columns 433…808"): OfficialFolder(tmp_path / "celebahq", kind="kitti")[0]
+    with pytest.raises(ValueError, match="kind='tetriss'"): OfficialFolder(tmp_path, kind="tetriss")
+    with pytest.raises(ValueError, match="resize='cubic'"): OfficialFolder(tmp_path, kind="celebahq", resize="cubic")
     write_places(tmp_path, ["anime"], count=6)
-    assert [sum(part in f for f in fac.OfficialFolder(tmp_path, kind="faces", n=4).files) for part in ("celebahq", "anime")] == [2, 2]
+    assert [sum(part in f for f in OfficialFolder(tmp_path, kind="faces", n=4).files) for part in ("celebahq", "anime")] == [2, 2]
 
 
 def test_official_resize():
     noise = np.random.default_rng(0).random((64, 48, 3))
-    small = fac.official_resize(noise, 16)
+    small = official_resize(noise, 16)
     assert small.shape == (16, 16, 3) and 0.3 < small.mean() < 0.7 and small.std() < noise.std() / 2
     ramp = np.linspace(0, 1, 32)[:, None, None] * np.ones((1, 32, 1))
-    middle = fac.official_resize(ramp, 8)[2:-2, 4, 0]
+    middle = official_resize(ramp, 8)[2:-2, 4, 0]
     np.testing.assert_allclose(middle, ramp.reshape(8, 4, 32).mean((1, 2))[2:-2], atol=1e-6)  # a slope stays the slope
-    assert fac.official_resize(ramp, 64).shape == (64, 64, 1) and fac.official_resize(ramp, 32) is ramp
+    assert official_resize(ramp, 64).shape == (64, 64, 1) and official_resize(ramp, 32) is ramp
 
 
 def test_generators_by_name():

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .autoencoders import AutoencoderTraining, Reconstruction, measure, through_codes, through_posterior
+from decomp_nb.components.autoencoders import (
+    AutoencoderTraining,
+    Reconstruction,
+    measure,
+    through_codes,
+    through_posterior,
+)
 
 # %% auto #0
 __all__ = ['PatchDiscriminator', 'hinge_loss', 'generator_loss', 'adaptive_weight', 'AdversarialAutoencoder',

@@ -18,13 +18,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .factors import FOLDERS, MPI3D, Cars3D, CelebA, DSprites, Falcor3D, OfficialFolder, Shapes3D, SmallNORB
+from .clevrtex import ClevrTex
+from .dsprites import DSprites
+from .factor_files import MPI3D, Cars3D, CelebA, Falcor3D, SmallNORB
 from .hdf5 import H5Photos, open_h5
 from .home import data_home, find_data
 from .images import ImageFolder
-from .multi_object import RECORD_LAYOUTS, ClevrTex, ClevrWithMasks, H5Edits, H5Scenes, MoviDump, ObjectRecords
+from .movi import MoviDump
 from .natural import CocoScenes, VocScenes
+from .official_folders import FOLDERS, OfficialFolder
 from .reader import split_name
+from .records import RECORD_LAYOUTS, ClevrWithMasks, ObjectRecords
+from .scenes_h5 import H5Edits, H5Scenes
+from .shapes3d import Shapes3D
 
 # %% auto #0
 __all__ = ['READERS', 'GENERATORS', 'detect_format', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .images import read_image, resize_crop, to_image_tensor
-from .multi_object import read_json, read_labels
+from .scene_item import read_json, read_labels
 from .reader import Reader, split_name, subsample
 
 # %% auto #0
