@@ -20,11 +20,11 @@ def clock(monkeypatch):
     "Every training step takes `clock.per_step` seconds of an imagined time, and nothing else takes any"
     clock = SimpleNamespace(seconds=0.0, per_step=0.4)
     monkeypatch.setattr(reporting.Stopwatch, "now", staticmethod(lambda: clock.seconds))
-    honest = trainer_module.Trainer.train_step
+    honest = trainer_module.Loop.train_step
     def timed(self, batches):
         honest(self, batches)
         clock.seconds += clock.per_step
-    monkeypatch.setattr(trainer_module.Trainer, "train_step", timed)
+    monkeypatch.setattr(trainer_module.Loop, "train_step", timed)
     return clock
 
 

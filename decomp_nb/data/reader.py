@@ -46,7 +46,8 @@ def split_by_group(
     if split == "all" or split == "train" and len(names) < 3:
         return list(range(len(groups)))
     if len(names) < 3:
-        raise ValueError(f"split={split!r} needs at least 3 groups of images, there are {len(names)}: use split='all'")
+        needs = f"split={split!r} needs at least 3 groups of images"
+        raise ValueError(f"{needs}, there are {len(names)}: use split='all'")
     n_val, n_test = (max(1, round(f * len(names))) for f in fractions)
     parts = {"val": names[:n_val], "test": names[n_val:n_val + n_test], "train": names[n_val + n_test:]}
     chosen = set(parts[split])
@@ -59,7 +60,7 @@ def _shuffled(name):
 
 # %% ../../nbs/data/reader.ipynb #subsample-export
 def subsample(index: Sequence, n: int | None, seed: int = 0) -> list:
-    "At most `n` of the items, drawn with `seed`, in their old order; a smaller `n` draws a subset of a larger one's items"
+    "At most `n` of the items, drawn with `seed`, in their old order; a smaller `n` draws a subset"
     if n is None:
         return list(index)
     if n < 1:
@@ -93,7 +94,7 @@ class Reader:
         return len(self.index)
 
     def check(self, n: int | None = None) -> int:
-        "Read all items, or `n` spread evenly; the first that cannot be read raises an error naming it. Returns how many were read"
+        "Read all items, or `n` spread evenly; returns how many. The first that cannot be read raises an error"
         chosen = evenly(len(self), n)
         for i in chosen:
             self[i]
