@@ -14,7 +14,7 @@ from PIL import Image
 from decomp_nb.core import Decomposer, Factors, to_uint8
 from decomp_nb.viz.colours import palette
 from decomp_nb.viz.figures import Picture, film, grid, masked, matrix, overlay, paint, save_picture, show, slots, strip
-from decomp_nb.viz.mixer import Desk, Mixer, board, mixer, mixer_board
+from decomp_nb.viz.mixer import Desk, Mixer, board, factor_pictures, mixer, mixer_board
 from decomp_nb.viz.plots import bars, curve, heat
 
 PAGE = 1520  # output pixels: two to a nominal pixel
@@ -322,7 +322,7 @@ def test_problems_are_reported_and_the_last_picture_stays():
 
 def test_without_masks_each_factor_is_decoded_alone():
     model = Fake(masks=False)
-    parts = Desk(model, noise(2, 3, 8, 8)).parts()
+    parts = factor_pictures(Desk(model, noise(2, 3, 8, 8)))
     assert parts.shape == (2, 3, 3, 8, 8) and [c[0].n_factors for c in model.calls] == [1, 1, 1]
 
 

@@ -130,12 +130,9 @@ class H5Photos(Reader):
     def __getitem__(self, i: int) -> dict:
         row = self.index[i]
         picture = _photo(self, row, at_least=2 * self.size if self.crop is None else None)
-        item = {"image": square_image(picture, self.size, self.crop, self.flip), "image_id": self._names[row]}
-        if self._subjects and self._subjects[row]:
-            item["caption"] = f"a photo of a {self._subjects[row]}"
-        if self._class:
-            item["class_index"] = torch.tensor(self._class[row])
-        return item
+        image = square_image(picture, self.size, self.crop, self.flip)
+        item = {"image": image, "image_id": self._names[row]}
+        return item | _photo_labels(self, row)
 
     def check(self, n: int | None = None) -> int:
         "Decode all pictures, or `n` spread evenly; returns how many. ValueError names the first bad one"
@@ -154,6 +151,16 @@ def _photo(photos, row, at_least):
     "The decoded picture of a row"
     data = photos.data.read("jpeg", row).tobytes()
     return read_image(data, f"{photos.path} [{row}] {photos._names[row]}", at_least=at_least)
+
+
+def _photo_labels(photos, row):
+    "Caption and class of a row, where the file knows them"
+    labels = {}
+    if photos._subjects and photos._subjects[row]:
+        labels["caption"] = f"a photo of a {photos._subjects[row]}"
+    if photos._class:
+        labels["class_index"] = torch.tensor(photos._class[row])
+    return labels
 
 
 def _photo_names(file):

@@ -206,8 +206,7 @@ class ImageFolder(Reader):
         self.index = self.files = subsample(files, n, seed)
 
     def __getitem__(self, i: int) -> dict:
-        # a whole-number box names pixels of the full picture, so it forbids decoding at a reduced scale
-        at_least = 2 * self.size if self.crop is None else None
+        at_least = 2 * self.size if self.crop is None else None  # a box names pixels of the full picture
         picture = read_image(self.path / self.files[i], at_least=at_least, min_size=self.min_size)
         return {"image": square_image(picture, self.size, self.crop, self.flip), "image_id": self.files[i]}
 
@@ -220,7 +219,7 @@ class ImageFolder(Reader):
             raise ValueError("\n".join([head, *bad[:5], *["…"] * (len(bad) > 5)]))
         return len(chosen)
 
-
+# %% ../../nbs/data/images.ipynb #complaint-export
 def _complaint(folder, i):
     "Why a picture cannot be read; None if it can"
     try:

@@ -124,9 +124,7 @@ class CocoScenes(Reader):
         self.split = split_name(split)
         self.flip = flip
         self.slide = slide
-        if self.split not in ("train", "val"):
-            raise ValueError(f"split={split!r}: COCO has annotations for 'train' and 'val' only")
-        content = _read_instances(self.path / "annotations" / f"instances_{self.split}2017.json")
+        content = _read_instances(self.path, split)
         categories = sorted(content["categories"], key=_id)
         self.class_of = {c["id"]: i for i, c in enumerate(categories, 1)}
         self.factor_names = {"class": ["none", *(c["name"] for c in categories)]}
@@ -189,8 +187,11 @@ def _id(entry):
     return entry["id"]
 
 
-def _read_instances(file):
-    "Content of an instance file; ValueError if it is none"
+def _read_instances(path, split):
+    "Content of the instance file of a split; ValueError if it is none"
+    if split_name(split) not in ("train", "val"):
+        raise ValueError(f"split={split!r}: COCO has annotations for 'train' and 'val' only")
+    file = path / "annotations" / f"instances_{split_name(split)}2017.json"
     content = read_json(file)
     missing = [k for k in ("images", "annotations", "categories") if k not in content]
     if missing:
@@ -218,7 +219,7 @@ VOC_CLASSES = [
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 ]
 
-
+# %% ../../nbs/data/natural.ipynb #voc-class-export
 class VocScenes(Reader):
     "Pascal VOC 2012 segmentation: pictures, class masks, and instance masks where the split has them"
 

@@ -79,10 +79,12 @@ def trial_step(
 
 # %% ../../nbs/training/precision.ipynb #precision-time-export
 def fine_clock() -> Callable[[], float]:
-    "Processor time of this thread, which other programs do not stretch; the clock on the wall where the former is coarse"
+    "Processor time of this thread, which other programs do not stretch; the wall clock where that one is coarse"
     with contextlib.suppress(ValueError):
-        if time.get_clock_info("thread_time").resolution < 1e-4: return time.thread_time
+        if time.get_clock_info("thread_time").resolution < 1e-4:
+            return time.thread_time
     return time.perf_counter
+
 
 def time_steps(
     single: Callable[[], Any],     # a step in float32

@@ -15,7 +15,7 @@ from torch import nn
 from .accelerator import agree_on_precision, gather_states, make_accelerator
 from .config import TrainConfig
 from .engine import Engine
-from .forecast import Forecast, Plan, expectation
+from .forecast import Forecast, Plan, expectation, load_plan
 from .precision import Precision
 from .record import check_model, read_record
 from .reporting import Meter, Stopwatch
@@ -46,7 +46,7 @@ def make_forecast(config: TrainConfig, plan: Mapping[str, Any] | None = None, st
     "The forecast of a session that begins at `step`, with the plan of its checkpoint, if any"
     whole = Plan.whole(config.max_steps, config.warmup)
     forecast = Forecast(whole, config.max_minutes, falls=not config.lr_schedule.startswith("constant"))
-    forecast.load(plan, step)
+    load_plan(forecast, plan, step)
     return forecast
 
 # %% ../../nbs/training/session.ipynb #prepare-export

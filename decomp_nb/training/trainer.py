@@ -24,7 +24,7 @@ from decomp_nb.training.checkpoint import (
     save_state,
 )
 from .config import TrainConfig, resolve_out_dir
-from .engine import Engine, evaluation_mode, read_losses
+from .engine import Engine, evaluation_mode, named_rates, read_losses, to_device
 from .files import atomic_folder, explain_disk_errors, verify_manifest
 from .precision import Precision
 from .record import circumstances, model_record
@@ -117,7 +117,7 @@ class Reporter:
         self.loss = means.pop("loss")
         speed = {"images_per_second": session.watch.speed(session.seen), "seconds": session.watch.total()}
         found = diagnose(session, self.engine)
-        rates = self.engine.named_rates(session.step - 1)
+        rates = named_rates(self.engine.rates(session.step - 1))
         self.record({"loss": self.loss, **means, **rates, **found, **speed})
 
     def tell(self, now: bool = False) -> None:
@@ -192,7 +192,7 @@ def _write_checkpoint(session: Session, engine: Engine, progress: Mapping[str, A
     export_model(engine, model)
 
 # %% ../../nbs/training/trainer.ipynb #trainer-stepper-export
-def make_batches(session: Session, engine: Engine, data: Any) -> Iterator[Iterator[Any]]:
+def make_batches(session: Session, data: Any) -> Iterator[Iterator[Any]]:
     "For every optimiser step its micro-batches, on the device; closing the generator ends the workers"
     config, where = session.config, session.accelerator
     sampler = MicroBatchSampler(
@@ -205,9 +205,10 @@ def make_batches(session: Session, engine: Engine, data: Any) -> Iterator[Iterat
     pin = where.device.type == "cuda"
     workers = workers_at_most(config.num_workers)
     loader = iter(stream_loader(data, sampler, config.seed, workers, pin_memory=pin))
+    place = functools.partial(to_device, device=where.device, channels_last=config.channels_last)
     try:
         while True:
-            yield map(engine.place, itertools.islice(loader, config.grad_accumulation))
+            yield map(place, itertools.islice(loader, config.grad_accumulation))
     finally:  # a traceback would keep the workers alive
         if hasattr(loader, "_shutdown_workers"):
             loader._shutdown_workers()
@@ -283,7 +284,7 @@ class Loop:
         self.engine = engine
         self.reporter = Reporter(session, engine)
         self.keeper = Keeper(session, engine, self.reporter, hook)
-        self.batches = make_batches(session, engine, data)
+        self.batches = make_batches(session, data)
 
     def train_step(self, micro_batches: Iterable[Any]) -> None:
         "One optimiser step"

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from ..components.foundations import Foundation, Prompts
@@ -46,7 +47,7 @@ class AttentionMaps:
 
     def shares(self, size: int | tuple[int, int] | None = None) -> Tensor:
         "Mean over layers, heads and calls `(images, tokens, h, w)`: at every place it sums to one over the tokens"
-        size = self._size(size)
+        size = _picture_size(self, size)
         total = 0
         for layer, maps in self.sums.items():
             mean = maps.mean(1) / self.calls[layer]
@@ -63,34 +64,43 @@ class AttentionMaps:
         exact: bool = False,  # enlarge every head's map by itself
     ) -> Tensor:
         "DAAM's map for every token, `(images, tokens, h, w)`"
-        size = self._size(size)
+        size = _picture_size(self, size)
         total, count = 0, 0
-        for maps in self._chosen(size, layers, factors):
+        for maps in _choose(self, size, layers, factors):
             maps = maps if heads is None else maps[:, list(heads)]
             n_heads = maps.shape[1]
-            maps = maps if exact else maps.mean(1, keepdim=True)
-            large = F.interpolate(maps.flatten(0, 1), size, mode="bicubic", align_corners=False).clamp_min(0)
-            total = total + n_heads * large.unflatten(0, maps.shape[:2]).mean(1)
+            total = total + n_heads * _enlarge(maps if exact else maps.mean(1, keepdim=True), size)
             count = count + n_heads
         return total / count
 
-    def _size(self, size):
-        if not self.sums:
-            raise ValueError("no attention was recorded: run the model inside `with record_attention(…)`")
-        if size is None:
-            return max(tuple(maps.shape[-2:]) for maps in self.sums.values())
-        return (size, size) if isinstance(size, int) else tuple(size)
+# %% ../../nbs/viz/attribution.ipynb #record-size-export
+def _picture_size(record, size):
+    "(h, w) in which maps are returned"
+    if not record.sums:
+        raise ValueError("no attention was recorded: run the model inside `with record_attention(…)`")
+    if size is None:
+        return max(tuple(maps.shape[-2:]) for maps in record.sums.values())
+    return (size, size) if isinstance(size, int) else tuple(size)
 
-    def _chosen(self, size, layers, factors):
-        chosen = []
-        for layer, maps in sorted(self.sums.items()):
-            factor = size[0] // maps.shape[-2]
-            if (layers is None or layer in layers) and (factors is None or factor in factors):
-                chosen.append(maps)
-        if not chosen:
-            smaller = sorted({size[0] // maps.shape[-2] for maps in self.sums.values()})
-            raise ValueError(f"no layer is left: there are layers {sorted(self.sums)}, smaller by {smaller}")
-        return chosen
+
+def _choose(record, size, layers, factors):
+    "Sums of the layers that are wanted, by their number or by how many times they are smaller"
+    chosen = []
+    for layer, maps in sorted(record.sums.items()):
+        factor = size[0] // maps.shape[-2]
+        if (layers is None or layer in layers) and (factors is None or factor in factors):
+            chosen.append(maps)
+    if not chosen:
+        smaller = sorted({size[0] // maps.shape[-2] for maps in record.sums.values()})
+        raise ValueError(f"no layer is left: there are layers {sorted(record.sums)}, smaller by {smaller}")
+    return chosen
+
+
+def _enlarge(maps, size):
+    "Mean over the heads of `(images, heads, tokens, h, w)`, each enlarged by itself"
+    large = rearrange(maps, "b head token h w -> (b head) token h w")
+    large = F.interpolate(large, size, mode="bicubic", align_corners=False).clamp_min(0)
+    return reduce(large, "(b head) token h w -> b token h w", "mean", head=maps.shape[1])
 
 # %% ../../nbs/viz/attribution.ipynb #layers-export
 def text_layers(
