@@ -210,5 +210,5 @@ def unwrap(model: nn.Module, raw: nn.Module, accelerator: Any) -> None:
 def named_rates(rates: Mapping[str, float]) -> dict[str, float]:
     "Learning rates as metrics: `lr`, or `lr/…` where there are several groups"
     if len(rates) == 1:
-        return {"lr": rate for rate in rates.values()}
+        return {"lr": next(iter(rates.values()))}
     return {f"lr/{name}": rate for name, rate in rates.items()}

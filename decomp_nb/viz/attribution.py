@@ -39,20 +39,17 @@ class AttentionMaps:
         size: tuple[int, int] | None = None,  # (h, w) of the places; None for a square
     ) -> None:
         "One call of one layer"
-        rows = images * (2 if guided else 1)
-        p = probabilities.detach().float().unflatten(0, (rows, -1))[-images:]
-        side = round(p.shape[2] ** 0.5)
-        self.sums[layer] = self.sums.get(layer, 0) + p.mT.unflatten(-1, size or (side, side))
+        maps = _as_maps(probabilities, images * (2 if guided else 1), size)
+        self.sums[layer] = self.sums.get(layer, 0) + maps[-images:]
         self.calls[layer] = self.calls.get(layer, 0) + 1
 
     def shares(self, size: int | tuple[int, int] | None = None) -> Tensor:
         "Mean over layers, heads and calls `(images, tokens, h, w)`: at every place it sums to one over the tokens"
         size = _picture_size(self, size)
-        total = 0
+        large = []
         for layer, maps in self.sums.items():
-            mean = maps.mean(1) / self.calls[layer]
-            total = total + F.interpolate(mean, size, mode="bilinear", align_corners=False)
-        return total / len(self.sums)
+            large.append(F.interpolate(maps.mean(1) / self.calls[layer], size, mode="bilinear"))
+        return sum(large) / len(large)
 
     def maps(
         self,
@@ -65,15 +62,20 @@ class AttentionMaps:
     ) -> Tensor:
         "DAAM's map for every token, `(images, tokens, h, w)`"
         size = _picture_size(self, size)
-        total, count = 0, 0
-        for maps in _choose(self, size, layers, factors):
-            maps = maps if heads is None else maps[:, list(heads)]
-            n_heads = maps.shape[1]
-            total = total + n_heads * _enlarge(maps if exact else maps.mean(1, keepdim=True), size)
-            count = count + n_heads
-        return total / count
+        chosen = _choose(self, size, layers, factors)
+        if heads is not None:
+            chosen = [maps[:, list(heads)] for maps in chosen]
+        return _mean_map(chosen, size, exact)
 
 # %% ../../nbs/viz/attribution.ipynb #record-size-export
+def _as_maps(probabilities, rows, size):
+    "`(rows·heads, places, tokens)` → `(rows, heads, tokens, h, w)`"
+    side = round(probabilities.shape[1] ** 0.5)
+    h, w = size or (side, side)
+    p = probabilities.detach().float()
+    return rearrange(p, "(row head) (h w) token -> row head token h w", row=rows, h=h, w=w)
+
+
 def _picture_size(record, size):
     "(h, w) in which maps are returned"
     if not record.sums:
@@ -96,11 +98,17 @@ def _choose(record, size, layers, factors):
     return chosen
 
 
-def _enlarge(maps, size):
-    "Mean over the heads of `(images, heads, tokens, h, w)`, each enlarged by itself"
-    large = rearrange(maps, "b head token h w -> (b head) token h w")
-    large = F.interpolate(large, size, mode="bicubic", align_corners=False).clamp_min(0)
-    return reduce(large, "(b head) token h w -> b token h w", "mean", head=maps.shape[1])
+def _mean_map(chosen, size, exact):
+    "Mean over all heads of all layers, enlarged to `size`; `exact`: every head by itself"
+    total = 0
+    for maps in chosen:
+        n_heads = maps.shape[1]
+        maps = maps if exact else maps.mean(1, keepdim=True)
+        large = rearrange(maps, "b head token h w -> (b head) token h w")
+        large = F.interpolate(large, size, mode="bicubic", align_corners=False).clamp_min(0)
+        mean = reduce(large, "(b head) token h w -> b token h w", "mean", head=maps.shape[1])
+        total = total + n_heads * mean
+    return total / sum(maps.shape[1] for maps in chosen)
 
 # %% ../../nbs/viz/attribution.ipynb #layers-export
 def text_layers(
