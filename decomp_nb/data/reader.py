@@ -35,9 +35,8 @@ def split_name(split: str) -> str:
 def split_by_group(
     groups: Sequence[str],  # for every item the name of what must stay together
     split: str,  # train, val, test or all
-    fractions: tuple[float, float] = (0.05, 0.05),  # of the groups, for val and for test
 ) -> list[int]:
-    """Positions of the items in `split`; val and test get at least one group each.
+    """Positions of the items in `split`; val and test get a twentieth of the groups each, and at least one.
 
     ValueError when there are fewer than 3 groups to deal out.
     """
@@ -48,8 +47,8 @@ def split_by_group(
     if len(names) < 3:
         needs = f"split={split!r} needs at least 3 groups of images"
         raise ValueError(f"{needs}, there are {len(names)}: use split='all'")
-    n_val, n_test = (max(1, round(f * len(names))) for f in fractions)
-    parts = {"val": names[:n_val], "test": names[n_val:n_val + n_test], "train": names[n_val + n_test:]}
+    n = max(1, round(0.05 * len(names)))
+    parts = {"val": names[:n], "test": names[n:2 * n], "train": names[2 * n:]}
     chosen = set(parts[split])
     return [i for i, group in enumerate(groups) if group in chosen]
 
