@@ -20,7 +20,7 @@ from .weights import trainable
 
 # %% auto #0
 __all__ = ['parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode', 'read_losses', 'set_options', 'make_average',
-           'to_device', 'Engine', 'unwrap', 'named_rates']
+           'to_device', 'Engine', 'named_rates']
 
 # %% ../../nbs/training/engine.ipynb #groups-export
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -195,10 +195,10 @@ class Engine:
 
     def release(self) -> None:
         "Give the model back as it came, and end the trackers"
-        unwrap(self.model, self.raw, self.accelerator)
+        _unwrap(self.model, self.raw, self.accelerator)
 
 # %% ../../nbs/training/engine.ipynb #unwrap-export
-def unwrap(model: nn.Module, raw: nn.Module, accelerator: Any) -> None:
+def _unwrap(model: nn.Module, raw: nn.Module, accelerator: Any) -> None:
     "Take accelerate's and the compiler's wrapping off `raw`, and end the trackers"
     accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     for name in ("forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl"):

@@ -12,7 +12,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['Pauses', 'FIRST_STEPS', 'FIRST_SECONDS', 'duration', 'steps_within', 'Plan', 'Pace', 'about', 'spell_time',
-           'expectation', 'outlook', 'Forecast', 'reach', 'announce', 'load_plan']
+           'expectation', 'outlook', 'Forecast', 'load_plan']
 
 # %% ../../nbs/training/forecast.ipynb #forecast-duration-export
 Pauses = Sequence[tuple[int, float]]  # (after every so many steps, so many seconds); 0 steps: never
@@ -174,10 +174,10 @@ class Forecast:
         self.pace.mark(step, seconds)
         if len(self.pace.marks) < 2:
             return ""
-        reached = reach(self, step, total, pauses)
+        reached = _reach(self, step, total, pauses)
         early = not self.limit or total < self.limit / 10
         self.end = self.plan.end if early else reached
-        return announce(self, step, seconds, total, pauses, dataclasses.replace(self.plan, end=reached))
+        return _announce(self, step, seconds, total, pauses, dataclasses.replace(self.plan, end=reached))
 
     def adopt(self, step: int, end: int) -> Plan:
         "Let the run end at `end`; returns the plan from `step` on"
@@ -189,7 +189,7 @@ class Forecast:
         return {**dataclasses.asdict(self.plan), "limit": self.limit}
 
 # %% ../../nbs/training/forecast.ipynb #forecast-reach-export
-def reach(forecast: Forecast, step: int, total: float, pauses: Pauses = ()) -> int:
+def _reach(forecast: Forecast, step: int, total: float, pauses: Pauses = ()) -> int:
     "Step at which time or steps will be used up, if it goes on like this"
     if not forecast.limit:
         return forecast.plan.total
@@ -198,7 +198,7 @@ def reach(forecast: Forecast, step: int, total: float, pauses: Pauses = ()) -> i
     return step + steps_within(forecast.limit - total, step, left, per_step, pauses)
 
 
-def announce(
+def _announce(
     forecast: Forecast, step: int, seconds: float, total: float, pauses: Pauses, expected: Plan
 ) -> str:
     "A sentence about what is expected, once it is settled and whenever cut and uncut change places"

@@ -23,8 +23,8 @@ from .parameters import Parameters
 
 # %% auto #0
 __all__ = ['VARIABLE', 'SMALLER', 'fewer', 'fewer_images', 'smaller', 'tell_changes', 'scratch', 'rehearse_notebook',
-           'rehearsing', 'count_parameters', 'peak_memory', 'Timings', 'timed', 'play', 'time_parts', 'whole_run',
-           'report', 'rehearse']
+           'rehearsing', 'count_parameters', 'peak_memory', 'Timings', 'timed', 'play', 'whole_run', 'report',
+           'rehearse']
 
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-smaller-export
 VARIABLE = "DECOMP_REHEARSAL"  # names the run directory whose training is a rehearsal
@@ -191,7 +191,7 @@ def play(
 ) -> Timings:
     "Warm-up, timed steps, evaluation, checkpoint; then one step from that checkpoint"
     with open_loop(trainer) as loop:
-        timings = time_parts(loop, seconds, most)
+        timings = _time_parts(loop, seconds, most)
     reached = loop.session.step
     with open_loop(trainer) as loop:
         if loop.session.step != reached:
@@ -201,7 +201,7 @@ def play(
     return timings
 
 
-def time_parts(loop: Any, seconds: float, most: int) -> Timings:
+def _time_parts(loop: Any, seconds: float, most: int) -> Timings:
     "What each part of a training takes: a step (the first one warms up), an evaluation, a checkpoint"
     accelerator = loop.session.accelerator
     times = []
