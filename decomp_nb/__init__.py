@@ -1,6 +1,6 @@
 __version__ = "0.0.1"
 
-# `import decomp_nb` must cost milliseconds, so a name brings in its module (and torch) only when it is first used (PEP 562).
+# `import decomp_nb` must cost milliseconds: a name brings in its module (and torch) when it is first used (PEP 562).
 _homes = {
     "factors": "Factors recombine interpolate",
     "decomposer": "Decomposer load_decomposer shipped",
@@ -54,8 +54,8 @@ _moved = {
     "data.scenes": {
         "worlds.random": "SPLITS scene_keys uniform integers permutation",
         "worlds.scene_type": "Kind=SceneType draw_counts check_counts pixel_centres visible_pixels",
-        "worlds.colours": "PALETTE COLORS TEXTURES BACKGROUNDS hsv_to_rgb nearest_colour draw_colors texture draw_background "
-                          "render_background",
+        "worlds.colours": "PALETTE COLORS TEXTURES BACKGROUNDS hsv_to_rgb nearest_colour draw_colors texture "
+                          "draw_background render_background",
         "worlds.shapes": "SHAPES signed_distance object_distances coverage=pixel_coverage paint=composite label_map "
                          "keep_visible sample_shapes render_shapes Shapes TexturedShapes",
         "worlds.blocks": "TETROMINOES PURE BLOCK render_blocks place_apart sample_blocks Tetrominoes ToySquares",
@@ -229,6 +229,9 @@ _moved = {
         "components.slot_model": "judged=fixed_denoiser",
         "official.slots": "published_rate",
     },
+    "training.config": {
+        "training.parameters": "check_parameters_cell",
+    },
     "training.trainer": {
         "training.stream": "mix=mix_seeds epoch_order micro_batch Stream seed_everything random_state set_random_state "
                            "preserve_random_state Positions=MicroBatchSampler check_data",
@@ -238,7 +241,8 @@ _moved = {
         "training.record": "versions git_commit difference hardware read_record check_model",
         "training.run_directory": "summary load_run",
         "training.checkpoint": "list_checkpoints",
-        "training.reporting": "clock=format_duration short=format_number progress read_metrics rewind_metrics Meter Stopwatch",
+        "training.reporting": "clock=format_duration short=format_number progress read_metrics rewind_metrics "
+                              "Meter Stopwatch",
         "training.accelerator": "WAIT UNCONNECTED tracker_names fresh_accelerate connect agree_on_precision "
                                 "make_accelerator gather_states",
         "training.engine": "parameter_groups make_optimizer lr_factor",

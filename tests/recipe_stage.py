@@ -309,7 +309,7 @@ class Reached(Exception):
 class Stopper:
     "Stands for the trainer, where it would begin"
 
-    def __init__(self, model, data, config, *, evaluate=None, name="", extra_config=None):
+    def __init__(self, model, data, config, *, evaluate=None, name="", extra_config=None, loop=None):
         self.model, self.data, self.config, self.evaluate = model, data, config.validate(), evaluate
 
     def fit(self):
@@ -319,14 +319,12 @@ class Stopper:
 class OneStep(Stopper):
     "Stands for the trainer of a comparison, which goes on afterwards: one step, and a run directory with scores"
 
-    seen, step = 2, 1
-
     def fit(self):
         training_step(self.model, self.data)
         run = Run(resolve_out_dir(self.config.out_dir))
         keep(self.model, run.path)
         append_metrics(
-            run.metrics_file, {"step": 1, **{f"eval/{name}": 0.5 for name in ("psnr", "fg_ari", "mbo")}}
+            run.metrics_file, {"step": 1, **{f"eval/{name}": 0.5 for name in ("psnr", "fg_ari", "mbo", "images", "spent")}}
         )
         return run
 

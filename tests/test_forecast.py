@@ -9,9 +9,9 @@ from training_toys import Slower, train
 
 from decomp_nb.training import reporting
 from decomp_nb.training import trainer as trainer_module
-from decomp_nb.training.forecast import Plan
 from decomp_nb.training.checkpoint import list_checkpoints
 from decomp_nb.training.files import write_manifest
+from decomp_nb.training.forecast import Plan
 from decomp_nb.training.run_directory import Run
 
 
@@ -20,11 +20,11 @@ def clock(monkeypatch):
     "Every training step takes `clock.per_step` seconds of an imagined time, and nothing else takes any"
     clock = SimpleNamespace(seconds=0.0, per_step=0.4)
     monkeypatch.setattr(reporting.Stopwatch, "now", staticmethod(lambda: clock.seconds))
-    honest = trainer_module.Trainer.train_step
+    honest = trainer_module.Loop.train_step
     def timed(self, batches):
         honest(self, batches)
         clock.seconds += clock.per_step
-    monkeypatch.setattr(trainer_module.Trainer, "train_step", timed)
+    monkeypatch.setattr(trainer_module.Loop, "train_step", timed)
     return clock
 
 

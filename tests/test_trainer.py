@@ -13,9 +13,10 @@ from torch import nn
 from training_toys import Denoiser, Pictures, Slower, train, train_in_process
 
 from decomp_nb.training import checkpoint, stream
-from decomp_nb.training.config import TrainConfig, check_parameters_cell, read_parameters, resolve_out_dir
 from decomp_nb.training.checkpoint import list_checkpoints
+from decomp_nb.training.config import TrainConfig, resolve_out_dir
 from decomp_nb.training.files import verify_manifest
+from decomp_nb.training.parameters import check_parameters_cell, parse_parameters
 from decomp_nb.training.run_directory import Run, load_run
 
 TIMES = ("seconds", "images_per_second")
@@ -79,7 +80,7 @@ def test_config_round_trips_through_json_and_the_parameters_cell():
     namespace = {}
     exec(cell, namespace)
     assert TrainConfig.pick(namespace) == given and namespace["n_slots"] == 4
-    assert read_parameters(cell)["n_slots"] == ("int", 4, "slots per image")
+    assert parse_parameters(cell)["n_slots"] == ("n_slots", "int", 4, "slots per image")
     assert all(f"`{name}`" in TrainConfig.help_table() for name in TrainConfig.names())
     assert check_parameters_cell(cell.replace("seed: int", "seeds: int")) == ["seed is missing"]
 

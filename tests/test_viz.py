@@ -27,7 +27,7 @@ from decomp_nb.viz.figures import (
     slots,
     strip,
 )
-from decomp_nb.viz.mixer import Desk, Mixer, board, mixer, mixer_board
+from decomp_nb.viz.mixer import Desk, Mixer, board, factor_pictures, mixer, mixer_board
 from decomp_nb.viz.plots import bars, curve, heat
 
 PAGE = 1520  # output pixels: two to a nominal pixel
@@ -335,7 +335,7 @@ def test_problems_are_reported_and_the_last_picture_stays():
 
 def test_without_masks_each_factor_is_decoded_alone():
     model = Fake(masks=False)
-    parts = Desk(model, noise(2, 3, 8, 8)).parts()
+    parts = factor_pictures(Desk(model, noise(2, 3, 8, 8)))
     assert parts.shape == (2, 3, 3, 8, 8) and [c[0].n_factors for c in model.calls] == [1, 1, 1]
 
 

@@ -7,14 +7,13 @@ import signal
 import sys
 import time
 
+import accelerate  # noqa: F401  imported here so that forked processes have them already
+import diffusers.optimization  # noqa: F401
+import diffusers.training_utils  # noqa: F401
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-import accelerate  # noqa: F401  imported here so that forked processes have them already
-import diffusers.optimization  # noqa: F401
-import diffusers.training_utils  # noqa: F401
 
 from decomp_nb.training import precision, reporting, trainer
 from decomp_nb.training.config import TrainConfig
@@ -89,7 +88,7 @@ def train_in_process(request, env, log):
     for name, value in stop.items(): setattr(model, name, value)
     options = {k: v for k, v in request.items() if k not in ("stop", "quiet", "out_dir", "odd_ranks")}
     fitter, run = train(out_dir, model=model, quiet=quiet, **options)
-    print(f"after fit: {len(run.curve('loss')[0])} lines of metrics, {fitter.accelerator.mixed_precision}, {fitter.forecast.plan}")
+    print(f"after fit: {len(run.curve('loss')[0])} lines of metrics, {fitter.session.accelerator.mixed_precision}, {fitter.session.forecast.plan}")
 
 
 def make_ranks_differ(rank):

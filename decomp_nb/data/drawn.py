@@ -21,7 +21,7 @@ __all__ = ['scene_arrays', 'write_scenes', 'draw_clevr']
 
 # %% ../../nbs/data/drawn.ipynb #arrays-export
 def scene_arrays(scenes: Scenes, indices: range) -> dict[str, np.ndarray]:
-    "What an HDF5 file holds of the scenes at `indices`: pictures, label maps, and factors with a row for the background"
+    "What a file holds of the scenes at `indices`: pictures, label maps, factors with a row for the background"
     factors = scenes.factors(indices)
     drawn = scenes.render(factors)
     pixels = ((drawn["image"].movedim(1, -1) + 1) * 127.5).round().to(torch.uint8)
@@ -64,8 +64,11 @@ def _append(file, arrays):
     "More rows for every dataset; the first ones make it"
     for name, values in arrays.items():
         if name not in file:
-            packing = {"chunks": (1, *values.shape[1:]), "compression": "gzip"} if name in ("image", "mask") else {"chunks": True}
-            file.create_dataset(name, (0, *values.shape[1:]), values.dtype, maxshape=(None, *values.shape[1:]), **packing)
+            shape = values.shape[1:]
+            packing = {"chunks": True}
+            if name in ("image", "mask"):
+                packing = {"chunks": (1, *shape), "compression": "gzip"}
+            file.create_dataset(name, (0, *shape), values.dtype, maxshape=(None, *shape), **packing)
         count = len(file[name])
         file[name].resize(count + len(values), axis=0)
         file[name][count:] = values
@@ -78,7 +81,10 @@ def draw_clevr(
     n_val: int = 300,
     size: int = 128,  # height and width
 ) -> Path:
-    "Draw `clevr/clevr6_train.h5` and `clevr/clevr6_val.h5`, scenes of 3 to 6 objects; files that are there stay. Returns their folder"
+    """Draw `clevr/clevr6_train.h5` and `clevr/clevr6_val.h5`, scenes of 3 to 6 objects.
+
+    Files that are there stay. Returns their folder.
+    """
     folder = data_home(home) / "clevr"
     for split, n in {"train": n_train, "val": n_val}.items():
         file = folder / f"clevr6_{split}.h5"

@@ -77,7 +77,7 @@ class LazyH5:
 
 # %% ../../nbs/data/hdf5.ipynb #stored-split-export
 def stored_split(file, split: str) -> list[int] | None:
-    "Positions that the file's own `split` gives to `split`; None where it has none, ValueError where nothing is left"
+    "Positions that the file itself gives to `split`; None where it has no splits, ValueError where none is left"
     if "split" not in file:
         return None
     stored = _stored_names(file)
@@ -92,7 +92,8 @@ def _stored_names(file):
     names = json.loads(file.attrs.get("split_names", "[]"))
     stored = file["split"][:].tolist()
     if not names and not isinstance(stored[0], bytes):
-        raise ValueError(f"{file.filename}: 'split' holds numbers, but there is no attribute 'split_names' that names them")
+        missing = "there is no attribute 'split_names' that names them"
+        raise ValueError(f"{file.filename}: 'split' holds numbers, but {missing}")
     words = [s.decode() if isinstance(s, bytes) else names[s] for s in stored]
     return [split_name(word) for word in words]
 
@@ -120,34 +121,24 @@ class H5Photos(Reader):
         self.split = split_name(split)
         self.data = LazyH5(path)
         with open_h5(path) as f:
-            if "jpeg" not in f:
-                raise ValueError(f"{path} has no dataset 'jpeg' with one JPEG file per row; it has: {', '.join(f)}")
             self._names, groups = _photo_names(f)
             self.class_names = _class_names(f)
             self._subjects, self._class = _photo_subjects(f, self.class_names)
             chosen = stored_split(f, split)
         self.index = subsample(split_by_group(groups, split) if chosen is None else chosen, n, seed)
 
-    def _picture(self, row, at_least):
-        "The decoded picture of a row"
-        data = self.data.read("jpeg", row).tobytes()
-        return read_image(data, f"{self.path} [{row}] {self._names[row]}", at_least=at_least)
-
     def __getitem__(self, i: int) -> dict:
         row = self.index[i]
-        picture = self._picture(row, at_least=2 * self.size if self.crop is None else None)
-        item = {"image": square_image(picture, self.size, self.crop, self.flip), "image_id": self._names[row]}
-        if self._subjects and self._subjects[row]:
-            item["caption"] = f"a photo of a {self._subjects[row]}"
-        if self._class:
-            item["class_index"] = torch.tensor(self._class[row])
-        return item
+        picture = _photo(self, row, at_least=2 * self.size if self.crop is None else None)
+        image = square_image(picture, self.size, self.crop, self.flip)
+        item = {"image": image, "image_id": self._names[row]}
+        return item | _photo_labels(self, row)
 
     def check(self, n: int | None = None) -> int:
-        "Decode all pictures, or `n` spread evenly; ValueError naming the first bad one; returns how many were decoded"
+        "Decode all pictures, or `n` spread evenly; returns how many. ValueError names the first bad one"
         rows = [self.index[i] for i in evenly(len(self), n)]
         for row in rows:
-            self._picture(row, at_least=32)
+            _photo(self, row, at_least=32)
         return len(rows)
 
 # %% ../../nbs/data/hdf5.ipynb #h5-photos-names
@@ -156,8 +147,27 @@ def _texts(file, key):
     return [value.decode() for value in file[key][:]] if key in file else None
 
 
+def _photo(photos, row, at_least):
+    "The decoded picture of a row"
+    data = photos.data.read("jpeg", row).tobytes()
+    return read_image(data, f"{photos.path} [{row}] {photos._names[row]}", at_least=at_least)
+
+
+def _photo_labels(photos, row):
+    "Caption and class of a row, where the file knows them"
+    labels = {}
+    if photos._subjects and photos._subjects[row]:
+        labels["caption"] = f"a photo of a {photos._subjects[row]}"
+    if photos._class:
+        labels["class_index"] = torch.tensor(photos._class[row])
+    return labels
+
+
 def _photo_names(file):
     "What to call each picture, and what it must stay together with: its clip, or it is alone"
+    if "jpeg" not in file:
+        there = ", ".join(file)
+        raise ValueError(f"{file.filename} has no dataset 'jpeg' with one JPEG file per row; it has: {there}")
     frames = file["frame"][:].tolist() if "frame" in file else range(len(file["jpeg"]))
     numbers = [f"{t:06d}" for t in frames]
     clips = _texts(file, "clip")

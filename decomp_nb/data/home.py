@@ -26,7 +26,7 @@ def data_home(home: Path | str | None = None) -> Path:
 
 
 def find_data(
-    name: str | Path = "",  # relative to the data folder; of a longer path, such as old runs hold, the part after `data/` counts
+    name: str | Path = "",  # relative to the data folder; of a path with `data/` in it, the part behind counts
     home: Path | str | None = None,  # see `data_home`
 ) -> Path | None:
     "The file or folder `name` in the data folder; None where there is none"

@@ -25,7 +25,7 @@ __all__ = ['to_rgb', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image',
 
 # %% ../../nbs/data/images.ipynb #to-rgb-export
 def to_rgb(picture: Image.Image) -> Image.Image:
-    "Any PIL mode → upright RGB: EXIF rotation applied, transparency laid over white, 16-bit and float greys scaled to 8 bits"
+    "Any PIL mode → upright RGB: EXIF rotation, transparency over white, 16-bit and float greys to 8 bits"
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         grey = np.asarray(picture).astype(np.float64)
@@ -46,11 +46,12 @@ def _white(mode, grey):
 # %% ../../nbs/data/images.ipynb #to-image-tensor-export
 def to_image_tensor(picture: Image.Image | np.ndarray) -> Tensor:
     "PIL picture, or uint8 array `(…,h,w,1)` or `(…,h,w,3)` → float32 `(…,3,h,w)` in [−1,1]"
-    x = np.array(to_rgb(picture)) if isinstance(picture, Image.Image) else np.asarray(picture)
+    x = np.asarray(to_rgb(picture) if isinstance(picture, Image.Image) else picture)
     if x.dtype != np.uint8 or x.ndim < 3 or x.shape[-1] not in (1, 3):
         raise ValueError(f"an image must be uint8 (…,h,w,1) or (…,h,w,3), got {x.dtype} {x.shape}")
     x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, -3)))
-    return (x.float() / 127.5 - 1).expand(*x.shape[:-3], 3, *x.shape[-2:]).contiguous()
+    x = x.float() / 127.5 - 1
+    return x.expand(*x.shape[:-3], 3, -1, -1).contiguous()
 
 # %% ../../nbs/data/images.ipynb #crop-box-export
 def crop_box(
@@ -91,10 +92,10 @@ def read_image(
     source: Path | str | bytes,  # a file, or the bytes of one
     name: str = "",  # how to call the picture in errors; the path by default
     *,
-    at_least: int | None = None,  # JPEGs may be decoded at a reduced scale with sides ≥ this: several times faster
+    at_least: int | None = None,  # JPEGs may be decoded at a smaller scale with sides ≥ this, times faster
     min_size: int = 1,  # pictures whose shorter side is smaller are refused
 ) -> Image.Image:
-    "Decode one picture to upright RGB; ValueError naming it when it is damaged, cut short, too small or no picture at all"
+    "Decode one picture to upright RGB; ValueError names one that is damaged, cut short, too small or none at all"
     name = name or str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
@@ -138,7 +139,7 @@ def _is_image(file, pattern):
 
 
 def list_images(path: Path | str, pattern: str = "*") -> list[str]:
-    "Sorted paths, relative to `path`, of all pictures below it whose file name matches `pattern`; an error where there are none"
+    "Sorted relative paths of all pictures below `path` whose file name matches; an error where there are none"
     if not Path(path).is_dir():
         raise FileNotFoundError(f"there is no image folder {path}: check the path")
     found = []
@@ -154,7 +155,7 @@ def list_images(path: Path | str, pattern: str = "*") -> list[str]:
 
 # %% ../../nbs/data/images.ipynb #group-export
 def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]:
-    "Group of each relative path: its `file` or its `folder`; None: the folder where several hold only numbered frames"
+    "Group of each path: its `file` or its `folder`; None: the folder where several hold only numbered frames"
     if group_by not in (None, "file", "folder"):
         raise ValueError(f"group_by={group_by!r} is unknown: use 'file' or 'folder'")
     if group_by is None:
@@ -167,7 +168,7 @@ def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]
 
 # %% ../../nbs/data/images.ipynb #split-folders-export
 def _files_of_split(files, path, split, group_by):
-    "Files below folders that are named like the split; dealt out by their groups where no folder is named like any"
+    "Files below folders named like the split; dealt out by their groups where no folder is named so"
     wanted = split_name(split)
     folders = {f.split("/")[0] for f in files if "/" in f}
     own = folders & set(SPLIT_NAMES.get(wanted, ()))
@@ -179,7 +180,7 @@ def _files_of_split(files, path, split, group_by):
 
 # %% ../../nbs/data/images.ipynb #image-folder-export
 class ImageFolder(Reader):
-    "Pictures below a folder as `{image, image_id}`; damaged ones are named by `check()`, or by the read that meets them"
+    "Pictures below a folder as `{image, image_id}`; a damaged one is named by `check()`, or when it is read"
 
     def __init__(
         self,
@@ -205,23 +206,23 @@ class ImageFolder(Reader):
         self.index = self.files = subsample(files, n, seed)
 
     def __getitem__(self, i: int) -> dict:
-        # a whole-number box names pixels of the full picture, so it forbids decoding at a reduced scale
-        at_least = 2 * self.size if self.crop is None else None
+        at_least = 2 * self.size if self.crop is None else None  # a box names pixels of the full picture
         picture = read_image(self.path / self.files[i], at_least=at_least, min_size=self.min_size)
         return {"image": square_image(picture, self.size, self.crop, self.flip), "image_id": self.files[i]}
 
     def check(self, n: int | None = None) -> int:
-        "Decode all pictures, or `n` spread evenly, and name every bad one in a single ValueError; returns how many were decoded"
+        "Decode all pictures, or `n` spread evenly; returns how many. One ValueError names every bad one"
         chosen = evenly(len(self), n)
-        bad = list(filter(None, map(self._complaint, chosen)))
+        bad = list(filter(None, [_complaint(self, i) for i in chosen]))
         if bad:
             head = f"{len(bad)} of {len(chosen)} images in {self.path} cannot be used:"
             raise ValueError("\n".join([head, *bad[:5], *["…"] * (len(bad) > 5)]))
         return len(chosen)
 
-    def _complaint(self, i):
-        "Why a picture cannot be read; None if it can"
-        try:
-            read_image(self.path / self.files[i], at_least=32, min_size=self.min_size)
-        except ValueError as error:
-            return str(error)
+# %% ../../nbs/data/images.ipynb #complaint-export
+def _complaint(folder, i):
+    "Why a picture cannot be read; None if it can"
+    try:
+        read_image(folder.path / folder.files[i], at_least=32, min_size=folder.min_size)
+    except ValueError as error:
+        return str(error)

@@ -35,9 +35,8 @@ def split_name(split: str) -> str:
 def split_by_group(
     groups: Sequence[str],  # for every item the name of what must stay together
     split: str,  # train, val, test or all
-    fractions: tuple[float, float] = (0.05, 0.05),  # of the groups, for val and for test
 ) -> list[int]:
-    """Positions of the items in `split`; val and test get at least one group each.
+    """Positions of the items in `split`; val and test get a twentieth of the groups each, and at least one.
 
     ValueError when there are fewer than 3 groups to deal out.
     """
@@ -46,9 +45,10 @@ def split_by_group(
     if split == "all" or split == "train" and len(names) < 3:
         return list(range(len(groups)))
     if len(names) < 3:
-        raise ValueError(f"split={split!r} needs at least 3 groups of images, there are {len(names)}: use split='all'")
-    n_val, n_test = (max(1, round(f * len(names))) for f in fractions)
-    parts = {"val": names[:n_val], "test": names[n_val:n_val + n_test], "train": names[n_val + n_test:]}
+        needs = f"split={split!r} needs at least 3 groups of images"
+        raise ValueError(f"{needs}, there are {len(names)}: use split='all'")
+    n = max(1, round(0.05 * len(names)))
+    parts = {"val": names[:n], "test": names[n:2 * n], "train": names[2 * n:]}
     chosen = set(parts[split])
     return [i for i, group in enumerate(groups) if group in chosen]
 
@@ -59,7 +59,7 @@ def _shuffled(name):
 
 # %% ../../nbs/data/reader.ipynb #subsample-export
 def subsample(index: Sequence, n: int | None, seed: int = 0) -> list:
-    "At most `n` of the items, drawn with `seed`, in their old order; a smaller `n` draws a subset of a larger one's items"
+    "At most `n` of the items, drawn with `seed`, in their old order; a smaller `n` draws a subset"
     if n is None:
         return list(index)
     if n < 1:
@@ -93,7 +93,7 @@ class Reader:
         return len(self.index)
 
     def check(self, n: int | None = None) -> int:
-        "Read all items, or `n` spread evenly; the first that cannot be read raises an error naming it. Returns how many were read"
+        "Read all items, or `n` spread evenly; returns how many. The first that cannot be read raises an error"
         chosen = evenly(len(self), n)
         for i in chosen:
             self[i]

@@ -31,9 +31,8 @@ def tracker_names(trackers: str) -> list[str]:
     names = [name.strip() for name in trackers.split(",") if name.strip()]
     for name in names:
         if name not in there:
-            raise ValueError(
-                f"trackers: {name!r} is not installed; there are: {', '.join(there)}; or leave it empty"
-            )
+            known = ", ".join(there)
+            raise ValueError(f"trackers: {name!r} is not installed; there are: {known}; or leave it empty")
     return names
 
 
@@ -98,9 +97,8 @@ def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters:
     precision = config.mixed_precision
     if precision == "auto":
         precision = agree_on_precision(config).chosen
-    if precision == "fp16" and (
-        config.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    ):
+    gpu = not config.cpu and (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if precision == "fp16" and not gpu:
         raise ValueError("mixed_precision: fp16 needs a GPU; choose 'auto', 'bf16' or 'no'")
     fresh_accelerate()
     handlers = [

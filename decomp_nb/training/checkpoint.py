@@ -46,7 +46,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(newest: Path, keep: int) -> None:
-    "Keep `newest`, just written, and `keep` − 1 before it; later steps are from before a resume, `.tmp-…` from crashes"
+    "Keep `newest` and `keep` − 1 before it; later steps are from before a resume, `.tmp-…` from crashes"
     folder = newest.parent
     steps = list_checkpoints(folder)
     place = steps.index(newest) + 1
@@ -81,21 +81,18 @@ def load_state(engine: Engine, folder: Path) -> dict[str, Any]:
     ema, scaler = engine.ema, engine.accelerator.scaler
     if ema is not None:
         source = folder / "ema.safetensors"
-        load_weights(
-            dict(zip(engine.weights, ema.shadow_params)),
-            source if source.exists() else folder / "model.safetensors",
-        )
+        if not source.exists():
+            source = folder / "model.safetensors"
+        load_weights(dict(zip(engine.weights, ema.shadow_params)), source)
         ema.optimization_step = state["ema_steps"]
-    engine.optimizer.load_state_dict(
-        {"state": state["optimizer"], "param_groups": engine.optimizer.state_dict()["param_groups"]}
-    )
+    groups = engine.optimizer.state_dict()["param_groups"]
+    engine.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     changed = [name for name, value in fingerprint(engine.raw).items() if state["frozen"].get(name) != value]
     if changed:
-        warnings.warn(
-            f"{len(changed)} frozen parameters differ from those of the run, {changed[0]} first", stacklevel=2
-        )
+        message = f"{len(changed)} frozen parameters differ from those of the run, {changed[0]} first"
+        warnings.warn(message, stacklevel=2)
     return state
 
 # %% ../../nbs/training/checkpoint.ipynb #export-export

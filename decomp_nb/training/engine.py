@@ -20,16 +20,14 @@ from .weights import trainable
 
 # %% auto #0
 __all__ = ['parameter_groups', 'make_optimizer', 'lr_factor', 'evaluation_mode', 'read_losses', 'set_options', 'make_average',
-           'to_device', 'Engine']
+           'to_device', 'Engine', 'named_rates']
 
 # %% ../../nbs/training/engine.ipynb #groups-export
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     "Optimiser groups of the trainable parameters: `params`, `name`, `lr` (peak), `weight_decay` if the model says so"
-    given = (
-        model.parameter_groups()
-        if hasattr(model, "parameter_groups")
-        else [{"params": model.parameters(), "name": "all"}]
-    )
+    given = [{"params": model.parameters(), "name": "all"}]
+    if hasattr(model, "parameter_groups"):
+        given = model.parameter_groups()
     groups = []
     for number, group in enumerate(given):
         name = group.get("name", f"group{number}")
@@ -37,19 +35,22 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         params = [p for p in group["params"] if p.requires_grad]
         if params:
             groups.append({**group, "params": params, "name": name, "lr": config.learning_rate * scale})
-    grouped = {id(p) for group in groups for p in group["params"]}
-    forgotten = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in grouped]
-    if forgotten:
-        raise ValueError(
-            f"parameter_groups() of {type(model).__name__} leaves out trainable {', '.join(forgotten[:3])}"
-        )
-    if not groups:
-        raise ValueError(f"{type(model).__name__} has no trainable parameter")
-    if config.encoder_lr_scale != 1 and all(group["name"] != "encoder" for group in groups):
-        raise ValueError(
-            f"encoder_lr_scale: {type(model).__name__} has no parameter group named 'encoder' with trainable parameters"
-        )
+    _check_groups(groups, model, config)
     return groups
+
+
+def _check_groups(groups, model, config):
+    "`ValueError` unless the groups hold every trainable parameter, and those whose rate is scaled"
+    kind = type(model).__name__
+    grouped = {id(p) for group in groups for p in group["params"]}
+    forgotten = [name for name, p in trainable(model).items() if id(p) not in grouped]
+    if forgotten:
+        raise ValueError(f"parameter_groups() of {kind} leaves out trainable {', '.join(forgotten[:3])}")
+    if not groups:
+        raise ValueError(f"{kind} has no trainable parameter")
+    if config.encoder_lr_scale != 1 and all(group["name"] != "encoder" for group in groups):
+        missing = "has no parameter group named 'encoder' with trainable parameters"
+        raise ValueError(f"encoder_lr_scale: {kind} {missing}")
 
 # %% ../../nbs/training/engine.ipynb #adamw-export
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
@@ -76,11 +77,9 @@ def lr_factor(config: TrainConfig) -> Callable[[int], float]:
     "Step → factor on the peak learning rate, in diffusers' shapes; `constant` warms up too if `warmup_steps` says so"
     from diffusers.optimization import get_scheduler
 
-    name = (
-        "constant_with_warmup"
-        if config.lr_schedule == "constant" and config.warmup_steps
-        else config.lr_schedule
-    )
+    name = config.lr_schedule
+    if name == "constant" and config.warmup_steps:
+        name = "constant_with_warmup"
     nobody = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     spans = {"num_warmup_steps": config.warmup, "num_training_steps": config.max_steps}
     return get_scheduler(name, nobody, **spans).lr_lambdas[0]
@@ -108,20 +107,19 @@ def read_losses(output: Any, model: nn.Module) -> tuple[torch.Tensor, dict[str, 
     "`loss` and the other scalars of what `forward(batch)` returned"
     loss = output.get("loss") if isinstance(output, Mapping) else None
     if not isinstance(loss, torch.Tensor) or loss.dim():
-        raise TypeError(
-            f"{type(model).__name__}.forward(batch) must return a dict with a scalar tensor 'loss'"
-        )
+        name = type(model).__name__
+        raise TypeError(f"{name}.forward(batch) must return a dict with a scalar tensor 'loss'")
     if not loss.requires_grad:
         raise ValueError(f"the loss of {type(model).__name__} does not depend on any trainable parameter")
-    return loss, {
-        name: value
-        for name, value in output.items()
-        if name != "loss" and isinstance(value, torch.Tensor) and value.dim() == 0
-    }
+    tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+    del tensors["loss"]
+    return loss, {name: value for name, value in tensors.items() if value.dim() == 0}
 
 # %% ../../nbs/training/engine.ipynb #options-export
 def set_options(model: nn.Module, config: TrainConfig) -> None:
-    "Memory layout, gradient checkpointing and compilation"
+    "TensorFloat-32, memory layout, gradient checkpointing and compilation"
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -161,14 +159,11 @@ class Engine:
         self.accelerator = accelerator
         self.config = config
         self.raw = model
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        torch.backends.cudnn.allow_tf32 = config.allow_tf32
         groups = parameter_groups(model, config)
         self.weights = trainable(model)
         self.params = list(self.weights.values())
         set_options(model, config)
-        # moves the model, wraps forward in autocast and, with several processes, in DDP
-        self.model = accelerator.prepare_model(model)
+        self.model = accelerator.prepare_model(model)  # on its device, in autocast, with processes in DDP
         self.peaks = {group["name"]: group["lr"] for group in groups}
         self.factor = lr_factor(config)
         self.plan = Plan.whole(config.max_steps, config.warmup)
@@ -177,19 +172,10 @@ class Engine:
             self.optimizer = accelerator.prepare_optimizer(self.optimizer)
         self.ema = make_average(self.params, config)
 
-    def place(self, batch: Any) -> Any:
-        "A batch on the device, pictures in the model's memory layout"
-        return to_device(batch, self.accelerator.device, self.config.channels_last)
-
     def rates(self, step: int) -> dict[str, float]:
         "Learning rate of every group at `step`"
         factor = self.factor(self.plan.position_at(step))
         return {name: peak * factor for name, peak in self.peaks.items()}
-
-    def named_rates(self, step: int) -> dict[str, float]:
-        "The rates as metrics: `lr`, or `lr/…` where there are several groups"
-        rates = self.rates(step)
-        return {f"lr/{name}" if len(rates) > 1 else "lr": rate for name, rate in rates.items()}
 
     def update(self, step: int) -> torch.Tensor:
         "Clip, AdamW with the learning rate of `step`, average; returns the gradient norm before clipping"
@@ -208,11 +194,21 @@ class Engine:
         return evaluation_mode(self.raw, self.params, self.ema)
 
     def release(self) -> None:
-        "Take accelerate's and the compiler's wrapping off the model"
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            self.raw.__dict__.pop(name, None)
-        if self.config.compile:
-            self.raw._compiled_call_impl = None
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        "Give the model back as it came, and end the trackers"
+        _unwrap(self.model, self.raw, self.accelerator)
+
+# %% ../../nbs/training/engine.ipynb #unwrap-export
+def _unwrap(model: nn.Module, raw: nn.Module, accelerator: Any) -> None:
+    "Take accelerate's and the compiler's wrapping off `raw`, and end the trackers"
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl"):
+        raw.__dict__.pop(name, None)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def named_rates(rates: Mapping[str, float]) -> dict[str, float]:
+    "Learning rates as metrics: `lr`, or `lr/…` where there are several groups"
+    if len(rates) == 1:
+        return {"lr": next(iter(rates.values()))}
+    return {f"lr/{name}": rate for name, rate in rates.items()}

@@ -12,35 +12,38 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['Pauses', 'FIRST_STEPS', 'FIRST_SECONDS', 'duration', 'steps_within', 'Plan', 'Pace', 'about', 'spell_time',
-           'expectation', 'outlook', 'Forecast']
+           'expectation', 'outlook', 'Forecast', 'load_plan']
 
 # %% ../../nbs/training/forecast.ipynb #forecast-duration-export
 Pauses = Sequence[tuple[int, float]]  # (after every so many steps, so many seconds); 0 steps: never
+
 
 def duration(step: int, steps: int, per_step: float, pauses: Pauses = ()) -> float:
     "Seconds that `steps` further steps after `step` take, with the pauses that fall among them"
     stops = [seconds * ((step + steps) // every - step // every) for every, seconds in pauses if every]
     return steps * per_step + sum(stops)
 
+
 def steps_within(
-    seconds: float,       # time left
-    step: int,            # steps done
-    most: int,            # no more further steps than these
-    per_step: float,      # seconds of a step
+    seconds: float,  # time left
+    step: int,  # steps done
+    most: int,  # no more further steps than these
+    per_step: float,  # seconds of a step
     pauses: Pauses = (),  # evaluations, checkpoints
 ) -> int:
     "How many further steps fit into `seconds`"
-    def needed(steps: int) -> float: return duration(step, steps, per_step, pauses)
+    def needed(steps: int) -> float:
+        return duration(step, steps, per_step, pauses)
     return max(0, bisect.bisect_right(range(most + 1), seconds, key=needed) - 1)
 
 # %% ../../nbs/training/forecast.ipynb #forecast-plan-export
 @dataclasses.dataclass(frozen=True)
 class Plan:
     "Where on the learning-rate schedule each step stands, so that the schedule ends with the run"
-    total: int             # length of the schedule: `max_steps`
-    end: int               # step at which the run will end
-    warmup: int = 0        # length of the warm-up
-    step: int = 0          # the plan holds from this step on …
+    total: int  # length of the schedule: `max_steps`
+    end: int  # step at which the run will end
+    warmup: int = 0  # length of the warm-up
+    step: int = 0  # the plan holds from this step on …
     position: float = 0.0  # … which stands here on the schedule
 
     @classmethod
@@ -57,7 +60,8 @@ class Plan:
         "Position of `step` on the schedule, at most `total`; `step` itself while nothing is squeezed"
         if self.end == self.total and self.position == self.step:
             return step
-        done, left = max(step - self.step, 0), self.end - self.step
+        done = max(step - self.step, 0)
+        left = self.end - self.step
         rise = max(self.warmup - self.position, 0.0)
         rise_steps = min(rise, left / 2)
         if done < rise_steps:
@@ -73,13 +77,16 @@ class Plan:
         return dataclasses.replace(self, end=end, step=step, position=self.position_at(step))
 
 # %% ../../nbs/training/forecast.ipynb #forecast-pace-export
-FIRST_STEPS, FIRST_SECONDS = 20, 10.0  # a forecast is made after so many steps or seconds
+FIRST_STEPS = 20  # a forecast is made after so many steps …
+FIRST_SECONDS = 10.0  # … or after so many seconds
+
 
 class Pace:
     "Seconds per step, from marks (step, seconds of training without pauses) of one session"
 
     def __init__(self, limit: float = 0.0):  # seconds that the whole run may take; 0: no limit
-        self.limit, self.marks = limit, []
+        self.limit = limit
+        self.marks: list[tuple[int, float]] = []
 
     def due(self, step: int, seconds: float, logged: bool = False) -> bool:
         "Whether to take a mark now"
@@ -99,7 +106,8 @@ class Pace:
 
     def per_step(self) -> float:
         "Seconds of a step, over the later half of the marked steps"
-        (first, _), (last, end) = self.marks[0], self.marks[-1]
+        first, _ = self.marks[0]
+        last, end = self.marks[-1]
         place = bisect.bisect_right(self.marks, (first + last) // 2, key=lambda mark: mark[0]) - 1
         half, start = self.marks[min(place, len(self.marks) - 2)]
         return (end - start) / (last - half)
@@ -110,24 +118,28 @@ def about(steps: int) -> str:
     digits = max(0, len(str(steps)) - 2)
     return f"{round(steps, -digits):,}"
 
+
 def spell_time(seconds: float, digits: int = 3) -> str:
     "A time span in one unit: '45 seconds', '13 minutes', '2.5 hours'"
-    units = [(1, "second"), (60, "minute"), (3600, "hour"), (86400, "day")]
-    size, name = next(((size, name) for size, name in reversed(units) if seconds >= 1.5 * size), units[0])
+    units = {86400: "day", 3600: "hour", 60: "minute", 1: "second"}
+    size = next((size for size in units if seconds >= 1.5 * size), 1)
     count = f"{seconds / size:.{digits}g}"
-    return f"{count} {name}" + "s" * (count != "1")
+    return f"{count} {units[size]}" + "s" * (count != "1")
+
 
 def expectation(max_steps: int, images: int, max_minutes: float = 0.0) -> str:
     "What a configuration asks for: '4,500 steps of 16 pictures, at most 13 minutes'"
     limit = f", at most {spell_time(60 * max_minutes)}" if max_minutes else ""
-    steps, pictures = f"step{'s' * (max_steps != 1)}", f"picture{'s' * (images != 1)}"
+    steps = f"step{'s' * (max_steps != 1)}"
+    pictures = f"picture{'s' * (images != 1)}"
     return f"{max_steps:,} {steps} of {images:,} {pictures}{limit}"
+
 
 def outlook(
     plan: Plan,
-    per_step: float,        # seconds of a step
-    seconds: float,         # what the whole run will take; where it is cut, its limit
-    falls: bool = True,     # whether the learning rate falls at all
+    per_step: float,  # seconds of a step
+    seconds: float,  # what the whole run will take; where it is cut, its limit
+    falls: bool = True,  # whether the learning rate falls at all
 ) -> str:
     "How far the run will get: '0.21 s a step: about 3,900 of 4,500 steps in 13 minutes; …'"
     pace = f"{per_step:.2g} s a step"
@@ -141,43 +153,31 @@ class Forecast:
     "Pace and plan of a session: what it will reach, where its learning rate ends, and a sentence about it"
 
     def __init__(self, plan: Plan, max_minutes: float = 0.0, falls: bool = True):
-        self.plan, self.limit, self.falls = plan, 60 * max_minutes, falls
-        self.pace, self.end, self.said = Pace(self.limit), plan.end, None
+        self.plan = plan
+        self.limit = 60 * max_minutes
+        self.falls = falls
+        self.pace = Pace(self.limit)
+        self.end = plan.end
+        self.announced: bool | None = None  # whether the run was said to be cut; None: nothing was said
 
     def observe(
         self,
-        step: int,              # steps done
-        seconds: float,         # training of this session, without pauses
-        total: float,           # everything, earlier sessions included
-        pauses: Pauses = (),    # what evaluations and checkpoints take
-        logged: bool = False,   # whether a line of metrics was written after this step
+        step: int,  # steps done
+        seconds: float,  # training of this session, without pauses
+        total: float,  # everything, earlier sessions included
+        pauses: Pauses = (),  # what evaluations and checkpoints take
+        logged: bool = False,  # whether a line of metrics was written after this step
     ) -> str:
         "Measure and estimate `end`; returns a sentence where there is something new to say, else ''"
-        if not self.pace.due(step, seconds, logged): return ""
+        if not self.pace.due(step, seconds, logged):
+            return ""
         self.pace.mark(step, seconds)
-        if len(self.pace.marks) < 2: return ""
-        self.end = self.estimate(step, total, pauses)
-        return self.tell(step, seconds, total, pauses)
-
-    def estimate(self, step: int, total: float, pauses: Pauses = ()) -> int:
-        "Step at which the run will end; as planned so far while it is too early to tell"
-        if not self.limit or total < self.limit / 10: return self.plan.end
-        return self.reach(step, total, pauses)
-
-    def reach(self, step: int, total: float, pauses: Pauses = ()) -> int:
-        "Step at which time or steps will be used up"
-        if not self.limit: return self.plan.total
-        left = max(0, self.plan.total - step)
-        return step + steps_within(self.limit - total, step, left, self.pace.per_step(), pauses)
-
-    def tell(self, step: int, seconds: float, total: float, pauses: Pauses = ()) -> str:
-        "A sentence, once it is settled and whenever cut and uncut change places"
-        expected = dataclasses.replace(self.plan, end=self.reach(step, total, pauses))
-        if self.said == expected.cut or not self.pace.settled(step, seconds): return ""
-        self.said = expected.cut
-        per_step = self.pace.per_step()
-        rest = duration(step, self.plan.total - step, per_step, pauses)
-        return outlook(expected, per_step, self.limit if expected.cut else total + rest, self.falls)
+        if len(self.pace.marks) < 2:
+            return ""
+        reached = _reach(self, step, total, pauses)
+        early = not self.limit or total < self.limit / 10
+        self.end = self.plan.end if early else reached
+        return _announce(self, step, seconds, total, pauses, dataclasses.replace(self.plan, end=reached))
 
     def adopt(self, step: int, end: int) -> Plan:
         "Let the run end at `end`; returns the plan from `step` on"
@@ -188,12 +188,35 @@ class Forecast:
         "Plain values for a checkpoint"
         return {**dataclasses.asdict(self.plan), "limit": self.limit}
 
-    def load(self, state: Mapping[str, Any] | None, step: int) -> None:
-        "Go on with a checkpoint's plan; under other limits, or without one, position = step again"
-        self.plan = Plan.whole(self.plan.total, self.plan.warmup, step)
-        state = dict(state or {})
-        same = dict(total=self.plan.total, warmup=self.plan.warmup, limit=self.limit)
-        if same.items() <= state.items():
-            state.pop("limit")
-            self.plan = Plan(**state)
-        self.end = self.plan.end
+# %% ../../nbs/training/forecast.ipynb #forecast-reach-export
+def _reach(forecast: Forecast, step: int, total: float, pauses: Pauses = ()) -> int:
+    "Step at which time or steps will be used up, if it goes on like this"
+    if not forecast.limit:
+        return forecast.plan.total
+    left = max(0, forecast.plan.total - step)
+    per_step = forecast.pace.per_step()
+    return step + steps_within(forecast.limit - total, step, left, per_step, pauses)
+
+
+def _announce(
+    forecast: Forecast, step: int, seconds: float, total: float, pauses: Pauses, expected: Plan
+) -> str:
+    "A sentence about what is expected, once it is settled and whenever cut and uncut change places"
+    if forecast.announced == expected.cut or not forecast.pace.settled(step, seconds):
+        return ""
+    forecast.announced = expected.cut
+    per_step = forecast.pace.per_step()
+    rest = duration(step, forecast.plan.total - step, per_step, pauses)
+    return outlook(expected, per_step, forecast.limit if expected.cut else total + rest, forecast.falls)
+
+
+def load_plan(forecast: Forecast, state: Mapping[str, Any] | None, step: int) -> None:
+    "Go on with a checkpoint's plan; under other limits, or without one, position = step again"
+    plan = Plan.whole(forecast.plan.total, forecast.plan.warmup, step)
+    state = dict(state or {})
+    same = {"total": plan.total, "warmup": plan.warmup, "limit": forecast.limit}
+    if same.items() <= state.items():
+        state.pop("limit")
+        plan = Plan(**state)
+    forecast.plan = plan
+    forecast.end = plan.end

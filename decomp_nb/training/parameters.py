@@ -17,13 +17,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import TrainConfig, check_range, nearest
+from .config import TrainConfig, check_range, describe, nearest, typed
 
 # %% auto #0
 __all__ = ['TYPES', 'BOOLEANS', 'NOTHING', 'YAML_12', 'Parameter', 'Parameters', 'read_cells', 'parameters_source',
            'read_comments', 'read_assignment', 'parse_parameters', 'parameters', 'union_members', 'allowed_types',
            'read_literal', 'read_text', 'first_reading', 'coerce', 'is_training', 'check_ranges', 'check_values',
-           'check_together', 'check_trackers', 'yaml_loader', 'read_yaml', 'read_recipe', 'gather_values']
+           'check_parameters_cell', 'check_together', 'check_trackers', 'yaml_loader', 'read_yaml', 'read_recipe',
+           'gather_values']
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parameter
 class Parameter(NamedTuple):
@@ -209,6 +210,26 @@ def check_values(accepted: Parameters, values: dict, source: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{error} ({source})") from None
     return values
+
+# %% ../../nbs/training/parameters.ipynb #parameters-check-cell
+def check_parameters_cell(source: str) -> list[str]:
+    "What in a notebook's parameters cell disagrees with `TrainConfig`; an empty list when they agree"
+    found = parse_parameters(source)
+    problems = []
+    for field in fields(TrainConfig):
+        if field.name not in found:
+            problems.append(f"{field.name} is missing")
+            continue
+        _, kind, value, help = found[field.name]
+        if kind != field.type:
+            problems.append(f"{field.name}: annotated {kind}, should be {field.type}")
+        if help != describe(field):
+            problems.append(f"{field.name}: help is {help!r}, should be {describe(field)!r}")
+        try:
+            check_range(field, typed(field.name, field.type, value))
+        except (TypeError, ValueError) as error:
+            problems.append(str(error))
+    return problems
 
 # %% ../../nbs/training/parameters.ipynb #parameters-together
 def check_together(accepted: Parameters, values: dict) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 
 # %% auto #0
@@ -25,18 +26,23 @@ __all__ = ['NAMES', 'CLEARLY_FASTER', 'choose_precision', 'native_bf16', 'trial_
 NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 CLEARLY_FASTER = 1.2  # so many times as fast as float32: less is not worth the lost digits
 
+
 def choose_precision(
-    kind: str,                                     # device: "cpu", "cuda", "mps", …
-    native: bool | None = None,                    # whether the device reports bfloat16 instructions
-    seconds: tuple[float, float] | None = None,    # a trial step in float32, in bfloat16
+    kind: str,  # device: "cpu", "cuda", "mps", …
+    native: bool | None = None,  # whether the device reports bfloat16 instructions
+    seconds: tuple[float, float] | None = None,  # a trial step in float32, in bfloat16
 ) -> tuple[str, str]:
     "'bf16' or 'no', and why"
+    if kind == "cuda" and native:
+        return "bf16", "this GPU has instructions for bfloat16"
     if kind == "cuda":
-        if native: return "bf16", "this GPU has instructions for bfloat16"
         return "no", "this GPU has no instructions for bfloat16"
-    if kind != "cpu": return "no", f"bfloat16 is not known to be faster on {kind}"
-    if native is False: return "no", "this processor has no instructions for bfloat16"
-    if seconds is None: return "no", "nothing shows that bfloat16 is faster on this processor"
+    if kind != "cpu":
+        return "no", f"bfloat16 is not known to be faster on {kind}"
+    if native is False:
+        return "no", "this processor has no instructions for bfloat16"
+    if seconds is None:
+        return "no", "nothing shows that bfloat16 is faster on this processor"
     single, half = seconds
     why = f"a trial step took {1000 * half:.1f} ms in bfloat16, {1000 * single:.1f} ms in float32"
     return ("bf16" if half * CLEARLY_FASTER <= single else "no"), why
@@ -56,38 +62,35 @@ def native_bf16(kind: str) -> bool | None:
     return None
 
 # %% ../../nbs/training/precision.ipynb #precision-step-export
-def trial_step(
-    bf16: bool,         # bfloat16 or float32
-    images: int = 8,
-    channels: int = 32,
-    size: int = 16,     # pixels
-    hidden: int = 128,
-) -> Callable[[], None]:
+def trial_step(bf16: bool) -> Callable[[], None]:
     "A function that computes one small training step on the CPU, in bfloat16 or float32"
     generator = torch.Generator().manual_seed(0)
-    def draw(*shape): return torch.randn(*shape, generator=generator)
-    pictures = draw(images, channels, size, size)
-    kernel, up, down = draw(channels, channels, 3, 3), draw(channels, hidden), draw(hidden, channels)
-    weights = [(weight / weight[0].numel() ** 0.5).requires_grad_() for weight in (kernel, up, down)]
+    shapes = [(8, 32, 16, 16), (32, 32, 3, 3), (32, 128), (128, 32)]  # pictures, convolution, up, down
+    pictures, *weights = [torch.randn(*shape, generator=generator) for shape in shapes]
+    weights = [(weight / weight[0].numel() ** 0.5).requires_grad_() for weight in weights]
+
     def step() -> None:
         kernel, up, down = weights
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            features = F.silu(F.conv2d(pictures, kernel, padding=1)).flatten(2).transpose(1, 2)
+            features = F.silu(F.conv2d(pictures, kernel, padding=1))
+            features = rearrange(features, "b c h w -> b (h w) c")
             output = F.silu(features @ up) @ down
         torch.autograd.grad(output.float().square().mean(), weights)
     return step
 
 # %% ../../nbs/training/precision.ipynb #precision-time-export
 def fine_clock() -> Callable[[], float]:
-    "Processor time of this thread, which other programs do not stretch; the clock on the wall where the former is coarse"
+    "Processor time of this thread, which other programs do not stretch; the wall clock where that one is coarse"
     with contextlib.suppress(ValueError):
-        if time.get_clock_info("thread_time").resolution < 1e-4: return time.thread_time
+        if time.get_clock_info("thread_time").resolution < 1e-4:
+            return time.thread_time
     return time.perf_counter
 
+
 def time_steps(
-    single: Callable[[], Any],     # a step in float32
-    half: Callable[[], Any],       # the same in bfloat16
-    budget: float = 0.2,           # seconds
+    single: Callable[[], Any],  # a step in float32
+    half: Callable[[], Any],  # the same in bfloat16
+    budget: float = 0.2,  # seconds
     now: Callable[[], float] | None = None,  # clock; None: `fine_clock`
 ) -> tuple[float, float]:
     "Shortest time of each of two steps, in seconds; ends early when `half` is more than twice as slow"
@@ -98,11 +101,13 @@ def time_steps(
     now = now or fine_clock()
     begin = now()
     single()  # the first call of each chooses kernels and is not timed
-    best, other = timed(single), timed(half)
-    if other > 10 * best: return best, other
+    best = timed(single)
+    other = timed(half)
     while now() - begin < budget and other <= 2 * best:
-        best, other = min(best, timed(single)), min(other, timed(half))
+        best = min(best, timed(single))
+        other = min(other, timed(half))
     return best, other
+
 
 @functools.lru_cache(maxsize=1)
 def trial_seconds() -> tuple[float, float]:
@@ -116,13 +121,17 @@ def processor_name(cpuinfo: str | Path = "/proc/cpuinfo") -> str:
     with contextlib.suppress(OSError):
         for line in Path(cpuinfo).read_text(errors="replace").splitlines():
             name, _, value = line.partition(":")
-            if name.strip() == "model name": return value.strip()
+            if name.strip() == "model name":
+                return value.strip()
     return platform.processor() or platform.machine()
+
 
 def machine_name(kind: str) -> str:
     "What the choice of a precision depends on: the GPU's name, or the processor's with its instruction set"
-    if kind == "cuda": return torch.cuda.get_device_name()
-    if kind != "cpu": return kind
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    if kind != "cpu":
+        return kind
     return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 # %% ../../nbs/training/precision.ipynb #precision-record-export
@@ -137,25 +146,31 @@ class Precision:
     def __str__(self) -> str:
         return f"{NAMES[self.chosen]}: {self.why}"
 
+
 def recorded_choice(record: Mapping[str, Any]) -> tuple[str, str]:
     "Precision and machine (or kind of device) of a run, from its `config.json`; empty text where it says nothing"
     found = record.get("precision")
-    if found is not None: return found["chosen"], found["machine"]
+    if found is not None:
+        return found["chosen"], found["machine"]
     chosen = record.get("train", {}).get("mixed_precision", "")  # from before there was a choice
     return (chosen if chosen in NAMES else ""), record.get("hardware", {}).get("kind", "")
 
+
 def settle_precision(
-    asked: str,                                   # "auto", "no", "fp16" or "bf16"
-    kind: str,                                    # device
-    record: Mapping[str, Any] | None = None,      # `config.json` of the run that goes on
+    asked: str,  # "auto", "no", "fp16" or "bf16"
+    kind: str,  # device
+    record: Mapping[str, Any] | None = None,  # `config.json` of the run that goes on
 ) -> Precision:
     "What a run computes with"
     machine = machine_name(kind)
-    if asked != "auto": return Precision(asked, asked, "as asked", machine)
+    if asked != "auto":
+        return Precision(asked, asked, "as asked", machine)
     began, where = recorded_choice(record or {})
-    if began and where in ("", kind, machine): return Precision(asked, began, "as this run began", machine)
+    if began and where in ("", kind, machine):
+        return Precision(asked, began, "as this run began", machine)
     native = native_bf16(kind)
     seconds = trial_seconds() if kind == "cpu" and native is not False else None
     chosen, why = choose_precision(kind, native, seconds)
-    if began: why = f"chosen anew, {why} (the run began in {NAMES[began]} on {where})"
+    if began:
+        why = f"chosen anew, {why} (the run began in {NAMES[began]} on {where})"
     return Precision(asked, chosen, why, machine)

@@ -43,14 +43,13 @@ def git_commit() -> str | None:
     "Commit of the project that the run is started from, with `+` when it has uncommitted changes; None outside git"
 
     def git(*words):
-        return subprocess.run(
-            ["git", "-C", project_root(), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        command = ["git", "-C", project_root(), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit
 
 
 def difference(saved: Any, new: Any, name: str = "model") -> str:
@@ -68,11 +67,9 @@ def difference(saved: Any, new: Any, name: str = "model") -> str:
 def hardware(accelerator) -> dict[str, Any]:
     "What the run is computed on"
     device = accelerator.device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "device": name,
         "kind": device.type,
@@ -103,7 +100,5 @@ def check_model(config_file: Path, model: nn.Module) -> None:
         return
     changed = difference(_saved_model(config_file, model), model_record(model))
     if changed:
-        raise ValueError(
-            f"{changed}. The run directory {config_file.parent.name} holds another model: choose another out_dir, "
-            "or build the model as it was"
-        )
+        holds = f"The run directory {config_file.parent.name} holds another model"
+        raise ValueError(f"{changed}. {holds}: choose another out_dir, or build the model as it was")

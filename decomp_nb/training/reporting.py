@@ -36,9 +36,9 @@ def format_number(value: float) -> str:
 
 def metric_label(name: str) -> str:
     "fg_ari → FG-ARI, miou → mIoU"
-    return {"miou": "mIoU", "mbo": "mBO"}.get(
-        name, name.upper().replace("_", "-") if len(name) <= 6 else name.replace("_", " ")
-    )
+    if name in ("miou", "mbo"):
+        return {"miou": "mIoU", "mbo": "mBO"}[name]
+    return name.upper().replace("_", "-") if len(name) <= 6 else name.replace("_", " ")
 
 
 def progress_line(
@@ -57,27 +57,28 @@ def progress_line(
         f"{speed} img/s",
         f"{format_duration(seconds_left)} left",
     ]
-    parts += [
-        f"{metric_label(name)} {format_number(value)}" for name, value in list((scores or {}).items())[:1]
-    ]
+    for name, value in list((scores or {}).items())[:1]:
+        parts.append(f"{metric_label(name)} {format_number(value)}")
     return " · ".join(parts)
 
 # %% ../../nbs/training/reporting.ipynb #iterate-export
 def progress(
     items: Iterable,  # what to go through
     label: str = "",  # begins each line
-    total: int | None = None,  # `len(items)` unless told
+    total: int | None = None,  # None: `len(items)`, if they have one
     every: float = 10.0,  # seconds between lines
 ) -> Iterator:
     "Yield the items; print a line of text about every ten seconds, none if it is over sooner"
-    total = total if total is not None else len(items) if hasattr(items, "__len__") else None
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
     start = last = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         if now - last < every:
             continue
-        last, speed = now, done / (now - start)
+        last = now
+        speed = done / (now - start)
         left = f" · {format_duration((total - done) / speed)} left" if total else ""
         print(f"{label} {done}{f'/{total}' if total else ''} · {speed:.1f}/s{left}".strip(), flush=True)
 
@@ -129,9 +130,8 @@ class Meter:
         if not self.sums:
             return {}
         names = sorted(self.sums)
-        return dict(
-            zip(names, reduce(torch.stack([self.sums[name] / self.counts[name] for name in names])).tolist())
-        )
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        return dict(zip(names, reduce(means).tolist()))
 
     def state(self) -> dict[str, dict]:
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": dict(self.counts)}
@@ -147,9 +147,12 @@ class Stopwatch:
     now = staticmethod(time.monotonic)  # tests put an imagined clock here
 
     def __init__(self, before: float = 0.0, seen: int = 0):
-        self.before, self.begin, self.paused = before, self.now(), 0.0
+        self.before = before
+        self.begin = self.now()
+        self.paused = 0.0
         self.pauses: dict[str, float] = {}
-        self.lap_at, self.lap_seen = 0.0, seen
+        self.lap_at = 0.0
+        self.lap_seen = seen
 
     def elapsed(self) -> float:
         "Seconds of this session"
@@ -167,7 +170,8 @@ class Stopwatch:
         "Images per second since the last call"
         now = self.training()
         speed = (seen - self.lap_seen) / max(now - self.lap_at, 1e-9)
-        self.lap_at, self.lap_seen = now, seen
+        self.lap_at = now
+        self.lap_seen = seen
         return speed
 
     @contextlib.contextmanager

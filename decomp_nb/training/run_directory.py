@@ -27,11 +27,11 @@ from decomp_nb.training.reporting import (
 from .weights import load_weights, restorable, trainable
 
 # %% auto #0
-__all__ = ['Run', 'summary', 'load_run', 'find_resume', 'check_writable', 'display_path']
+__all__ = ['RunFiles', 'Run', 'summary', 'load_run', 'find_resume', 'check_writable', 'display_path']
 
 # %% ../../nbs/training/run_directory.ipynb #run-export
-class Run:
-    "A run directory: what was configured, how it went, what was learned"
+class RunFiles:
+    "The files of a run directory: what was configured, how it went"
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -64,21 +64,20 @@ class Run:
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         "Lines of `metrics.jsonl`: `kind` 'train', 'eval' or all"
-
-        def is_eval(row):
-            return any(name.startswith("eval/") for name in row)
-
-        return [
-            row for row in read_metrics(self.metrics_file) if kind is None or is_eval(row) == (kind == "eval")
-        ]
+        rows = read_metrics(self.metrics_file)
+        return rows if kind is None else [row for row in rows if any(map(_is_score, row)) == (kind == "eval")]
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         "Steps and values of one quantity, such as `loss` or `eval/fg_ari`"
-        points = [(row["step"], row[name]) for row in self.metrics() if row.get(name) is not None]
-        if not points:
-            there = sorted({key for row in self.metrics() for key in row} - {"step"})
+        rows = [row for row in self.metrics() if row.get(name) is not None]
+        if not rows:
+            there = sorted(set().union(*self.metrics()) - {"step"})
             raise KeyError(f"no {name!r} in {self.metrics_file.name}; there are {', '.join(there)}")
-        return [x for x, _ in points], [y for _, y in points]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+# %% ../../nbs/training/run_directory.ipynb #trained-export
+class Run(RunFiles):
+    "A run directory: what was configured, how it went, what was learned"
 
     def model(self, step: int | None = None) -> nn.Module:
         "The trained model with averaged weights, of the newest checkpoint or of the one at `step`"
@@ -87,9 +86,7 @@ class Run:
         if not (self.path / "model").is_dir():
             raise FileNotFoundError(f"{self.path.name} has no model/: nothing has been saved yet")
         model = load_decomposer(self.path / "model")
-        if step is not None:
-            self.load_weights(model, step)
-        return model
+        return model if step is None else self.load_weights(model, step)
 
     def load_weights(self, model: nn.Module, step: int | None = None) -> nn.Module:
         "Put the averaged weights of a checkpoint (the newest, or the one at `step`) into `model`"
@@ -101,28 +98,27 @@ class Run:
 
     def checkpoint(self, step: int | None = None) -> Path:
         "Folder of a whole checkpoint; a `FileNotFoundError` lists what there is"
-        folder = (
-            newest_checkpoint(self.checkpoints) if step is None else self.checkpoints / f"step-{step:08d}"
-        )
-        if folder is None or verify_manifest(folder):
+        folder = self.checkpoints / f"step-{step:08d}" if step is not None else newest_checkpoint(self.checkpoints)
+        problem = verify_manifest(folder) if folder else "there is no whole checkpoint"
+        if problem:
+            what = f"checkpoint {folder.name} {problem}" if folder else problem
             there = ", ".join(p.name for p in list_checkpoints(self.checkpoints)) or "none"
-            what = (
-                f"checkpoint {folder.name} {verify_manifest(folder)}"
-                if folder
-                else "there is no whole checkpoint"
-            )
             raise FileNotFoundError(f"{self.path.name}: {what}; there are: {there}")
         return folder
 
     def _repr_markdown_(self) -> str:
-        return "\n".join(
-            ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary(self).items())]
-        )
+        rows = [f"| {name} | {value} |" for name, value in summary(self).items()]
+        return "\n".join(["| | |", "|---|---|", *rows])
 
 # %% ../../nbs/training/run_directory.ipynb #summary-export
+def _is_score(name):
+    return name.startswith("eval/")
+
+
 def summary(run: Run) -> dict[str, str]:
     "The run in a few words: name, model, steps, loss, time, speed, last scores"
-    train, scores = run.metrics("train"), run.metrics("eval")
+    train = run.metrics("train")
+    scores = run.metrics("eval")
     words = {"run": run.config["name"] or run.path.name, "model": run.config["model"]["_class_name"]}
     if train:
         last = train[-1]
@@ -133,11 +129,9 @@ def summary(run: Run) -> dict[str, str]:
             "images/s": f"{last['images_per_second']:.0f}",
         }
     if scores:
-        words |= {
-            metric_label(k[5:]): format_number(v)
-            for k, v in scores[-1].items()
-            if k.startswith("eval/") and v is not None
-        }
+        last = {name: value for name, value in scores[-1].items() if value is not None}
+        for name in filter(_is_score, last):
+            words[metric_label(name.removeprefix("eval/"))] = format_number(last[name])
     return words
 
 
@@ -156,29 +150,19 @@ def find_resume(run: Run, resume: str) -> Path | None:
         return newest_checkpoint(run.checkpoints)
     if resume == "never":
         if run.started:
-            raise FileExistsError(
-                f"{holds}: set resume='auto' to go on with it, choose another out_dir, or delete the folder"
-            )
+            ways = "set resume='auto' to go on with it, choose another out_dir, or delete the folder"
+            raise FileExistsError(f"{holds}: {ways}")
         return None
-    folder = next(
-        (
-            place
-            for place in (Path(resume), run.checkpoints / resume, resolve_out_dir(resume))
-            if place.is_dir()
-        ),
-        None,
-    )
+    places = (Path(resume), run.checkpoints / resume, resolve_out_dir(resume))
+    folder = next(filter(Path.is_dir, places), None)
     if folder is None:
-        raise FileNotFoundError(
-            f"resume: no checkpoint {resume!r}; give 'auto', 'never' or a folder checkpoints/step-…"
-        )
+        options = "'auto', 'never' or a folder checkpoints/step-…"
+        raise FileNotFoundError(f"resume: no checkpoint {resume!r}; give {options}")
     if (folder / "checkpoints").is_dir():
         folder = newest_checkpoint(folder / "checkpoints") or folder
     if problem := verify_manifest(folder):
-        whole = (
-            ", ".join(path.name for path in list_checkpoints(folder.parent) if not verify_manifest(path))
-            or "none"
-        )
+        names = [path.name for path in list_checkpoints(folder.parent) if not verify_manifest(path)]
+        whole = ", ".join(names) or "none"
         raise ValueError(f"resume: checkpoint {folder.name} {problem}. Whole checkpoints there: {whole}")
     if run.started and folder.resolve().parent != run.checkpoints.resolve():
         raise FileExistsError(f"{holds}, and {resume!r} belongs to another: choose a fresh out_dir")
@@ -192,13 +176,13 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(
-            error.errno, f"out_dir: cannot write to {folder}: {error.strerror}; choose another"
-        ) from error
+        message = f"out_dir: cannot write to {folder}: {error.strerror}; choose another"
+        raise OSError(error.errno, message) from error
 
 # %% ../../nbs/training/run_directory.ipynb #path-export
 def display_path(path: Path) -> str:
     "Path as seen from the current folder, where that is shorter than the whole of it"
-    path, here = Path(path).resolve(), Path.cwd().resolve()
+    path = Path(path).resolve()
+    here = Path.cwd().resolve()
     root = project_root(here)
     return os.path.relpath(path, here) if path.is_relative_to(root) else str(path)

@@ -15,7 +15,7 @@ from torch import nn
 from .accelerator import agree_on_precision, gather_states, make_accelerator
 from .config import TrainConfig
 from .engine import Engine
-from .forecast import Forecast, Plan, expectation
+from .forecast import Forecast, Plan, expectation, load_plan
 from .precision import Precision
 from .record import check_model, read_record
 from .reporting import Meter, Stopwatch
@@ -46,7 +46,7 @@ def make_forecast(config: TrainConfig, plan: Mapping[str, Any] | None = None, st
     "The forecast of a session that begins at `step`, with the plan of its checkpoint, if any"
     whole = Plan.whole(config.max_steps, config.warmup)
     forecast = Forecast(whole, config.max_minutes, falls=not config.lr_schedule.startswith("constant"))
-    forecast.load(plan, step)
+    load_plan(forecast, plan, step)
     return forecast
 
 # %% ../../nbs/training/session.ipynb #prepare-export
@@ -73,12 +73,12 @@ def images_per_step(config: TrainConfig, accelerator: Any) -> int:
     return config.batch_size * config.grad_accumulation * accelerator.num_processes
 
 # %% ../../nbs/training/session.ipynb #trackers-export
-def open_trackers(accelerator: Any, config: TrainConfig, name: str, step: int, resumed: bool) -> None:
+def open_trackers(accelerator: Any, config: TrainConfig, name: str, begun: int | None = None) -> None:
     "Start the trackers, if any; TensorBoard drops what a resumed run will write again"
     if not accelerator.log_with:
         return
-    options = {"tensorboard": {"purge_step": step + 1}}
-    accelerator.init_trackers(name, None if resumed else config.to_dict(), options)
+    options = {"tensorboard": {"purge_step": (begun or 0) + 1}}
+    accelerator.init_trackers(name, config.to_dict() if begun is None else None, options)
 
 # %% ../../nbs/training/session.ipynb #session-export
 BEGINNING = {"step": 0, "seen": 0, "seconds": 0.0, "ranks": []}  # progress of a run that has none

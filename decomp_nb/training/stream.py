@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import random
 import signal
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from .config import TrainConfig
+from .processes import count_cores
 from .signals import STOP_SIGNALS
 
 # %% auto #0
@@ -93,14 +93,16 @@ class Stream(torch.utils.data.Dataset):
     "Endless view of a data set: item `j` and the randomness with which it is drawn depend on `(seed, j)` alone"
 
     def __init__(self, data, seed: int = 0):
-        self.data, self.seed, self.n = data, seed, len(data)
+        self.data = data
+        self.seed = seed
+        self.n = len(data)
         self.order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, self.n, seed))
 
     def index(self, j: int) -> int:
         "Which image stands at position `j`"
         return int(self.order(j // self.n)[j % self.n])
 
-    def seed_dice(self, j: int) -> None:
+    def seed_generators(self, j: int) -> None:
         "Generators as they shall be when the image at position `j` is drawn"
         seed = mix_seeds(self.seed, j)
         random.seed(seed)
@@ -108,7 +110,7 @@ class Stream(torch.utils.data.Dataset):
         torch.default_generator.manual_seed(seed)
 
     def __getitem__(self, j: int):
-        self.seed_dice(j)
+        self.seed_generators(j)
         return self.data[self.index(j)]
 
     def __getitems__(self, positions: list[int]) -> list:
@@ -121,7 +123,7 @@ class Stream(torch.utils.data.Dataset):
         "The items one by one, or all at once where the data set has `__getitems__`; then the first seeds all"
         if not hasattr(self.data, "__getitems__"):
             return [self[j] for j in positions]
-        self.seed_dice(positions[0])
+        self.seed_generators(positions[0])
         return self.data.__getitems__([self.index(j) for j in positions])
 
     def __getstate__(self):  # for workers that are spawned: the cache cannot travel
@@ -157,9 +159,7 @@ def _outlive_stop_signals(worker: int) -> None:
 
 def workers_at_most(wanted: int, cores: int | None = None) -> int:
     "`wanted` loader workers, but no more than there are cores for this process: others would only wait"
-    if cores is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted, cores)
+    return min(wanted, cores or count_cores())
 
 
 def stream_loader(
@@ -181,15 +181,13 @@ def stream_loader(
 
 # %% ../../nbs/training/stream.ipynb #check-export
 def check_data(data, config: TrainConfig, processes: int = 1) -> None:
-    "A data set must have `len` and `[i]`, one image that loads, and enough images for one micro-batch of every process"
+    "A data set must have `len` and `[i]`, one image that loads, and one micro-batch for every process"
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(f"{type(data).__name__} is not a data set: it needs len(data) and data[i]")
     if len(data) == 0:
         raise ValueError(f"the data set is empty ({type(data).__name__}): check its path and split")
     if len(data) < config.batch_size * processes:
-        raise ValueError(
-            f"batch_size: {config.batch_size} × {processes} process(es) is more than the {len(data)} images "
-            "of the data set"
-        )
+        wanted = f"{config.batch_size} × {processes} process(es)"
+        raise ValueError(f"batch_size: {wanted} is more than the {len(data)} images of the data set")
     with preserve_random_state():
         data[0]

@@ -18,7 +18,8 @@ __all__ = ['trainable', 'restorable', 'save_weights', 'load_weights', 'fingerpri
 # %% ../../nbs/training/weights.ipynb #weights-export
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     "name → trainable parameter, tied ones once"
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = model.named_parameters()
+    return {name: p for name, p in named if p.requires_grad}
 
 
 def restorable(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -32,38 +33,45 @@ def save_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     "Write tensors as safetensors, in ordinary memory layout"
     from safetensors.torch import save_file
 
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.detach().cpu().contiguous().clone()
     save_file(copies, path)
 
-
+# %% ../../nbs/training/weights.ipynb #load-export
 def load_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     "Copy weights into `tensors`; a `ValueError` names the first that is missing or has another shape"
     from safetensors.torch import load_file
 
-    saved, place = load_file(path), path.parent.name
+    saved = load_file(path)
+    place = path.parent.name
     for name in sorted(tensors.keys() ^ saved.keys()):
         where = f"the model but not in {place}" if name in tensors else f"{place} but not in the model"
         raise ValueError(f"{name} is in {where}: it was saved from another model")
     for name, tensor in tensors.items():
-        if saved[name].shape != tensor.shape:
-            raise ValueError(
-                f"{name} is {tuple(saved[name].shape)} in {place} and {tuple(tensor.shape)} in the model"
-            )
+        there, here = tuple(saved[name].shape), tuple(tensor.shape)
+        if there != here:
+            raise ValueError(f"{name} is {there} in {place} and {here} in the model")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
 
-
+# %% ../../nbs/training/weights.ipynb #fingerprint-export
 def fingerprint(model: nn.Module) -> dict[str, int]:
     "name → checksum of a sample of each frozen parameter, those of a Decomposer's foundations included"
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    found = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            found[name] = sample_checksum(p)
     for part, module in getattr(model, "foundations", dict)().items():
-        frozen |= {f"{part}.{name}": p for name, p in module.named_parameters()}
-    return {name: sample_checksum(p) for name, p in frozen.items()}
+        for name, p in module.named_parameters():
+            found[f"{part}.{name}"] = sample_checksum(p)
+    return found
 
 
 def sample_checksum(tensor: torch.Tensor) -> int:
     "CRC-32 of about 64 of its values, in float32"
     step = max(1, tensor.numel() // 64)
-    sample = tensor.detach().flatten()[::step].float().cpu()
+    sample = tensor.detach().flatten()[::step]
+    sample = sample.float().cpu()
     return zlib.crc32(sample.numpy().tobytes())

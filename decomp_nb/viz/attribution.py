@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from ..components.foundations import Foundation, Prompts
@@ -38,20 +39,17 @@ class AttentionMaps:
         size: tuple[int, int] | None = None,  # (h, w) of the places; None for a square
     ) -> None:
         "One call of one layer"
-        rows = images * (2 if guided else 1)
-        p = probabilities.detach().float().unflatten(0, (rows, -1))[-images:]
-        side = round(p.shape[2] ** 0.5)
-        self.sums[layer] = self.sums.get(layer, 0) + p.mT.unflatten(-1, size or (side, side))
+        maps = _as_maps(probabilities, images * (2 if guided else 1), size)
+        self.sums[layer] = self.sums.get(layer, 0) + maps[-images:]
         self.calls[layer] = self.calls.get(layer, 0) + 1
 
     def shares(self, size: int | tuple[int, int] | None = None) -> Tensor:
         "Mean over layers, heads and calls `(images, tokens, h, w)`: at every place it sums to one over the tokens"
-        size = self._size(size)
-        total = 0
+        size = _picture_size(self, size)
+        large = []
         for layer, maps in self.sums.items():
-            mean = maps.mean(1) / self.calls[layer]
-            total = total + F.interpolate(mean, size, mode="bilinear", align_corners=False)
-        return total / len(self.sums)
+            large.append(F.interpolate(maps.mean(1) / self.calls[layer], size, mode="bilinear"))
+        return sum(large) / len(large)
 
     def maps(
         self,
@@ -63,34 +61,54 @@ class AttentionMaps:
         exact: bool = False,  # enlarge every head's map by itself
     ) -> Tensor:
         "DAAM's map for every token, `(images, tokens, h, w)`"
-        size = self._size(size)
-        total, count = 0, 0
-        for maps in self._chosen(size, layers, factors):
-            maps = maps if heads is None else maps[:, list(heads)]
-            n_heads = maps.shape[1]
-            maps = maps if exact else maps.mean(1, keepdim=True)
-            large = F.interpolate(maps.flatten(0, 1), size, mode="bicubic", align_corners=False).clamp_min(0)
-            total = total + n_heads * large.unflatten(0, maps.shape[:2]).mean(1)
-            count = count + n_heads
-        return total / count
+        size = _picture_size(self, size)
+        chosen = _choose(self, size, layers, factors)
+        if heads is not None:
+            chosen = [maps[:, list(heads)] for maps in chosen]
+        return _mean_map(chosen, size, exact)
 
-    def _size(self, size):
-        if not self.sums:
-            raise ValueError("no attention was recorded: run the model inside `with record_attention(…)`")
-        if size is None:
-            return max(tuple(maps.shape[-2:]) for maps in self.sums.values())
-        return (size, size) if isinstance(size, int) else tuple(size)
+# %% ../../nbs/viz/attribution.ipynb #record-size-export
+def _as_maps(probabilities, rows, size):
+    "`(rows·heads, places, tokens)` → `(rows, heads, tokens, h, w)`"
+    side = round(probabilities.shape[1] ** 0.5)
+    h, w = size or (side, side)
+    p = probabilities.detach().float()
+    return rearrange(p, "(row head) (h w) token -> row head token h w", row=rows, h=h, w=w)
 
-    def _chosen(self, size, layers, factors):
-        chosen = []
-        for layer, maps in sorted(self.sums.items()):
-            factor = size[0] // maps.shape[-2]
-            if (layers is None or layer in layers) and (factors is None or factor in factors):
-                chosen.append(maps)
-        if not chosen:
-            smaller = sorted({size[0] // maps.shape[-2] for maps in self.sums.values()})
-            raise ValueError(f"no layer is left: there are layers {sorted(self.sums)}, smaller by {smaller}")
-        return chosen
+
+def _picture_size(record, size):
+    "(h, w) in which maps are returned"
+    if not record.sums:
+        raise ValueError("no attention was recorded: run the model inside `with record_attention(…)`")
+    if size is None:
+        return max(tuple(maps.shape[-2:]) for maps in record.sums.values())
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _choose(record, size, layers, factors):
+    "Sums of the layers that are wanted, by their number or by how many times they are smaller"
+    chosen = []
+    for layer, maps in sorted(record.sums.items()):
+        factor = size[0] // maps.shape[-2]
+        if (layers is None or layer in layers) and (factors is None or factor in factors):
+            chosen.append(maps)
+    if not chosen:
+        smaller = sorted({size[0] // maps.shape[-2] for maps in record.sums.values()})
+        raise ValueError(f"no layer is left: there are layers {sorted(record.sums)}, smaller by {smaller}")
+    return chosen
+
+
+def _mean_map(chosen, size, exact):
+    "Mean over all heads of all layers, enlarged to `size`; `exact`: every head by itself"
+    total = 0
+    for maps in chosen:
+        n_heads = maps.shape[1]
+        maps = maps if exact else maps.mean(1, keepdim=True)
+        large = rearrange(maps, "b head token h w -> (b head) token h w")
+        large = F.interpolate(large, size, mode="bicubic", align_corners=False).clamp_min(0)
+        mean = reduce(large, "(b head) token h w -> b token h w", "mean", head=maps.shape[1])
+        total = total + n_heads * mean
+    return total / sum(maps.shape[1] for maps in chosen)
 
 # %% ../../nbs/viz/attribution.ipynb #layers-export
 def text_layers(

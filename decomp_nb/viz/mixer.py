@@ -18,7 +18,36 @@ from .figures import masked, show
 from .sheets import Picture, _chunks, _fit, _framed, _layout, _page, _rows, _stack, _tiles
 
 # %% auto #0
-__all__ = ['Desk', 'mixer_board', 'board', 'Mixer', 'mixer']
+__all__ = ['Desk', 'chosen_factors', 'factor_pictures', 'mixer_board', 'board', 'Mixer', 'mixer']
+
+# %% ../../nbs/viz/mixer.ipynb #mixer-seeded-export
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    "Inside, torch draws the numbers that belong to `seed`; afterwards the global generator is as it was"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _encode(model, images, seed):
+    "Factors `(b,k,d)` of stills"
+    with torch.no_grad(), _seeded(seed):
+        factors: Factors = model.encode(images.to(getattr(model, "device", images.device)))
+    shape = tuple(factors.codes.shape)
+    if len(shape) != 3:
+        raise ValueError(f"images: expected stills, whose factors are (b,k,d), but the codes are {shape}")
+    return factors
+
+
+def _check_choices(choices, n, k):
+    "A set of factors for each of `n` pictures; `ValueError` where one has no such picture or factor"
+    if len(choices) > n:
+        raise ValueError(f"choices: {len(choices)} sets for {n} pictures")
+    chosen = [set(c) for c in choices] + [set() for _ in range(n - len(choices))]
+    wrong = set().union(*chosen) - set(range(k))
+    if wrong:
+        raise ValueError(f"choices: factor {min(wrong)} asked for, but there are {k}")
+    return chosen
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-desk-export
 class Desk:
@@ -29,7 +58,7 @@ class Desk:
         model,  # anything with `encode(images) → Factors` and `decode(factors, …) → images`
         images: Tensor,  # `(n,3,h,w)` in [−1,1], the sources
         *,
-        choices: Sequence[Iterable[int]] | None = None,  # for each source, what is taken; by default all of the first
+        choices: Sequence[Iterable[int]] | None = None,  # for each source, what is taken; None: all of the first
         steps: int = 25,  # denoising steps
         guidance_scale: float = 1.0,
         seed: int = 0,
@@ -39,64 +68,46 @@ class Desk:
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.seed = seed
-        with torch.no_grad(), _seeded(seed):
-            self.factors: Factors = model.encode(self.images.to(getattr(model, "device", images.device)))
-        shape = tuple(self.factors.codes.shape)
-        if len(shape) != 3:
-            raise ValueError(f"images: expected stills, whose factors are (b,k,d), but the codes are {shape}")
-        self.weights = torch.ones(shape[:2])
-        self.choices = self._checked([range(shape[1])] if choices is None else choices)
-
-    def _checked(self, choices):
-        n, k = self.weights.shape
-        if len(choices) > n:
-            raise ValueError(f"choices: {len(choices)} sets for {n} pictures")
-        chosen = [set(c) for c in choices] + [set() for _ in range(n - len(choices))]
-        wrong = set().union(*chosen) - set(range(k))
-        if wrong:
-            raise ValueError(f"choices: factor {min(wrong)} asked for, but there are {k}")
-        return chosen
+        self.factors = _encode(model, self.images, seed)
+        n, k = self.factors.codes.shape[:2]
+        self.weights = torch.ones(n, k)
+        self.choices = _check_choices([range(k)] if choices is None else choices, n, k)
 
     def toggle(self, picture: int, factor: int) -> Desk:
         "Put a factor in, or take it out again"
         self.choices[picture] ^= {factor}
-        self._checked(self.choices)
+        _check_choices(self.choices, *self.weights.shape)
         return self
-
-    def mixed(self) -> Factors:
-        "The chosen factors as one set, `(1,k',d)`"
-        weighted = bool((self.weights != 1).any())
-        factors = self.factors * self.weights.to(self.factors.codes) if weighted else self.factors
-        sets = [factors.rows(i).pick(sorted(c)) for i, c in enumerate(self.choices) if c]
-        if not sets:
-            raise ValueError("nothing is chosen: pick at least one factor")
-        return sets[0].cat(*sets[1:])
 
     def draw(self) -> Tensor:
         "The picture `(1,3,h,w)` of the chosen set"
-        return self.decode(self.mixed())
+        return self.decode(chosen_factors(self))
 
     @torch.no_grad()
     def decode(self, factors: Factors) -> Tensor:
         "`model.decode` with the settings of the desk; the same seed gives each picture the same noise"
         generator = torch.Generator().manual_seed(self.seed)
-        images = self.model.decode(factors, steps=self.steps, guidance_scale=self.guidance_scale, generator=generator)
-        return images.float().cpu()
+        options = {"steps": self.steps, "guidance_scale": self.guidance_scale, "generator": generator}
+        return self.model.decode(factors, **options).float().cpu()
 
-    def parts(self) -> Tensor:
-        "What each factor looks like, `(n,k,3,h,w)`: its share of the pixels, or, without masks, itself decoded alone"
-        if self.factors.masks is not None:
-            return masked(self.images, self.factors.masks.float())
-        alone = [self.decode(self.factors.pick(j)) for j in range(self.factors.n_factors)]
-        return torch.stack(alone, 1)
+# %% ../../nbs/viz/mixer.ipynb #mixer-mix-export
+def chosen_factors(desk: Desk) -> Factors:
+    "The chosen factors of a desk as one set, `(1,k',d)`"
+    factors = desk.factors
+    if bool((desk.weights != 1).any()):
+        factors = factors * desk.weights.to(factors.codes)
+    sets = [factors.rows(i).pick(sorted(c)) for i, c in enumerate(desk.choices) if c]
+    if not sets:
+        raise ValueError("nothing is chosen: pick at least one factor")
+    return sets[0].cat(*sets[1:])
 
-# %% ../../nbs/viz/mixer.ipynb #mixer-seeded-export
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    "Inside, torch draws the numbers that belong to `seed`; afterwards the global generator is as it was"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+
+def factor_pictures(desk: Desk) -> Tensor:
+    "What each factor looks like, `(n,k,3,h,w)`: its share of the pixels, or, without masks, itself decoded alone"
+    if desk.factors.masks is not None:
+        return masked(desk.images, desk.factors.masks.float())
+    alone = [desk.decode(desk.factors.pick(j)) for j in range(desk.factors.n_factors)]
+    return torch.stack(alone, 1)
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-board-export
 def mixer_board(
@@ -130,7 +141,7 @@ def board(
     colours = factor_colours(k, background).tolist()
     lines = []
     captions = []
-    for i, (tile, parts, taken) in enumerate(zip(tiles, desk.parts(), desk.choices)):
+    for i, (tile, parts, taken) in enumerate(zip(tiles, factor_pictures(desk), desk.choices)):
         lines += _chunks(_framed_row(tile, parts, taken, colours, cell), ncol)
         captions += _chunks([f"{name} {i}", *numbers], ncol)
     result = _rows([_fit(_tiles(desk.draw()), max(2, min(3, n)) * cell)], [["result"]])
@@ -169,73 +180,12 @@ class Mixer(Desk):
         super().__init__(model, images, **options)
         import ipywidgets as w
         self.result: Tensor | None = None
-        self.pieces = self.parts()
+        self.pieces = factor_pictures(self)
         self.toggles, self.sliders, self.thumbnails = [], [], []
-        sources = w.VBox([self._source(i, weights) for i in range(len(self.images))])
+        sources = w.VBox([_source(self, i, weights) for i in range(len(self.images))])
         self.screen = w.Image(format="png", width=288, height=288)
         self.status = w.Label("")
-        self.widget = w.VBox([w.HBox([sources, self.screen]), self._controls(), self.status])
-
-    def _controls(self):
-        "The row of buttons and settings"
-        import ipywidgets as w
-        self.steps_slider = w.IntSlider(self.steps, min=1, max=max(100, self.steps), description="steps")
-        self.guidance_slider = w.FloatSlider(self.guidance_scale, min=1, max=8, step=0.1, description="guidance")
-        self.seed_box = w.IntText(self.seed, description="seed", layout={"width": "160px"})
-        self.live = w.ToggleButton(False, description="Live", tooltip="draw at every change")
-        self.button = w.Button(description="Draw", button_style="primary")
-        knobs = {"steps": self.steps_slider, "guidance_scale": self.guidance_slider, "seed": self.seed_box}
-        if not _knows_guidance(self.model, self.factors):
-            del knobs["guidance_scale"]
-        for name, knob in knobs.items():
-            knob.observe(partial(self._set, name), "value")
-        self.button.on_click(lambda _: self.redraw())
-        return w.HBox([self.button, self.live, *knobs.values()])
-
-    def _source(self, i, weights):
-        "A picture and its factors, in a row that wraps"
-        import ipywidgets as w
-        pieces = [self._piece(i, j) for j in range(self.factors.n_factors)]
-        for rows, row in zip((self.thumbnails, self.toggles, self.sliders), zip(*pieces)):
-            rows.append(row)
-        wrap = {"flex_flow": "row wrap", "width": f"{min(len(pieces), 8) * 84}px"}
-        columns = [w.VBox(piece if weights else piece[:2]) for piece in pieces]
-        source = w.Image(value=show(self.images[i])._repr_png_(), format="png", width=108, height=108)
-        return w.HBox([source, w.Box(columns, layout=wrap)])
-
-    def _piece(self, i, j):
-        "Thumbnail, button and weight of a factor"
-        import ipywidgets as w
-        narrow = {"width": "76px"}
-        thumbnail = w.Image(value=self._thumbnail(i, j), format="png", width=76, height=76)
-        toggle = w.ToggleButton(j in self.choices[i], description=f"{j}", layout=narrow)
-        slider = w.FloatSlider(1.0, min=0, max=2, step=0.05, readout=False, layout=narrow)
-        toggle.observe(partial(self._switch, i, j), "value")
-        slider.observe(partial(self._weigh, i, j), "value")
-        return thumbnail, toggle, slider
-
-    def _thumbnail(self, i, j):
-        tile = _faded(self.pieces[i], self.choices[i])[j]
-        colour = factor_colours(j + 1)[j].tolist() if j in self.choices[i] else PAPER
-        return Picture(_framed(_fit(_tiles(tile), 144)[0], colour))._repr_png_()
-
-    def _switch(self, i, j, change):
-        if change["new"] != (j in self.choices[i]):
-            self.toggle(i, j)
-        self.thumbnails[i][j].value = self._thumbnail(i, j)
-        self._changed()
-
-    def _weigh(self, i, j, change):
-        self.weights[i, j] = change["new"]
-        self._changed()
-
-    def _set(self, name, change):
-        setattr(self, name, change["new"])
-        self._changed()
-
-    def _changed(self):
-        if self.live.value:
-            self.redraw()
+        self.widget = w.VBox([w.HBox([sources, self.screen]), _controls(self), self.status])
 
     def redraw(self) -> Tensor | None:
         "Draw and show; a problem is reported below the board and leaves the last picture standing"
@@ -254,6 +204,75 @@ class Mixer(Desk):
     def _ipython_display_(self):
         from IPython.display import display
         display(self.widget)
+
+# %% ../../nbs/viz/mixer.ipynb #mixer-controls-export
+def _controls(desk):
+    "The row of buttons and settings"
+    import ipywidgets as w
+    desk.steps_slider = w.IntSlider(desk.steps, min=1, max=max(100, desk.steps), description="steps")
+    desk.guidance_slider = w.FloatSlider(desk.guidance_scale, min=1, max=8, step=0.1, description="guidance")
+    desk.seed_box = w.IntText(desk.seed, description="seed", layout={"width": "160px"})
+    desk.live = w.ToggleButton(False, description="Live", tooltip="draw at every change")
+    desk.button = w.Button(description="Draw", button_style="primary")
+    knobs = {"steps": desk.steps_slider, "guidance_scale": desk.guidance_slider, "seed": desk.seed_box}
+    if not _knows_guidance(desk.model, desk.factors):
+        del knobs["guidance_scale"]
+    for name, knob in knobs.items():
+        knob.observe(partial(_set, desk, name), "value")
+    desk.button.on_click(lambda _: desk.redraw())
+    return w.HBox([desk.button, desk.live, *knobs.values()])
+
+
+def _set(desk, name, change):
+    setattr(desk, name, change["new"])
+    _changed(desk)
+
+
+def _changed(desk):
+    if desk.live.value:
+        desk.redraw()
+
+# %% ../../nbs/viz/mixer.ipynb #mixer-sources-export
+def _source(desk, i, weights):
+    "A picture and its factors, in a row that wraps"
+    import ipywidgets as w
+    pieces = [_piece(desk, i, j) for j in range(desk.factors.n_factors)]
+    for rows, row in zip((desk.thumbnails, desk.toggles, desk.sliders), zip(*pieces)):
+        rows.append(row)
+    wrap = {"flex_flow": "row wrap", "width": f"{min(len(pieces), 8) * 84}px"}
+    columns = [w.VBox(piece if weights else piece[:2]) for piece in pieces]
+    source = w.Image(value=show(desk.images[i])._repr_png_(), format="png", width=108, height=108)
+    return w.HBox([source, w.Box(columns, layout=wrap)])
+
+
+def _piece(desk, i, j):
+    "Thumbnail, button and weight of a factor"
+    import ipywidgets as w
+    narrow = {"width": "76px"}
+    thumbnail = w.Image(value=_thumbnail(desk, i, j), format="png", width=76, height=76)
+    toggle = w.ToggleButton(j in desk.choices[i], description=f"{j}", layout=narrow)
+    slider = w.FloatSlider(1.0, min=0, max=2, step=0.05, readout=False, layout=narrow)
+    toggle.observe(partial(_switch, desk, i, j), "value")
+    slider.observe(partial(_weigh, desk, i, j), "value")
+    return thumbnail, toggle, slider
+
+
+def _thumbnail(desk, i, j):
+    tile = _faded(desk.pieces[i], desk.choices[i])[j]
+    colour = factor_colours(j + 1)[j].tolist() if j in desk.choices[i] else PAPER
+    return Picture(_framed(_fit(_tiles(tile), 144)[0], colour))._repr_png_()
+
+
+def _switch(desk, i, j, change):
+    if change["new"] != (j in desk.choices[i]):
+        desk.toggle(i, j)
+    desk.thumbnails[i][j].value = _thumbnail(desk, i, j)
+    _changed(desk)
+
+
+def _weigh(desk, i, j, change):
+    desk.weights[i, j] = change["new"]
+    _changed(desk)
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-function-export
 def mixer(

@@ -199,7 +199,7 @@ def curve(
     alt = alt or f"{title or y_label or 'curve'}: {names}"
     return plotted(fig, alt=alt)
 
-
+# %% ../../nbs/viz/plots.ipynb #plots-line-export
 def _line(axes, x, y, std, smooth, colour):
     "One line, faint where it is not smoothed; returns its end"
     mean = _running_mean(y, smooth)

@@ -56,8 +56,7 @@ class Picture:
     __truediv__ = above
 
     def __repr__(self):
-        width, height = self.size
-        return f"{type(self).__name__} {width}×{height}: {self.alt}".removesuffix(": ")
+        return f"{type(self).__name__} {self.image.width}×{self.image.height}: {self.alt}".removesuffix(": ")
 
     def _repr_png_(self):
         return _png(_few_colours(self.image), self.alt)
