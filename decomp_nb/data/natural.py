@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .images import read_image, resize_crop, to_image_tensor
-from .scene_item import read_json, read_labels
 from .reader import Reader, split_name, subsample
+from .scene_item import read_json, read_labels
 
 # %% auto #0
 __all__ = ['VOC_CLASSES', 'cut_alike', 'unpack_runs', 'mask_of_runs', 'mask_of_polygons', 'mask_of', 'CocoScenes',

@@ -16,8 +16,15 @@ from pathlib import Path
 from .config import project_root
 from .kernel import STOPPED, relative_path, run_directory, run_notebook
 from .parameters import Parameters, check_trackers, gather_values, parameters
-from .processes import (
-    Job, Layout, asked_for_gpus, count_gpus, run_as_rank, run_ranks, started_by_another)
+from decomp_nb.training.processes import (
+    Job,
+    Layout,
+    asked_for_gpus,
+    count_gpus,
+    run_as_rank,
+    run_ranks,
+    started_by_another,
+)
 from .rehearsal import rehearse_notebook
 from .rendezvous import parse_address
 from .slurm import Allocation, sbatch_script

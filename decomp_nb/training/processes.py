@@ -22,8 +22,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .kernel import STOPPED, forward_signals, relative_path, run_notebook
-from .rendezvous import (
-    Board, Watch, agree, import_torch_quietly, interface_towards, leave, open_store, parse_address, run_record)
+from decomp_nb.training.rendezvous import (
+    Board,
+    Watch,
+    agree,
+    import_torch_quietly,
+    interface_towards,
+    leave,
+    open_store,
+    parse_address,
+    run_record,
+)
 
 # %% auto #0
 __all__ = ['GOOD_ENDS', 'CONSEQUENCE', 'Layout', 'Job', 'asked_for_gpus', 'count_gpus', 'count_cores', 'rank_environment', 'Rank',

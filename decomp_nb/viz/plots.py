@@ -14,7 +14,17 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .colours import INK, LINE, PAPER, QUIET, palette
-from .sheets import _MARGIN, Picture, _check_count, _layout, _one_size, _page, _stack, _table, _words
+from decomp_nb.viz.sheets import (
+    _MARGIN,
+    Picture,
+    _check_count,
+    _layout,
+    _one_size,
+    _page,
+    _stack,
+    _table,
+    _words,
+)
 
 # %% auto #0
 __all__ = ['figure', 'plotted', 'curve', 'bars', 'heat']
