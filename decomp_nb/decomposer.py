@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .factors import Factors, _join
 
 # %% auto #0
-__all__ = ['sample', 'Frozen', 'VersionedConfig', 'StrictModel', 'fingerprint', 'Method', 'Decomposer', 'shipped',
-           'load_decomposer']
+__all__ = ['sample', 'Frozen', 'VersionedConfig', 'StrictModel', 'fingerprint', 'Method', 'Decomposer', 'weights_folder',
+           'shipped', 'load_decomposer']
 
 # %% ../nbs/decomposer.ipynb #sample-export
 @torch.no_grad()
@@ -342,12 +342,17 @@ def _extrapolate(outputs: Tensor, scale: float) -> Tensor:
     return without + scale * (with_factors - without)
 
 # %% ../nbs/decomposer.ipynb #shipped-export
+def weights_folder() -> Path:
+    "Where the weights that come with the package lie"
+    return Path(__file__).parent / "weights"
+
+
 def shipped(name: str) -> Path:
     "Folder of small trained weights that come with the package"
-    folder = Path(__file__).parent / "weights" / name
+    folder = weights_folder() / name
     if folder.is_dir():
         return folder
-    there = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+    there = sorted(p.name for p in weights_folder().glob("*") if p.is_dir())
     known = ", ".join(there) or "none"
     raise FileNotFoundError(f"no weights named '{name}' come with the package; there are {known}")
 

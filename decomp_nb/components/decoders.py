@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .slots import coordinate_grid, position_projection
+from .positions import coordinate_grid, position_projection
 
 # %% auto #0
 __all__ = ['log_weights', 'mix_layers', 'BroadcastDecoder', 'MultiHeadAttention', 'DecoderBlock', 'TokenTransformer',

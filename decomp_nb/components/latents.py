@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .autoencoders import sample_posterior
 from .codebooks import look_up, nearest_codes
+from ..decomposer import weights_folder
 
 # %% auto #0
 __all__ = ['SPACES', 'decode_latents', 'Pixels', 'FrozenAutoencoder', 'KLLatents', 'DeterministicLatents', 'VQLatents',
@@ -193,11 +194,11 @@ def _hub_autoencoder(name):
 
 
 def find_autoencoder(
-    path: str,   # a folder (autoencoder, pipeline that holds one, run directory) or a hub name
+    path: str,   # a folder (autoencoder, pipeline, run directory), the name of one that is shipped, or a hub name
     base: str | Path | None = None,   # where relative paths are looked for first
 ) -> tuple[str, str, str]:
     "Class name, place and sub-folder of the autoencoder that `path` names; `FileNotFoundError` where there is none"
-    for folder in (Path(base or ".") / path, Path(path)):
+    for folder in (Path(base or ".") / path, Path(path), weights_folder() / path):
         if folder.exists():
             place = _local_autoencoder(folder)
             config = json.loads((place / "config.json").read_text())

@@ -34,8 +34,8 @@ from ..decomposer import Decomposer
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['require', 'refuse_unknown', 'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel', 'changed', 'from_preset',
-           'small_encoder', 'published_encoder']
+__all__ = ['require', 'refuse_unknown', 'SlotFinder', 'SlotEncoder', 'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel',
+           'changed', 'from_preset', 'small_encoder', 'published_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -52,10 +52,10 @@ def refuse_unknown(options: dict) -> None:
         raise TypeError(f"decode has no option {', '.join(sorted(unknown))}")
 
 # %% ../../nbs/components/slot_model.ipynb #seeing-export
-class SlotModel(Decomposer):
-    "A method whose factors are slots: encoder and slot attention; sub-classes add what makes a picture of slots"
+class SlotFinder(Decomposer):
+    "Encoder and slot attention, and what they find"
     renamed = {"merge_twins": "merge_threshold", "merge_above": "merge_threshold"}
-    fixed = {"ask_codebook": True}  # drawing without the codebook: decode(…, scheduler=SinglestepSolver(model.scheduler))
+    fixed = {"ask_codebook": True}  # without the codebook: decode(…, scheduler=SinglestepSolver(model.scheduler))
     tracks = True  # on clips, slots are carried from frame to frame
 
     @register_to_config
@@ -67,7 +67,7 @@ class SlotModel(Decomposer):
         slot_dropout: float = 0.0,  # chance that training leaves out a slot
         keep_slots: int = 0,  # the decoder reads only so many slots, those with the largest masks; 0: all
         merge_threshold: float = 0.0,  # outside training, slots whose codes have a cosine above are one; 0: never
-        zoom: float = 1.0,  # outside training, enlarge pictures this many times for the encoder: finer masks
+        zoom: float = 1.0,  # outside training, masks on pictures enlarged this many times: finer borders
     ):
         super().__init__()
         require(encoder_config=encoder_config, slots_config=slots_config)
@@ -90,10 +90,8 @@ class SlotModel(Decomposer):
         "Number of slots"
         return self.slot_attention.n_slots
 
-    def extract_features(self, images: Tensor, zoom: float | None = None) -> Tensor:
-        "Feature maps `(b,c,h,w)` of pictures, `(b,t,c,h,w)` of clips; `zoom` as in `encode`"
-        if zoom is None:
-            zoom = 1.0 if self.training else self.config.zoom
+    def extract_features(self, images: Tensor, zoom: float = 1.0) -> Tensor:
+        "Feature maps `(b,c,h,w)` of pictures, `(b,t,c,h,w)` of clips, enlarged `zoom` times before"
         pictures = images.flatten(0, -4)
         if zoom != 1:
             pictures = F.interpolate(pictures, scale_factor=zoom, mode="bilinear", align_corners=False)
@@ -105,25 +103,44 @@ class SlotModel(Decomposer):
             return track(self.slot_attention, features, **options)
         return self.slot_attention(features, **options)
 
+    def finer_masks(self, images: Tensor, slots: Tensor, zoom: float, slot_mask: Tensor | None = None) -> Tensor:
+        "Masks `(b,k,h,w)`, of clips `(b,t,k,h,w)`: which slot wins which place of enlarged pictures"
+        features = self.extract_features(images, zoom)
+        time = images.shape[:-3]
+        shares = self.slot_attention.assign(slots.flatten(0, -3), features.flatten(0, -4), slot_mask)
+        return masks_from_attention(shares, grid=features.shape[-2:]).unflatten(0, time)
+
+# %% ../../nbs/components/slot_model.ipynb #encode-export
+class SlotEncoder(SlotFinder):
+    "Images to factors"
+
     def encode(
         self,
         images: Tensor,  # `(b,3,h,w)` in [−1,1], or clips `(b,t,3,h,w)`, whose slots are carried from frame to frame
         *,
         raw: bool = False,  # codes before the output projection: what property probes read
-        zoom: float | None = None,  # enlarge pictures this many times; None: 1 while training, else the config's
+        zoom: float | None = None,  # for finer masks; None: 1 while training, else the config's
         features: Tensor | None = None,  # `(b,c,h,w)` kept by `cache_features`, instead of the encoder's answer
         merge_threshold: float | None = None,  # 0: never; None: never while training, else the config's
         **slot_options,  # noise `(b,k,d)`, generator, n_slots, n_iterations, slot_mask, slots; for clips predictor
     ) -> Factors:
         "Slots `(b,k,d)` and the pixels each of them won"
+        if zoom is None:
+            zoom = 1.0 if self.training or features is not None else self.config.zoom
         if features is None:
-            features = self.extract_features(images, zoom)
+            features = self.extract_features(images)
         found = self.find_slots(features, **slot_options)
         masks = masks_from_attention(found.attention, grid=features.shape[-2:])
+        if zoom != 1:
+            masks = self.finer_masks(images, found.slots, zoom, slot_options.get("slot_mask"))
         factors = Factors(found.slots if raw else found.out, None, masks)
         if merge_threshold is None:
             merge_threshold = 0.0 if self.training else self.config.merge_threshold
         return merge_duplicates(factors, merge_threshold) if merge_threshold else factors
+
+# %% ../../nbs/components/slot_model.ipynb #model-export
+class SlotModel(SlotEncoder):
+    "A method whose factors are slots; sub-classes add what makes a picture of slots"
 
     def encode_batch(self, batch: dict, **options) -> Factors:
         "Slots of a training batch; `features` and `slot_noise` of the batch replace the encoder and the random start"
@@ -193,7 +210,7 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         contrast_rate: float = 0.5,  # share of the slots that are swapped for it
         keep_slots: int = 0,  # the denoiser reads only so many slots, those with the largest masks; 0: all
         merge_threshold: float = 0.0,  # outside training, slots whose codes have a cosine above are one; 0: never
-        zoom: float = 1.0,  # outside training, enlarge pictures this many times for the encoder: finer masks
+        zoom: float = 1.0,  # outside training, masks on pictures enlarged this many times: finer borders
     ):
         super().__init__(
             image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,

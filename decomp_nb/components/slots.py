@@ -13,29 +13,15 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from .context import Context
+from .positions import coordinate_grid, position_projection
+from .seeding import choose_places
+
 # %% auto #0
-__all__ = ['GRADIENTS', 'CHOICES', 'coordinate_grid', 'compete', 'attend', 'start_noise', 'cut_gradient', 'check_slot_config',
-           'position_projection', 'two_layers', 'start_parameter', 'SlotResult', 'SlotLayers', 'SlotAttention',
+__all__ = ['GRADIENTS', 'CHOICES', 'EXCHANGEABLE', 'compete', 'attend', 'start_noise', 'cut_gradient', 'check_slot_config',
+           'two_layers', 'start_parameter', 'SlotResult', 'SlotLayers', 'SlotStart', 'SlotReader', 'SlotAttention',
            'start_as_clusters', 'masks_from_attention', 'slot_entropy', 'slot_cosine', 'empty_slot_rate',
            'slot_diagnostics']
-
-# %% ../../nbs/components/slots.ipynb #grid-export
-def coordinate_grid(
-    height: int,  # rows
-    width: int | None = None,  # columns, default: square
-    *,
-    ends: bool = False,  # False: cell centres (i+½)/N (LSD); True: from 0 to 1 inclusive (SlotDiffusion)
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    "Position of every cell as (row, column, 1−row, 1−column): `(h, w, 4)` in [0,1]"
-
-    def axis(n: int) -> Tensor:
-        i = torch.arange(n, device=device, dtype=dtype or torch.get_default_dtype())
-        return i / max(n - 1, 1) if ends else (i + 0.5) / n
-
-    row, column = torch.meshgrid(axis(height), axis(width or height), indexing="ij")
-    return torch.stack([row, column, 1 - row, 1 - column], dim=-1)
 
 # %% ../../nbs/components/slots.ipynb #compete-export
 def compete(
@@ -101,7 +87,7 @@ def cut_gradient(slots: Tensor, start: Tensor, how: str) -> Tensor:
 
 # %% ../../nbs/components/slots.ipynb #config-export
 CHOICES = dict(
-    init=("gaussian", "learned", "gaussian_per_slot"),
+    init=("gaussian", "learned", "gaussian_per_slot", "kmeans++"),
     gradient=GRADIENTS,
     position=("centers", "ends", None),
     position_in=("both", "values"),
@@ -124,13 +110,7 @@ def check_slot_config(
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, CHOICES[name]))}")
 
 # %% ../../nbs/components/slots.ipynb #layers-export
-def position_projection(dim: int, std: float | None = None) -> nn.Linear:
-    "Linear layer that turns the four coordinates into `dim` features; `std`: a small normal start"
-    layer = nn.Linear(4, dim)
-    if std is not None:
-        nn.init.normal_(layer.weight, std=std)
-        nn.init.zeros_(layer.bias)
-    return layer
+EXCHANGEABLE = ("gaussian", "kmeans++")  # starts of slots that differ by chance alone
 
 
 def two_layers(dim: int, hidden: int, out: int) -> nn.Sequential:
@@ -139,8 +119,8 @@ def two_layers(dim: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def start_parameter(init: str, n_slots: int, slot_dim: int) -> nn.Parameter:
-    "Mean or log-deviation of the start: one for all slots if `init` is \"gaussian\", else one each"
-    parameter = nn.Parameter(torch.empty(1, 1 if init == "gaussian" else n_slots, slot_dim))
+    "Mean or log-deviation of the start: one for all slots if they are exchangeable, else one each"
+    parameter = nn.Parameter(torch.empty(1, 1 if init in EXCHANGEABLE else n_slots, slot_dim))
     nn.init.xavier_uniform_(parameter)  # in place: while diffusers loads weights, its init functions return None
     return parameter
 
@@ -168,10 +148,12 @@ class SlotLayers(nn.Module):
         position_std: float | None = None,  # std of the position projection's start; None: torch's default (bound ½)
         input_mlp: bool = True,  # LayerNorm → Linear → ReLU → Linear before the attention
         input_dim: int | None = None,  # width behind that MLP, default `in_dim`
+        context: int = 0,  # blocks of a view of the surroundings, which only the values get (`Context`); 0: none
     ):
         super().__init__()
         dim = (input_dim or in_dim) if input_mlp else in_dim
         self.position = position_projection(in_dim, position_std) if position else None
+        self.context = Context(in_dim, context) if context else None
         self.input_norm = nn.LayerNorm(in_dim) if input_mlp else nn.Identity()
         self.input_mlp = two_layers(in_dim, dim, dim) if input_mlp else nn.Identity()
         self.norm_inputs = nn.LayerNorm(dim)
@@ -185,10 +167,78 @@ class SlotLayers(nn.Module):
         self.norm_out = nn.LayerNorm(slot_dim) if out_dim else nn.Identity()
         self.to_out = nn.Linear(slot_dim, out_dim) if out_dim else nn.Identity()
         self.slot_mean = start_parameter(init, n_slots, slot_dim)
-        self.slot_log_sigma = None if init == "learned" else start_parameter(init, n_slots, slot_dim)
+        drawn = init not in ("learned", "kmeans++")
+        self.slot_log_sigma = start_parameter(init, n_slots, slot_dim) if drawn else None
+        self.from_place = nn.Linear(dim, slot_dim) if init == "kmeans++" else None
+
+# %% ../../nbs/components/slots.ipynb #start-export
+class SlotStart(SlotLayers):
+    "Where slots begin"
+
+    def prepare(self, places: Tensor) -> Tensor:
+        "Features `(b, n, c)` through the input MLP and a norm"
+        return self.norm_inputs(self.input_mlp(self.input_norm(places)))
+
+    def start(
+        self,
+        batch: int,
+        *,
+        n_slots: int | None = None,
+        noise: Tensor | float | None = None,  # `(b, s, d)` replaces the random draw, 0 starts at the mean
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        "Slots before the first iteration `(b, s, d)`"
+        if self.init not in EXCHANGEABLE and n_slots not in (None, self.n_slots):
+            raise ValueError(
+                f"n_slots={n_slots}: slots with init={self.init!r} are learned one by one, there are {self.n_slots}; "
+                "only init='gaussian' and 'kmeans++' take another number"
+            )
+        shape = (batch, n_slots or self.n_slots, self.slot_dim)
+        if self.init == "learned":
+            return self.slot_mean.expand(shape)
+        return self.slot_mean + self.slot_log_sigma.exp() * start_noise(shape, self.slot_mean, noise, generator)
+
+    def start_on(
+        self,
+        features: Tensor,  # `(b, c, h, w)`; looked at by init="kmeans++" alone
+        *,
+        n_slots: int | None = None,
+        noise: Tensor | float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        "Slots before the first iteration `(b, s, d)`, as `start`, or at places of the features that differ"
+        if self.init != "kmeans++":
+            return self.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
+        if noise is not None:
+            raise ValueError("noise: slots with init='kmeans++' start at drawn places; pass a seeded generator")
+        places = self.prepare(rearrange(features, "b c h w -> b (h w) c"))
+        chosen = choose_places(self.to_k(places), n_slots or self.n_slots, generator=generator)
+        return self.slot_mean + self.from_place(torch.take_along_dim(places, chosen[..., None], 1))
+
+# %% ../../nbs/components/slots.ipynb #read-export
+class SlotReader(SlotStart):
+    "What slots read off a feature map"
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        "`(b, n, d)` → `(b, heads, n, d/heads)`"
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        "Keys and values `(b, heads, n, d/heads)` of a feature map `(b, c, h, w)`; places run row by row"
+        plain = placed = rearrange(features, "b c h w -> b (h w) c")
+        if self.position is not None:
+            where = self.position.weight
+            grid = coordinate_grid(*features.shape[-2:], ends=self.ends, device=where.device, dtype=where.dtype)
+            placed = plain + self.position(grid).flatten(0, 1)
+        if self.context is not None:
+            placed = placed + rearrange(self.context(features), "b c h w -> b (h w) c")
+        placed = self.prepare(placed)
+        plain = placed if self.position_in == "both" else self.prepare(plain)
+        k = self.to_k(plain) * self.slot_dim ** -0.5  # the full width, with several heads too
+        return self.split_heads(k), self.split_heads(self.to_v(placed))
 
 # %% ../../nbs/components/slots.ipynb #attention-export
-class SlotAttention(SlotLayers):
+class SlotAttention(SlotReader):
     "Features → slots, by iterated competition (Locatello et al. 2020; LSD's multi-head form)"
 
     def __init__(
@@ -199,14 +249,14 @@ class SlotAttention(SlotLayers):
         slot_dim: int = 64,  # d
         n_heads: int = 1,
         n_iterations: int = 3,
-        init: str = "gaussian",  # "gaussian", "learned" or "gaussian_per_slot"
+        init: str = "gaussian",  # "gaussian", "learned", "gaussian_per_slot" or "kmeans++"
         gradient: str = "full",  # "full", "last" or "bi_level"
         epsilon: float = 1e-6,
         temperature: float = 1.0,
         position: str | None = "centers",  # grid added to the features: "centers", "ends" or None
         position_in: str = "both",  # what the grid is added to: keys and values ("both"), or the "values" alone
         start_as: str = "random",  # weights before training: "random", or "clusters", see `start_as_clusters`
-        **layers: int | float | bool | None,  # of `SlotLayers`: out_dim, hidden_dim, position_std, input_mlp, input_dim
+        **layers: int | float | bool | None,  # of `SlotLayers`: out_dim, hidden_dim, position_std, input_mlp, context …
     ):
         choices = dict(init=init, gradient=gradient, position=position, position_in=position_in, start_as=start_as)
         check_slot_config(n_slots, slot_dim, n_heads, n_iterations, choices)
@@ -224,45 +274,6 @@ class SlotAttention(SlotLayers):
         if start_as == "clusters":
             start_as_clusters(self)
 
-    def start(
-        self,
-        batch: int,
-        *,
-        n_slots: int | None = None,
-        noise: Tensor | float | None = None,  # `(b, s, d)` replaces the random draw, 0 starts at the mean
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        "Slots before the first iteration `(b, s, d)`"
-        if self.init != "gaussian" and n_slots not in (None, self.n_slots):
-            raise ValueError(
-                f"n_slots={n_slots}: slots with init={self.init!r} are learned one by one, there are {self.n_slots}; "
-                "only init='gaussian' takes another number"
-            )
-        shape = (batch, n_slots or self.n_slots, self.slot_dim)
-        if self.init == "learned":
-            return self.slot_mean.expand(shape)
-        return self.slot_mean + self.slot_log_sigma.exp() * start_noise(shape, self.slot_mean, noise, generator)
-
-    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        "Keys and values `(b, heads, n, d/heads)` of a feature map `(b, c, h, w)`; places run row by row"
-        plain = placed = rearrange(features, "b c h w -> b (h w) c")
-        if self.position is not None:
-            where = self.position.weight
-            grid = coordinate_grid(*features.shape[-2:], ends=self.ends, device=where.device, dtype=where.dtype)
-            placed = plain + self.position(grid).flatten(0, 1)
-        placed = self.prepare(placed)
-        plain = placed if self.position_in == "both" else self.prepare(plain)
-        k = self.to_k(plain) * self.slot_dim ** -0.5  # the full width, with several heads too
-        return self.split_heads(k), self.split_heads(self.to_v(placed))
-
-    def prepare(self, places: Tensor) -> Tensor:
-        "Features `(b, n, c)` through the input MLP and a norm"
-        return self.norm_inputs(self.input_mlp(self.input_norm(places)))
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        "`(b, n, d)` → `(b, heads, n, d/heads)`"
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-
     def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "One iteration: new slots `(b, s, d)` and the attention `(b, heads, n, s)` that made them"
         q = self.split_heads(self.to_q(self.norm_slots(slots)))
@@ -272,6 +283,13 @@ class SlotAttention(SlotLayers):
         update = update.transpose(1, 2).flatten(2).to(slots.dtype)  # heads side by side again
         slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + self.mlp(self.norm_mlp(slots)), attention
+
+    def assign(self, slots: Tensor, features: Tensor, slot_mask: Tensor | None = None) -> Tensor:
+        "Shares `(b, heads, n, s)` of the places of any feature map `(b, c, h, w)` that slots `(b, s, d)` win"
+        keys, _ = self.read(features)
+        with torch.autocast(features.device.type, enabled=False):
+            q = self.split_heads(self.to_q(self.norm_slots(slots.to(self.slot_mean.dtype))))
+            return compete(keys.float() @ q.float().mT, self.temperature, slot_mask)
 
     def forward(
         self,
@@ -292,10 +310,10 @@ class SlotAttention(SlotLayers):
             raise ValueError(f"n_iterations={steps}: at least one iteration is needed")
         k, v = self.read(features)
         k, v = k.float(), v.float()  # once, not in every iteration
+        if slots is None:
+            slots = self.start_on(features, n_slots=n_slots, noise=noise, generator=generator)
         history = [] if record else None
         with torch.autocast(features.device.type, enabled=False):  # the competition needs float32
-            if slots is None:
-                slots = self.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
             slots = slots.to(self.slot_mean.dtype)
             origin = slots if origin is None else origin
             for i in range(steps):
@@ -336,6 +354,10 @@ def start_as_clusters(
     slots.position.weight.zero_()
     slots.position.bias.zero_()
     slots.position.weight[place] = torch.cat([direction, -direction], 1)
+    if slots.from_place is not None:  # a slot begins as the feature of its place
+        nn.init.eye_(slots.from_place.weight)
+        slots.from_place.bias.zero_()
+        slots.slot_mean.zero_()
     return slots
 
 # %% ../../nbs/components/slots.ipynb #masks-export

@@ -30,7 +30,7 @@ def track(
 ) -> SlotResult:
     "Slots, projected slots and attention of every frame: an axis t stands after b"
     if slots is None:
-        slots = slot_attention.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
+        slots = slot_attention.start_on(features[:, 0], n_slots=n_slots, noise=noise, generator=generator)
     origin = slots
     frames = []
     for frame in features.unbind(1):

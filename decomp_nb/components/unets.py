@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .slots import coordinate_grid, position_projection
+from .positions import coordinate_grid, position_projection
 
 # %% auto #0
 __all__ = ['POSITIONS', 'RESAMPLE_BLOCKS', 'VECTOR_UNET', 'check_halvings', 'check_groups', 'check_choice', 'build_with',

@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..components.encoders import UNetEncoder
-from ..components.slots import SlotAttention, coordinate_grid
+from ..components.positions import coordinate_grid
+from ..components.slots import SlotAttention
 from ..components.unets import PositionAttention, sincos_table, slot_denoiser
 from ..decomposer import Decomposer
 from .reading import check_table, load_strict, read_weights, rename

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..components.encoders import vit_state
 from ..components.latents import VQLatents
-from ..components.slots import coordinate_grid
+from ..components.positions import coordinate_grid
 from .autoencoders import read_dvae, read_vq, vq_config
 from decomp_nb.official.reading import (
     check_table,

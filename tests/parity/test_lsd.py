@@ -26,7 +26,8 @@ from recorded import close, compared_and_given, every_alteration_fails, keys_of,
 from safetensors.torch import save_file
 
 from decomp_nb.components import denoisers, diffusion
-from decomp_nb.components.slots import SlotAttention, coordinate_grid
+from decomp_nb.components.positions import coordinate_grid
+from decomp_nb.components.slots import SlotAttention
 from decomp_nb.components.tracking import track
 from decomp_nb.decomposer import sample
 from decomp_nb.official import lsd as convert

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from decomp_nb.components import codebooks, diffusion, solvers
 from decomp_nb.components.encoders import ResNetEncoder, build_encoder
 from decomp_nb.components.slot_sets import mix_slots
-from decomp_nb.components.slots import SlotAttention, coordinate_grid
+from decomp_nb.components.positions import coordinate_grid
+from decomp_nb.components.slots import SlotAttention
 from decomp_nb.decomposer import sample
 from decomp_nb.factors import Factors
 from decomp_nb.metrics import generation, segmentation
