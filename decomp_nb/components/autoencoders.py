@@ -86,7 +86,7 @@ def vq_model(
 
 # %% ../../nbs/components/autoencoders.ipynb #reconstruction-export
 class Reconstruction(NamedTuple):
-    "Pictures as they come back"
+    "What an autoencoder makes of pictures"
     images: Tensor                 # `(b,3,h,w)`
     latents: Tensor                # `(b,c,h/f,w/f)`, before quantisation
     index: Tensor | None = None    # numbers of the codes `(b,h/f,w/f)`, where there is a codebook
@@ -122,7 +122,7 @@ class AutoencoderTraining(nn.Module):
         raise NotImplementedError
 
     def reconstruct(self, images: Tensor) -> Reconstruction:
-        "Pictures as they come back, without chance"
+        "Reconstructed pictures, with nothing drawn at random"
         return self.code(images, images.new_zeros(()))[0]
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class AutoencoderTraining(nn.Module):
 
 # %% ../../nbs/components/autoencoders.ipynb #measure-export
 def measure(model: AutoencoderTraining, batch: dict[str, Any]) -> tuple[Reconstruction, Tensor, dict[str, Tensor]]:
-    "One training step: pictures as they come back, error of the pictures, all losses by name"
+    "One training step: reconstruction, error of the pictures, all losses by name"
     images = batch["image"]
     found, latent_loss = model.code(images, batch.get("latent_noise"))
     parts = {"reconstruction": model.error(found.images, images)}
@@ -229,7 +229,7 @@ class VQAutoencoder(AutoencoderTraining):
         return through_codes(self.vae, images, free, beta=self.beta, legacy=self.legacy)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        "One training step, as of the base class; after `free_steps` the codes are spread over the latents"
+        "One training step, as in the base class; after `free_steps` the codes are spread over the latents"
         if self.training and self.free_steps and self.steps == self.free_steps:
             spread_codes(self.vae, batch["image"])
         losses = super().forward(batch)

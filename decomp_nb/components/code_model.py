@@ -283,7 +283,7 @@ class CodeTrainer(CodeStart):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> CodeTrainer:
-        "As of any module; an adopted encoder stays as it is"
+        "As for any module; an adopted encoder stays as it is"
         super().train(mode)
         if self.adopted:
             self.encoder_parts().eval()

@@ -47,7 +47,7 @@ def penalty(
     name: str,  # `word_…`, `score_…` or `weighted_…` and one of `PENALTIES`, such as "word_energy"
     codes: Tensor,  # `(k,d)`, what `word_…` compares
     answers: Tensor,  # `(b,k,…)`, what `score_…` compares
-    weights: Tensor,  # `(b,k)`, which `weighted_…` multiplies by the answers
+    weights: Tensor,  # `(b,k)`, which `weighted_…` multiplies by the predictions
 ) -> Tensor:
     "One optional loss (a scalar) by name; with `_unit` at the end of directions only, without lengths"
     what, _, kind = name.partition("_")

@@ -129,7 +129,7 @@ def superfluous_words(
     twins: float = 0.85,  # cosine of two directions above which the less used word is superfluous
     dead: float = 0.2,  # share of the mean use below which a word is superfluous
 ) -> list[int]:
-    "Words that nobody misses, the least used first"
+    "Words that are not needed, the least used first"
     use = weights.abs().mean(0)
     i, j = (direction_cosines(statistics).triu(1) > twins).nonzero().T
     superfluous = use < dead * use.mean()

@@ -46,7 +46,7 @@ class Prompts(NamedTuple):
 
 # %% ../../nbs/components/foundations.ipynb #table-export
 class WordTable(nn.Module):
-    "A frozen embedding table; behind its `first` words come rows that somebody else owns and trains"
+    "A frozen embedding table; behind its `first` words come rows that the caller owns and trains"
 
     def __init__(self, table: nn.Embedding, first: int):
         super().__init__()

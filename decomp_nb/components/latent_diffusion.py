@@ -47,7 +47,7 @@ def posterior(scheduler: Any) -> Posterior:
 
 
 def bound_weights(scheduler: Any) -> Tensor:
-    "Weight `(T,)` of a squared error of the noise in the variational bound; the first, infinite one is the second"
+    "Weight `(T,)` of a squared noise error in the variational bound; the first, infinite, is replaced by the second"
     betas = scheduler.betas.double()
     alphas = 1 - betas
     weights = betas ** 2 / (2 * posterior(scheduler).variance * alphas * (1 - alphas.cumprod(0)))
@@ -93,7 +93,7 @@ class LatentDiffusion(LatentSpaceModel):
         self,
         image_size: int = 64,              # side of the pictures
         latents_path: str | None = None,   # autoencoder: run directory, folder or hub name; None = pixels
-        latents_mark: str = "",            # fingerprint of the autoencoder's weights, filled in by itself
+        latents_mark: str = "",            # fingerprint of the autoencoder's weights, filled in automatically
         denoiser_config: dict | None = None,    # of `latent_unet`
         scheduler_config: dict | None = None,   # changes to `LATENT_SCHEDULE`
         loss: str = "l1",                       # "l1" (official) or "l2"

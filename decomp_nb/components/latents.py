@@ -184,7 +184,7 @@ def _local_autoencoder(folder):
 
 
 def _hub_autoencoder(name):
-    "Of a pipeline its vae/, which has to be asked for first: a pipeline has no config.json of its own"
+    "Of a pipeline its vae/, which has to be tried first: a pipeline has no config.json of its own"
     for subfolder in ("vae", ""):
         try:
             return subfolder, diffusers.AutoencoderKL.load_config(name, subfolder=subfolder or None)

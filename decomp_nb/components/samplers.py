@@ -28,7 +28,7 @@ __all__ = ['interp', 'ContinuousTime', 'step_orders', 'ProjectingSampler', 'sing
 
 # %% ../../nbs/components/samplers.ipynb #time-export
 def interp(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    "Piecewise linear curve through `(xs, ys)`, both `(n,)` with rising `xs`, at `x`; the end pieces go on for ever"
+    "Piecewise linear curve through `(xs, ys)`, both `(n,)` with rising `xs`, at `x`; the end pieces are extended"
     i = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     way = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
     return torch.lerp(ys[i - 1], ys[i], way)

@@ -65,7 +65,7 @@ class SlotFinder(Decomposer):
         encoder_config: dict | None = None,  # of `build_encoder`
         slots_config: dict | None = None,  # of `SlotAttention`
         slot_dropout: float = 0.0,  # chance that training leaves out a slot
-        keep_slots: int = 0,  # the decoder reads only so many slots, those with the largest masks; 0: all
+        keep_slots: int = 0,  # how many slots the decoder reads, the largest masks first; 0: all
         merge_threshold: float = 0.0,  # outside training, slots whose codes have a cosine above are one; 0: never
         zoom: float = 1.0,  # outside training, masks on pictures enlarged this many times: finer borders
     ):
@@ -120,7 +120,7 @@ class SlotEncoder(SlotFinder):
         *,
         raw: bool = False,  # codes before the output projection: what property probes read
         zoom: float | None = None,  # for finer masks; None: 1 while training, else the config's
-        features: Tensor | None = None,  # `(b,c,h,w)` kept by `cache_features`, instead of the encoder's answer
+        features: Tensor | None = None,  # `(b,c,h,w)` kept by `cache_features`, in place of the encoder
         merge_threshold: float | None = None,  # 0: never; None: never while training, else the config's
         **slot_options,  # noise `(b,k,d)`, generator, n_slots, n_iterations, slot_mask, slots; for clips predictor
     ) -> Factors:
@@ -177,7 +177,7 @@ class SlotModel(SlotEncoder):
 
 # %% ../../nbs/components/slot_model.ipynb #contrast-export
 def fixed_denoiser(denoiser: nn.Module, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-    "The answer of a diffusers UNet whose weights are constants: gradients reach the factors, not the weights"
+    "The output of a diffusers UNet whose weights are constants: gradients reach the factors, not the weights"
     weights = {name: p.detach() for name, p in denoiser.named_parameters()}
     codes = factors.codes.to(x_t.dtype)
     options = dict(encoder_hidden_states=codes, encoder_attention_mask=token_mask(factors.weights))
@@ -208,7 +208,7 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         n_registers: int = 0,  # learned tokens that the denoiser reads besides the slots (CODA)
         contrast_weight: float = 0.0,  # of the error with swapped slots (CODA: 0.03 to 0.05); 0: off
         contrast_rate: float = 0.5,  # share of the slots that are swapped for it
-        keep_slots: int = 0,  # the denoiser reads only so many slots, those with the largest masks; 0: all
+        keep_slots: int = 0,  # how many slots the denoiser reads, the largest masks first; 0: all
         merge_threshold: float = 0.0,  # outside training, slots whose codes have a cosine above are one; 0: never
         zoom: float = 1.0,  # outside training, masks on pictures enlarged this many times: finer borders
     ):
@@ -220,7 +220,7 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
             raise ValueError(f"contrast_rate={contrast_rate}: must be above 0 and at most 1")
         self.build_denoiser(denoiser_config)
         self.scheduler = make_scheduler("ddpm", self.schedule if scheduler_config is None else scheduler_config)
-        prediction_type_of(self.scheduler)  # refuses what no loss is known for
+        prediction_type_of(self.scheduler)  # refuses a target that no loss is known for
         width = self.denoiser.config.cross_attention_dim
         if width != self.factor_dim:
             raise ValueError(
@@ -270,7 +270,7 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         return noise_at(self.scheduler, x0, noise, t), t, diffusion_target(self.scheduler, x0, noise, t)
 
     def forward(self, batch: dict) -> dict:
-        """One training step: mean squared error of the denoiser's answer. Frames of clips count as pictures.
+        """One training step: mean squared error of the denoiser. Frames of clips count as pictures.
 
         Reads `image`, or also `latent_mean`, `latent_logvar` and `features` from a cache;
         `noise`, `timesteps`, `slot_noise` replace random draws."""
@@ -318,7 +318,7 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
 
 # %% ../../nbs/components/slot_model.ipynb #config-export
 def changed(config: dict, changes: dict) -> dict:
-    "A deep copy of `config` with `changes` put in; where both hold a dict, the entries are merged"
+    "A deep copy of `config` with `changes` applied; where both hold a dict, the entries are merged"
     out = copy.deepcopy(config)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
@@ -327,7 +327,7 @@ def changed(config: dict, changes: dict) -> dict:
 
 
 def from_preset(presets: dict[str, dict], name: str, changes: dict) -> dict:
-    "`presets[name]` with `changes` put in; an unknown name is an error that lists the known ones"
+    "`presets[name]` with `changes` applied; an unknown name is an error that lists the known ones"
     if name not in presets:
         raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, presets))}")
     return changed(presets[name], SlotModel.current_options(changes))

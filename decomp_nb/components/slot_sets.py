@@ -38,7 +38,7 @@ def random_order(factors: Factors, generator: torch.Generator | None = None) -> 
 
 
 def drop_slots(factors: Factors, rate: float, generator: torch.Generator | None = None) -> Factors:
-    "Leave out each slot with chance `rate` (weight 0: nobody reads the token), but never all slots of a picture"
+    "Leave out each slot with chance `rate` (weight 0: the token is not read), but never all slots of a picture"
     if not rate:
         return factors
     chance = random_order(factors, generator)
@@ -151,7 +151,7 @@ def changed_region(before: Factors, after: Factors, size: int, grow: int = 2) ->
 def repaint(
     model: Decomposer,  # a method with a denoiser
     images: Tensor,  # `(b,3,h,w)`, the pictures to edit
-    factors: Factors,  # what they shall be made of now
+    factors: Factors,  # what they are to be made of now
     region: Tensor,  # `(b,1,h,w)`, 1 where it may be drawn; the rest stays as it is
     **options,  # of `decode`
 ) -> Tensor:

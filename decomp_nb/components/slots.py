@@ -200,7 +200,7 @@ class SlotStart(SlotLayers):
 
     def start_on(
         self,
-        features: Tensor,  # `(b, c, h, w)`; looked at by init="kmeans++" alone
+        features: Tensor,  # `(b, c, h, w)`; used by init="kmeans++" alone
         *,
         n_slots: int | None = None,
         noise: Tensor | float | None = None,
@@ -217,7 +217,7 @@ class SlotStart(SlotLayers):
 
 # %% ../../nbs/components/slots.ipynb #read-export
 class SlotReader(SlotStart):
-    "What slots read off a feature map"
+    "Keys and values that slots read from a feature map"
 
     def split_heads(self, x: Tensor) -> Tensor:
         "`(b, n, d)` → `(b, heads, n, d/heads)`"

@@ -164,7 +164,7 @@ def note_size(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
 def add_positions(
     unet: nn.Module,  # a `UNet2DConditionModel`, changed in place
     kind: str = "cartesian",  # of `PositionAttention`
-    std: float | None = None,  # std of the start of the position weights; small: places are left to the slots at first
+    std: float | None = None,  # std of the start of the position weights; small: positions hardly count at first
 ) -> nn.Module:
     "Give every attention layer of the UNet a `PositionAttention` processor; returns the UNet"
     size = unet.config.sample_size
@@ -287,7 +287,7 @@ def _set_heads(unet: nn.Module, down: int, up: int) -> None:
 
 @torch.no_grad()
 def zero_start(unet: nn.Module) -> None:
-    "Residual blocks and attention begin as the identity, and the answer as 0"
+    "Residual blocks and attention begin as the identity, and the output as 0"
     last = [module.conv2 for module in unet.modules() if hasattr(module, "conv2")]
     last += [module.to_out[0] for module in unet.modules() if hasattr(module, "to_out")]
     for layer in [*last, unet.conv_out]:
@@ -308,7 +308,7 @@ def plain_unet(
     scale_shift: bool = True,  # the embedding scales and shifts (FiLM) instead of being added
     **options: Any,  # further options of `UNet2DModel`
 ) -> nn.Module:
-    "`UNet2DModel` with attention at the chosen levels, whose answer starts at 0"
+    "`UNet2DModel` with attention at the chosen levels, whose output starts at 0"
     from diffusers import UNet2DModel
     channels = list(channels)
     check_halvings(sample_size, len(channels), "sample_size")
@@ -403,7 +403,7 @@ def vector_denoiser(
 
 # %% ../../nbs/components/unets.ipynb #call-export
 def call_vector_unet(unet: nn.Module, x: Tensor, t: Tensor, codes: Tensor) -> Tensor:
-    "Answer of a `vector_denoiser` for noisy pictures `(b,c,h,w)`, times `(b,)` and vectors `(b,d)`"
+    "Output of a `vector_denoiser` for noisy pictures `(b,c,h,w)`, times `(b,)` and vectors `(b,d)`"
     more = unet.config.in_channels - x.shape[1]
     if more:
         x = torch.cat([x, coordinate_channels(x, more)], 1)

@@ -127,7 +127,7 @@ def latent_unet_config(config: dict | None) -> dict:
 
 # %% ../../nbs/methods/disdiff.ipynb #base-export
 class FrozenBase(CodeModel):
-    "What DisDiff stands on: a frozen `LatentDiffusion`"
+    "The frozen `LatentDiffusion` that DisDiff builds on"
 
     @property
     def base(self) -> LatentDiffusion:
@@ -174,7 +174,7 @@ class DisDiffOptions(FrozenBase):
 
     @classmethod
     def from_config(cls, config: dict, **options: Any) -> Decomposer:
-        "As of any `Decomposer`; a config with tokens, of an earlier version, gives an `EncDiff`"
+        "As for any `Decomposer`; a config with tokens, of an earlier version, gives an `EncDiff`"
         if dict(config).get("conditioning") == "tokens":
             return import_module("decomp_nb").EncDiff.from_config(config, **options)
         return super().from_config(config, **options)
@@ -238,7 +238,7 @@ class FieldModel(DisDiffOptions):
 
 # %% ../../nbs/methods/disdiff.ipynb #reencode-export
 class FieldJudge(FieldModel):
-    "What the encoder finds in predicted pictures"
+    "The codes that the encoder gives for predicted pictures"
 
     def clean_latents(self, x_t: Tensor, t: Tensor, answer: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
         "The clean latents `(b,c,h,w)` that the frozen model predicts from x_t, alone and with one field"
@@ -246,7 +246,7 @@ class FieldJudge(FieldModel):
         return to_x0(self.scheduler, answer, x_t, t), to_x0(self.scheduler, shifted, x_t, t)
 
     def reencode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        "What the frozen encoder reads of predicted latents (decoded pictures, or `z`), and its codes `(b,N,d)`"
+        "Predicted latents as the fixed encoder reads them (decoded pictures, or `z`), and its codes `(b,N,d)`"
         seen = z if self.config.reads == "latents" else decode_latents(self.latents, z)
         judge = nn.Sequential(*self.encoder_parts())
         modes = {module: module.training for module in judge.modules()}
@@ -350,14 +350,14 @@ class DisDiff(FieldReport):
         n_structure: int = 0,  # how many of the N, the last ones, read only the `edges` of the picture
         circular: bool = False,  # codes are points on a circle (`CircularCodes`); needs factor_dim=2
         base_path: str | None = None,  # frozen `LatentDiffusion`: run directory or folder
-        base_mark: str = "",  # of its weights, filled in by itself
+        base_mark: str = "",  # fingerprint of its weights, filled in automatically
         denoiser_config: dict | None = None,  # of its `latent_unet`; None: read from base_path
         scheduler_config: dict | None = None,  # changes to `LATENT_SCHEDULE`; None: read from base_path
-        latents_path: str | None = None,  # autoencoder that the base must stand on; None: whichever it is
+        latents_path: str | None = None,  # autoencoder that the base must have; None: whichever it has
         encoder_config: dict | None = None,  # of `FactorEncoder`
         reads: str = "images",  # what the encoder reads: "images", or "latents" (much faster)
         start: str = "fresh",  # shift decoder: random weights (official), or "base": the base's own way up
-        names: str = "orthogonal",  # how the decoder knows which factor is meant: "orthogonal" or "free"
+        names: str = "orthogonal",  # how the decoder identifies the factor: "orthogonal" or "free"
         coefficient: str = "pdae",  # of the fields in the reconstruction loss: "pdae" (official) or "ddim"
         loss: str = "l1",  # error of the noise: "l1" (official) or "l2"
         dis_kind: str = "Z",  # disentangling weight: change of latents, or "IM": of decoded pictures

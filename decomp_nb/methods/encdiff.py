@@ -53,7 +53,7 @@ class TokenDenoiser(nn.Module):
         return torch.stack([self.to_token[i % n](code) for i, code in enumerate(codes.unbind(1))], 1)
 
     def forward(self, x: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "The denoiser's answer `(b,c,h,w)`; a weight multiplies its token"
+        "The denoiser's prediction `(b,c,h,w)`; a weight multiplies its token"
         tokens = self.tokens(factors.codes)
         if factors.weights is not None:
             tokens = tokens * factors.weights[..., None].to(tokens)
@@ -78,11 +78,11 @@ class TokenModel(CodeModel):
     "Predict from tokens, and the training step of EncDiff"
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "The denoiser's answer `(b,c,h,w)`, which reads the codes as tokens"
+        "The prediction `(b,c,h,w)` of the denoiser, which reads the codes as tokens"
         return self.reader(x_t, t, factors)
 
     def forward(self, batch: dict) -> dict:
-        """Error of the denoiser's answer, plus the weighted KL divergence of the codes.
+        """Error of the denoiser's prediction, plus the weighted KL divergence of the codes.
 
         Reads `image`, or also `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `latent_noise`, and
         `code_noise` (`(b,N)` for circular codes, else `(b,N,d)`) replace random draws."""
@@ -133,7 +133,7 @@ class TokenSpace(LatentSpace, TokenModel):
 
     @classmethod
     def current_options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        "As of any `CodeModel`; a `DisDiff` with tokens also had options that had no effect on it"
+        "As for any `CodeModel`; a `DisDiff` with tokens also had options that had no effect on it"
         current = super().current_options(config)
         if current.pop("conditioning", None) is None:
             return current
@@ -165,10 +165,10 @@ class EncDiff(TokenSpace):
         reads: str = "images",  # what the encoder reads: "images" or "latents"
         token_dim: int = 32,  # width of a token
         token_gain: float = 1.0,  # and how large tokens begin, see `TokenDenoiser`
-        kl_weight: float = 0.0,  # of a nat of the codes: above 0 they are drawn, as in a VAE
+        kl_weight: float = 0.0,  # of the codes' KL divergence, in nats; above 0 codes are drawn, as in a VAE
         kl_weight_structure: float = 1.0,  # share of it for the last `n_structure` factors
         kl_warmup_steps: int = 0,  # training steps over which the weight rises from 0
-        loss: str = "l2",  # error of the answer: "l1" or "l2"
+        loss: str = "l2",  # error of the prediction: "l1" or "l2"
         timestep_sampling: str = "uniform",  # which noise levels training visits (`sample_timesteps`)
         timestep_strength: float = 1.0,  # how strongly
     ):

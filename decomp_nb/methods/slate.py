@@ -92,7 +92,7 @@ class SLATE(SlotModel):
         return super().attach(module, name)
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "There is no denoiser to ask"
+        "ValueError: there is no denoiser"
         raise ValueError("SLATE has no denoiser: it predicts tokens one by one, use decode(factors) or write(factors)")
 
     def forward(self, batch: dict) -> dict:
@@ -116,7 +116,7 @@ class SLATE(SlotModel):
         factors: Factors,
         *,
         temperature: float = 0.0,  # 0: always the likeliest token, `generator` is then not needed
-        top_k: int = 0,  # draw among so many tokens only; 0: all
+        top_k: int = 0,  # sample among so many tokens only; 0: all
         generator: torch.Generator | None = None,
         **diffusion,  # options of `Decomposer.decode`, which have no meaning here
     ) -> Tensor:

@@ -68,7 +68,7 @@ class SlotAttentionAE(SlotModel):
         return factors._replace(masks=self.layers(factors)[2])
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "There is no denoiser to ask"
+        "ValueError: there is no denoiser"
         raise ValueError("SlotAttentionAE has no denoiser: it draws in one pass, use decode(factors) or layers")
 
     def forward(self, batch: dict) -> dict:

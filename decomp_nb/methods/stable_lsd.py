@@ -72,7 +72,7 @@ class StableLSD(DiffusionSlotModel):
         self.null_code = None  # the empty prompt takes its place
 
     def build_denoiser(self, config: nn.Module) -> None:
-        "Stand on the frozen UNet"
+        "Use the frozen UNet"
         self.frozen.denoiser = config
 
     @property
