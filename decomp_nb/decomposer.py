@@ -310,6 +310,9 @@ class Decomposer(Method):
         "Put a set of factors together again: pictures `(b,3,h,w)` in [−1,1], clips `(b,t,3,h,w)`"
         if noise is None:
             noise = _draw_noise(self, len(factors.codes), generator)
+        if noise.dim() != 4 or len(noise) != len(factors.codes):
+            expected = f"({len(factors.codes)},c,h,w)"
+            raise ValueError(f"noise of {len(factors.codes)} pictures is {expected}, not {tuple(noise.shape)}")
         noise = noise.to(self.device, self.dtype)
         scheduler = scheduler or self.sampler or self.scheduler
         field = self.guided(factors, guidance_scale)
