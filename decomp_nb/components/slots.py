@@ -193,6 +193,8 @@ class SlotStart(SlotLayers):
                 f"n_slots={n_slots}: slots with init={self.init!r} are learned one by one, there are {self.n_slots}; "
                 "only init='gaussian' and 'kmeans++' take another number"
             )
+        if self.init == "kmeans++":
+            raise ValueError("init='kmeans++': these slots start at places of a feature map; use start_on(features)")
         shape = (batch, n_slots or self.n_slots, self.slot_dim)
         if self.init == "learned":
             return self.slot_mean.expand(shape)
@@ -308,6 +310,8 @@ class SlotAttention(SlotReader):
         steps = self.n_iterations if n_iterations is None else n_iterations
         if steps < 1:
             raise ValueError(f"n_iterations={steps}: at least one iteration is needed")
+        if n_slots is not None and n_slots < 1:
+            raise ValueError(f"n_slots={n_slots}: must be at least 1")
         k, v = self.read(features)
         k, v = k.float(), v.float()  # once, not in every iteration
         if slots is None:
