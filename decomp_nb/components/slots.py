@@ -209,6 +209,8 @@ class SlotStart(SlotLayers):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         "Slots before the first iteration `(b, s, d)`, as `start`, or at places of the features that differ"
+        if n_slots is not None and n_slots < 1:
+            raise ValueError(f"n_slots={n_slots}: must be at least 1")
         if self.init != "kmeans++":
             return self.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
         if noise is not None:
@@ -310,8 +312,6 @@ class SlotAttention(SlotReader):
         steps = self.n_iterations if n_iterations is None else n_iterations
         if steps < 1:
             raise ValueError(f"n_iterations={steps}: at least one iteration is needed")
-        if n_slots is not None and n_slots < 1:
-            raise ValueError(f"n_slots={n_slots}: must be at least 1")
         k, v = self.read(features)
         k, v = k.float(), v.float()  # once, not in every iteration
         if slots is None:
