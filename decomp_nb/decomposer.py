@@ -308,9 +308,7 @@ class Decomposer(Method):
         callback: Callable[[dict], Tensor | None] | None = None,  # see `sample`; frames are in the batch
     ) -> Tensor:
         "Put a set of factors together again: pictures `(b,3,h,w)` in [−1,1], clips `(b,t,3,h,w)`"
-        if noise is None:
-            noise = _draw_noise(self, len(factors.codes), generator)
-        noise = noise.to(self.device, self.dtype)
+        noise = _start_noise(self, len(factors.codes), noise, generator).to(self.device, self.dtype)
         scheduler = scheduler or self.sampler or self.scheduler
         field = self.guided(factors, guidance_scale)
         x = sample(field, noise, scheduler, steps, generator=generator, callback=callback)
@@ -331,9 +329,14 @@ class Decomposer(Method):
         return self.decode(self.encode(images), **options)
 
 # %% ../nbs/decomposer.ipynb #extrapolate-export
-def _draw_noise(model: Method, n: int, generator: torch.Generator | None) -> Tensor:
-    device = model.device if generator is None else generator.device
-    return torch.randn(n, *model.latent_shape, generator=generator, device=device)
+def _start_noise(model: Method, n: int, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    "Noise `(n,c,h,w)`: the given one, if it fits, else drawn"
+    if noise is None:
+        device = model.device if generator is None else generator.device
+        return torch.randn(n, *model.latent_shape, generator=generator, device=device)
+    if noise.dim() != 4 or len(noise) != n:
+        raise ValueError(f"noise of {n} pictures is ({n},c,h,w), not {tuple(noise.shape)}")
+    return noise
 
 
 def _extrapolate(outputs: Tensor, scale: float) -> Tensor:

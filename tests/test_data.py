@@ -28,6 +28,7 @@ from decomp_nb.data.images import (
     to_image_tensor,
     to_rgb,
 )
+from decomp_nb.data.mixture import Mixture, open_mixture
 from decomp_nb.data.movi import MoviDump, instance_factors
 from decomp_nb.data.records import (
     RECORD_LAYOUTS,
@@ -37,6 +38,7 @@ from decomp_nb.data.records import (
     read_example,
     read_records,
 )
+from decomp_nb.worlds.scenes import Scenes
 from decomp_nb.data.scene_item import follow_crop, scene_item
 from decomp_nb.data.scenes_h5 import H5Edits, H5Scenes, count_objects, h5_layout
 
@@ -832,3 +834,23 @@ def test_real_splits_share_no_scene():
     with open_h5(nuclei) as f: source = f["source_image"][:]
     parts = [{source[i] for i, _ in H5Scenes(nuclei, split=s).index} for s in ("train", "val", "test")]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+
+
+@pytest.mark.parametrize("shares, complaint", [
+    ({}, "every data set of a mixture needs a share"),
+    ({"shapes": 0}, r"shares=\[0.0\]"),
+    ({"shapes": 1, "nothing of that name": 0}, "shares="),
+    ({"shapes": float("inf"), "tetrominoes": 1}, "shares="),
+])
+def test_shares_that_mean_nothing_are_refused_before_a_data_set_is_opened(shares, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        open_mixture(shares, size=32, n=4)
+
+
+def test_a_mixture_needs_pictures_and_names_all_its_parts():
+    one, two = (Scenes("shapes", n, size=16) for n in (2, 3))
+    with pytest.raises(ValueError, match="data sets with pictures"):
+        Mixture([], [])
+    with pytest.raises(ValueError, match="n=-1"):
+        Mixture([one, two], [1, 1], -1)
+    assert "1 Scenes('shapes', 2" in repr(Mixture([one, two], [1, 1], 1)) and "0 Scenes('shapes', 3" in repr(Mixture([one, two], [1, 1], 1))

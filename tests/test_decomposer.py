@@ -148,3 +148,10 @@ def test_a_fingerprint_tells_weights_apart():
 def test_the_mark_of_a_shipped_model_holds():
     model = load_decomposer(shipped("disdiff_shapes3d"))
     assert model.config.base_mark == fingerprint(model.base) == "34688e81"
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (3, 3, 16, 16), (2, 1, 3, 16, 16), (3, 16, 16)])
+def test_noise_of_other_pictures_is_refused(shape):
+    model = LSD(**lsd_preset("tiny"))
+    with pytest.raises(ValueError, match=r"noise of 2 pictures is \(2,c,h,w\)"):
+        model.decode(Factors(torch.randn(2, 4, 16)), steps=2, noise=torch.randn(shape))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
 
-from decomp_nb.components.autoencoders import DCAutoencoder, small_dc, small_vae
+from decomp_nb.components.autoencoders import DCAutoencoder, small_dc, small_vae, vq_model
 from decomp_nb.components.latent_diffusion import LatentDiffusion
 from decomp_nb.components.latents import DeterministicLatents, KLLatents, build_latents, decode_latents
 from decomp_nb.components.text import tiny_pipeline
@@ -194,3 +194,11 @@ def test_a_frozen_denoiser_takes_pictures_of_any_side(image_size, tmp_path):
     )
     with pytest.raises(ValueError, match="built for 4 channels"):
         _ = other.latents
+
+
+def test_reading_a_codebook_leaves_the_random_state_alone(tmp_path):
+    "A resumed run reads its autoencoder in its first step, a run that was not broken off did so long before"
+    vq_model(4, width=8, multipliers=(1, 1, 1), n_codes=16, groups=4).save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    build_latents(str(tmp_path))
+    assert torch.equal(torch.get_rng_state(), before)

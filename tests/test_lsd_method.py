@@ -203,3 +203,15 @@ def test_stable_lsd_guides_against_the_empty_prompt(foundations):
 def test_stable_lsd_names_what_is_missing(foundations, tmp_path):
     pipeline, dino = foundations
     with pytest.raises(FileNotFoundError, match="scheduler"): StableLSD(str(tmp_path), dict(kind="dino", name_or_folder=dino, image_size=32, resolution=56))
+
+
+@torch.no_grad()
+def test_single_slots_are_guided_against_a_single_token(foundations):
+    model = stable(foundations).eval()
+    one = Factors(torch.randn(2, 1, model.factor_dim))
+    empty = model.null_factors(one).codes
+    assert empty.shape == one.codes.shape
+    several = Factors(torch.randn(2, 3, model.factor_dim))
+    torch.testing.assert_close(empty, model.null_factors(several).codes[:, :1])  # the text encoder is causal
+    noise = torch.randn(2, *model.latent_shape)
+    assert model.decompose(several, steps=2, guidance_scale=2.0, noise=noise).shape == (2, 3, 3, 32, 32)

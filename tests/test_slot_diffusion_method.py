@@ -8,6 +8,7 @@ from decomp_nb.components.autoencoders import vq_model
 from decomp_nb.components.dvae import DVAE
 from decomp_nb.components.latents import VQLatents
 from decomp_nb.components.slot_sets import drop_slots, keep_largest, merge_duplicates, mix_slots, swap_slots
+from decomp_nb.components.slots import SlotAttention
 from decomp_nb.data.cache import cache_features
 from decomp_nb.factors import Factors
 from decomp_nb.methods.slate import SLATE, load_dvae, slate_preset
@@ -238,6 +239,11 @@ def test_presets_build_and_refuse_unknown_names(preset):
     (lambda: mixture(mask_source="dreams"), "mask_source='dreams'"),
     (lambda: SlotAttentionAE(**EYES, decoder_config=dict(channels=[8], start=5)), "image_size=16"),
     (lambda: diffusion(scheduler_config=dict(prediction_type="picture")), "picture"),
+    (lambda: mixture(zoom=0.0).eval().encode(PICTURES), "zoom=0.0"),
+    (lambda: SlotAttention(10, context=1), "context: 10 channels"),
+    (lambda: SlotAttention(8, context=-1), "context=-1"),
+    (lambda: SlotAttention(8, init="kmeans++").start(2), "start_on"),
+    (lambda: SlotAttention(8, init="kmeans++")(torch.rand(2, 8, 4, 4), n_slots=0), "n_slots=0"),
 ])
 def test_a_config_that_cannot_work_names_its_field(make, complaint):
     with pytest.raises(ValueError, match=complaint): make()

@@ -24,6 +24,10 @@ class Context(nn.Module):
         groups: int = 8,  # of the group norms
     ):
         super().__init__()
+        if n_blocks < 1:
+            raise ValueError(f"context={n_blocks}: must be at least 1, or 0 for none")
+        if channels % groups:
+            raise ValueError(f"context: {channels} channels of the features cannot be normed in {groups} equal groups")
         self.down = nn.Conv2d(channels, channels, 4, 2, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, channels, groups) for _ in range(n_blocks)])
         self.norm = nn.GroupNorm(groups, channels)

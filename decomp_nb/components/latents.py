@@ -226,7 +226,8 @@ def _load_autoencoder(kind, place, subfolder):
         logger.setLevel(logging.ERROR)
     try:
         cls = getattr(diffusers, kind)
-        return cls.from_pretrained(place, subfolder=subfolder or None, low_cpu_mem_usage=False)
+        with torch.random.fork_rng(devices=[]):   # a VQModel draws a codebook before it reads its own
+            return cls.from_pretrained(place, subfolder=subfolder or None, low_cpu_mem_usage=False)
     finally:
         logger.setLevel(level)
 

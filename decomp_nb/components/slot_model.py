@@ -92,6 +92,8 @@ class SlotFinder(Decomposer):
 
     def extract_features(self, images: Tensor, zoom: float = 1.0) -> Tensor:
         "Feature maps `(b,c,h,w)` of pictures, `(b,t,c,h,w)` of clips, enlarged `zoom` times before"
+        if zoom <= 0:
+            raise ValueError(f"zoom={zoom}: must be above 0")
         pictures = images.flatten(0, -4)
         if zoom != 1:
             pictures = F.interpolate(pictures, scale_factor=zoom, mode="bilinear", align_corners=False)

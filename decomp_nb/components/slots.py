@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from .context import Context
-from .positions import coordinate_grid, position_projection
+from . import positions
 from .seeding import choose_places
 
 # %% auto #0
@@ -152,7 +152,7 @@ class SlotLayers(nn.Module):
     ):
         super().__init__()
         dim = (input_dim or in_dim) if input_mlp else in_dim
-        self.position = position_projection(in_dim, position_std) if position else None
+        self.position = positions.position_projection(in_dim, position_std) if position else None
         self.context = Context(in_dim, context) if context else None
         self.input_norm = nn.LayerNorm(in_dim) if input_mlp else nn.Identity()
         self.input_mlp = two_layers(in_dim, dim, dim) if input_mlp else nn.Identity()
@@ -193,6 +193,8 @@ class SlotStart(SlotLayers):
                 f"n_slots={n_slots}: slots with init={self.init!r} are learned one by one, there are {self.n_slots}; "
                 "only init='gaussian' and 'kmeans++' take another number"
             )
+        if self.init == "kmeans++":
+            raise ValueError("init='kmeans++': these slots start at places of a feature map; use start_on(features)")
         shape = (batch, n_slots or self.n_slots, self.slot_dim)
         if self.init == "learned":
             return self.slot_mean.expand(shape)
@@ -207,6 +209,8 @@ class SlotStart(SlotLayers):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         "Slots before the first iteration `(b, s, d)`, as `start`, or at places of the features that differ"
+        if n_slots is not None and n_slots < 1:
+            raise ValueError(f"n_slots={n_slots}: must be at least 1")
         if self.init != "kmeans++":
             return self.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
         if noise is not None:
@@ -228,7 +232,8 @@ class SlotReader(SlotStart):
         plain = placed = rearrange(features, "b c h w -> b (h w) c")
         if self.position is not None:
             where = self.position.weight
-            grid = coordinate_grid(*features.shape[-2:], ends=self.ends, device=where.device, dtype=where.dtype)
+            like = dict(device=where.device, dtype=where.dtype)
+            grid = positions.coordinate_grid(*features.shape[-2:], ends=self.ends, **like)
             placed = plain + self.position(grid).flatten(0, 1)
         if self.context is not None:
             placed = placed + rearrange(self.context(features), "b c h w -> b (h w) c")

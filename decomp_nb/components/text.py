@@ -56,7 +56,7 @@ class PromptEncoder(nn.Module):
         if n > self.max_tokens:
             raise ValueError(f"{n} tokens requested, but this text encoder reads at most {self.max_tokens}")
         options = dict(padding="max_length", truncation=True, return_tensors="pt")
-        ids = self.tokenizer(prompts, max_length=n, **options).input_ids
+        ids = self.tokenizer(prompts, max_length=n, **options).input_ids[:, :n]  # it gives two where one is asked for
         return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
 
 # %% ../../nbs/components/text.ipynb #tiny-export

@@ -21,8 +21,10 @@ __all__ = ['interleave', 'Mixture', 'open_mixture']
 def interleave(shares: Sequence[float], n: int) -> tuple[np.ndarray, np.ndarray]:
     "For each of `n` items: which data set it comes from, and the how-manieth of that data set it is, both int64 `(n,)`"
     shares = np.asarray(shares, dtype=float)
-    if not len(shares) or not (shares > 0).all():
+    if not len(shares) or not (shares > 0).all() or not np.isfinite(shares).all():
         raise ValueError(f"shares={shares.tolist()}: every data set of a mixture needs a share above 0")
+    if n < 0:
+        raise ValueError(f"n={n}: must be 0 or more")
     shares = shares / shares.sum()
     counts = [math.ceil(n * share) + 1 for share in shares]
     owner = np.repeat(np.arange(len(shares)), counts)
@@ -43,6 +45,9 @@ class Mixture(Dataset):
     ):
         if len(datasets) != len(shares):
             raise ValueError(f"a mixture of {len(datasets)} data sets needs as many shares, got {len(shares)}")
+        empty = [str(i) for i, dataset in enumerate(datasets) if not len(dataset)]
+        if empty or not datasets:
+            raise ValueError(f"a mixture needs data sets with pictures; none in number {', '.join(empty) or '0'}")
         sizes = [dataset.size for dataset in datasets]
         if len(set(sizes)) > 1:
             raise ValueError(f"the data sets of a mixture have pictures of different sides: {sizes}; open them with one size")
@@ -65,7 +70,7 @@ class Mixture(Dataset):
         return [{"image": items[i]["image"]} for i in indices]
 
     def __repr__(self) -> str:
-        counts = np.bincount(self.owner)
+        counts = np.bincount(self.owner, minlength=len(self.datasets))
         return f"Mixture({len(self):,} pictures: {', '.join(f'{n:,} {d}' for n, d in zip(counts, self.datasets))})"
 
 
@@ -85,6 +90,7 @@ def open_mixture(
     seed: int = 0,
 ) -> Mixture:
     "A mixture of data sets that are named; scenes that are drawn are as many as the mixture needs, so none is seen twice"
+    interleave(list(shares.values()), 0)  # refuses shares that mean nothing before a data set is opened
     total = sum(shares.values())
     datasets = []
     for name, share in shares.items():
