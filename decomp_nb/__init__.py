@@ -46,6 +46,7 @@ def __dir__():
 # Names that have moved: old module → new module → its names, "old=new" where they were renamed.
 # The old ones work for one more version.
 _moved = {
+    "components.slots": {"components.positions": "coordinate_grid position_projection"},
     "core": {
         "factors": "Factors recombine align interpolate to_uint8",
         "decomposer": "sample Decomposer shipped load_decomposer",
