@@ -219,6 +219,7 @@ _moved = {
         "metrics.concepts": "coverage=class_shares mutual_information_score=normalized_mutual_info_score",
     },
     "components.slot_model": {
+        "components.presets": "changed",
         "components.slot_sets": "mix_slots",
         "components.slot_model": "small_eyes=small_encoder",
     },
@@ -233,12 +234,13 @@ _moved = {
     "training.config": {
         "training.parameters": "check_parameters_cell",
     },
+    "training.weights": {"training.weights": "fingerprint=frozen_checksums"},
     "training.trainer": {
         "training.stream": "mix=mix_seeds epoch_order micro_batch Stream seed_everything random_state set_random_state "
                            "preserve_random_state Positions=MicroBatchSampler check_data",
         "training.signals": "STOP_SIGNALS",
         "training.files": "write_text sync remove_folder checksum seal=write_manifest defect=verify_manifest",
-        "training.weights": "trainable restorable save_weights load_weights fingerprint",
+        "training.weights": "trainable restorable save_weights load_weights fingerprint=frozen_checksums",
         "training.record": "versions git_commit difference hardware read_record check_model",
         "training.run_directory": "summary load_run",
         "training.checkpoint": "list_checkpoints",

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .factors import Factors, _join
 
 # %% auto #0
-__all__ = ['sample', 'Frozen', 'VersionedConfig', 'StrictModel', 'fingerprint', 'Method', 'Decomposer', 'weights_folder',
-           'shipped', 'load_decomposer']
+__all__ = ['sample', 'Frozen', 'VersionedConfig', 'StrictModel', 'fingerprint', 'fold_batch', 'Method', 'Decomposer',
+           'weights_folder', 'shipped', 'load_decomposer']
 
 # %% ../nbs/decomposer.ipynb #sample-export
 @torch.no_grad()
@@ -211,6 +211,26 @@ def _fold_noise(noise: Tensor, b: int, t: int) -> Tensor:
         raise ValueError(f"noise of {b} clips of {t} frames is {expected}, not {tuple(noise.shape)}")
     return noise.flatten(0, 1)
 
+# %% ../nbs/decomposer.ipynb #fold-export
+def fold_batch(batch: dict) -> dict:
+    "A training batch with frames of clips `(b,t,3,h,w)` as pictures, and so with all that begins with `(b,t)`"
+    time = batch["image"].shape[:-3]
+    if len(time) == 1:
+        return batch
+    folded = dict(batch)
+    for name, value in batch.items():
+        if torch.is_tensor(value) and value.shape[:2] == time:
+            folded[name] = value.flatten(0, 1)
+    return folded
+
+
+def _train_on_frames(forward: Callable) -> Callable:
+    @wraps(forward)
+    def wrapped(self, batch):
+        whole = self.tracks or "image" not in batch
+        return forward(self, batch if whole else fold_batch(batch))
+    return wrapped
+
 # %% ../nbs/decomposer.ipynb #guide-export
 def _guide_frames(guided: Callable) -> Callable:
     @wraps(guided)
@@ -232,6 +252,7 @@ _ON_FRAMES = dict(
     decode=_decode_frames,
     decompose=_decode_frames,
     guided=_guide_frames,
+    forward=_train_on_frames,
 )
 
 # %% ../nbs/decomposer.ipynb #method-export

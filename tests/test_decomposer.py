@@ -55,6 +55,17 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_training_on_clips(model, clips):
+    "The loss of a clip is that of its frames, where a method does not carry its factors from frame to frame; else it is a number"
+    losses = []
+    for images in (clips, clips.flatten(0, 1)):
+        torch.manual_seed(3)
+        losses.append(model({"image": images})["loss"].detach())
+    assert losses[0].isfinite() and losses[0].ndim == 0
+    if not model.tracks:
+        assert losses[0] == losses[1]
+
+
 @torch.no_grad()
 def test_a_clip_is_its_frames(model, clips):
     "decode, decompose and reconstruct of a clip: what they are for the frames, with a time axis; noise for all frames, or for each clip"

@@ -5,7 +5,6 @@
 # %% ../../nbs/components/slot_model.ipynb #imports-export
 from __future__ import annotations
 
-import copy
 import inspect
 
 import torch
@@ -28,14 +27,14 @@ from .encoders import build_encoder
 from .latents import LatentSpace
 from .slot_sets import drop_slots, keep_largest, merge_duplicates, swap_slots, token_mask
 from .slots import SlotAttention, SlotResult, masks_from_attention, slot_diagnostics
-from .tracking import fold_batch, fold_time, track
+from .tracking import track
 from .unets import slot_denoiser
-from ..decomposer import Decomposer
+from ..decomposer import Decomposer, fold_batch
 from ..factors import Factors
 
 # %% auto #0
 __all__ = ['require', 'refuse_unknown', 'SlotFinder', 'SlotEncoder', 'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel',
-           'changed', 'from_preset', 'small_encoder', 'published_encoder']
+           'small_encoder', 'published_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -280,10 +279,10 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         factors = self.drop_condition(self.prune_slots(self.encode_batch(batch)))
         gamma = self.config.min_snr_gamma
         weight = min_snr_weight(self.scheduler, t, gamma) if gamma else None
-        loss = diffusion_loss(self.predict(x_t, t, fold_time(factors)), target, weight)
+        loss = diffusion_loss(self.predict(x_t, t, factors.fold_time()), target, weight)
         if not (self.training and self.config.contrast_weight):
             return {"loss": loss}
-        swapped = fold_time(swap_slots(factors, self.config.contrast_rate))
+        swapped = swap_slots(factors, self.config.contrast_rate).fold_time()
         wrong = diffusion_loss(self.predict_fixed(x_t, t, swapped), target, weight)
         total = loss - self.config.contrast_weight * wrong
         return {"loss": total, "denoising": loss.detach(), "swapped": wrong.detach()}
@@ -317,22 +316,6 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
     def enable_gradient_checkpointing(self) -> None:
         "Recompute the denoiser's activations in the backward pass: less memory, about a third more time"
         self.denoiser.enable_gradient_checkpointing()
-
-# %% ../../nbs/components/slot_model.ipynb #config-export
-def changed(config: dict, changes: dict) -> dict:
-    "A deep copy of `config` with `changes` applied; where both hold a dict, the entries are merged"
-    out = copy.deepcopy(config)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = {**out[key], **value} if both else value
-    return out
-
-
-def from_preset(presets: dict[str, dict], name: str, changes: dict) -> dict:
-    "`presets[name]` with `changes` applied; an unknown name is an error that lists the known ones"
-    if name not in presets:
-        raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, presets))}")
-    return changed(presets[name], SlotModel.current_options(changes))
 
 # %% ../../nbs/components/slot_model.ipynb #eyes-export
 def small_encoder(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .slots import SlotAttention, SlotResult
-from ..factors import Factors
 
 # %% auto #0
-__all__ = ['track', 'fold_time', 'fold_batch']
+__all__ = ['track']
 
 # %% ../../nbs/components/tracking.ipynb #track-export
 def track(
@@ -42,22 +41,3 @@ def track(
     stacked = [torch.stack(part, 1) for part in zip(*(found[:3] for found in frames))]
     history = sum((found.history for found in frames), []) if options.get("record") else None
     return SlotResult(*stacked, history)
-
-# %% ../../nbs/components/tracking.ipynb #fold-export
-def fold_time(factors: Factors) -> Factors:
-    "Sets of clips `(b,t,k,d)` as sets of pictures `(b·t,k,d)`; those of pictures as they are"
-    if factors.codes.ndim == 3:
-        return factors
-    return Factors(*(None if v is None else v.flatten(0, 1) for v in factors))
-
-
-def fold_batch(batch: dict) -> dict:
-    "A training batch with frames of clips `(b,t,3,h,w)` as pictures, and so with all that begins with `(b,t)`"
-    time = batch["image"].shape[:-3]
-    if len(time) == 1:
-        return batch
-    folded = dict(batch)
-    for name, value in batch.items():
-        if torch.is_tensor(value) and value.shape[:2] == time:
-            folded[name] = value.flatten(0, 1)
-    return folded

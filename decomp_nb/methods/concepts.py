@@ -5,7 +5,6 @@
 # %% ../../nbs/methods/concepts.ipynb #imports-export
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +22,7 @@ from decomp_nb.components.concept_weights import (
     superfluous_words,
 )
 from ..components.foundations import Foundation, Prompts, codes_of, random_codes
+from ..components.presets import from_preset
 from decomp_nb.components.words import (
     WordDecomposer,
     add_noise,
@@ -261,6 +261,4 @@ def concepts_preset(
         "imagenet_s4": things | {"tokens": animals},
         **dict.fromkeys(["ade20k", "art"], styles),
     }
-    if name not in presets:
-        raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, presets))}")
-    return copy.deepcopy(presets[name]) | changes
+    return from_preset(Concepts, presets, name, changes)

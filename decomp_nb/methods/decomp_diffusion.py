@@ -5,7 +5,6 @@
 # %% ../../nbs/methods/decomp_diffusion.ipynb #imports-export
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,7 @@ from decomp_nb.components.diffusion import (
 )
 from ..components.latents import Pixels, build_latents
 from ..components.recombination import ComponentFilms, Recombination
+from ..components.presets import changed, from_preset
 from ..components.unets import build_with, call_vector_unet, load_unet, slot_denoiser, vector_denoiser
 from ..components.vectors import VectorEncoder
 from ..decomposer import Decomposer
@@ -454,18 +454,9 @@ _TINY = dict(
 )
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #preset-export
-def _merge(config: dict, changes: dict) -> dict:
-    "A copy with `changes`; where both are dicts, they are merged"
-    merged = copy.deepcopy(config)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(config.get(key), dict)
-        merged[key] = merged[key] | value if both else value
-    return merged
-
-
 PRESETS = {"tiny": _TINY}
-PRESETS |= {name: _merge(_OFFICIAL, changes) for name, changes in _PUBLISHED.items()}
-PRESETS |= {name: _merge(_EMBEDDED, changes) for name, changes in _SMALL.items()}
+PRESETS |= {name: changed(_OFFICIAL, changes) for name, changes in _PUBLISHED.items()}
+PRESETS |= {name: changed(_EMBEDDED, changes) for name, changes in _SMALL.items()}
 
 
 def decomp_diffusion_preset(
@@ -473,6 +464,4 @@ def decomp_diffusion_preset(
     **changes: Any,  # keys of `DecompDiffusion`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `DecompDiffusion` for a known setting"
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, PRESETS))}")
-    return _merge(PRESETS[name], changes)
+    return from_preset(DecompDiffusion, PRESETS, name, changes)

@@ -25,7 +25,7 @@ from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, nois
 from ..components.latents import build_latents, decode_latents
 from ..components.samplers import latent_sampler
 from ..components.shift_decoder import ShiftDecoder, field_coefficient
-from ..components.slot_model import changed
+from ..components.presets import from_preset
 from ..components.unets import UNetFeatures, latent_unet, unet_down, unet_up
 from ..decomposer import Decomposer, fingerprint
 from ..factors import Factors
@@ -406,6 +406,4 @@ def disdiff_preset(
     **changes: Any,  # keys of `DisDiff`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `DisDiff` for a known setting; the base decides about the denoiser"
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, PRESETS))}")
-    return changed(PRESETS[name], DisDiff.current_options(changes))
+    return from_preset(DisDiff, PRESETS, name, changes)

@@ -20,7 +20,7 @@ from ..components.diffusion import diffusion_target, make_scheduler
 from ..components.latent_diffusion import LATENT_SCHEDULE
 from ..components.latents import LatentSpace
 from ..components.samplers import latent_sampler
-from ..components.slot_model import changed
+from ..components.presets import from_preset
 from ..components.unets import slot_denoiser
 from ..factors import Factors
 
@@ -237,6 +237,4 @@ def encdiff_preset(
     **changes: Any,  # keys of `EncDiff`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `EncDiff` for a known setting"
-    if name not in ENCDIFF_PRESETS:
-        raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, ENCDIFF_PRESETS))}")
-    return changed(ENCDIFF_PRESETS[name], EncDiff.current_options(changes))
+    return from_preset(EncDiff, ENCDIFF_PRESETS, name, changes)

@@ -5,7 +5,8 @@
 # %% ../../nbs/methods/lsd.ipynb #imports-export
 from __future__ import annotations
 
-from ..components.slot_model import DiffusionSlotModel, from_preset, small_encoder
+from ..components.presets import from_preset
+from ..components.slot_model import DiffusionSlotModel, small_encoder
 from ..components.unets import denoiser_config
 
 # %% auto #0
@@ -47,7 +48,7 @@ def lsd_preset(
             denoiser_config=denoiser_config(32, slot_dim=192),
         ),
     }
-    return from_preset(presets, name, changes)
+    return from_preset(LSD, presets, name, changes)
 
 
 def _small(width: int, encoder: dict) -> dict:

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from ..components.decoders import AutoregressiveDecoder
 from ..components.dvae import DVAE
+from ..components.presets import from_preset
 from decomp_nb.components.slot_model import (
     SlotModel,
-    from_preset,
     published_encoder,
     refuse_unknown,
     require,
     small_encoder,
 )
-from ..components.tracking import fold_batch, fold_time
+from ..decomposer import fold_batch
 from ..factors import Factors
 
 # %% auto #0
@@ -99,14 +99,14 @@ class SLATE(SlotModel):
         "One training step: cross-entropy per token, in nats; `tokens` `(b,h/4,w/4)` of the batch replace the VAE"
         frames = fold_batch(batch)
         tokens = frames["tokens"] if "tokens" in frames else self.dvae.tokens(frames["image"])
-        factors = fold_time(self.prune_slots(self.encode_batch(batch)))
+        factors = self.prune_slots(self.encode_batch(batch)).fold_time()
         logits = self.writer(tokens.flatten(1), factors.codes, factors.weights)
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())}
 
     @torch.no_grad()
     def write(self, factors: Factors, **options) -> Tensor:
         "Tokens `(b[,t],h/4,w/4)` of the slots; options of the transformer: temperature, top_k, generator, prefix"
-        pictures = fold_time(self.prune_slots(factors))
+        pictures = self.prune_slots(factors).fold_time()
         tokens = self.writer.generate(pictures.codes, pictures.weights, **options)
         return tokens.view(*factors.codes.shape[:-2], *self.latent_shape[1:])
 
@@ -141,4 +141,4 @@ def slate_preset(
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,
     }
-    return from_preset(presets, name, changes)
+    return from_preset(SLATE, presets, name, changes)

@@ -11,14 +11,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..components.decoders import BroadcastDecoder, mix_layers
+from ..components.presets import from_preset
 from decomp_nb.components.slot_model import (
     SlotModel,
-    from_preset,
     published_encoder,
     refuse_unknown,
     small_encoder,
 )
-from ..components.tracking import fold_time
 from ..factors import Factors
 
 # %% auto #0
@@ -56,7 +55,7 @@ class SlotAttentionAE(SlotModel):
 
     def layers(self, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
         "The picture `(b,3,h,w)`, the slots' colours `(b,k,3,h,w)` and masks `(b,k,h,w)`; of clips with t after b"
-        pictures = fold_time(factors)
+        pictures = factors.fold_time()
         parts = mix_layers(self.decoder(pictures.codes), pictures.weights)
         return tuple(part.unflatten(0, factors.codes.shape[:-2]) for part in parts)
 
@@ -95,4 +94,4 @@ def slot_attention_preset(
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,
     }
-    return from_preset(presets, name, changes)
+    return from_preset(SlotAttentionAE, presets, name, changes)

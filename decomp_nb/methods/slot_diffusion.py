@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from ..components.latents import VQLatents
 from ..components.samplers import SinglestepSolver
-from ..components.slot_model import DiffusionSlotModel, from_preset, published_encoder, small_encoder
+from ..components.presets import from_preset
+from ..components.slot_model import DiffusionSlotModel, published_encoder, small_encoder
 
 # %% auto #0
 __all__ = ['PUBLISHED_SCHEDULE', 'DINO', 'slot_diffusion_denoiser', 'SlotDiffusion', 'slot_diffusion_preset']
@@ -84,7 +85,7 @@ def slot_diffusion_preset(
         "coco": _published(7, 224, 256, DINO),
         "voc": _published(6, 224, 192, DINO),
     }
-    return from_preset(presets, name, changes)
+    return from_preset(SlotDiffusion, presets, name, changes)
 
 
 DINO = dict(kind="dino", name_or_folder="facebook/dino-vits8", image_size=224, normalisation="half")

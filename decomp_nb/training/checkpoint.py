@@ -24,7 +24,7 @@ from decomp_nb.training.files import (
     write_text,
 )
 from .record import model_record
-from .weights import fingerprint, load_weights, restorable, save_weights
+from .weights import frozen_checksums, load_weights, restorable, save_weights
 
 # %% auto #0
 __all__ = ['list_checkpoints', 'newest_checkpoint', 'prune_checkpoints', 'save_state', 'load_state', 'export_model']
@@ -67,7 +67,7 @@ def save_state(engine: Engine, folder: Path, progress: Mapping[str, Any]) -> Non
         "optimizer": engine.optimizer.state_dict()["state"],
         "scaler": scaler.state_dict() if scaler else None,
         "ema_steps": ema.optimization_step if ema is not None else 0,
-        "frozen": fingerprint(engine.raw),
+        "frozen": frozen_checksums(engine.raw),
     }
     with (folder / "state.pt").open("wb") as file:
         torch.save(state, file)
@@ -89,7 +89,7 @@ def load_state(engine: Engine, folder: Path) -> dict[str, Any]:
     engine.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    changed = [name for name, value in fingerprint(engine.raw).items() if state["frozen"].get(name) != value]
+    changed = [name for name, value in frozen_checksums(engine.raw).items() if state["frozen"].get(name) != value]
     if changed:
         message = f"{len(changed)} frozen parameters differ from those of the run, {changed[0]} first"
         warnings.warn(message, stacklevel=2)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 # %% auto #0
-__all__ = ['trainable', 'restorable', 'save_weights', 'load_weights', 'fingerprint', 'sample_checksum']
+__all__ = ['trainable', 'restorable', 'save_weights', 'load_weights', 'frozen_checksums', 'sample_checksum']
 
 # %% ../../nbs/training/weights.ipynb #weights-export
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -57,7 +57,7 @@ def load_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
             tensor.copy_(saved[name])
 
 # %% ../../nbs/training/weights.ipynb #fingerprint-export
-def fingerprint(model: nn.Module) -> dict[str, int]:
+def frozen_checksums(model: nn.Module) -> dict[str, int]:
     "name → checksum of a sample of each frozen parameter, those of a Decomposer's foundations included"
     found = {}
     for name, p in model.named_parameters():
