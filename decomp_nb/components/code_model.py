@@ -252,7 +252,7 @@ class CodeStart(CodeEncoder):
     "Where an encoder begins"
 
     def init_from_ica(self, images: Tensor) -> int:
-        """Let the first codes begin as the `independent_circles` of thousands of pictures `(n,3,h,w)`; returns how many.
+        """Let the first codes begin as the `independent_circles` of thousands of pictures `(n,3,h,w)`; how many do.
 
         Factors that read pictures and are left over begin inactive. Needs `circular` and a `linear_skip`."""
         if self.compass is None:

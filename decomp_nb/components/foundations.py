@@ -210,7 +210,7 @@ def codes_of(foundation: Foundation, words: Sequence[str]) -> Tensor:
 
 
 def nearest_words(foundation: Foundation, codes: Tensor, n: int = 5) -> list[list[tuple[str, float]]]:
-    "The `n` known words of highest cosine for each code `(k, code_dim)`: first text encoder, mean of the code's vectors"
+    "The `n` known words of highest cosine for each code `(k, code_dim)`: first text encoder, mean of its vectors"
     words, (table, *_) = foundation.dictionary()
     vectors = reduce(codes.detach(), "k (v d) -> k d", "mean", v=foundation.n_vectors)
     vectors = vectors[:, :table.shape[1]].to(table)

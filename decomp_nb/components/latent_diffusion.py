@@ -79,8 +79,8 @@ class LatentSpaceModel(LatentSpace, Decomposer):
         mark, trained = fingerprint(space), self.config.latents_mark
         if trained not in ("", mark):
             raise ValueError(
-                f"latents_path={self.config.latents_path!r}: this autoencoder ({mark}) is not the one that the denoiser "
-                f"was trained with ({trained})"
+                f"latents_path={self.config.latents_path!r}: this autoencoder ({mark}) is not the one that the "
+                f"denoiser was trained with ({trained})"
             )
         self.register_to_config(latents_mark=mark)
 

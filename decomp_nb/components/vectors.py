@@ -82,7 +82,8 @@ class VectorEncoder(nn.Module):
     ):
         super().__init__()
         if levels < 1 or image_size < 2**levels:
-            raise ValueError(f"levels={levels}: halve pictures of {image_size} pixels at least once, at most to 1 pixel")
+            possible = f"pictures of {image_size} pixels at least once, at most to 1 pixel"
+            raise ValueError(f"levels={levels}: halve {possible}")
         check_choice("end", end, ("none", "relu"))
         check_choice("readout", readout, ("flatten", "spatial_softmax"))
         self.image_size = image_size

@@ -50,7 +50,8 @@ class Mixture(Dataset):
             raise ValueError(f"a mixture needs data sets with pictures; none in number {', '.join(empty) or '0'}")
         sizes = [dataset.size for dataset in datasets]
         if len(set(sizes)) > 1:
-            raise ValueError(f"the data sets of a mixture have pictures of different sides: {sizes}; open them with one size")
+            found = f"pictures of different sides: {sizes}"
+            raise ValueError(f"the data sets of a mixture have {found}; open them with one size")
         self.datasets = list(datasets)
         self.size = sizes[0]
         self.owner, self.number = interleave(shares, sum(map(len, datasets)) if n is None else n)
@@ -89,7 +90,7 @@ def open_mixture(
     n: int | None = None,  # pictures in all
     seed: int = 0,
 ) -> Mixture:
-    "A mixture of data sets that are named; scenes that are drawn are as many as the mixture needs, so none is seen twice"
+    "A mixture of named data sets; of drawn scenes as many as the mixture needs, so none is seen twice"
     interleave(list(shares.values()), 0)  # refuses shares that mean nothing before a data set is opened
     total = sum(shares.values())
     datasets = []

@@ -67,7 +67,8 @@ class SLATE(SlotModel):
         if image_size % 4:
             raise ValueError(f"image_size={image_size} does not fall into patches of 4")
         options = dict(writer_config)
-        self.writer = AutoregressiveDecoder(options.pop("vocabulary"), (image_size // 4) ** 2, self.factor_dim, **options)
+        vocabulary = options.pop("vocabulary")
+        self.writer = AutoregressiveDecoder(vocabulary, (image_size // 4) ** 2, self.factor_dim, **options)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -331,7 +331,7 @@ def published_rate(
     peak: float,
     floor: float = 0.0,  # Slot Attention, VQ-VAE and discrete VAE: a hundredth of the peak
 ) -> float:
-    "Learning rate of the official code at `step`: linear warm-up, half a cosine, and again from the beginning after `total` steps"
+    "Learning rate of the official code at `step`: linear warm-up, half a cosine, anew after `total` steps"
     length = total
     while step >= length:
         step -= length
