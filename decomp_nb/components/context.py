@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .encoders import ResidualBlock
 
 # %% auto #0
-__all__ = ['Context']
+__all__ = ['Surroundings', 'Context']
 
 # %% ../../nbs/components/context.ipynb #context-export
-class Context(nn.Module):
-    "Features of what surrounds a place, at half the resolution; adds nothing before it is trained"
+class Surroundings(nn.Module):
+    "Features of what surrounds a place, at half the resolution"
 
     def __init__(
         self,
@@ -31,11 +31,22 @@ class Context(nn.Module):
         self.down = nn.Conv2d(channels, channels, 4, 2, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, channels, groups) for _ in range(n_blocks)])
         self.norm = nn.GroupNorm(groups, channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        "Feature map `(b, c, h, w)` → `(b, c, h/2, w/2)`"
+        return F.silu(self.norm(self.blocks(self.down(features))))
+
+
+class Context(Surroundings):
+    "The same, brought back to the resolution of the features; adds nothing before it is trained"
+
+    def __init__(self, channels: int, n_blocks: int = 2, groups: int = 8):
+        super().__init__(channels, n_blocks, groups)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         "Feature map `(b, c, h, w)` → the same shape"
-        around = self.out(F.silu(self.norm(self.blocks(self.down(features)))))
+        around = self.out(super().forward(features))
         return F.interpolate(around, features.shape[-2:], mode="bilinear", align_corners=False)

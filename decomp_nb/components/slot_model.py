@@ -13,6 +13,7 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from .clusters import ClusterSlots
 from decomp_nb.components.diffusion import (
     diffusion_loss,
     diffusion_target,
@@ -33,8 +34,8 @@ from ..decomposer import Decomposer, fold_batch
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['require', 'refuse_unknown', 'SlotFinder', 'SlotEncoder', 'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel',
-           'small_encoder', 'published_encoder']
+__all__ = ['SLOTS', 'require', 'refuse_unknown', 'build_slots', 'SlotFinder', 'SlotEncoder', 'SlotModel', 'fixed_denoiser',
+           'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -51,6 +52,18 @@ def refuse_unknown(options: dict) -> None:
         raise TypeError(f"decode has no option {', '.join(sorted(unknown))}")
 
 # %% ../../nbs/components/slot_model.ipynb #seeing-export
+SLOTS = dict(attention=SlotAttention, clusters=ClusterSlots)
+
+
+def build_slots(in_dim: int, config: dict) -> SlotAttention | ClusterSlots:
+    "What turns a feature map of `in_dim` channels into slots: `kind` is a key of `SLOTS`, the rest are its arguments"
+    options = dict(config)
+    kind = options.pop("kind", "attention")
+    if kind not in SLOTS:
+        raise ValueError(f"slots_config: kind={kind!r}, choose one of {', '.join(map(repr, SLOTS))}")
+    return SLOTS[kind](in_dim, **options)
+
+
 class SlotFinder(Decomposer):
     "Encoder and slot attention, and what they find"
     renamed = {"merge_twins": "merge_threshold", "merge_above": "merge_threshold"}
@@ -62,7 +75,7 @@ class SlotFinder(Decomposer):
         self,
         image_size: int = 64,  # side of the pictures
         encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
+        slots_config: dict | None = None,  # of `build_slots`
         slot_dropout: float = 0.0,  # chance that training leaves out a slot
         keep_slots: int = 0,  # how many slots the decoder reads, the largest masks first; 0: all
         merge_threshold: float = 0.0,  # outside training, slots whose codes have a cosine above are one; 0: never
@@ -71,7 +84,7 @@ class SlotFinder(Decomposer):
         super().__init__()
         require(encoder_config=encoder_config, slots_config=slots_config)
         self.encoder = build_encoder(encoder_config)
-        self.slot_attention = SlotAttention(self.encoder.out_channels, **slots_config)
+        self.slot_attention = build_slots(self.encoder.out_channels, slots_config)
         if self.slot_attention.init == "learned":
             nn.init.normal_(self.slot_attention.slot_mean)
         if self.encoder.image_size != image_size:
@@ -137,7 +150,9 @@ class SlotEncoder(SlotFinder):
         factors = Factors(found.slots if raw else found.out, None, masks)
         if merge_threshold is None:
             merge_threshold = 0.0 if self.training else self.config.merge_threshold
-        return merge_duplicates(factors, merge_threshold) if merge_threshold else factors
+        if not merge_threshold:
+            return factors
+        return merge_duplicates(factors, merge_threshold, self.slot_attention.likeness(found.slots))
 
 # %% ../../nbs/components/slot_model.ipynb #model-export
 class SlotModel(SlotEncoder):
@@ -148,6 +163,20 @@ class SlotModel(SlotEncoder):
         images = batch["image"]
         features = batch["features"].to(images.dtype) if "features" in batch else None
         return self.encode(images, noise=batch.get("slot_noise"), features=features, **options)
+
+    def features_of(self, batch: dict) -> Tensor:
+        "Feature maps of a training batch, kept ones where there are some"
+        images = batch["image"]
+        return batch["features"].to(images.dtype) if "features" in batch else self.extract_features(images, 1)
+
+    def with_key_loss(self, losses: dict, batch: dict) -> dict:
+        "Training only: add the loss that the keys of `ClusterSlots` are learned by; slots of other kinds have none"
+        if not self.training or not isinstance(self.slot_attention, ClusterSlots):
+            return losses
+        features = self.features_of(batch)
+        keys = self.slot_attention.key_loss(features.flatten(0, -4))
+        total = losses["loss"] + self.slot_attention.key_weight * keys
+        return {"decoding": losses["loss"].detach(), **losses, "loss": total, "keys": keys.detach()}
 
     def prune_slots(self, factors: Factors) -> Factors:
         "What the decoder reads of the set: the `keep_slots` largest; while training `slot_dropout` leaves out some"
@@ -162,9 +191,7 @@ class SlotModel(SlotEncoder):
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
         "Early signs of collapse of a training batch, see `slot_diagnostics`"
-        images = batch["image"]
-        features = batch["features"].to(images.dtype) if "features" in batch else self.extract_features(images, 1)
-        found = self.find_slots(features, noise=batch.get("slot_noise"))
+        found = self.find_slots(self.features_of(batch), noise=batch.get("slot_noise"))
         return slot_diagnostics(found)
 
     def parameter_groups(self) -> list[dict]:
@@ -195,7 +222,7 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         self,
         image_size: int = 64,  # side of the pictures
         encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
+        slots_config: dict | None = None,  # of `build_slots`
         denoiser_config: dict | None = None,  # of `slot_denoiser`
         scheduler_config: dict | None = None,  # of `make_scheduler`; None: the published schedule
         latents_path: str | None = None,  # autoencoder (KL or VQ), by folder or hub name; None: pixels
@@ -281,11 +308,12 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         weight = min_snr_weight(self.scheduler, t, gamma) if gamma else None
         loss = diffusion_loss(self.predict(x_t, t, factors.fold_time()), target, weight)
         if not (self.training and self.config.contrast_weight):
-            return {"loss": loss}
+            return self.with_key_loss({"loss": loss}, batch)
         swapped = swap_slots(factors, self.config.contrast_rate).fold_time()
         wrong = diffusion_loss(self.predict_fixed(x_t, t, swapped), target, weight)
         total = loss - self.config.contrast_weight * wrong
-        return {"loss": total, "denoising": loss.detach(), "swapped": wrong.detach()}
+        losses = {"loss": total, "denoising": loss.detach(), "swapped": wrong.detach()}
+        return self.with_key_loss(losses, batch)
 
     def predict_fixed(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
         "`predict`, but neither denoiser nor registers get gradients"
@@ -332,6 +360,12 @@ def small_encoder(
             position_in=position_in,
         ),
     )
+
+
+def cluster_encoder(image_size: int = 64, n_slots: int = 7, *, stride: int = 2, n_blocks: int = 0) -> dict:
+    "`image_size`, `encoder_config`, `slots_config` of small presets whose slots are `ClusterSlots`"
+    encoder = small_encoder(image_size, n_slots, stride=stride, n_blocks=n_blocks)
+    return encoder | dict(slots_config=dict(kind="clusters", n_slots=n_slots, slot_dim=128, out_dim=64))
 
 
 def published_encoder(

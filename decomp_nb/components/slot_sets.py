@@ -77,14 +77,15 @@ def duplicate_groups(codes: Tensor, threshold: float) -> Tensor:
 
 def merge_duplicates(
     factors: Factors,
-    threshold: float = 0.95,  # cosine of two codes, in clips averaged over frames, from which they are one
+    threshold: float = 0.95,  # cosine of two slots, in clips averaged over frames, from which they are one
+    likeness: Tensor | None = None,  # `(…, k, d)`, what is compared; None: the codes
 ) -> Factors:
-    """Slots with nearly the same code become one: masks and weights added, codes averaged.
+    """Slots that are nearly alike become one: masks and weights added, codes averaged.
 
     The others get weight 0 and an empty mask. Weights add up because attention to two equal tokens
     is attention to one of weight 2."""
     codes, weights, masks = factors * 1.0
-    groups = duplicate_groups(codes, threshold).mT
+    groups = duplicate_groups(codes if likeness is None else likeness, threshold).mT
     size = groups.sum(-1, keepdim=True)
     if masks is not None:
         masks = torch.einsum("...gk,...khw->...ghw", groups, masks.to(groups))

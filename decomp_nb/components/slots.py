@@ -289,6 +289,10 @@ class SlotAttention(SlotReader):
         slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + self.mlp(self.norm_mlp(slots)), attention
 
+    def likeness(self, slots: Tensor) -> Tensor | None:
+        "What duplicates are recognised by; None: the codes that the decoder reads"
+        return None
+
     def assign(self, slots: Tensor, features: Tensor, slot_mask: Tensor | None = None) -> Tensor:
         "Shares `(b, heads, n, s)` of the places of any feature map `(b, c, h, w)` that slots `(b, s, d)` win"
         keys, _ = self.read(features)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ..components.presets import from_preset
-from ..components.slot_model import DiffusionSlotModel, small_encoder
+from ..components.slot_model import DiffusionSlotModel, cluster_encoder, small_encoder
 from ..components.unets import denoiser_config
 
 # %% auto #0
@@ -29,8 +29,8 @@ def lsd_preset(
 ) -> dict:
     "Arguments of `LSD` for a known setting"
     presets = {
-        "shapes": _small(80, small_encoder()) | dict(zoom=2.0, merge_threshold=0.95),
-        "clevr": _small(64, small_encoder(n_blocks=1, position_in="both")),
+        "shapes": _in_latents(80, cluster_encoder()) | dict(zoom=2.0, merge_threshold=0.95),
+        "clevr": _in_patches(64, small_encoder(n_blocks=1, position_in="both")),
         "tiny": dict(
             image_size=16,
             encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=2, kernel=3, groups=4),
@@ -51,16 +51,29 @@ def lsd_preset(
     return from_preset(LSD, presets, name, changes)
 
 
-def _small(width: int, encoder: dict) -> dict:
-    "Patches of 8×8 pixels and a denoiser of one level, whose attention begins sharp: see the log"
+def _one_level(width: int, in_channels: int) -> dict:
+    "A denoiser of one level at 8×8 places, whose attention begins sharp: see the log"
     unet = denoiser_config(
-        8, slot_dim=64, channels=(width,), layers_per_block=1, n_heads=2, groups=8, in_channels=192
+        8, slot_dim=64, channels=(width,), layers_per_block=1, n_heads=2, groups=8, in_channels=in_channels
     )
-    unet |= dict(
+    return unet | dict(
         down_block_types=["CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D"], mid_block_type=None,
         attention_gain=3.0,
     )
+
+
+def _in_patches(width: int, encoder: dict) -> dict:
+    "The denoiser works on patches of 8×8 pixels"
     return encoder | dict(
         patch_size=8, timestep_sampling="near_noise", timestep_strength=4.0, scheduler_config=SMALL_SCHEDULE,
-        denoiser_config=unet,
+        denoiser_config=_one_level(width, 192),
     )
+
+
+def _in_latents(width: int, encoder: dict) -> dict:
+    "The denoiser works in the latents of the autoencoder that comes with the package, 8 channels, side / 8"
+    return encoder | dict(
+        latents_path="drawn_dc", timestep_sampling="near_noise", timestep_strength=2.0,
+        scheduler_config=SMALL_SCHEDULE, denoiser_config=_one_level(width, 8),
+    )
+

@@ -73,7 +73,8 @@ class SlotAttentionAE(SlotModel):
     def forward(self, batch: dict) -> dict:
         "One training step: mean squared error of the mixture"
         factors = self.prune_slots(self.encode_batch(batch, masks="attention"))
-        return {"loss": F.mse_loss(self.layers(factors)[0].float(), batch["image"])}
+        loss = F.mse_loss(self.layers(factors)[0].float(), batch["image"])
+        return self.with_key_loss({"loss": loss}, batch)
 
     @torch.no_grad()
     def decode(self, factors: Factors, **diffusion) -> Tensor:
