@@ -207,11 +207,11 @@ def _annotated(annotation, h, w, name):
         raise ValueError(f"{name}, annotation {annotation.get('id')}: {error}") from None
 
 
-def instance_labels(masks: Tensor, kinds: Sequence[int], max_objects: int) -> dict:
+def instance_labels(masks: Tensor, classes: Sequence[int], max_objects: int) -> dict:
     "`labels` of the contract: class of every instance, and whether it shows in the square"
     seen = torch.bincount(masks.flatten(), minlength=max_objects + 1)[1:max_objects + 1] > 0
-    classes = torch.tensor([*kinds, *[0] * (max_objects - len(kinds))])
-    return {"labels": {"visibility": seen.float(), "class": classes}}
+    padded = torch.tensor([*classes, *[0] * (max_objects - len(classes))])
+    return {"labels": {"visibility": seen.float(), "class": padded}}
 
 # %% ../../nbs/data/natural.ipynb #voc-export
 VOC_CLASSES = [
