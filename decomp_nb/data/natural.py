@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from .images import read_image, resize_crop, to_image_tensor
@@ -84,13 +84,24 @@ def mask_of_runs(runs: Sequence[int], height: int, width: int) -> np.ndarray:
 
 def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
     "Bool mask `(h,w)` of the union of polygons `[x0, y0, x1, y1 …]`; pixels whose centres lie inside"
-    scale = 4
-    canvas = Image.new("1", (width * scale, height * scale))
+    mask = np.zeros((height, width), bool)
     for points in polygons:
         if len(points) < 6 or len(points) % 2:
             raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
-        ImageDraw.Draw(canvas).polygon([p * scale - 0.5 for p in points], fill=1)
-    return np.asarray(canvas)[scale // 2::scale, scale // 2::scale].copy()
+        mask |= _inside(rearrange(np.asarray(points, float), "(n xy) -> n xy", xy=2) - 0.5, height, width)
+    return mask
+
+
+def _inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    "Pixels, with centres at whole numbers, that have an odd number of edges of a polygon `(n,2)` to their left"
+    crossings = np.zeros((height, width + 1), np.int32)
+    for (x, y), (next_x, next_y) in zip(corners, np.roll(corners, -1, axis=0)):
+        first, last = np.ceil(np.sort([y, next_y])).clip(0, height).astype(int)
+        rows = np.arange(first, last)
+        at = x + (rows - y) * (next_x - x) / ((next_y - y) or 1)  # a level edge crosses no row
+        column = np.ceil(at).clip(0, width).astype(int)
+        crossings[rows, column] += 1
+    return crossings.cumsum(1)[:, :width] % 2 == 1
 
 
 def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
