@@ -258,7 +258,7 @@ _moved = {
     },
 }
 
-# Helpers that have become private, by module: their old names, without the underscore, work for one more version, too.
+# Helpers that have become private, by module: their old names, without the underscore, work for one more version.
 _private = {
     "training.forecast": "FIRST_STEPS FIRST_SECONDS",
     "training.kernel": "FORWARDED START_TIMEOUT printed_lines execute check_started Worker wait_for tell_failure",
@@ -267,7 +267,8 @@ _private = {
     "training.parameters": "TYPES BOOLEANS NOTHING YAML_12 read_comments read_assignment union_members read_literal "
                            "first_reading is_training check_ranges yaml_loader",
     "training.precision": "trial_step fine_clock recorded_choice",
-    "training.processes": "GOOD_ENDS CONSEQUENCE start_ranks send_to_all failures meet wait_for_cause conclude join_store",
+    "training.processes": "GOOD_ENDS CONSEQUENCE start_ranks send_to_all failures meet wait_for_cause conclude "
+                          "join_store",
     "training.rehearsal": "SMALLER timed play report",
     "training.rendezvous": "SILENCE digest code_digest last_checkpoint wait_for_all interface_address",
     "training.slurm": "ONE_GPU SBATCH RENDEZVOUS one_word container_words task_words",

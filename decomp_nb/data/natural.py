@@ -81,7 +81,7 @@ def mask_of_runs(runs: Sequence[int], height: int, width: int) -> np.ndarray:
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return rearrange(flat, "(w h) -> h w", h=height)
 
-
+# %% ../../nbs/data/natural.ipynb #polygons-export
 def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
     "Bool mask `(h,w)` of the union of polygons `[x0, y0, x1, y1 …]`; pixels whose centres lie inside"
     mask = np.zeros((height, width), bool)
