@@ -1,4 +1,4 @@
-"""How dense the code is: tokens per line and per function, widths, lengths of modules and exported cells; and whether pages show their names.
+"""How dense the code is: tokens per line and per function, widths, lengths of modules and cells; names that no page shows.
 
 `python tools/style.py` prints a row per module; `--update` lowers the limits of tests/style_limits.json to what is measured.
 """
