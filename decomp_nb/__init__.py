@@ -95,7 +95,10 @@ _moved = {
         "data.official_folders": "FOLDERS official_resize picture_reader OfficialFolder",
         "worlds.rooms": "shape_maps compose=colour_maps",
         "worlds.sprites": "spoil=corrupt",
+        "data.factors": "FactorTable=FactorIndex",
     },
+    "worlds.raytrace": {"worlds.raytrace": "rotate=rotate_z"},
+    "worlds.scene_type": {"worlds.scene_type": "check_choice=check_option"},
     "viz.pictures": {
         "viz.sheets": "Picture",
         "viz.figures": "show grid paint overlay masked slots strip matrix Film film save_picture",
@@ -231,9 +234,11 @@ _moved = {
         "components.slot_model": "judged=fixed_denoiser",
         "official.slots": "published_rate",
     },
+    "training.benchmark": {"training.benchmark": "measure=measure_step"},
     "training.config": {
         "training.parameters": "check_parameters_cell",
     },
+    "training.precision": {"training.precision": "time_steps=compare_steps"},
     "training.weights": {"training.weights": "fingerprint=frozen_checksums"},
     "training.trainer": {
         "training.stream": "mix=mix_seeds epoch_order micro_batch Stream seed_everything random_state set_random_state "
@@ -252,6 +257,26 @@ _moved = {
         "training.session": "make_forecast",
     },
 }
+
+# Helpers that have become private, by module: their old names, without the underscore, work for one more version.
+_private = {
+    "training.forecast": "FIRST_STEPS FIRST_SECONDS",
+    "training.kernel": "FORWARDED START_TIMEOUT printed_lines execute check_started Worker wait_for tell_failure",
+    "training.launch": "JOB_HELP REPEATED add_values add_run_arguments add_machine_arguments add_slurm_arguments "
+                       "check_paths run_here run_job read_job check_run start_run tolerate_encodings",
+    "training.parameters": "TYPES BOOLEANS NOTHING YAML_12 read_comments read_assignment union_members read_literal "
+                           "first_reading is_training check_ranges yaml_loader",
+    "training.precision": "trial_step fine_clock recorded_choice",
+    "training.processes": "GOOD_ENDS CONSEQUENCE start_ranks send_to_all failures meet wait_for_cause conclude "
+                          "join_store",
+    "training.rehearsal": "SMALLER timed play report",
+    "training.rendezvous": "SILENCE digest code_digest last_checkpoint wait_for_all interface_address",
+    "training.slurm": "ONE_GPU SBATCH RENDEZVOUS one_word container_words task_words",
+    "worlds.shading": "Lamp",
+}
+for _module, _names in _private.items():
+    _same = _moved.setdefault(_module, {})
+    _same[_module] = " ".join([_same.get(_module, ""), *(f"{name}=_{name}" for name in _names.split())])
 
 
 def _new_place(module, name):

@@ -1,4 +1,4 @@
-"""The official loop of concept discovery, re-enacted with every lever off, and ours beside it: cases for `training.benchmark.measure`.
+"""The official loop of concept discovery, re-enacted with every lever off, and ours beside it: cases for `training.benchmark.measure_step`.
 
 Each function returns (step, pictures per step). "All off" is what the official code does in each micro-batch: the autoencoder encodes the pictures; the text encoder reads every
 word's sentence once per picture, and the empty one; the UNet is called for nothing and for every word, one after the other, with gradients everywhere; the whole dictionary has a

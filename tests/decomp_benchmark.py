@@ -1,4 +1,4 @@
-"""The official loop of Decomp Diffusion, re-enacted with every lever off, and ours beside it: cases for `training.benchmark.measure`.
+"""The official loop of Decomp Diffusion, re-enacted with every lever off, and ours beside it: cases for `training.benchmark.measure_step`.
 
 Each function returns (step, pictures per step). "All off" is what the official code does: float32, NCHW, attention that writes out its n×n matrix,
 Adam and the weight average parameter by parameter, encoder with batch norm; and for a picture one sampling run per component, one picture at a time.

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from decomp_nb.training.launch import main
 from decomp_nb.training.parameters import parameters
-from decomp_nb.training.rendezvous import SILENCE, Board, Watch, exchange, leave, open_store
+from decomp_nb.training.rendezvous import _SILENCE, Board, Watch, exchange, leave, open_store
 from decomp_nb.training.slurm import Allocation, sbatch_script
 from launch_toys import COMMAND, PATIENCE, ROOT, SAVES, fake, slurm_environment, text_of, wait_for, wait_for_file, write_notebook
 from training_toys import train
@@ -151,14 +151,14 @@ def test_unequal_parameters_are_refused(toy, capsys):
 
 def test_unequal_code_is_refused(toy, capsys, monkeypatch):
     answers = iter(["0a1b", "2c3d"])
-    monkeypatch.setattr("decomp_nb.training.rendezvous.code_digest", lambda: next(answers))
+    monkeypatch.setattr("decomp_nb.training.rendezvous._code_digest", lambda: next(answers))
     assert run_nodes(["--node-rank", "0"], ["--node-rank", "1"]) == [2, 2]
     assert capsys.readouterr().err.count("code of decomp_nb: node 0") == 2
 
 
 def test_a_run_directory_that_only_one_machine_sees(toy, capsys, monkeypatch):
     answers = iter(["step-00000500", "none"])
-    monkeypatch.setattr("decomp_nb.training.rendezvous.last_checkpoint", lambda out_dir: next(answers))
+    monkeypatch.setattr("decomp_nb.training.rendezvous._last_checkpoint", lambda out_dir: next(answers))
     assert run_nodes(["--node-rank", "0"], ["--node-rank", "1"]) == [2, 2]
     assert capsys.readouterr().err.count("last checkpoint in out_dir: node 0") == 2
 
@@ -205,8 +205,8 @@ def test_a_machine_that_falls_silent(monkeypatch):
     first, second = (Watch(Board(open_store("127.0.0.1", store.port, serve=False, timeout=10), i, 2)) for i in (0, 1))
     assert first.trouble() == second.trouble() == first.trouble() == ""
     now = time.monotonic()
-    monkeypatch.setattr("time.monotonic", lambda: now + SILENCE + 1)
-    assert first.trouble() == f"node 1 has given no sign of life for {SILENCE} s"
+    monkeypatch.setattr("time.monotonic", lambda: now + _SILENCE + 1)
+    assert first.trouble() == f"node 1 has given no sign of life for {_SILENCE} s"
     monkeypatch.undo()
     leave(second.board, 0)
     del store

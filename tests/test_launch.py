@@ -164,7 +164,7 @@ def test_a_kernel_that_does_not_start_is_an_error(toy, capsys, monkeypatch, tmp_
     spec = {"argv": ["sh", "-c", program] if program else ["no-such-program"], "display_name": "broken", "language": "python"}
     (tmp_path / "kernels/broken/kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    monkeypatch.setattr("decomp_nb.training.kernel.START_TIMEOUT", 2)
+    monkeypatch.setattr("decomp_nb.training.kernel._START_TIMEOUT", 2)
     begin = time.monotonic()
     assert main(["run", "toy.ipynb", "out.ipynb", "--kernel", "broken"]) == 2
     said = capsys.readouterr().err

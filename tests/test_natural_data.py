@@ -78,6 +78,21 @@ def test_polygons_are_united_and_filled_to_the_pixel():
     assert mask[:3, :4].all() and mask[1:5, 6:9].all() and mask.sum() == 12 + 12
 
 
+def crosses(x, y, x0, y0, x1, y1) -> bool:
+    "Whether a ray from (x, y) to the left meets an edge"
+    return (y0 > y) != (y1 > y) and x > x0 + (y - y0) * (x1 - x0) / (y1 - y0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_pixel_belongs_to_a_polygon_if_its_centre_does(seed):
+    corners = np.random.default_rng(seed).uniform(-3, 25, (7, 2)).round(1)  # crosses itself, and leaves the picture
+    edges = np.c_[corners, np.roll(corners, -1, 0)]
+    mask = natural.mask_of_polygons([corners.ravel().tolist()], 20, 22)
+    for row, column in np.ndindex(20, 22):
+        odd = sum(crosses(column + 0.5, row + 0.5, *edge) for edge in edges) % 2
+        assert mask[row, column] == odd, (row, column)
+
+
 @pytest.fixture(params=["slot_diffusion", "original"])
 def voc(tmp_path, request): return write_voc(tmp_path, request.param)
 

@@ -12,7 +12,7 @@ from training_toys import Slower, train
 
 from decomp_nb.training import precision
 from decomp_nb.training.config import TrainConfig
-from decomp_nb.training.precision import fine_clock, machine_name, native_bf16, settle_precision, time_steps
+from decomp_nb.training.precision import _fine_clock, machine_name, native_bf16, settle_precision, compare_steps
 
 
 class Conv(nn.Module):
@@ -129,6 +129,6 @@ def test_record_is_plain_json(tmp_path):
 def test_a_busy_machine_does_not_decide():
     "A step that waits for its turn costs no more than one that does not"
     def work(): return sum(range(20_000))
-    single, half = time_steps(lambda: (work(), time.sleep(0.02)), work, budget=0.01, now=fine_clock())
-    waiting = fine_clock() is time.perf_counter  # no finer clock here
+    single, half = compare_steps(lambda: (work(), time.sleep(0.02)), work, budget=0.01, now=_fine_clock())
+    waiting = _fine_clock() is time.perf_counter  # no finer clock here
     assert waiting or single < 0.01 and half < 0.01

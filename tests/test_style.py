@@ -16,11 +16,11 @@ def test_module_is_within_its_limits(name):
     assert not above, f"{name}: measured and allowed {above}; `python tools/style.py` prints all modules"
 
 
-def test_functions_of_the_package_are_short():
+def test_functions_of_the_package_are_short_and_its_names_are_shown():
     measured = style.measure_package()
     limits = style.PACKAGE_AIMS | LIMITS[style.PACKAGE]
     above = {key: (measured[key], limit) for key, limit in limits.items() if measured[key] > limit}
-    assert not above, f"tokens of all functions, measured and allowed: {above}"
+    assert not above, f"tokens of functions, percentage of names not shown, measured and allowed: {above}; `python tools/style.py` lists them"
 
 
 def test_exported_cells_are_short():
@@ -31,6 +31,12 @@ def test_exported_cells_are_short():
 def test_limits_name_what_exists():
     gone = set(LIMITS) - set(style.modules()) - {style.LONGEST_CELL, style.PACKAGE}
     assert not gone, f"no such module: {gone}; run `python tools/style.py --update`"
+
+
+def test_hidden_and_exported_cells_do_not_show_a_name():
+    cells = ["#| export\ndef f(): g()", "#| hide\ng()", "f()", "#| default_exp a\nh = 1"]
+    assert style.not_shown(["f", "g", "h"], cells) == ["g", "h"]
+    assert style.public_names("__all__ = ['f']\n") == ["f"] and style.public_names("x = 1\n") == []
 
 
 DENSE = "def f(a, b):\n" + "    a = (a + b * 2 - 3) / (4 + a); b = (b + a * 2 - 3) / (4 + b)\n" * 5

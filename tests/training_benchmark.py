@@ -1,4 +1,4 @@
-"""One training step of LSD and of SlotDiffusion, with every lever on or off: cases for `training.benchmark.measure`.
+"""One training step of LSD and of SlotDiffusion, with every lever on or off: cases for `training.benchmark.measure_step`.
 
 With all levers off `lsd_step` re-enacts the official recipe: the picture goes through the frozen autoencoder in every step, 32-bit numbers, attention that writes its whole
 matrix to memory, an optimiser that loops over the parameters. Each lever changes one of these: `cached` takes latents from the posterior's moments on disk, `fused` AdamW in one

@@ -1,4 +1,4 @@
-"""How dense the code is: tokens per line and per function, widths, lengths of modules and exported cells.
+"""How dense the code is: tokens per line and per function, widths, lengths of modules and cells; names that no page shows.
 
 `python tools/style.py` prints a row per module; `--update` lowers the limits of tests/style_limits.json to what is measured.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import sys
 import tokenize
 from bisect import bisect_left, bisect_right
@@ -33,7 +34,7 @@ class Measure(NamedTuple):
 
 
 AIMS = {"tokens_per_line": 11.5, "dense_bodies": 0, "wide_lines": 0, "width": 110, "lines": 350}
-PACKAGE_AIMS = {"median_function": 60, "long_function": 190}
+PACKAGE_AIMS = {"median_function": 60, "long_function": 190, "names_not_shown": 3}
 PACKAGE = "whole package"
 LONGEST_CELL = "longest exported cell"
 
@@ -147,30 +148,68 @@ def modules() -> dict[str, Path]:
     return {p.relative_to(package).as_posix(): p for p in files if p.read_text(encoding="utf-8").strip()}
 
 
+def code_cells() -> dict[str, list[str]]:
+    "Notebook → sources of its code cells"
+    found = {}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            name = path.relative_to(ROOT / "nbs").as_posix()
+            found[name] = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return found
+
+
+def public_names(source: str) -> list[str]:
+    "The `__all__` of a module"
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def not_shown(names: list[str], cells: list[str]) -> list[str]:
+    "Names that no visible cell uses: exported and hidden cells do not count"
+    visible = [cell for cell in cells if not re.search(r"^#\|\s*(hide|export|default_exp)", cell, re.MULTILINE)]
+    words = set(re.findall(r"\w+", "\n".join(visible)))
+    return [name for name in names if name not in words]
+
+
+def names_by_page() -> dict[str, tuple[list[str], list[str]]]:
+    "Notebook that makes a module → its public names, and those that the page does not show"
+    found = {}
+    for page, cells in code_cells().items():
+        homes = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(cells), re.MULTILINE)
+        if homes:
+            module = ROOT / "decomp_nb" / f"{homes[0].replace('.', '/')}.py"
+            names = public_names(module.read_text(encoding="utf-8"))
+            found[page] = names, not_shown(names, cells)
+    return found
+
+
 def measure_package() -> dict[str, float]:
-    "Median and 90th percentile of the tokens of all functions of the package"
+    "Median and 90th percentile of the tokens of all functions; percentage of public names that no page shows"
     sizes = []
     for path in modules().values():
         sizes += function_sizes(path.read_text(encoding="utf-8"))
-    return {"median_function": percentile(sizes, 0.5), "long_function": percentile(sizes, 0.9)}
+    pages = names_by_page().values()
+    share = sum(len(missing) for _, missing in pages) / sum(len(names) for names, _ in pages)
+    return {
+        "median_function": percentile(sizes, 0.5),
+        "long_function": percentile(sizes, 0.9),
+        "names_not_shown": round(100 * share, 1),
+    }
 
 
-def exported_cells(notebook: Path) -> list[int]:
+def exported_lines(cells: list[str]) -> list[int]:
     "Lines of each exported cell, blank ones and the directive left out"
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    exported = [source for source in sources if source.lstrip().startswith("#| export")]
+    exported = [source for source in cells if source.lstrip().startswith("#| export")]
     return [sum(bool(line.strip()) for line in source.splitlines()[1:]) for source in exported]
 
 
 def longest_cells() -> dict[str, int]:
     "Notebook → lines of its longest exported cell"
-    found = {}
-    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
-        cells = exported_cells(path) if ".ipynb_checkpoints" not in path.parts else []
-        if cells:
-            found[path.relative_to(ROOT / "nbs").as_posix()] = max(cells)
-    return found
+    lines = {name: exported_lines(cells) for name, cells in code_cells().items()}
+    return {name: max(counts) for name, counts in lines.items() if counts}
 
 
 def allowed(measured: float, aim: float, limit: float | None) -> float:
@@ -204,7 +243,10 @@ def main() -> None:
     print("  ".join(name.replace("_", " ") for name in Measure._fields))
     for name, path in modules().items():
         print("  ".join(f"{value:6g}" for value in measure(path.read_text(encoding="utf-8"))), name)
-    print(", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in measure_package().items()), "of all functions")
+    print(", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in measure_package().items()))
+    for page, (_, missing) in names_by_page().items():
+        if missing:
+            print(f"{page} does not show {', '.join(missing)}")
 
 
 if __name__ == "__main__":

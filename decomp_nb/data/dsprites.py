@@ -57,7 +57,7 @@ class DSprites(FactorImages):
         path: Path | str | None = None,  # dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz; None: drawn here
         size: int = 64,
         *, variant: str = "white",  # "white", "color", "noise", "scream"
-        split: str = "all",  # see `FactorTable`; `seed` is also that of the noise
+        split: str = "all",  # see `FactorIndex`; `seed` is also that of the noise
         n: int | None = None,  # see `subsample`
         seed: int = 0,
         sizes: Sequence[int] | None = None,  # of the five factors; None: as published, or as the file says

@@ -17,7 +17,7 @@ from torch import Tensor
 from .reader import Reader, split_name, subsample
 
 # %% auto #0
-__all__ = ['GRIDS', 'FactorGrid', 'sub_grid', 'grid_sizes', 'split_rows', 'FactorTable', 'FactorImages']
+__all__ = ['GRIDS', 'FactorGrid', 'sub_grid', 'grid_sizes', 'split_rows', 'FactorIndex', 'FactorImages']
 
 # %% ../../nbs/data/factors.ipynb #grid-export
 class FactorGrid:
@@ -115,7 +115,7 @@ def split_rows(count: int, split: str) -> np.ndarray:
     return np.sort({"val": order[:share], "test": order[share:2 * share], "train": order[2 * share:]}[split])
 
 # %% ../../nbs/data/factors.ipynb #table-export
-class FactorTable(Reader):
+class FactorIndex(Reader):
     "Which rows of a set with known factors its items are: the split, names and values of the factors"
 
     def __init__(
@@ -158,7 +158,7 @@ class FactorTable(Reader):
         return int(found[0])
 
 # %% ../../nbs/data/factors.ipynb #base-export
-class FactorImages(FactorTable):
+class FactorImages(FactorIndex):
     "Pictures with known factors: subclasses implement `pictures(rows)`"
 
     name = "factors"

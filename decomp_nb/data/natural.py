@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from .images import read_image, resize_crop, to_image_tensor
@@ -81,16 +81,27 @@ def mask_of_runs(runs: Sequence[int], height: int, width: int) -> np.ndarray:
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return rearrange(flat, "(w h) -> h w", h=height)
 
-
+# %% ../../nbs/data/natural.ipynb #polygons-export
 def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
     "Bool mask `(h,w)` of the union of polygons `[x0, y0, x1, y1 …]`; pixels whose centres lie inside"
-    scale = 4
-    canvas = Image.new("1", (width * scale, height * scale))
+    mask = np.zeros((height, width), bool)
     for points in polygons:
         if len(points) < 6 or len(points) % 2:
             raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
-        ImageDraw.Draw(canvas).polygon([p * scale - 0.5 for p in points], fill=1)
-    return np.asarray(canvas)[scale // 2::scale, scale // 2::scale].copy()
+        mask |= _inside(rearrange(np.asarray(points, float), "(n xy) -> n xy", xy=2) - 0.5, height, width)
+    return mask
+
+
+def _inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    "Pixels, with centres at whole numbers, that have an odd number of edges of a polygon `(n,2)` to their left"
+    crossings = np.zeros((height, width + 1), np.int32)
+    for (x, y), (next_x, next_y) in zip(corners, np.roll(corners, -1, axis=0)):
+        first, last = np.ceil(np.sort([y, next_y])).clip(0, height).astype(int)
+        rows = np.arange(first, last)
+        at = x + (rows - y) * (next_x - x) / ((next_y - y) or 1)  # a level edge crosses no row
+        column = np.ceil(at).clip(0, width).astype(int)
+        crossings[rows, column] += 1
+    return crossings.cumsum(1)[:, :width] % 2 == 1
 
 
 def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
@@ -207,11 +218,11 @@ def _annotated(annotation, h, w, name):
         raise ValueError(f"{name}, annotation {annotation.get('id')}: {error}") from None
 
 
-def instance_labels(masks: Tensor, kinds: Sequence[int], max_objects: int) -> dict:
+def instance_labels(masks: Tensor, classes: Sequence[int], max_objects: int) -> dict:
     "`labels` of the contract: class of every instance, and whether it shows in the square"
     seen = torch.bincount(masks.flatten(), minlength=max_objects + 1)[1:max_objects + 1] > 0
-    classes = torch.tensor([*kinds, *[0] * (max_objects - len(kinds))])
-    return {"labels": {"visibility": seen.float(), "class": classes}}
+    padded = torch.tensor([*classes, *[0] * (max_objects - len(classes))])
+    return {"labels": {"visibility": seen.float(), "class": padded}}
 
 # %% ../../nbs/data/natural.ipynb #voc-export
 VOC_CLASSES = [

@@ -139,7 +139,7 @@ class AttributeReader(nn.Module):
 # %% ../../nbs/metrics/concepts.ipynb #train-reader-export
 def train_reader(
     reader: AttributeReader,
-    draw: Callable[[int], tuple[Tensor, Mapping[str, Tensor]]],  # step → pictures, classes by property
+    make_batch: Callable[[int], tuple[Tensor, Mapping[str, Tensor]]],  # step → pictures, classes by property
     steps: int = 400,
     learning_rate: float = 3e-3,
 ) -> AttributeReader:
@@ -147,7 +147,7 @@ def train_reader(
     optimiser = torch.optim.AdamW(reader.train().parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps)
     for step in range(steps):
-        images, true = draw(step)
+        images, true = make_batch(step)
         loss = 0
         for name, logits in reader(images).items():
             loss = loss + F.cross_entropy(logits, true[name])

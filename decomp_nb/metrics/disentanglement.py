@@ -227,7 +227,7 @@ def dci(
     *,
     boosting: str = "fast",  # "fast": `boosted_trees`; "sklearn": the estimator of the official code
     n_jobs: int = 1,  # factors at once, in processes of their own
-    seed: int = 0,  # of scikit-learn's lots; ours draws none
+    seed: int = 0,  # with it scikit-learn breaks ties; "fast" draws nothing
 ) -> DCI:
     "Disentanglement, completeness and informativeness (Eastwood & Williams 2018)"
     from joblib import Parallel, delayed

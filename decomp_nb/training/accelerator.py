@@ -113,9 +113,9 @@ def make_accelerator(config: TrainConfig, run_dir: Path, find_unused_parameters:
         project_dir=run_dir / "trackers",
         kwargs_handlers=handlers,
     )
-    there, wanted = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
-    if there != wanted:
-        raise RuntimeError(UNCONNECTED.format(wanted, there))
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != wanted:
+        raise RuntimeError(UNCONNECTED.format(wanted, accelerator.num_processes))
     return accelerator
 
 # %% ../../nbs/training/accelerator.ipynb #gather-export

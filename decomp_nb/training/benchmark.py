@@ -18,7 +18,7 @@ from collections.abc import Callable
 from .kernel import KEEP_MEMORY
 
 # %% auto #0
-__all__ = ['time_steps', 'peak_bytes', 'run_case', 'measure']
+__all__ = ['time_steps', 'peak_bytes', 'run_case', 'measure_step']
 
 # %% ../../nbs/training/benchmark.ipynb #time-steps-export
 def time_steps(
@@ -68,7 +68,7 @@ print("\\n@" + json.dumps(run_case(*json.loads(sys.argv[1]))))
 """
 
 
-def measure(
+def measure_step(
     place: str,  # "module:function"; the function returns (step, pictures per step)
     *,
     steps: int = 3,

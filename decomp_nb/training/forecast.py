@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # %% auto #0
-__all__ = ['Pauses', 'FIRST_STEPS', 'FIRST_SECONDS', 'duration', 'steps_within', 'Plan', 'Pace', 'about', 'spell_time',
-           'expectation', 'outlook', 'Forecast', 'load_plan']
+__all__ = ['Pauses', 'duration', 'steps_within', 'Plan', 'Pace', 'about', 'spell_time', 'expectation', 'outlook', 'Forecast',
+           'load_plan']
 
 # %% ../../nbs/training/forecast.ipynb #forecast-duration-export
 Pauses = Sequence[tuple[int, float]]  # (after every so many steps, so many seconds); 0 steps: never
@@ -77,8 +77,8 @@ class Plan:
         return dataclasses.replace(self, end=end, step=step, position=self.position_at(step))
 
 # %% ../../nbs/training/forecast.ipynb #forecast-pace-export
-FIRST_STEPS = 20  # a forecast is made after so many steps …
-FIRST_SECONDS = 10.0  # … or after so many seconds
+_FIRST_STEPS = 20  # a forecast is made after so many steps …
+_FIRST_SECONDS = 10.0  # … or after so many seconds
 
 
 class Pace:
@@ -97,8 +97,8 @@ class Pace:
     def settled(self, step: int, seconds: float) -> bool:
         "Whether enough has been measured for an estimate"
         first_step, first_seconds = self.marks[0]
-        enough = min(FIRST_SECONDS, self.limit / 20) if self.limit else FIRST_SECONDS
-        return step - first_step >= FIRST_STEPS or (step > first_step and seconds - first_seconds >= enough)
+        enough = min(_FIRST_SECONDS, self.limit / 20) if self.limit else _FIRST_SECONDS
+        return step - first_step >= _FIRST_STEPS or (step > first_step and seconds - first_seconds >= enough)
 
     def mark(self, step: int, seconds: float) -> None:
         "Note that `step` was done after `seconds`"

@@ -21,9 +21,8 @@ from types import FrameType
 from .rehearsal import VARIABLE
 
 # %% auto #0
-__all__ = ['FORWARDED', 'START_TIMEOUT', 'STOPPED', 'KEEP_MEMORY', 'own_kernel_spec', 'check_kernel', 'printed_lines',
-           'run_directory', 'relative_path', 'Kernels', 'forward_signals', 'execute', 'check_started', 'exit_code',
-           'Worker', 'wait_for', 'tell_failure', 'run_notebook']
+__all__ = ['STOPPED', 'KEEP_MEMORY', 'own_kernel_spec', 'check_kernel', 'run_directory', 'relative_path', 'Kernels',
+           'forward_signals', 'exit_code', 'run_notebook']
 
 # %% ../../nbs/training/kernel.ipynb #kernel-own-spec
 def own_kernel_spec():
@@ -48,7 +47,7 @@ def check_kernel(name: str) -> None:
                              f"Without --kernel the notebook runs in {sys.executable}")
 
 # %% ../../nbs/training/kernel.ipynb #kernel-run-directory
-def printed_lines(executed: str | Path) -> list[str]:
+def _printed_lines(executed: str | Path) -> list[str]:
     "All lines that an executed notebook printed"
     cells = json.loads(Path(executed).read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
@@ -59,7 +58,7 @@ def printed_lines(executed: str | Path) -> list[str]:
 def run_directory(executed: str | Path) -> Path | None:
     "The last `run directory: PATH` that an executed notebook printed"
     start = "run directory:"
-    found = [line.removeprefix(start).strip() for line in printed_lines(executed) if line.startswith(start)]
+    found = [line.removeprefix(start).strip() for line in _printed_lines(executed) if line.startswith(start)]
     return Path(found[-1]) if found else None
 
 # %% ../../nbs/training/kernel.ipynb #kernel-relative-path
@@ -107,7 +106,7 @@ class Kernels(list):
         return True
 
 # %% ../../nbs/training/kernel.ipynb #kernel-forward
-FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
@@ -122,7 +121,7 @@ def forward_signals(send: Callable[[int], bool]) -> Iterator[list[int]]:
         came.append(number)
         if not send(forwarded):
             raise KeyboardInterrupt  # nothing to forward to yet: stop here
-    before = {number: signal.signal(number, handle) for number in FORWARDED}
+    before = {number: signal.signal(number, handle) for number in _FORWARDED}
     try:
         yield came
     finally:
@@ -130,10 +129,10 @@ def forward_signals(send: Callable[[int], bool]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 # %% ../../nbs/training/kernel.ipynb #kernel-execute
-START_TIMEOUT = 60  # seconds that a kernel may take to answer
+_START_TIMEOUT = 60  # seconds that a kernel may take to answer
 
 
-def execute(notebook: Path, output: Path, values: dict, kernels: Kernels, kernel: str = "") -> None:
+def _execute(notebook: Path, output: Path, values: dict, kernels: Kernels, kernel: str = "") -> None:
     "papermill, with the kernel's text on this terminal as it comes"
     import papermill
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what matters is said here
@@ -146,14 +145,14 @@ def execute(notebook: Path, output: Path, values: dict, kernels: Kernels, kernel
         kernel_manager_class=kernels.manager_class(kernel),
         on_notebook_start=kernels.note_ready,
         extra_arguments=["--log-level=50"],  # an asked-for stop is no error
-        start_timeout=START_TIMEOUT,
+        start_timeout=_START_TIMEOUT,
         progress_bar=False,
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
     )
 
 
-def check_started(error: BaseException, kernels: Kernels, kernel: str) -> None:
+def _check_started(error: BaseException, kernels: Kernels, kernel: str) -> None:
     "Raise a `ValueError` if `error` came because the kernel did not start"
     if kernels.ready or not kernels:
         return
@@ -191,7 +190,7 @@ KEEP_MEMORY = {  # glibc's own names; bytes
     "MALLOC_TOP_PAD_": str(2**28)}
 
 # %% ../../nbs/training/kernel.ipynb #kernel-worker
-class Worker(threading.Thread):
+class _Worker(threading.Thread):
     "A thread that calls a function and keeps its error"
 
     def __init__(self, function: Callable, *arguments):
@@ -208,10 +207,11 @@ class Worker(threading.Thread):
             self.error = error
 
 
-def wait_for(worker: Worker, kernels: Kernels, timeout: float, grace: float) -> bool:
+def _wait_for(worker: _Worker, kernels: Kernels, timeout: float, grace: float) -> bool:
     """Wait for the thread; after `timeout` seconds ask the kernel to save, `grace` seconds later end it.
     Returns whether it was late"""
-    started, late = time.monotonic(), False
+    started = time.monotonic()
+    late = False
     while worker.is_alive():
         worker.join(0.1)
         over = time.monotonic() - started - timeout
@@ -222,7 +222,7 @@ def wait_for(worker: Worker, kernels: Kernels, timeout: float, grace: float) -> 
     return late
 
 
-def tell_failure(message: str, report: Path | None) -> None:
+def _tell_failure(message: str, report: Path | None) -> None:
     "Into a file where there is one, else on stderr"
     if report:
         report.write_text(message, encoding="utf-8")
@@ -245,14 +245,14 @@ def run_notebook(
         os.environ.setdefault(name, value)  # read when a process starts, so the kernel must inherit it
     output.parent.mkdir(parents=True, exist_ok=True)
     kernels = Kernels()
-    worker = Worker(execute, notebook, output, values, kernels, kernel)
+    worker = _Worker(_execute, notebook, output, values, kernels, kernel)
     with forward_signals(kernels.send) as came:
         worker.start()
-        late = wait_for(worker, kernels, timeout, grace)
+        late = _wait_for(worker, kernels, timeout, grace)
     signals = came or [signal.SIGTERM] * late
     if worker.error and not signals:
-        check_started(worker.error, kernels, kernel)
+        _check_started(worker.error, kernels, kernel)
     code, message = exit_code(worker.error, signals, output)
     if message:
-        tell_failure(message, report)
+        _tell_failure(message, report)
     return 124 if late else code

@@ -30,9 +30,7 @@ from .rendezvous import parse_address
 from .slurm import Allocation, sbatch_script
 
 # %% auto #0
-__all__ = ['JOB_HELP', 'REPEATED', 'default_output', 'report_results', 'take_parameters', 'add_values', 'add_run_arguments',
-           'add_machine_arguments', 'add_slurm_arguments', 'make_parser', 'write_sbatch', 'check_paths', 'read_layout',
-           'run_here', 'run_job', 'read_job', 'check_run', 'start_run', 'tolerate_encodings', 'main']
+__all__ = ['default_output', 'report_results', 'take_parameters', 'make_parser', 'write_sbatch', 'read_layout', 'main']
 
 # %% ../../nbs/training/launch.ipynb #launch-default-output
 def default_output(notebook: str | Path) -> Path:
@@ -55,7 +53,9 @@ def report_results(output: Path) -> None:
 # %% ../../nbs/training/launch.ipynb #launch-take-parameters
 def take_parameters(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     "(pairs of every `-p NAME VALUE`, the other words)"
-    pairs, rest, words = [], [], list(argv)
+    pairs = []
+    rest = []
+    words = list(argv)
     while words:
         word = words.pop(0)
         if word == "-p" and len(words) >= 2:
@@ -65,7 +65,7 @@ def take_parameters(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     return pairs, rest
 
 # %% ../../nbs/training/launch.ipynb #launch-run-arguments
-def add_values(parser: argparse.ArgumentParser) -> None:
+def _add_values(parser: argparse.ArgumentParser) -> None:
     "Arguments that name a notebook and its parameters"
     recipes = "take parameters from a YAML file; -p wins over it"
     parser.add_argument("notebook")
@@ -73,9 +73,9 @@ def add_values(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", action="append", default=[], metavar="RECIPE", help=recipes)
 
 
-def add_run_arguments(run: argparse.ArgumentParser) -> None:
+def _add_run_arguments(run: argparse.ArgumentParser) -> None:
     "Arguments of `decomp_nb run`"
-    add_values(run)
+    _add_values(run)
     output = "executed notebook (default: papermill_runs/out/<notebook>-<date-time>.ipynb)"
     check = "rehearse: try some steps, one evaluation and one checkpoint; estimate the time of the whole run"
     timeout = "after S seconds ask the notebook to save and stop"
@@ -91,7 +91,7 @@ def add_run_arguments(run: argparse.ArgumentParser) -> None:
     run.add_argument("--report", type=Path, help=argparse.SUPPRESS)
 
 # %% ../../nbs/training/launch.ipynb #launch-machine-arguments
-def add_machine_arguments(run: argparse.ArgumentParser) -> None:
+def _add_machine_arguments(run: argparse.ArgumentParser) -> None:
     "Arguments of `decomp_nb run` about processes and machines"
     add = run.add_argument_group("processes and machines").add_argument
     add("--nproc", type=int, default=1, metavar="N", help="processes on this machine, one per GPU")
@@ -102,7 +102,7 @@ def add_machine_arguments(run: argparse.ArgumentParser) -> None:
     add("--rendezvous-timeout", type=float, default=60, metavar="S", help="wait S seconds for the others")
 
 # %% ../../nbs/training/launch.ipynb #launch-slurm-arguments
-JOB_HELP = {
+_JOB_HELP = {
     "nodes": "machines",
     "gpus": "GPUs of each machine, one process each",
     "cpus": "processor cores for each process",
@@ -115,21 +115,21 @@ JOB_HELP = {
     "array": "such as 0-4: one task per number, which becomes its seed",
     "container": "image: a .sif file for Apptainer, anything else for pyxis",
 }
-REPEATED = {
+_REPEATED = {
     "module": ("modules", "module to load"),
     "setup": ("setup", "shell line before the run"),
     "option": ("options", "further #SBATCH option, as --option=--exclusive"),
 }
 
 
-def add_slurm_arguments(parser: argparse.ArgumentParser, leave_out: tuple = ()) -> None:
+def _add_slurm_arguments(parser: argparse.ArgumentParser, leave_out: tuple = ()) -> None:
     "Arguments that describe a Slurm job; they are the fields of `Allocation`"
     group = parser.add_argument_group("the Slurm job")
-    for name, help in JOB_HELP.items():
+    for name, help in _JOB_HELP.items():
         if name not in leave_out:
             default = Allocation._field_defaults[name]
             group.add_argument(f"--{name}", type=type(default), default=default, help=help)
-    for option, (name, help) in REPEATED.items():
+    for option, (name, help) in _REPEATED.items():
         help = f"{help} (may be repeated)"
         group.add_argument(f"--{option}", dest=name, action="append", default=[], help=help)
 
@@ -142,16 +142,16 @@ def make_parser() -> argparse.ArgumentParser:
     params.add_argument("notebook")
     refused = "Unknown names and values of a wrong type are refused before anything starts (exit code 2)."
     run = commands.add_parser("run", help="check the parameters, then execute a notebook", description=refused)
-    add_run_arguments(run)
-    add_machine_arguments(run)
+    _add_run_arguments(run)
+    _add_machine_arguments(run)
     instead = "write a batch script instead, as `decomp_nb slurm -o FILE` does"
     run.add_argument("--sbatch", metavar="FILE", help=instead)
-    add_slurm_arguments(run, leave_out=("nodes",))
+    _add_slurm_arguments(run, leave_out=("nodes",))
     slurm = commands.add_parser("slurm", help="write a batch script for Slurm", description=refused)
-    add_values(slurm)
+    _add_values(slurm)
     script = "batch script to write (default: <notebook>.sbatch)"
     slurm.add_argument("-o", dest="sbatch", metavar="FILE", help=script)
-    add_slurm_arguments(slurm)
+    _add_slurm_arguments(slurm)
     return parser
 
 # %% ../../nbs/training/launch.ipynb #launch-write-sbatch
@@ -173,7 +173,7 @@ def write_sbatch(args: argparse.Namespace, accepted: Parameters, argv: list[str]
     return 0
 
 # %% ../../nbs/training/launch.ipynb #launch-check-paths
-def check_paths(notebook: Path, output: Path) -> None:
+def _check_paths(notebook: Path, output: Path) -> None:
     "Refuse an executed notebook that cannot be written"
     if output.suffix != ".ipynb":
         raise ValueError(f"output {output} must end in .ipynb")
@@ -198,7 +198,7 @@ def read_layout(args: argparse.Namespace) -> Layout:
     return Layout(args.nproc, args.nodes, node, args.rendezvous, args.rendezvous_timeout, args.device)
 
 # %% ../../nbs/training/launch.ipynb #launch-run
-def run_here(layout: Layout, job: Job, report: Path | None) -> int:
+def _run_here(layout: Layout, job: Job, report: Path | None) -> int:
     "Run a job in this process: alone, or as one of the ranks that `run_ranks` started (these have a `report`)"
     if not report and layout.device == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
@@ -207,45 +207,46 @@ def run_here(layout: Layout, job: Job, report: Path | None) -> int:
     return run_notebook(job.notebook, job.output, job.values, job.timeout, kernel=job.kernel, report=report)
 
 
-def run_job(layout: Layout, job: Job, report: Path | None) -> int:
+def _run_job(layout: Layout, job: Job, report: Path | None) -> int:
     "Run a job here, on several processes, or as one of the processes that another launcher has started"
     if report or not started_by_another():
-        return run_here(layout, job, report) if layout.world_size == 1 else run_ranks(layout, job)
+        return _run_here(layout, job, report) if layout.world_size == 1 else run_ranks(layout, job)
     if layout.world_size > 1:
         raise ValueError("RANK is set: torchrun or accelerate has started the processes already; "
                          "leave out --nproc and --nodes")
     return run_as_rank(layout, job)
 
 
-def read_job(args: argparse.Namespace, accepted: Parameters) -> Job:
-    "What the command line asks to run; everything that can be judged now is judged"
+def _read_job(args: argparse.Namespace, accepted: Parameters) -> Job:
+    "What the command line asks to run; everything that can be checked now is checked"
     values = gather_values(accepted, args.f, args.p)
     chosen = {name: parameter.default for name, parameter in accepted.items()} | values
     if not args.kernel:
         check_trackers(chosen.get("trackers", ""))
     notebook = Path(args.notebook)
     output = Path(args.output) if args.output else default_output(notebook)
-    check_paths(notebook, output)
+    _check_paths(notebook, output)
     return Job(notebook, output, values, args.timeout, args.kernel, chosen.get("out_dir", ""))
 
 # %% ../../nbs/training/launch.ipynb #launch-start
-def check_run(layout: Layout, job: Job, accepted: Parameters) -> int:
+def _check_run(layout: Layout, job: Job, accepted: Parameters) -> int:
     "`decomp_nb run --check`: rehearse a job on this machine; returns the exit code"
     if layout.nodes > 1 or started_by_another():
         alone = "leave out --nodes, and start it without torchrun or accelerate"
         raise ValueError(f"--check rehearses on one machine: {alone}")
 
     def run(output: Path, values: dict) -> int:
-        return run_job(layout, job._replace(output=output, values=values, out_dir=values["out_dir"]), None)
+        return _run_job(layout, job._replace(output=output, values=values, out_dir=values["out_dir"]), None)
     return rehearse_notebook(run, accepted, job.values, layout.processes)
 
 
-def start_run(args: argparse.Namespace, accepted: Parameters) -> int:
+def _start_run(args: argparse.Namespace, accepted: Parameters) -> int:
     "`decomp_nb run`: check, run, say where the results are; returns the exit code"
-    layout, job = read_layout(args), read_job(args, accepted)
+    layout = read_layout(args)
+    job = _read_job(args, accepted)
     if args.check:
-        return check_run(layout, job, accepted)
-    code = run_job(layout, job, args.report)
+        return _check_run(layout, job, accepted)
+    code = _run_job(layout, job, args.report)
     if args.report:
         return code
     first = int(os.environ.get("RANK", layout.node)) == 0
@@ -254,7 +255,7 @@ def start_run(args: argparse.Namespace, accepted: Parameters) -> int:
     return args.code_when_stopped if code == STOPPED else code
 
 # %% ../../nbs/training/launch.ipynb #launch-main
-def tolerate_encodings() -> None:
+def _tolerate_encodings() -> None:
     "A console that cannot show a character shows its number instead of ending the run"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -264,7 +265,7 @@ def tolerate_encodings() -> None:
 def main(argv: list[str] | None = None) -> int:
     "The command `decomp_nb`; returns its exit code"
     argv = sys.argv[1:] if argv is None else argv
-    tolerate_encodings()
+    _tolerate_encodings()
     pairs, rest = take_parameters(argv)
     args = make_parser().parse_args(rest)
     args.p = pairs
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--check rehearses here and now, --sbatch writes a script for later: one of them")
         if args.command == "slurm" or args.sbatch:
             return write_sbatch(args, accepted, argv)
-        return start_run(args, accepted)
+        return _start_run(args, accepted)
     except (ValueError, OSError) as error:
         print(f"decomp_nb: error: {error}", file=sys.stderr)
         return 2

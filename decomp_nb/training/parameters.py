@@ -20,11 +20,9 @@ from typing import Any, NamedTuple
 from .config import TrainConfig, check_range, describe, nearest, typed
 
 # %% auto #0
-__all__ = ['TYPES', 'BOOLEANS', 'NOTHING', 'YAML_12', 'Parameter', 'Parameters', 'read_cells', 'parameters_source',
-           'read_comments', 'read_assignment', 'parse_parameters', 'parameters', 'union_members', 'allowed_types',
-           'read_literal', 'read_text', 'first_reading', 'coerce', 'is_training', 'check_ranges', 'check_values',
-           'check_parameters_cell', 'check_together', 'check_trackers', 'yaml_loader', 'read_yaml', 'read_recipe',
-           'gather_values']
+__all__ = ['Parameter', 'Parameters', 'read_cells', 'parameters_source', 'parse_parameters', 'parameters', 'allowed_types',
+           'read_text', 'coerce', 'check_values', 'check_parameters_cell', 'check_together', 'check_trackers',
+           'read_yaml', 'read_recipe', 'gather_values']
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parameter
 class Parameter(NamedTuple):
@@ -74,13 +72,13 @@ def parameters_source(notebook: str | Path) -> str:
     return "".join(tagged[0]["source"])
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parse-parameters
-def read_comments(source: str) -> dict[int, str]:
+def _read_comments(source: str) -> dict[int, str]:
     "Line number → remark behind `#`"
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
 
 
-def read_assignment(node: ast.stmt) -> tuple[str, str, Any]:
+def _read_assignment(node: ast.stmt) -> tuple[str, str, Any]:
     "(name, type, default) of `name: type = literal`; `AttributeError` or `ValueError` for any other statement"
     target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
     default = ast.literal_eval(node.value)
@@ -90,11 +88,11 @@ def read_assignment(node: ast.stmt) -> tuple[str, str, Any]:
 
 def parse_parameters(source: str) -> Parameters:
     "Read lines `name: type = literal  # help`; anything else is an error that names the line"
-    comments = read_comments(source)
+    comments = _read_comments(source)
     found = Parameters()
     for node in ast.parse(source).body:
         try:
-            name, kind, default = read_assignment(node)
+            name, kind, default = _read_assignment(node)
         except (AttributeError, ValueError):
             line = source.splitlines()[node.lineno - 1]
             expected = "expected `name: type = literal  # help`"
@@ -108,33 +106,33 @@ def parameters(notebook: str | Path) -> Parameters:
     return parse_parameters(parameters_source(notebook))
 
 # %% ../../nbs/training/parameters.ipynb #parameters-allowed-types
-TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict,
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict,
          "None": type(None)}
 
 
-def union_members(node: ast.expr) -> list[str]:
+def _union_members(node: ast.expr) -> list[str]:
     "Names of the types in an annotation: `int | None` → int, None"
     if isinstance(node, ast.BinOp):
-        return union_members(node.left) + union_members(node.right)
+        return _union_members(node.left) + _union_members(node.right)
     if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Optional":
-        return union_members(node.slice) + ["None"]
+        return _union_members(node.slice) + ["None"]
     return [ast.unparse(node.value if isinstance(node, ast.Subscript) else node)]
 
 
 def allowed_types(annotation: str) -> list[type]:
     "Plain types that an annotation allows: `int | None` → int, NoneType"
-    names = union_members(ast.parse(annotation, mode="eval").body)
+    names = _union_members(ast.parse(annotation, mode="eval").body)
     for name in names:
-        if name not in TYPES:
-            raise ValueError(f"type {name} is not one of {', '.join(TYPES)}")
-    return [TYPES[name] for name in names]
+        if name not in _TYPES:
+            raise ValueError(f"type {name} is not one of {', '.join(_TYPES)}")
+    return [_TYPES[name] for name in names]
 
 # %% ../../nbs/training/parameters.ipynb #parameters-read-text
-BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-NOTHING = {"none": None, "null": None}
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NOTHING = {"none": None, "null": None}
 
 
-def read_literal(text: str) -> Any:
+def _read_literal(text: str) -> Any:
     "A value written in JSON or in Python; `ValueError` or `SyntaxError` if it is neither"
     try:
         return json.loads(text)
@@ -145,12 +143,12 @@ def read_literal(text: str) -> Any:
 def read_text(text: str, kind: type) -> Any:
     "Text as a value of one type; `ValueError`, `KeyError` or `SyntaxError` if it cannot be read so"
     if kind is bool:
-        return BOOLEANS[text.lower()]
+        return _BOOLEANS[text.lower()]
     if kind is type(None):
-        return NOTHING[text.lower()]
+        return _NOTHING[text.lower()]
     if kind in (int, float, str):
         return kind(text)
-    value = read_literal(text)
+    value = _read_literal(text)
     if kind is tuple and type(value) is list:
         value = tuple(value)
     if type(value) is not kind:
@@ -158,7 +156,7 @@ def read_text(text: str, kind: type) -> Any:
     return value
 
 # %% ../../nbs/training/parameters.ipynb #parameters-coerce
-def first_reading(text: str, allowed: list[type]) -> Any:
+def _first_reading(text: str, allowed: list[type]) -> Any:
     "Text as the first of `allowed` that can read it, text itself last; the text unchanged if none can"
     for kind in [kind for kind in allowed if kind is not str]:
         try:
@@ -172,7 +170,7 @@ def coerce(parameter: Parameter, value: Any) -> Any:
     "`value` in the type that the parameter declares; an error names the parameter, its type and the value"
     allowed = allowed_types(parameter.type)
     if isinstance(value, str):
-        value = first_reading(value, allowed)
+        value = _first_reading(value, allowed)
     if type(value) is int and float in allowed and int not in allowed:
         value = float(value)
     if type(value) is list and tuple in allowed and list not in allowed:
@@ -185,12 +183,12 @@ def coerce(parameter: Parameter, value: Any) -> Any:
     return value
 
 # %% ../../nbs/training/parameters.ipynb #parameters-check-values
-def is_training(accepted: Parameters) -> bool:
+def _is_training(accepted: Parameters) -> bool:
     "Whether a notebook declares all training options, as train notebooks do"
     return accepted.keys() >= set(TrainConfig.names())
 
 
-def check_ranges(values: dict) -> None:
+def _check_ranges(values: dict) -> None:
     "Every training option within its own limits"
     for field in fields(TrainConfig):
         if field.name in values:
@@ -205,8 +203,8 @@ def check_values(accepted: Parameters, values: dict, source: str) -> dict:
             raise ValueError(f"unknown parameter {name!r} ({source}){hint} Allowed: {', '.join(accepted)}")
     try:
         values = {name: coerce(accepted[name], value) for name, value in values.items()}
-        if is_training(accepted):
-            check_ranges(values)
+        if _is_training(accepted):
+            _check_ranges(values)
     except ValueError as error:
         raise ValueError(f"{error} ({source})") from None
     return values
@@ -234,7 +232,7 @@ def check_parameters_cell(source: str) -> list[str]:
 # %% ../../nbs/training/parameters.ipynb #parameters-together
 def check_together(accepted: Parameters, values: dict) -> None:
     "Raise what `TrainConfig.validate` finds in a train notebook's values and defaults"
-    if not is_training(accepted):
+    if not _is_training(accepted):
         return
     options = {name: values.get(name, accepted[name].default) for name in TrainConfig.names()}
     options["warmup_steps"] = min(options["warmup_steps"], options["max_steps"])  # a short run warms up for less
@@ -248,7 +246,7 @@ def check_trackers(trackers: str) -> None:
             raise ValueError(f"trackers: {name!r} is not installed; install it (pip install {name}) or leave it out")
 
 # %% ../../nbs/training/parameters.ipynb #parameters-yaml
-YAML_12 = {
+_YAML_12 = {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9]+",
@@ -256,7 +254,7 @@ YAML_12 = {
 }
 
 
-def yaml_loader() -> type:
+def _yaml_loader() -> type:
     "PyYAML's safe loader with the types of YAML 1.2"
     import yaml
 
@@ -269,7 +267,7 @@ def yaml_loader() -> type:
                 if names.count(name) > 1:
                     raise yaml.YAMLError(f"{name!r} is set twice")
             return super().construct_mapping(node, deep)
-    for name, pattern in YAML_12.items():
+    for name, pattern in _YAML_12.items():
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"), None)
     Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
     return Loader
@@ -277,7 +275,7 @@ def yaml_loader() -> type:
 
 def read_yaml(text: str) -> Any:
     "The value of a YAML text, by the rules of YAML 1.2; nothing but plain values is built"
-    return yaml_loader()(text).get_single_data()
+    return _yaml_loader()(text).get_single_data()
 
 # %% ../../nbs/training/parameters.ipynb #parameters-read-recipe
 def read_recipe(path: str | Path) -> dict:

@@ -19,8 +19,8 @@ from einops import rearrange
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['NAMES', 'CLEARLY_FASTER', 'choose_precision', 'native_bf16', 'trial_step', 'fine_clock', 'time_steps',
-           'trial_seconds', 'processor_name', 'machine_name', 'Precision', 'recorded_choice', 'settle_precision']
+__all__ = ['NAMES', 'CLEARLY_FASTER', 'choose_precision', 'native_bf16', 'compare_steps', 'trial_seconds', 'processor_name',
+           'machine_name', 'Precision', 'settle_precision']
 
 # %% ../../nbs/training/precision.ipynb #precision-choice-export
 NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -62,7 +62,7 @@ def native_bf16(kind: str) -> bool | None:
     return None
 
 # %% ../../nbs/training/precision.ipynb #precision-step-export
-def trial_step(bf16: bool) -> Callable[[], None]:
+def _trial_step(bf16: bool) -> Callable[[], None]:
     "A function that computes one small training step on the CPU, in bfloat16 or float32"
     generator = torch.Generator().manual_seed(0)
     shapes = [(8, 32, 16, 16), (32, 32, 3, 3), (32, 128), (128, 32)]  # pictures, convolution, up, down
@@ -79,7 +79,7 @@ def trial_step(bf16: bool) -> Callable[[], None]:
     return step
 
 # %% ../../nbs/training/precision.ipynb #precision-time-export
-def fine_clock() -> Callable[[], float]:
+def _fine_clock() -> Callable[[], float]:
     "Processor time of this thread, which other programs do not stretch; the wall clock where that one is coarse"
     with contextlib.suppress(ValueError):
         if time.get_clock_info("thread_time").resolution < 1e-4:
@@ -87,18 +87,18 @@ def fine_clock() -> Callable[[], float]:
     return time.perf_counter
 
 
-def time_steps(
+def compare_steps(
     single: Callable[[], Any],  # a step in float32
     half: Callable[[], Any],  # the same in bfloat16
     budget: float = 0.2,  # seconds
-    now: Callable[[], float] | None = None,  # clock; None: `fine_clock`
+    now: Callable[[], float] | None = None,  # clock; None: `_fine_clock`
 ) -> tuple[float, float]:
     "Shortest time of each of two steps, in seconds; ends early when `half` is more than twice as slow"
     def timed(step) -> float:
         begin = now()
         step()
         return now() - begin
-    now = now or fine_clock()
+    now = now or _fine_clock()
     begin = now()
     single()  # the first call of each chooses kernels and is not timed
     best = timed(single)
@@ -113,7 +113,7 @@ def time_steps(
 def trial_seconds() -> tuple[float, float]:
     "Seconds of a trial step on this CPU, in float32 and bfloat16; measured once in a process"
     with torch.enable_grad():
-        return time_steps(trial_step(bf16=False), trial_step(bf16=True))
+        return compare_steps(_trial_step(bf16=False), _trial_step(bf16=True))
 
 # %% ../../nbs/training/precision.ipynb #precision-machine-export
 def processor_name(cpuinfo: str | Path = "/proc/cpuinfo") -> str:
@@ -147,7 +147,7 @@ class Precision:
         return f"{NAMES[self.chosen]}: {self.why}"
 
 
-def recorded_choice(record: Mapping[str, Any]) -> tuple[str, str]:
+def _recorded_choice(record: Mapping[str, Any]) -> tuple[str, str]:
     "Precision and machine (or kind of device) of a run, from its `config.json`; empty text where it says nothing"
     found = record.get("precision")
     if found is not None:
@@ -165,7 +165,7 @@ def settle_precision(
     machine = machine_name(kind)
     if asked != "auto":
         return Precision(asked, asked, "as asked", machine)
-    began, where = recorded_choice(record or {})
+    began, where = _recorded_choice(record or {})
     if began and where in ("", kind, machine):
         return Precision(asked, began, "as this run began", machine)
     native = native_bf16(kind)

@@ -35,9 +35,8 @@ from decomp_nb.training.rendezvous import (
 )
 
 # %% auto #0
-__all__ = ['GOOD_ENDS', 'CONSEQUENCE', 'Layout', 'Job', 'asked_for_gpus', 'count_gpus', 'count_cores', 'rank_environment', 'Rank',
-           'start_rank', 'start_ranks', 'send_to_all', 'failures', 'wait_for_ranks', 'is_consequence', 'pick_cause',
-           'last_line', 'meet', 'wait_for_cause', 'conclude', 'run_ranks', 'started_by_another', 'join_store',
+__all__ = ['Layout', 'Job', 'asked_for_gpus', 'count_gpus', 'count_cores', 'rank_environment', 'Rank', 'start_rank',
+           'wait_for_ranks', 'is_consequence', 'pick_cause', 'last_line', 'run_ranks', 'started_by_another',
            'run_as_rank']
 
 # %% ../../nbs/training/processes.ipynb #processes-layout
@@ -81,7 +80,8 @@ def count_gpus(processes: int, device: str = "auto") -> int:
     if device == "cpu":
         return 0
     import torch
-    gpus, host = torch.cuda.device_count(), socket.gethostname()
+    gpus = torch.cuda.device_count()
+    host = socket.gethostname()
     if not gpus and asked_for_gpus(device):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise ValueError(f"GPUs were asked for, but torch {torch.__version__} sees none on {host} "
@@ -153,7 +153,7 @@ def start_rank(number: int, command: list, environment: dict[str, str], output: 
     return Rank(number, process, output, log, report)
 
 # %% ../../nbs/training/processes.ipynb #processes-start-ranks
-def start_ranks(layout: Layout, job: Job, address: tuple[str, int], gpus: int, folder: Path) -> list[Rank]:
+def _start_ranks(layout: Layout, job: Job, address: tuple[str, int], gpus: int, folder: Path) -> list[Rank]:
     "The ranks of this machine; what only they need lies in `folder`"
     recipe = folder / "values.yaml"
     recipe.write_text(json.dumps(job.values), encoding="utf-8")  # JSON is YAML
@@ -167,7 +167,7 @@ def start_ranks(layout: Layout, job: Job, address: tuple[str, int], gpus: int, f
     return ranks
 
 
-def send_to_all(ranks: list[Rank], number: int) -> bool:
+def _send_to_all(ranks: list[Rank], number: int) -> bool:
     "Signal every rank that still runs"
     for rank in ranks:
         if rank.process.poll() is None:
@@ -175,25 +175,28 @@ def send_to_all(ranks: list[Rank], number: int) -> bool:
     return True
 
 # %% ../../nbs/training/processes.ipynb #processes-wait-ranks
-GOOD_ENDS = (0, STOPPED, 124)  # finished, saved after a signal, saved after --timeout
+_GOOD_ENDS = (0, STOPPED, 124)  # finished, saved after a signal, saved after --timeout
 
 
-def failures(ranks: list[Rank]) -> list[Rank]:
+def _failures(ranks: list[Rank]) -> list[Rank]:
     "The ranks that have failed by now"
-    return [rank for rank in ranks if rank.process.poll() not in (None, *GOOD_ENDS)]
+    return [rank for rank in ranks if rank.process.poll() not in (None, *_GOOD_ENDS)]
 
 
 def wait_for_ranks(ranks: list[Rank], trouble: Callable[[], str] = str, patience: float = 5) -> list[Rank]:
     """Wait for all; `patience` seconds after a failure, here or elsewhere (`trouble` tells), end the rest.
     Returns the ranks that failed by themselves"""
-    deadline, asked, elsewhere = math.inf, 0.0, ""
+    deadline = math.inf
+    asked = 0.0  # when `trouble` was called
+    elsewhere = ""  # what it said
     while any(rank.process.poll() is None for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.1)
         if time.monotonic() - asked > 0.5:
-            asked, elsewhere = time.monotonic(), trouble()
-        if deadline == math.inf and (elsewhere or failures(ranks)):
+            asked = time.monotonic()
+            elsewhere = trouble()
+        if deadline == math.inf and (elsewhere or _failures(ranks)):
             deadline = time.monotonic() + patience
-    failed = failures(ranks)
+    failed = _failures(ranks)
     for rank in ranks:
         if rank.process.poll() is None:
             rank.process.kill()  # its kernel notices within a second and ends too
@@ -201,14 +204,14 @@ def wait_for_ranks(ranks: list[Rank], trouble: Callable[[], str] = str, patience
     return failed
 
 # %% ../../nbs/training/processes.ipynb #processes-cause
-CONSEQUENCE = re.compile(
+_CONSEQUENCE = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|nccl|gloo|remote process|TCPStore", re.IGNORECASE
 )
 
 
 def is_consequence(reason: str) -> bool:
     "Whether a failure says that somebody else is gone"
-    return bool(CONSEQUENCE.search("\n".join(reason.splitlines()[-6:])))
+    return bool(_CONSEQUENCE.search("\n".join(reason.splitlines()[-6:])))
 
 
 def pick_cause(failed: list[Rank]) -> Rank:
@@ -225,7 +228,7 @@ def last_line(reason: str) -> str:
 
 # %% ../../nbs/training/processes.ipynb #processes-meet
 @contextmanager
-def meet(layout: Layout, record: Callable[[], dict]) -> Iterator[tuple[Watch, tuple[str, int]]]:
+def _meet(layout: Layout, record: Callable[[], dict]) -> Iterator[tuple[Watch, tuple[str, int]]]:
     "Inside, the machines have compared `record()`; yields the watch over them and the store's address"
     host, port = parse_address(layout.rendezvous)
     store = open_store(host, port, layout.node == 0, layout.timeout)
@@ -240,18 +243,18 @@ def meet(layout: Layout, record: Callable[[], dict]) -> Iterator[tuple[Watch, tu
         leave(board, patience)
 
 # %% ../../nbs/training/processes.ipynb #processes-conclude
-def wait_for_cause(reason: str, watch: Watch, patience: float = 3) -> None:
+def _wait_for_cause(reason: str, watch: Watch, patience: float = 3) -> None:
     "Give another machine time to tell why somebody is gone"
     deadline = time.monotonic() + patience
     while is_consequence(reason) and not watch.trouble() and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
-def conclude(failed: list[Rank], watch: Watch, output: Path) -> int:
+def _conclude(failed: list[Rank], watch: Watch, output: Path) -> int:
     "Exit code after a failure, and the one message: from here, or from the machine where it began"
     board = watch.board
     if failed and board.count > 1:
-        wait_for_cause(pick_cause(failed).reason(), watch)
+        _wait_for_cause(pick_cause(failed).reason(), watch)
     if watch.message:
         print(f"stopped, because {watch.message}", file=sys.stderr)
         print("start the same command again on every machine to go on from the last checkpoint", file=sys.stderr)
@@ -277,13 +280,13 @@ def run_ranks(layout: Layout, job: Job) -> int:
     def record() -> dict:
         equal = {"--nproc": layout.processes, "--nodes": layout.nodes, "device": "GPU" if gpus else "CPU"}
         return equal | run_record(job.notebook, job.values, job.out_dir)
-    with tempfile.TemporaryDirectory() as folder, meet(layout, record) as (watch, address):
-        ranks = start_ranks(layout, job, address, gpus, Path(folder))
-        with forward_signals(lambda number: send_to_all(ranks, number)):
+    with tempfile.TemporaryDirectory() as folder, _meet(layout, record) as (watch, address):
+        ranks = _start_ranks(layout, job, address, gpus, Path(folder))
+        with forward_signals(lambda number: _send_to_all(ranks, number)):
             failed = wait_for_ranks(ranks, watch.trouble)
             if failed or watch.message:
-                return conclude(failed, watch, job.output)
-        return max((rank.process.returncode for rank in ranks), key=GOOD_ENDS.index)
+                return _conclude(failed, watch, job.output)
+        return max((rank.process.returncode for rank in ranks), key=_GOOD_ENDS.index)
 
 # %% ../../nbs/training/processes.ipynb #processes-started
 def started_by_another() -> bool:
@@ -291,7 +294,7 @@ def started_by_another() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def join_store(layout: Layout) -> Board:
+def _join_store(layout: Layout) -> Board:
     "The board of ranks that another launcher has started; where it serves no store, rank 0 does"
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -310,7 +313,7 @@ def run_as_rank(layout: Layout, job: Job) -> int:
     import_torch_quietly()
     if not count_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), layout.device):
         os.environ.setdefault("ACCELERATE_USE_CPU", "1")
-    board = join_store(layout)
+    board = _join_store(layout)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "rank.ipynb") if board.index else job.output
         try:

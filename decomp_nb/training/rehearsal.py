@@ -22,14 +22,13 @@ from .forecast import Plan, duration, outlook, steps_within
 from .parameters import Parameters
 
 # %% auto #0
-__all__ = ['VARIABLE', 'SMALLER', 'fewer', 'fewer_images', 'smaller', 'tell_changes', 'scratch', 'rehearse_notebook',
-           'rehearsing', 'count_parameters', 'peak_memory', 'Timings', 'timed', 'play', 'whole_run', 'report',
-           'rehearse']
+__all__ = ['VARIABLE', 'fewer', 'fewer_images', 'smaller', 'tell_changes', 'scratch', 'rehearse_notebook', 'rehearsing',
+           'count_parameters', 'peak_memory', 'Timings', 'whole_run', 'rehearse']
 
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-smaller-export
 VARIABLE = "DECOMP_REHEARSAL"  # names the run directory whose training is a rehearsal
 
-SMALLER = {  # the most that a rehearsal takes of what makes a run long
+_SMALLER = {  # the most that a rehearsal takes of what makes a run long
     # pictures that are judged
     "eval_images": 48,
     "eval_scenes": 8,
@@ -61,7 +60,7 @@ SMALLER = {  # the most that a rehearsal takes of what makes a run long
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-fewer-export
 def fewer(name: str, value: Any) -> Any:
     "`value` of a parameter, or the most of it that a rehearsal takes; of a list so many entries"
-    most = SMALLER.get(name)
+    most = _SMALLER.get(name)
     if most is None:
         return value
     if isinstance(value, list):
@@ -72,7 +71,8 @@ def fewer(name: str, value: Any) -> Any:
 def fewer_images(values: Mapping[str, Any], processes: int = 1) -> int:
     "Training pictures of a rehearsal: enough for three steps of all processes, at least 256"
     step = values.get("batch_size", 16) * values.get("grad_accumulation", 1) * processes
-    needed, given = max(256, 3 * step), values["n_images"]
+    needed = max(256, 3 * step)
+    given = values["n_images"]
     return min(given, needed) if given > 0 else needed
 
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-changes-export
@@ -125,7 +125,8 @@ def rehearse_notebook(
     processes: int = 1,
 ) -> int:
     "Run a notebook in miniature and remove everything it wrote; returns its exit code"
-    changes, began = smaller(accepted, values, processes), time.monotonic()
+    began = time.monotonic()
+    changes = smaller(accepted, values, processes)
     print(f"rehearsal; made smaller: {tell_changes(accepted, values, changes)}", flush=True)
     with scratch(values.get("out_dir", accepted["out_dir"].default)) as folder:
         code = run(folder / "notebook.ipynb", values | changes | {"out_dir": str(folder / "run")})
@@ -173,7 +174,7 @@ class Timings:
     checkpoint: float
 
 
-def timed(action: Callable[[], Any], device: Any) -> float:
+def _timed(action: Callable[[], Any], device: Any) -> float:
     "Seconds that `action()` takes, with what it leaves to a GPU"
     began = time.perf_counter()
     action()
@@ -183,7 +184,7 @@ def timed(action: Callable[[], Any], device: Any) -> float:
     return time.perf_counter() - began
 
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-timings-export
-def play(
+def _play(
     trainer: Any,  # a `Trainer` that has not begun
     open_loop: Callable,  # makes its loop, see training/trainer
     seconds: float = 2.0,  # how long steps are timed …
@@ -207,17 +208,18 @@ def _time_parts(loop: Any, seconds: float, most: int) -> Timings:
     times = []
     loop.train_step(next(loop.batches))
     for _ in range(most):
-        times.append(timed(lambda: loop.train_step(next(loop.batches)), accelerator.device))
+        times.append(_timed(lambda: loop.train_step(next(loop.batches)), accelerator.device))
         if accelerator.num_processes > 1 or sum(times) > seconds:  # several processes must agree: one step
             break
     loop.reporter.log()
-    evaluation = timed(loop.keeper.evaluate, accelerator.device)
-    return Timings(statistics.median(times), evaluation, timed(loop.keeper.save, accelerator.device))
+    evaluation = _timed(loop.keeper.evaluate, accelerator.device)
+    return Timings(statistics.median(times), evaluation, _timed(loop.keeper.save, accelerator.device))
 
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-report-export
 def whole_run(config: TrainConfig, timings: Timings) -> str:
     "'4,500 steps in about 13 minutes', or how far the time limit gets"
-    steps, limit = config.max_steps, 60 * config.max_minutes
+    steps = config.max_steps
+    limit = 60 * config.max_minutes  # seconds
     pauses = [(config.save_every, timings.checkpoint)]
     needed = duration(0, steps, timings.step, pauses)
     if not limit or needed <= limit:
@@ -226,7 +228,7 @@ def whole_run(config: TrainConfig, timings: Timings) -> str:
     return outlook(Plan(steps, end), timings.step, limit, falls=config.lr_schedule != "constant")
 
 
-def report(trainer: Any, timings: Timings) -> str:
+def _report(trainer: Any, timings: Timings) -> str:
     "What the rehearsal found, a line each"
     trained, frozen = count_parameters(trainer.model)
     evaluation = f"{timings.evaluation:.2g} s for an evaluation of the smaller set, " if trainer.hook else ""
@@ -242,10 +244,10 @@ def report(trainer: Any, timings: Timings) -> str:
 
 def rehearse(trainer: Any, open_loop: Callable) -> NoReturn:
     "Play the training of a rehearsal, report, and end the notebook with `SystemExit(0)`"
-    timings = play(trainer, open_loop)
+    timings = _play(trainer, open_loop)
     accelerator = trainer.session.accelerator
     if accelerator.is_main_process:
-        print(report(trainer, timings), flush=True)
+        print(_report(trainer, timings), flush=True)
     accelerator.wait_for_everyone()
     warnings.filterwarnings("ignore", "To exit: use")  # IPython's advice to whoever raises SystemExit
     raise SystemExit(0)

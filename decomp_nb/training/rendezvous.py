@@ -25,9 +25,8 @@ from .config import resolve_out_dir
 from .parameters import read_cells
 
 # %% auto #0
-__all__ = ['SILENCE', 'parse_address', 'port_is_free', 'somebody_answers', 'import_torch_quietly', 'within', 'open_store',
-           'digest', 'code_digest', 'last_checkpoint', 'run_record', 'differences', 'Board', 'wait_for_all', 'exchange',
-           'agree', 'Watch', 'leave', 'interface_address', 'interface_towards']
+__all__ = ['parse_address', 'port_is_free', 'somebody_answers', 'import_torch_quietly', 'within', 'open_store', 'run_record',
+           'differences', 'Board', 'exchange', 'agree', 'Watch', 'leave', 'interface_towards']
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-address
 def parse_address(text: str) -> tuple[str, int]:
@@ -102,20 +101,20 @@ def open_store(host: str, port: int, serve: bool, timeout: float):
         raise ConnectionError(f"{where}: {str(error).splitlines()[0]}") from None
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-record
-def digest(texts: list[str]) -> str:
+def _digest(texts: list[str]) -> str:
     "Short fingerprint of some texts"
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
-def code_digest() -> str:
+def _code_digest() -> str:
     "Fingerprint of every module of the package"
     folder = Path(importlib.util.find_spec("decomp_nb").submodule_search_locations[0])
     files = sorted(folder.rglob("*.py"))
     names = [str(file.relative_to(folder)) for file in files]
-    return digest(names + [file.read_text(encoding="utf-8") for file in files])
+    return _digest(names + [file.read_text(encoding="utf-8") for file in files])
 
 
-def last_checkpoint(out_dir: str) -> str:
+def _last_checkpoint(out_dir: str) -> str:
     "Name of the newest checkpoint in a run directory, 'none' where there is none"
     names = sorted(path.name for path in (resolve_out_dir(out_dir) / "checkpoints").glob("step-*"))
     return names[-1] if names else "none"
@@ -126,10 +125,10 @@ def run_record(notebook: Path, values: dict, out_dir: str = "") -> dict[str, Any
     from decomp_nb.training.record import git_commit, versions
     sources = ["".join(cell["source"]) for cell in read_cells(notebook)]
     record = {f"version of {name}": version for name, version in versions().items() if name != "python"}
-    record |= {"git commit": git_commit(), "code of decomp_nb": code_digest()}
-    record[f"notebook {notebook.name}"] = digest(sources)
+    record |= {"git commit": git_commit(), "code of decomp_nb": _code_digest()}
+    record[f"notebook {notebook.name}"] = _digest(sources)
     record |= {f"parameter {name}": value for name, value in values.items()}
-    return record | ({"last checkpoint in out_dir": last_checkpoint(out_dir)} if out_dir else {})
+    return record | ({"last checkpoint in out_dir": _last_checkpoint(out_dir)} if out_dir else {})
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-differences
 def differences(records: list[dict], names: list[str]) -> list[str]:
@@ -183,7 +182,7 @@ class Board:
             self.store.compare_set("failure", "", message)
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-agree
-def wait_for_all(board: Board, key: str) -> list[str]:
+def _wait_for_all(board: Board, key: str) -> list[str]:
     "The values that all have written under a key; a `ConnectionError` names those that did not come"
     deadline = time.monotonic() + board.timeout
     while not all(values := board.read_all(key)):
@@ -206,7 +205,7 @@ def exchange(board: Board, entry: dict[str, Any]) -> list[dict]:
             board.fail(message)
             raise ValueError(message)
         board.write("record", json.dumps(entry))
-        return [json.loads(text) for text in wait_for_all(board, "record")]
+        return [json.loads(text) for text in _wait_for_all(board, "record")]
     except RuntimeError:  # torch's errors about connections
         raise ConnectionError(f"{board.names[0]}, which serves the rendezvous, ended before all had met") from None
 
@@ -220,7 +219,7 @@ def agree(board: Board, record: dict[str, Any]) -> None:
         raise ValueError("\n  ".join([f"the {board.word}s do not run the same thing:", *found]))
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-watch
-SILENCE = 20  # seconds without a sign of life after which a machine counts as dead
+_SILENCE = 20  # seconds without a sign of life after which a machine counts as dead
 
 
 class Watch:
@@ -233,14 +232,14 @@ class Watch:
         self.heard: dict[int, tuple[str, float]] = {}  # number → last sign of life, and when it came
 
     def silent(self) -> str:
-        "Which machine has given no sign of life for `SILENCE` seconds, or empty"
+        "Which machine has given no sign of life for `_SILENCE` seconds, or empty"
         now = time.monotonic()
         for i, sign in enumerate(self.board.read_all("alive")):
             last, when = self.heard.setdefault(i, (sign, now))
             if sign != last:
                 self.heard[i] = sign, now
-            elif sign != "left" and i != self.board.index and now - when > SILENCE:
-                return f"{self.board.names[i]} has given no sign of life for {SILENCE} s"
+            elif sign != "left" and i != self.board.index and now - when > _SILENCE:
+                return f"{self.board.names[i]} has given no sign of life for {_SILENCE} s"
         return ""
 
     def trouble(self) -> str:
@@ -267,7 +266,7 @@ def leave(board: Board, patience: float) -> None:
             time.sleep(0.1)
 
 # %% ../../nbs/training/rendezvous.ipynb #rendezvous-interface
-def interface_address(name: str) -> str:
+def _interface_address(name: str) -> str:
     "IPv4 address of a network interface, empty where it has none (Linux)"
     import fcntl
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
@@ -283,5 +282,5 @@ def interface_towards(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((host, 9))  # sends nothing
         own = probe.getsockname()[0]
-        return next((name for _, name in socket.if_nameindex() if interface_address(name) == own), "")
+        return next((name for _, name in socket.if_nameindex() if _interface_address(name) == own), "")
     return ""

@@ -14,8 +14,7 @@ from .kernel import STOPPED
 from .parameters import Parameters
 
 # %% auto #0
-__all__ = ['ONE_GPU', 'SBATCH', 'RENDEZVOUS', 'Allocation', 'one_word', 'directives', 'container_words', 'task_words',
-           'run_words', 'sbatch_script']
+__all__ = ['Allocation', 'directives', 'run_words', 'sbatch_script']
 
 # %% ../../nbs/training/slurm.ipynb #slurm-allocation
 class Allocation(NamedTuple):
@@ -36,10 +35,10 @@ class Allocation(NamedTuple):
     options: tuple = ()  # further #SBATCH options, as --exclusive
 
 
-ONE_GPU = Allocation()
+_ONE_GPU = Allocation()
 
 # %% ../../nbs/training/slurm.ipynb #slurm-directives
-def one_word(value: str | int) -> str:
+def _one_word(value: str | int) -> str:
     "A value as sbatch reads it: in quotes where it holds a space"
     text = str(value)
     if not text.isprintable() or '"' in text:
@@ -68,12 +67,12 @@ def directives(name: str, job: Allocation) -> str:
     }
     logs = "slurm-%x-%A_%a.log" if job.array else "slurm-%x-%j.log"
     lines = [f"--{key}={value}" for key, value in always.items()]
-    lines += [f"--{key}={one_word(value)}" for key, value in wanted.items() if value]
+    lines += [f"--{key}={_one_word(value)}" for key, value in wanted.items() if value]
     lines += ["--signal=B:USR1@120", "--requeue", "--open-mode=append", f"--output={logs}"]
     return "\n".join(f"#SBATCH {line}" for line in [*lines, *job.options])
 
 # %% ../../nbs/training/slurm.ipynb #slurm-command
-def container_words(image: str) -> tuple[str, str]:
+def _container_words(image: str) -> tuple[str, str]:
     "(options of srun, words before the command) for a container image"
     if not image:
         return "", ""
@@ -83,7 +82,7 @@ def container_words(image: str) -> tuple[str, str]:
     return f" --container-image={shlex.quote(image)} {mounts}", ""
 
 
-def task_words(accepted: Parameters, values: dict, job: Allocation) -> list[str]:
+def _task_words(accepted: Parameters, values: dict, job: Allocation) -> list[str]:
     "`out_dir` and `seed` of each task, where the notebook has them and nobody has set them"
     unset = set(accepted) - set(values)
     words = ["-p", "out_dir", '"papermill_runs/out/$task"'] if "out_dir" in unset else []
@@ -97,7 +96,7 @@ def run_words(notebook: str, accepted: Parameters, values: dict, recipes: list, 
         words += ["-f", shlex.quote(str(recipe))]
     for name, value in values.items():
         words += ["-p", name, shlex.quote(str(value))]
-    words += task_words(accepted, values, job)
+    words += _task_words(accepted, values, job)
     if job.gpus:
         words += ["--nproc", str(job.gpus), "--device", "gpu"]
     if job.nodes > 1:
@@ -105,7 +104,7 @@ def run_words(notebook: str, accepted: Parameters, values: dict, recipes: list, 
     return [*words, "--code-when-stopped", str(STOPPED)]
 
 # %% ../../nbs/training/slurm.ipynb #slurm-template
-SBATCH = """\
+_SBATCH = """\
 #!/bin/bash
 {directives}
 
@@ -140,7 +139,7 @@ if [ "$code" = {stopped} ] || {{ [ "$again" = 1 ] && [ "$code" != 0 ]; }}; then
 fi
 exit "$code"
 """
-RENDEZVOUS = """\
+_RENDEZVOUS = """\
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 """
@@ -151,17 +150,17 @@ def sbatch_script(
     accepted: Parameters,  # what it accepts
     values: dict,  # parameters given on the command line
     recipes: list = (),  # recipe files
-    job: Allocation = ONE_GPU,  # what the job asks for
+    job: Allocation = _ONE_GPU,  # what the job asks for
     made_by: str = "decomp_nb",  # command line that the header quotes
 ) -> str:
     "Text of a batch script that resumes by itself"
     lines = [f"module load {shlex.quote(name)}" for name in job.modules] + list(job.setup)
-    setup = "".join(f"{line}\n" for line in lines) + (RENDEZVOUS if job.nodes > 1 else "")
-    options, prefix = container_words(job.container)
+    setup = "".join(f"{line}\n" for line in lines) + (_RENDEZVOUS if job.nodes > 1 else "")
+    options, prefix = _container_words(job.container)
     command = prefix + " ".join(run_words(notebook, accepted, values, recipes, job))
     name = re.sub(r"[^\w.+-]+", "_", Path(notebook).stem)  # stands in file names and between quotes
     made_by = made_by.replace("\n", " ")  # a remark is one line
-    return SBATCH.format(
+    return _SBATCH.format(
         directives=directives(name, job),
         made_by=made_by,
         setup=setup,

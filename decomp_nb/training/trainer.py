@@ -87,14 +87,14 @@ def describe_progress(session: Session, elapsed: float, loss: float, scores: Map
 
 # %% ../../nbs/training/trainer.ipynb #trainer-reporter-export
 class Reporter:
-    "Tells how a session goes: lines of metrics, trackers, lines of text; only the main process speaks"
+    "Lines of metrics, trackers, lines of text; only the main process writes"
 
     def __init__(self, session: Session, engine: Engine):
         self.session = session
         self.engine = engine
         self.loss = math.nan
         self.scores: dict[str, float] = {}
-        self.told_at: float | None = None
+        self.reported_at: float | None = None  # seconds of the session at the last line of text
 
     def record(self, row: Mapping[str, float]) -> None:
         "Into `metrics.jsonl` and the trackers"
@@ -126,9 +126,9 @@ class Reporter:
         if not session.accelerator.is_main_process:
             return
         elapsed = session.watch.elapsed()
-        first = self.told_at is None and not math.isnan(self.loss)
-        if now or first or elapsed - (self.told_at or 0) >= 10:
-            self.told_at = elapsed
+        first = self.reported_at is None and not math.isnan(self.loss)
+        if now or first or elapsed - (self.reported_at or 0) >= 10:
+            self.reported_at = elapsed
             print(describe_progress(session, elapsed, self.loss, self.scores), flush=True)
 
 # %% ../../nbs/training/trainer.ipynb #trainer-keeper-export
@@ -314,7 +314,8 @@ class Loop:
 # %% ../../nbs/training/trainer.ipynb #trainer-finish-export
 def finish(loop: Loop, reason: str) -> None:
     "Evaluate, save, say where everything is; after a signal only save"
-    session, planned = loop.session, reason != "signal"
+    session = loop.session
+    planned = reason != "signal"
     if planned:
         loop.keeper.evaluate()
     loop.keeper.save()

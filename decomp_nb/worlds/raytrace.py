@@ -11,7 +11,7 @@ from torch import Tensor
 from .scene_type import SceneFactors, pixel_centres
 
 # %% auto #0
-__all__ = ['PILL', 'SOLIDS', 'dot', 'unit', 'rotate', 'camera_axes', 'camera_rays', 'trace_rays', 'floor_distance', 'first_hit',
+__all__ = ['PILL', 'SOLIDS', 'dot', 'unit', 'rotate_z', 'camera_axes', 'camera_rays', 'trace_rays', 'floor_distance', 'first_hit',
            'points_along']
 
 # %% ../../nbs/worlds/raytrace.ipynb #vectors-export
@@ -26,7 +26,7 @@ def unit(v: Tensor) -> Tensor:
     return v / dot(v, v).sqrt().clamp(min=1e-9)[:, None]
 
 
-def rotate(v: Tensor, degrees: Tensor) -> Tensor:
+def rotate_z(v: Tensor, degrees: Tensor) -> Tensor:
     "Rotate `(b,3,r)` about the vertical axis"
     angle = torch.deg2rad(degrees)
     cos, sin = angle.cos(), angle.sin()
@@ -131,7 +131,7 @@ def _distance_to(shape, origins, directions, mine):
     o = (origins - centre) / mine["z"][..., None]
     d = directions
     if shape == "cube":
-        o, d = (rotate(v, -mine["rotation"]) for v in (o, d))
+        o, d = (rotate_z(v, -mine["rotation"]) for v in (o, d))
     return SOLIDS[shape](o, d) * mine["z"]
 
 

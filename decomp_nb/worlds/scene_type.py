@@ -15,7 +15,7 @@ from torch import Tensor
 from .random import integers
 
 # %% auto #0
-__all__ = ['SceneFactors', 'draw_counts', 'check_counts', 'check_choice', 'SceneType', 'pixel_centres', 'visible_pixels']
+__all__ = ['SceneFactors', 'draw_counts', 'check_counts', 'check_option', 'SceneType', 'pixel_centres', 'visible_pixels']
 
 # %% ../../nbs/worlds/scene_type.ipynb #factors-export
 SceneFactors = dict[str, Tensor]   # what is known of scenes: name → `(b,…)`, of their objects `(b,k,…)`
@@ -39,7 +39,7 @@ def check_counts(n_objects: int | tuple[int, int]) -> tuple[int, int]:
     return tuple(pair)
 
 # %% ../../nbs/worlds/scene_type.ipynb #choice-export
-def check_choice(
+def check_option(
     name: str,
     value: object,
     allowed: Sequence,

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from .raytrace import camera_axes, dot, first_hit, points_along, rotate, trace_rays, unit
+from .raytrace import camera_axes, dot, first_hit, points_along, rotate_z, trace_rays, unit
 from .scene_type import SceneFactors
 
 # %% auto #0
-__all__ = ['LAMPS', 'SUN', 'SUN_IRRADIANCE', 'CLEVR_COLORS', 'MATERIALS', 'surface_normals', 'Lamp', 'Surface', 'lamp_spots',
+__all__ = ['LAMPS', 'SUN', 'SUN_IRRADIANCE', 'CLEVR_COLORS', 'MATERIALS', 'surface_normals', 'Surface', 'lamp_spots',
            'albedo_table', 'direct_light', 'surroundings', 'own_albedo', 'white_radiance', 'tonemap', 'ggx_specular',
            'RaySubset', 'pick_rays', 'mirrored', 'shade_objects']
 
@@ -30,8 +30,8 @@ def _beyond(v, start):
 
 def _bevelled(p, shape, yaw):
     "Normals `(m,3)` of unit solids of classes `(m,1)`, turned by `yaw` degrees `(m,1)`, at points `(m,3)` of them"
-    cube = _beyond(rotate(p[..., None], -yaw), 0.82)
-    cube = rotate(cube, yaw)[..., 0]
+    cube = _beyond(rotate_z(p[..., None], -yaw), 0.82)
+    cube = rotate_z(cube, yaw)[..., 0]
     x, y, height = p.split(1, 1)
     radius = (x**2 + y**2).sqrt()
     side = p[:, :2] / radius * _beyond(radius, 0.92)
@@ -59,7 +59,7 @@ def surface_normals(
     return normals
 
 # %% ../../nbs/worlds/shading.ipynb #shading-constants
-class Lamp(NamedTuple):
+class _Lamp(NamedTuple):
     "A square lamp that faces the origin"
     position: tuple[float, float, float]
     watts: float
@@ -68,9 +68,9 @@ class Lamp(NamedTuple):
 
 
 LAMPS = (
-    Lamp((6.4467, -2.9052, 4.2584), 78.54, 0.5, (1.0, 0.932, 0.817)),    # key
-    Lamp((-4.6711, -4.0136, 3.0112), 23.56, 0.5, (0.762, 0.818, 1.0)),   # fill
-    Lamp((-1.1685, 2.6460, 5.8157), 39.27, 1.0, (1.0, 1.0, 1.0)),        # back
+    _Lamp((6.4467, -2.9052, 4.2584), 78.54, 0.5, (1.0, 0.932, 0.817)),    # key
+    _Lamp((-4.6711, -4.0136, 3.0112), 23.56, 0.5, (0.762, 0.818, 1.0)),   # fill
+    _Lamp((-1.1685, 2.6460, 5.8157), 39.27, 1.0, (1.0, 1.0, 1.0)),        # back
 )
 SUN = (0.368, -0.169, 0.889)
 SUN_IRRADIANCE = 0.45

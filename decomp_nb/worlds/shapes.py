@@ -25,7 +25,7 @@ from decomp_nb.worlds.colours import (
     texture,
 )
 from .random import integers, part_keys, uniform
-from .scene_type import SceneFactors, SceneType, check_choice, draw_counts, pixel_centres, visible_pixels
+from .scene_type import SceneFactors, SceneType, check_option, draw_counts, pixel_centres, visible_pixels
 
 # %% auto #0
 __all__ = ['SHAPES', 'signed_distance', 'object_distances', 'pixel_coverage', 'composite', 'label_map', 'Shapes', 'keep_visible',
@@ -181,9 +181,9 @@ def label_map(alpha: Tensor) -> Tensor:
 # %% ../../nbs/worlds/shapes.ipynb #shapes-check
 def _check_options(options):
     "ValueError that names the option which makes no sense"
-    check_choice("colors", options.colors, ("palette", "hsv", "rgb", "white"))
-    check_choice("background", options.background, BACKGROUNDS)
-    check_choice("foreground", options.foreground, ("flat", "textured"))
+    check_option("colors", options.colors, ("palette", "hsv", "rgb", "white"))
+    check_option("background", options.background, BACKGROUNDS)
+    check_option("foreground", options.foreground, ("flat", "textured"))
     for name in ("side", "position"):
         low, high = getattr(options, name)
         if not 0 <= low <= high:
