@@ -49,11 +49,15 @@ def sample(
     for i, t in enumerate(timesteps.to(x.device)):
         out = predict(scheduler.scale_model_input(x, t), t.expand(len(x)))
         step = scheduler.step(out, t, x, **extra)
-        x = step.prev_sample
-        if callback is not None:
-            changed = callback({"i": i, "t": t, "x": x, "x0": getattr(step, "pred_original_sample", None)})
-            x = x if changed is None else changed
+        x = step.prev_sample if callback is None else _call_back(callback, i, t, step)
     return x
+
+
+def _call_back(callback: Callable[[dict], Tensor | None], i: int, t: Tensor, step: Any) -> Tensor:
+    "x after a step of the scheduler: the callback's, if it returns one"
+    x = step.prev_sample
+    changed = callback({"i": i, "t": t, "x": x, "x0": getattr(step, "pred_original_sample", None)})
+    return x if changed is None else changed
 
 # %% ../nbs/decomposer.ipynb #frozen-export
 class Frozen:
