@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .factors import Factors, _join
 
 # %% auto #0
-__all__ = ['sample', 'Frozen', 'current_names', 'renamed_arguments', 'VersionedConfig', 'StrictModel', 'fingerprint',
+__all__ = ['sample', 'Frozen', 'current_names', 'renamed_arguments', 'old_name', 'VersionedConfig', 'StrictModel', 'fingerprint',
            'fold_batch', 'Method', 'Decomposer', 'weights_folder', 'shipped', 'load_decomposer']
 
 # %% ../nbs/decomposer.ipynb #sample-export
@@ -92,6 +92,22 @@ def renamed_arguments(**renamed: str) -> Callable[[Callable], Callable]:
         return wrapped
     return decorate
 
+# %% ../nbs/decomposer.ipynb #old-names-export
+def old_name(old: str, new: str) -> Callable:
+    "A method under its old name, with a DeprecationWarning: `write = old_name(\"write\", \"generate\")`"
+    def method(self, *args, **options):
+        warnings.warn(f"{type(self).__name__}.{old} is now {new}", DeprecationWarning, 2)
+        return getattr(self, new)(*args, **options)
+    method.__doc__ = f"Old name of `{new}`"
+    return method
+
+
+def _with_given_options(cls: type, init: Callable) -> Callable:
+    @wraps(init)
+    def wrapped(self, *args, **options):
+        return init(self, *args, **cls.given_options(options))
+    return wrapped
+
 # %% ../nbs/decomposer.ipynb #versions-export
 class VersionedConfig:
     "Reads configs of earlier versions: options that were renamed, had no effect, or are gone"
@@ -103,8 +119,8 @@ class VersionedConfig:
     def __init_subclass__(cls, **kwargs):
         "The constructor takes options under their old names too"
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls) and cls.renamed:
-            cls.__init__ = renamed_arguments(**cls.renamed)(cls.__init__)
+        if "__init__" in vars(cls):
+            cls.__init__ = _with_given_options(cls, cls.__init__)
 
     @classmethod
     def current_options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +130,14 @@ class VersionedConfig:
             if options.pop(name, value) != value:
                 raise ValueError(f"{name} is no longer an option of {cls.__name__}: it is always {value!r}")
         return options
+
+    @classmethod
+    def given_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        "Options that a caller gives, in today's names; TypeError for those that are gone"
+        gone = sorted(options.keys() & {*cls.unused, *cls.fixed})
+        if gone:
+            raise TypeError(f"{', '.join(gone)}: no longer an option of {cls.__name__}, leave it out")
+        return current_names(options, cls.renamed, cls.__name__)
 
     @classmethod
     def current_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,15 +174,8 @@ class StrictModel(VersionedConfig, ModelMixin, ConfigMixin):
         "What is attached, by the field of `Frozen`"
         return vars(self.frozen)
 
-    def foundations(self) -> dict[str, nn.Module]:
-        "Old name of `frozen_modules`"
-        warnings.warn("foundations() is now frozen_modules()", DeprecationWarning, 2)
-        return self.frozen_modules()
-
-    def stand_on(self, module: nn.Module) -> StrictModel:
-        "Old name of `attach`"
-        warnings.warn("stand_on(module) is now attach(module)", DeprecationWarning, 2)
-        return self.attach(module)
+    foundations = old_name("foundations", "frozen_modules")
+    stand_on = old_name("stand_on", "attach")
 
     def _apply(self, fn, recurse=True):
         for module in self.frozen_modules().values():

@@ -541,3 +541,12 @@ def test_runs_from_before_are_of_the_same_model(tmp_path):
     with pytest.raises(ValueError, match="linear_skip: only in the run"): check_model(tmp_path / "config.json", encdiff(**CIRCULAR, n_factors=4))
     names = {name for name in model.state_dict() if not name.startswith("reader.unet")}
     assert {"compass.log_width", "compass.centre.running_mean", "encoder.glance.weight", "encoder.layers.0.weight", "reader.to_token.2.4.bias", "steps"} <= names
+
+
+def test_presets_and_options_that_moved_to_encdiff():
+    "Codes as tokens were options of DisDiff; it says where they are"
+    with pytest.raises(ValueError, match=r"EncDiff\(\*\*encdiff_preset\('shapes3d_tokens'\)\)"): disdiff_preset("shapes3d_tokens")
+    with pytest.raises(TypeError, match="code_price: no longer an option of DisDiff"): disdiff_preset("tiny", code_price=0.1)
+    with pytest.raises(TypeError, match="conditioning: no longer an option"): DisDiff(image_size=16, conditioning="tokens")
+    with pytest.warns(FutureWarning, match="code_price is now kl_weight"): assert encdiff_preset(code_price=0.1)["kl_weight"] == 0.1
+    with pytest.warns(FutureWarning, match="directions is now circular"): assert disdiff(directions=True, factor_dim=2).compass is not None

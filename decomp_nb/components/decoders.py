@@ -156,6 +156,11 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 # %% ../../nbs/components/decoders.ipynb #blocks-export
+def _init_linear(layer: nn.Linear) -> None:
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 def decoder_blocks(n_layers: int, dim: int, n_heads: int, dropout: float) -> nn.ModuleList:
     "Blocks whose last layers begin the smaller, the more there are"
     gain = (3 * n_layers) ** -0.5
@@ -186,8 +191,7 @@ class TokenTransformer(nn.Module):
         self.words = nn.Embedding(vocabulary + 1, dim)  # the last token means: begin
         self.places = nn.Parameter(torch.empty(1, length, dim))
         nn.init.trunc_normal_(self.places)
-        nn.init.xavier_uniform_(self.read_slots.weight)
-        nn.init.zeros_(self.read_slots.bias)
+        _init_linear(self.read_slots)
         self.blocks = decoder_blocks(n_layers, dim, n_heads, dropout)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary, bias=False)

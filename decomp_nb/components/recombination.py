@@ -176,7 +176,7 @@ def decode_across(
     x = sample(predict, noise, scheduler or first.sampler, steps, generator=generator, **options)
     return first.latents.decode(x)
 
-
+# %% ../../nbs/components/recombination.ipynb #across-swap-export
 @torch.no_grad()
 def swap_across(
     one: Decomposer,

@@ -170,8 +170,7 @@ def _blocks_by_level(unet: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     "Every block of a UNet and its level: 0 is full resolution"
     coarsest = len(unet.down_blocks) - 1
     yield from enumerate(unet.down_blocks)
-    for level, block in zip(range(coarsest, -1, -1), unet.up_blocks):
-        yield level, block
+    yield from zip(range(coarsest, -1, -1), unet.up_blocks)
     if unet.mid_block is not None:
         yield coarsest, unet.mid_block
 

@@ -5,7 +5,6 @@
 # %% ../../nbs/methods/slate.ipynb #imports-export
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
@@ -23,11 +22,11 @@ from decomp_nb.components.slot_model import (
     require,
     small_encoder,
 )
-from ..decomposer import fold_batch
+from ..decomposer import fold_batch, old_name
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['load_dvae', 'TokenSpace', 'TokenSlotModel', 'SLATE', 'slate_preset']
+__all__ = ['load_dvae', 'DiscreteSpace', 'TokenSlotModel', 'SLATE', 'slate_preset']
 
 # %% ../../nbs/methods/slate.ipynb #load-export
 def load_dvae(path: str | None, base: str | Path | None = None) -> DVAE:
@@ -44,7 +43,7 @@ def load_dvae(path: str | None, base: str | Path | None = None) -> DVAE:
     raise FileNotFoundError(f"dvae_path: no discrete VAE at '{path}' (no config.json there, in dvae/ or in model/)")
 
 # %% ../../nbs/methods/slate.ipynb #model-export
-class TokenSpace:
+class DiscreteSpace:
     "A method whose pictures are tokens of a frozen discrete VAE; its `decoder` predicts them"
 
     @property
@@ -60,7 +59,7 @@ class TokenSpace:
             self.attach(load_dvae(self.config.dvae_path, base=self.config.get("_name_or_path")))
         return self.frozen.dvae
 
-    def attach(self, module: DVAE, name: str = "dvae") -> TokenSpace:
+    def attach(self, module: DVAE, name: str = "dvae") -> DiscreteSpace:
         "Use this discrete VAE; refused where its vocabulary is not the transformer's"
         known = module.config.vocabulary
         wanted = self.decoder.vocabulary
@@ -73,7 +72,7 @@ class TokenSpace:
         return frames["tokens"] if "tokens" in frames else self.dvae.tokens(frames["image"])
 
 # %% ../../nbs/methods/slate.ipynb #decoding-export
-class TokenSlotModel(TokenSpace, SlotModel):
+class TokenSlotModel(DiscreteSpace, SlotModel):
     "A slot model whose slots are read by an autoregressive `decoder`, which predicts the picture's tokens"
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
@@ -142,10 +141,7 @@ class SLATE(TokenSlotModel):
         vocabulary = options.pop("vocabulary")
         self.decoder = AutoregressiveDecoder(vocabulary, (image_size // 4) ** 2, self.factor_dim, **options)
 
-    def write(self, factors: Factors, **options) -> Tensor:
-        "Old name of `generate`"
-        warnings.warn("write(factors) is now generate(factors)", DeprecationWarning, 2)
-        return self.generate(factors, **options)
+    write = old_name("write", "generate")
 
 # %% ../../nbs/methods/slate.ipynb #preset-export
 def slate_preset(
