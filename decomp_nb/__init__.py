@@ -116,7 +116,8 @@ _moved = {
         "official.unets": "RESIDUAL_KEYS=MODULE_KEYS RES_KEYS=MODULE_KEYS",
         "official.autoencoders": "vq_config convert_vq=convert_vae convert_dvae read_vq read_dvae read_kl "
                                  "read_autoencoder load_official_autoencoder load_official_discriminator",
-        "official.slots": "FAMILY_SLOT_KEYS RESNET_KEYS WRITER_KEYS=TRANSFORMER_KEYS WRITER_PARTS=TRANSFORMER_PARTS SCHEDULE_BUFFERS "
+        "official.slots": "FAMILY_SLOT_KEYS RESNET_KEYS WRITER_KEYS=TRANSFORMER_KEYS WRITER_PARTS=TRANSFORMER_PARTS "
+                          "SCHEDULE_BUFFERS "
                           "check_edge_grid take_slot_attention take_encoder convert_resnet "
                           "family_slots_config family_encoder_config ldm_unet_config=family_unet_config "
                           "convert_writer=convert_transformer convert_broadcast take_schedule load_official_slots",

@@ -68,7 +68,9 @@ class FactorBatch(FactorTensors):
 
     def fold_time(self) -> Self:
         "Clips `(b,t,…)` as a batch of frames `(b·t,…)`; stills as they are"
-        return self if self.codes.dim() == 3 else self.each(lambda v: v.flatten(0, 1))
+        if self.codes.dim() == 3:
+            return self
+        return self.each(lambda v: v.flatten(0, 1))
 
     def unfold_time(self, t: int) -> Self:
         "Frames `(b·t,…)` as clips of `t` frames `(b,t,…)`"
@@ -105,7 +107,9 @@ def _take(v: Tensor, index: Tensor, axis: int) -> Tensor:
 # %% ../nbs/factors.ipynb #factors-join-export
 def _weights(factors: FactorTensors) -> Tensor:
     "Weights `(b,k)`, 1 where the set has none"
-    return torch.ones_like(factors.codes[..., 0]) if factors.weights is None else factors.weights
+    if factors.weights is None:
+        return torch.ones_like(factors.codes[..., 0])
+    return factors.weights
 
 
 def _join(sets: Sequence[FactorTensors], axes: tuple[int, int, int]) -> FactorTensors:
@@ -127,7 +131,8 @@ class FactorChoice(FactorBatch):
     def pick(self, index: Index) -> Self:
         "Keep the factors named by `index`, in that order"
         index = _positions(index, self.n_factors)
-        return self._make(None if v is None else _take(v, index, axis) for v, axis in zip(self, _AXES))
+        parts = zip(self, _AXES)
+        return self._make(None if v is None else _take(v, index, axis) for v, axis in parts)
 
     def drop(self, index: Index) -> Self:
         "The set without the factors named by `index`: a dropped factor is gone, not zero"
@@ -143,8 +148,13 @@ class FactorChoice(FactorBatch):
         "Join sets along k: the union of what is in several pictures"
         return _join([self, *others], _AXES)
 
-    def replace(self, index: Index, other: Self, other_index: Index | None = None) -> Self:
-        "Put factors of `other`, by default those of the same numbers, in the places `index` of this set"
+    def replace(
+        self,
+        index: Index,  # places in this set
+        other: Self,
+        other_index: Index | None = None,  # factors of `other`; default: the same numbers
+    ) -> Self:
+        "Put factors of another set in the place of some of this one: swap, insert, change the background"
         places = _positions(index, self.n_factors)
         donors = _positions(index if other_index is None else other_index, other.n_factors)
         if places.shape != donors.shape:

@@ -361,7 +361,7 @@ def open_foundation(
     parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]]
     encoders = sorted(name for name in parts if name.startswith("text_encoder"))
     if not encoders:
-        raise ValueError(f"'{name_or_folder}' has no text encoder: words can only be learned by a model that reads text")
+        raise ValueError(f"'{name_or_folder}' has no text encoder: words are learned by a model that reads text")
     load = partial(load_part, name_or_folder, index=index)
     denoiser = load("transformer" if "transformer" in parts else "unet")
     latents = _latents_of(load("vae")) if "vae" in parts else Pixels()

@@ -99,10 +99,8 @@ class QuickAttention:
         return (self.plain if small else self.fused)(attn, hidden_states, encoder_hidden_states, *args, **options)
 
 # %% ../../nbs/components/unets.ipynb #grid-export
-def position_grid(
-    kind: str, size: tuple[int, int], dim: int, device: torch.device | str | None = None
-) -> Tensor:
-    "What is known of every place of a feature map before training: coordinates `(h·w,4)`, or the fixed code `(h·w,dim)`"
+def position_grid(kind: str, size: tuple[int, int], dim: int, device: Any = None) -> Tensor:
+    "What is fixed for every place of a feature map: coordinates `(h·w,4)`, or the code `(h·w,dim)`"
     if kind == "cartesian":
         return coordinate_grid(*size, device=device).flatten(0, 1)
     return sincos_table(*size, dim, device=device)
@@ -275,9 +273,7 @@ RESAMPLE_BLOCKS = dict(
 )
 
 
-def block_types(
-    n_levels: int, attention_levels: tuple[int, ...], resample: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def block_types(n_levels: int, attention_levels: tuple[int, ...], resample: str) -> tuple[tuple[str, ...], ...]:
     "Names of diffusers' blocks on the way down and on the way up"
     check_choice("resample", resample, RESAMPLE_BLOCKS)
     kinds = [RESAMPLE_BLOCKS[resample]] * n_levels
@@ -286,9 +282,7 @@ def block_types(
     return tuple(down for down, _ in kinds), tuple(up for _, up in reversed(kinds))
 
 # %% ../../nbs/components/unets.ipynb #plain-export
-def check_attention(
-    channels: Sequence[int], attention_levels: Sequence[int], head_dim: int, heads: set[int]
-) -> None:
+def check_attention(channels: Sequence[int], attention_levels: list[int], head_dim: int, heads: set[int]) -> None:
     "`ValueError` where a level does not exist, or channels do not split into heads (`{0}`: of width `head_dim`)"
     for level in attention_levels:
         if not 0 <= level < len(channels):

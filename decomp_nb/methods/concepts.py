@@ -80,7 +80,7 @@ def sample_prompts(
 
 # %% ../../nbs/methods/concepts.ipynb #noisy-export
 def noisy_latents(model: WordDecomposer, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-    "x_t, t and the target of a batch; with a noise level for every word, x_t and t `(b,1+M,…)`, the empty prompt's first"
+    "x_t, t, target of a batch; with a noise level for every word, x_t and t are `(b,1+M,…)`, the first for no word"
     x0 = batch["x0"] if "x0" in batch else model.latents.from_batch(batch)
     noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
     t = batch["timesteps"] if "timesteps" in batch else sample_times(model, len(batch["index"]))

@@ -99,8 +99,8 @@ class StableLSD(FrozenUNetSlotModel):
         unet = load_unet(foundation)
         encoder, slots = coco_setting(image_size, unet.config.cross_attention_dim)
         super().__init__(
-            image_size=image_size, encoder_config=encoder_config or encoder, slots_config=slots | (slots_config or {}),
-            denoiser_config=unet, scheduler_config=schedule,
+            image_size=image_size, encoder_config=encoder_config or encoder,
+            slots_config=slots | (slots_config or {}), denoiser_config=unet, scheduler_config=schedule,
             timestep_sampling=timestep_sampling, timestep_strength=timestep_strength, min_snr_gamma=min_snr_gamma,
             offset_noise=offset_noise, slot_dropout=slot_dropout, null_dropout=null_dropout, n_registers=n_registers,
             contrast_weight=contrast_weight, contrast_rate=contrast_rate, keep_slots=keep_slots,
