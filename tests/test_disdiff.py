@@ -41,7 +41,7 @@ def base(kind="vq", seed=0, **options):
     torch.manual_seed(seed)
     model = LatentDiffusion(**{"image_size": 16, "denoiser_config": UNET, **options})
     for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
-    return model.stand_on(space(kind))
+    return model.attach(space(kind))
 
 
 def disdiff(kind="vq", seed=0, alive=True, **options):
@@ -49,12 +49,12 @@ def disdiff(kind="vq", seed=0, alive=True, **options):
     model = DisDiff(**{"image_size": 16, "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, "denoiser_config": UNET, **options})
     for p in model.fields.parameters() if alive else []:  # the last layer of every block begins at zero
         if p.ndim > 1 and not p.any(): torch.nn.init.normal_(p, std=0.2)
-    return model.stand_on(base(kind))
+    return model.attach(base(kind))
 
 
 def encdiff(kind="vq", seed=0, **options):
     torch.manual_seed(seed)
-    return EncDiff(**{"image_size": 16, "n_factors": 3, "encoder_config": {"width": 8}, **TOKENS, **options}).stand_on(space(kind))
+    return EncDiff(**{"image_size": 16, "n_factors": 3, "encoder_config": {"width": 8}, **TOKENS, **options}).attach(space(kind))
 
 
 def batch(n=4, seed=1, model=None):
@@ -435,7 +435,7 @@ MISMATCHES = {
 def test_refuses_a_base_that_does_not_fit(message):
     ours, theirs, _ = MISMATCHES[message]
     model = DisDiff(**{"image_size": 16, "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, "denoiser_config": UNET, **ours})
-    with pytest.raises(ValueError, match=message): model.stand_on(base(**theirs))
+    with pytest.raises(ValueError, match=message): model.attach(base(**theirs))
 
 
 def test_refuses_stages_that_do_not_belong_together(tmp_path):
@@ -541,3 +541,12 @@ def test_runs_from_before_are_of_the_same_model(tmp_path):
     with pytest.raises(ValueError, match="linear_skip: only in the run"): check_model(tmp_path / "config.json", encdiff(**CIRCULAR, n_factors=4))
     names = {name for name in model.state_dict() if not name.startswith("reader.unet")}
     assert {"compass.log_width", "compass.centre.running_mean", "encoder.glance.weight", "encoder.layers.0.weight", "reader.to_token.2.4.bias", "steps"} <= names
+
+
+def test_presets_and_options_that_moved_to_encdiff():
+    "Codes as tokens were options of DisDiff; it says where they are"
+    with pytest.raises(ValueError, match=r"EncDiff\(\*\*encdiff_preset\('shapes3d_tokens'\)\)"): disdiff_preset("shapes3d_tokens")
+    with pytest.raises(TypeError, match="code_price: no longer an option of DisDiff"): disdiff_preset("tiny", code_price=0.1)
+    with pytest.raises(TypeError, match="conditioning: no longer an option"): DisDiff(image_size=16, conditioning="tokens")
+    with pytest.warns(FutureWarning, match="code_price is now kl_weight"): assert encdiff_preset(code_price=0.1)["kl_weight"] == 0.1
+    with pytest.warns(FutureWarning, match="directions is now circular"): assert disdiff(directions=True, factor_dim=2).compass is not None

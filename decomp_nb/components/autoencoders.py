@@ -139,6 +139,12 @@ class AutoencoderTraining(nn.Module):
         self.vae.save_pretrained(folder, **options)
 
 # %% ../../nbs/components/autoencoders.ipynb #measure-export
+def _codes_used(index: Tensor) -> Tensor:
+    "Effective number of the codes: e to the entropy of how often each was chosen"
+    share = torch.bincount(index.flatten()).float() / index.numel()
+    return torch.special.entr(share).sum().exp()
+
+
 def measure(model: AutoencoderTraining, batch: dict[str, Any]) -> tuple[Reconstruction, Tensor, dict[str, Tensor]]:
     "One training step: reconstruction, error of the pictures, all losses by name"
     images = batch["image"]
@@ -149,8 +155,7 @@ def measure(model: AutoencoderTraining, batch: dict[str, Any]) -> tuple[Reconstr
     if model.latent_loss:
         parts[model.latent_loss] = latent_loss
     if found.index is not None:
-        share = torch.bincount(found.index.flatten()).float() / found.index.numel()
-        parts["codes_used"] = torch.special.entr(share).sum().exp()   # effective number: e to the entropy
+        parts["codes_used"] = _codes_used(found.index)
     if model.training:
         model.spread.lerp_(found.latents.detach().float().std(), 0.02)
     error = parts["reconstruction"] + model.perceptual_weight * parts.get("perceptual", 0)
@@ -237,6 +242,12 @@ class VQAutoencoder(AutoencoderTraining):
         return losses
 
 # %% ../../nbs/components/autoencoders.ipynb #small-dc-export
+def _check_layers(layers: tuple[int, ...], levels: int) -> tuple[int, ...]:
+    if len(layers) != levels or min(layers[1:]) < 1 or layers[0] < 0:
+        raise ValueError(f"layers={layers}: {levels} levels, of at least one block each; only the first may have 0")
+    return layers
+
+
 def small_dc(
     factor: int = 8,
     *,
@@ -249,9 +260,7 @@ def small_dc(
     if factor < 2:
         raise ValueError(f"factor={factor}: an AutoencoderDC halves at least once")
     levels = factor.bit_length()
-    layers = tuple(layers or [0, 1, *[2] * (levels - 2)])
-    if len(layers) != levels or min(layers[1:]) < 1 or layers[0] < 0:
-        raise ValueError(f"layers={layers}: {levels} levels, of at least one block each; only the first may have 0")
+    layers = _check_layers(tuple(layers or [0, 1, *[2] * (levels - 2)]), levels)
     channels = level_channels(factor, width, multipliers or [1, *[2] * (levels - 2), 4], groups=4)
     if channels[-1] % latent_channels:
         raise ValueError(

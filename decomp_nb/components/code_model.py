@@ -25,7 +25,7 @@ from ..factors import Factors
 # %% auto #0
 __all__ = ['ResidualConv', 'encoder_layers', 'FactorEncoder', 'init_low_variance', 'init_from_ica', 'SplitEncoder',
            'check_choices', 'make_encoder', 'check_codes', 'CodeReader', 'CodeEncoder', 'CodeStart', 'CodeTrainer',
-           'CodeModel']
+           'CodeSets', 'CodeModel']
 
 # %% ../../nbs/components/code_model.ipynb #encoder-export
 class ResidualConv(nn.Module):
@@ -41,6 +41,12 @@ class ResidualConv(nn.Module):
         return x + self.convs(x)
 
 
+def _halving(before: int, width: int, norm: str, relu: bool) -> list[nn.Module]:
+    "A convolution that halves a map, its norm, and its ReLU, which the official code once leaves out"
+    layers = [nn.Conv2d(before, width, 4, stride=2, padding=1), normalisation(norm, width)]
+    return [*layers, nn.ReLU()] if relu else layers
+
+
 def encoder_layers(
     size: int, in_channels: int, out_dim: int, width: int, norm: str, skip_relu: bool
 ) -> nn.Sequential:
@@ -50,10 +56,7 @@ def encoder_layers(
         raise ValueError(f"the encoder reads sides of 4, 8, 16, 32 … pixels, not {size}")
     layers = [] if halvings else [nn.Conv2d(in_channels, width, 3, padding=1)]
     for i in range(halvings):
-        layers.append(nn.Conv2d(width if i else in_channels, width, 4, stride=2, padding=1))
-        layers.append(normalisation(norm, width))
-        if not (skip_relu and i == 2):
-            layers.append(nn.ReLU())
+        layers += _halving(width if i else in_channels, width, norm, relu=not (skip_relu and i == 2))
     layers += [ResidualConv(width, norm), normalisation(norm, width), nn.ReLU(), ResidualConv(width, norm)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * width, out_dim))
 
@@ -300,8 +303,8 @@ class CodeTrainer(CodeStart):
         ]
 
 # %% ../../nbs/components/code_model.ipynb #use-export
-class CodeModel(CodeTrainer):
-    "What one does with codes: weight, swap and move single factors"
+class CodeSets(CodeTrainer):
+    "Single factors: each alone, with weight 0 for the others"
 
     def only(self, factors: Factors, index: int | Sequence[int] | Tensor) -> Factors:
         "The same set with weight 0 for all factors but these"
@@ -321,6 +324,10 @@ class CodeModel(CodeTrainer):
         noise = self.noise_of(shape, options)
         alone = [self.decode(self.only(factors, i), noise=noise, **options) for i in range(factors.n_factors)]
         return torch.stack(alone, len(shape))
+
+# %% ../../nbs/components/code_model.ipynb #use-moves-export
+class CodeModel(CodeSets):
+    "What one does with codes: swap single factors between pictures, move one of them"
 
     @torch.no_grad()
     def swap(

@@ -104,16 +104,17 @@ def solve_weights(
     if how not in WEIGHTS.values():
         raise ValueError(f"how={how!r}: choose 'ridge', 'nonnegative' or 'simplex'")
     gram, pull = statistics.gram.double(), statistics.pull.double()
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    size = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-12)
     gram = gram + (ridge * size).expand_as(pull).diag_embed()
     if how == "ridge":
-        return torch.linalg.solve(gram, pull).to(statistics.pull)
-    if how == "nonnegative":
-        return _minimise_nonnegative(gram, pull).to(statistics.pull)
-    price = 1e6 * size  # of the squared distance of Σw from 1
-    weights = _minimise_nonnegative(gram + price[..., None], pull + price)
-    return F.normalize(weights, p=1, dim=-1).to(statistics.pull)
+        weights = torch.linalg.solve(gram, pull)
+    elif how == "nonnegative":
+        weights = _minimise_nonnegative(gram, pull)
+    else:
+        strength = 1e6 * size  # of the squared distance of Σw from 1
+        weights = _minimise_nonnegative(gram + strength[..., None], pull + strength)
+        weights = F.normalize(weights, p=1, dim=-1)
+    return weights.to(statistics.pull)
 
 # %% ../../nbs/components/concept_weights.ipynb #alike-export
 def direction_cosines(statistics: ScoreStatistics) -> Tensor:
@@ -126,13 +127,13 @@ def direction_cosines(statistics: ScoreStatistics) -> Tensor:
 def superfluous_words(
     statistics: ScoreStatistics,
     weights: Tensor,  # `(b,k)`
-    twins: float = 0.85,  # cosine of two directions above which the less used word is superfluous
-    dead: float = 0.2,  # share of the mean use below which a word is superfluous
+    merge_threshold: float = 0.85,  # cosine of two directions above which the less used word is superfluous
+    min_use: float = 0.2,  # share of the mean use below which a word is superfluous
 ) -> list[int]:
     "Words that are not needed, the least used first"
     use = weights.abs().mean(0)
-    i, j = (direction_cosines(statistics).triu(1) > twins).nonzero().T
-    superfluous = use < dead * use.mean()
+    i, j = (direction_cosines(statistics).triu(1) > merge_threshold).nonzero().T
+    superfluous = use < min_use * use.mean()
     superfluous[torch.where(use[i] < use[j], i, j)] = True
     return [k for k in use.argsort().tolist() if superfluous[k]]
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/components/decoders.ipynb #imports-export
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from .positions import coordinate_grid, position_projection
 
 # %% auto #0
-__all__ = ['log_weights', 'mix_layers', 'BroadcastDecoder', 'MultiHeadAttention', 'DecoderBlock', 'TokenTransformer',
-           'sample_token', 'AutoregressiveDecoder']
+__all__ = ['log_weights', 'mix_layers', 'count_doublings', 'BroadcastDecoder', 'MultiHeadAttention', 'decoder_mlp',
+           'DecoderBlock', 'decoder_blocks', 'TokenTransformer', 'sample_token', 'AutoregressiveDecoder']
 
 # %% ../../nbs/components/decoders.ipynb #mixture-export
 def log_weights(weights: Tensor) -> Tensor:
@@ -36,6 +37,17 @@ def mix_layers(
     masks = mask_logits.softmax(1)
     return (masks[:, :, None] * colours).sum(1), colours, masks
 
+# %% ../../nbs/components/decoders.ipynb #doublings-export
+def count_doublings(image_size: int, start: int, n_layers: int) -> int:
+    "How often a grid of side `start` is doubled to the picture's; ValueError if the layers do not suffice"
+    doublings = max(image_size // start, 1).bit_length() - 1
+    if image_size != start * 2**doublings or doublings > n_layers:
+        raise ValueError(
+            f"image_size={image_size} is not start={start} doubled at most {n_layers} times, "
+            "once per entry of channels"
+        )
+    return doublings
+
 # %% ../../nbs/components/decoders.ipynb #broadcast-export
 class BroadcastDecoder(nn.Module):
     "Spatial broadcast decoder (Watters et al. 2019): every slot alone becomes colours and a mask's logit"
@@ -50,16 +62,11 @@ class BroadcastDecoder(nn.Module):
         kernel: int = 5,
     ):
         super().__init__()
-        doublings = max(image_size // start, 1).bit_length() - 1
-        if image_size != start * 2**doublings or doublings > len(channels):
-            raise ValueError(
-                f"image_size={image_size} is not start={start} doubled at most {len(channels)} times, "
-                "once per entry of channels"
-            )
+        doublings = count_doublings(image_size, start, len(channels))
         self.start = start
         self.position = position_projection(slot_dim)
         layers = []
-        for i, (before, width) in enumerate(zip([slot_dim, *channels], channels)):
+        for i, (before, width) in enumerate(pairwise([slot_dim, *channels])):
             stride = 2 if i < doublings else 1
             layer = nn.ConvTranspose2d(before, width, kernel, stride, kernel // 2, output_padding=stride - 1)
             layers += [layer, nn.ReLU()]
@@ -104,6 +111,16 @@ class MultiHeadAttention(nn.Module):
         read = F.scaled_dot_product_attention(queries, keys, values, bias, dropout, causal)
         return F.dropout(self.to_out(read.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
+# %% ../../nbs/components/decoders.ipynb #mlp-export
+def decoder_mlp(dim: int, dropout: float, gain: float) -> nn.Sequential:
+    "Two layers, four times as wide in between; `gain` scales the start of the second"
+    mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim), nn.Dropout(dropout))
+    nn.init.xavier_uniform_(mlp[0].weight)
+    nn.init.xavier_uniform_(mlp[2].weight, gain=gain)
+    nn.init.zeros_(mlp[0].bias)
+    nn.init.zeros_(mlp[2].bias)
+    return mlp
+
 # %% ../../nbs/components/decoders.ipynb #block-export
 class DecoderBlock(nn.Module):
     "Read the tokens so far, read the slots, then an MLP: each behind a layer norm and added to the input"
@@ -116,16 +133,7 @@ class DecoderBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(dim)
         self.over_words = MultiHeadAttention(dim, n_heads, dropout, gain)
         self.over_slots = MultiHeadAttention(dim, n_heads, dropout, gain)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 4 * dim),
-            nn.ReLU(),
-            nn.Linear(4 * dim, dim),
-            nn.Dropout(dropout),
-        )
-        nn.init.xavier_uniform_(self.mlp[0].weight)
-        nn.init.xavier_uniform_(self.mlp[2].weight, gain=gain)
-        nn.init.zeros_(self.mlp[0].bias)
-        nn.init.zeros_(self.mlp[2].bias)
+        self.mlp = decoder_mlp(dim, dropout, gain)
 
     def forward(
         self,
@@ -146,6 +154,19 @@ class DecoderBlock(nn.Module):
         x = x + self.over_words.attend(normed, keys, values, causal=cache is None)
         x = x + self.over_slots.attend(self.norm_slots(x), *slots, bias=bias)
         return x + self.mlp(self.norm_mlp(x))
+
+# %% ../../nbs/components/decoders.ipynb #blocks-export
+def _init_linear(layer: nn.Linear) -> None:
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def decoder_blocks(n_layers: int, dim: int, n_heads: int, dropout: float) -> nn.ModuleList:
+    "Blocks whose last layers begin the smaller, the more there are"
+    gain = (3 * n_layers) ** -0.5
+    blocks = nn.ModuleList(DecoderBlock(dim, n_heads, dropout, gain) for _ in range(n_layers))
+    blocks[0].first = True
+    return blocks
 
 # %% ../../nbs/components/decoders.ipynb #writer-export
 class TokenTransformer(nn.Module):
@@ -170,11 +191,8 @@ class TokenTransformer(nn.Module):
         self.words = nn.Embedding(vocabulary + 1, dim)  # the last token means: begin
         self.places = nn.Parameter(torch.empty(1, length, dim))
         nn.init.trunc_normal_(self.places)
-        nn.init.xavier_uniform_(self.read_slots.weight)
-        nn.init.zeros_(self.read_slots.bias)
-        gain = (3 * n_layers) ** -0.5
-        self.blocks = nn.ModuleList(DecoderBlock(dim, n_heads, dropout, gain) for _ in range(n_layers))
-        self.blocks[0].first = True
+        _init_linear(self.read_slots)
+        self.blocks = decoder_blocks(n_layers, dim, n_heads, dropout)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary, bias=False)
         nn.init.xavier_uniform_(self.head.weight)
@@ -210,9 +228,15 @@ def sample_token(
         logits = logits.masked_fill(logits < least, float("-inf"))
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
-
+# %% ../../nbs/components/decoders.ipynb #generate-export
 class AutoregressiveDecoder(TokenTransformer):
     "Autoregressive transformer decoder of SLATE: slots → `length` tokens"
+
+    def _caches(self, slots: Tensor) -> list[Tensor]:
+        "Room for the keys and values of all tokens, for every block"
+        heads = self.blocks[0].over_words.n_heads
+        head_dim = self.words.embedding_dim // heads
+        return [slots.new_empty(2, len(slots), heads, self.length, head_dim) for _ in self.blocks]
 
     def _next_logits(self, token: Tensor, position: int, slots: list, bias: Tensor | None, caches: list) -> Tensor:
         x = self.words(token[:, None]) + self.places[:, position:position + 1]
@@ -232,13 +256,12 @@ class AutoregressiveDecoder(TokenTransformer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         "Token after token: `(b,n)`, with `return_logits` also the logits `(b,n,V)`"
         read, bias = self._slots(slots, weights)
-        b, heads, _, head_dim = read[0][0].shape
-        caches = [slots.new_empty(2, b, heads, self.length, head_dim) for _ in self.blocks]
-        tokens = torch.full((b, self.length + 1), self.vocabulary, device=slots.device)  # the first means: begin
+        caches = self._caches(slots)
+        tokens = torch.full((len(slots), self.length + 1), self.vocabulary, device=slots.device)  # the first: begin
+        n_given = 0 if prefix is None else prefix.shape[1]
         all_logits = []
         for i in range(self.length):
             logits = self._next_logits(tokens[:, i], i, read, bias, caches)
-            given = prefix is not None and i < prefix.shape[1]
-            tokens[:, i + 1] = prefix[:, i] if given else sample_token(logits, **sampling)
+            tokens[:, i + 1] = prefix[:, i] if i < n_given else sample_token(logits, **sampling)
             all_logits.append(logits)
         return (tokens[:, 1:], torch.stack(all_logits, 1)) if return_logits else tokens[:, 1:]

@@ -76,11 +76,13 @@ class ConvEncoder(FeatureEncoder):
         if groups:
             check_groups(channels, groups)
         super().__init__(image_size, stride, channels[-1])
+        activate = dict(silu=nn.SiLU, relu=nn.ReLU)[activation]
         layers = []
         for i, (before, width) in enumerate(pairwise([3, *channels])):
+            if i and groups:
+                layers.append(nn.GroupNorm(groups, before))
             if i:
-                layers += [nn.GroupNorm(groups, before)] if groups else []
-                layers.append(dict(silu=nn.SiLU, relu=nn.ReLU)[activation]())
+                layers.append(activate())
             layers.append(nn.Conv2d(before, width, kernel, stride=2 if i < halvings else 1, padding=kernel // 2))
         self.layers = nn.Sequential(*layers)
 
@@ -212,6 +214,22 @@ class BasicBlock(nn.Module):
         return F.relu(inner + self.shortcut(x))
 
 # %% ../../nbs/components/encoders.ipynb #resnet-export
+def _resnet_stages(blocks: tuple[int, ...], dilate: tuple[bool, ...], groups: int, width: int) -> nn.Sequential:
+    "Stages of basic blocks; each either halves the map or dilates by twice as much as the one before"
+    stages = []
+    before, dilation = width, 1
+    for i, n_blocks in enumerate(blocks):
+        channels = width * 2**i
+        stage = [BasicBlock(before, channels, stride=1 if dilate[i] else 2, dilation=dilation, groups=groups)]
+        if i and dilate[i]:
+            dilation *= 2  # from the second block on: the first is as the stage before
+        for _ in range(n_blocks - 1):
+            stage.append(BasicBlock(channels, channels, dilation=dilation, groups=groups))
+        stages.append(nn.Sequential(*stage))
+        before = channels
+    return nn.Sequential(*stages)
+
+
 class ResNetEncoder(FeatureEncoder):
     "ResNet-18 or -34 with group norm: stages of 64, 128, 256 … channels, all but the first halve or dilate"
 
@@ -231,17 +249,7 @@ class ResNetEncoder(FeatureEncoder):
         dilate = (True, *dilate[:n_stages - 1])  # the first stage does not halve
         super().__init__(image_size, 2 ** dilate.count(False), width * 2 ** (n_stages - 1))
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.GroupNorm(groups, width), nn.ReLU())
-        stages = []
-        dilation = 1
-        for i, n_blocks in enumerate(blocks):
-            before, channels = width * 2 ** max(i - 1, 0), width * 2**i
-            stage = [BasicBlock(before, channels, stride=1 if dilate[i] else 2, dilation=dilation, groups=groups)]
-            if i and dilate[i]:
-                dilation *= 2  # from the second block on: the first is as the stage before
-            for _ in range(n_blocks - 1):
-                stage.append(BasicBlock(channels, channels, dilation=dilation, groups=groups))
-            stages.append(nn.Sequential(*stage))
-        self.stages = nn.Sequential(*stages)
+        self.stages = _resnet_stages(blocks, dilate, groups, width)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

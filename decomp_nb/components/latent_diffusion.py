@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .diffusion import LSD_SCHEDULE, make_scheduler, noise_batch, prediction_type_of
 from .latents import LatentSpace, build_latents
 from .unets import build_with, latent_unet
-from ..decomposer import Decomposer, fingerprint
+from ..decomposer import Decomposer, fingerprint, old_name
 from ..factors import Factors
 
 # %% auto #0
@@ -114,7 +114,7 @@ class LatentDiffusion(LatentSpaceModel):
         "Output of the denoiser `(b,c,h,w)`; there are no factors to read"
         return self.denoiser(x_t, t).sample
 
-    def draw(self, n: int = 4, **options: Any) -> Tensor:
+    def sample_images(self, n: int = 4, **options: Any) -> Tensor:
         "New pictures `(n,3,h,w)`; options as `decode`"
         return self.decode(Factors(torch.zeros(n, 0, 1)), **options)
 
@@ -122,3 +122,5 @@ class LatentDiffusion(LatentSpaceModel):
         "One training step; `latent_mean` and `latent_logvar`, `noise`, `timesteps`, `latent_noise` may be given"
         x_t, t, noise, _ = noise_batch(self.scheduler, self.latents.from_batch(batch), batch)
         return noise_loss(self.predict(x_t, t), noise, t, self.scheduler, self.config.loss)
+
+    draw = old_name("draw", "sample_images")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .autoencoders import sample_posterior
 from .codebooks import look_up, nearest_codes
-from ..decomposer import weights_folder
+from ..decomposer import old_name, weights_folder
 
 # %% auto #0
 __all__ = ['SPACES', 'decode_latents', 'Pixels', 'FrozenAutoencoder', 'KLLatents', 'DeterministicLatents', 'VQLatents',
@@ -111,20 +111,22 @@ class KLLatents(FrozenAutoencoder):
         mean, logvar = self.posterior(images.to(self.vae.dtype))
         return mean.to(images.dtype), logvar.to(images.dtype)
 
-    def draw(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+    def from_moments(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
         "Scaled latents from moments; `noise` is the injected ε"
         return sample_posterior(mean, logvar, noise) * self.vae.config.scaling_factor
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         "Draw scaled latents for pictures `(b,3,h,w)` in [−1,1]; `noise` is the injected ε"
-        return self.draw(*self.moments(images), noise)
+        return self.from_moments(*self.moments(images), noise)
 
     def from_batch(self, batch: dict[str, Any]) -> Tensor:
         "x_0 of a training batch: of cached moments where there are some, else of the picture; `latent_noise` injects ε"
         noise = batch.get("latent_noise")
         if "latent_mean" not in batch:
             return self.encode(batch["image"], noise)
-        return self.draw(batch["latent_mean"].float(), batch["latent_logvar"].float(), noise)
+        return self.from_moments(batch["latent_mean"].float(), batch["latent_logvar"].float(), noise)
+
+    draw = old_name("draw", "from_moments")
 
 # %% ../../nbs/components/latents.ipynb #deterministic-export
 class DeterministicLatents(KLLatents):
@@ -149,7 +151,7 @@ class DeterministicLatents(KLLatents):
         z = self.vae.encode(images, return_dict=False)[0]
         return z, torch.full_like(z, -30.0)
 
-    def draw(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+    def from_moments(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
         "Scaled latents; nothing is drawn, `logvar` and `noise` have no meaning here"
         return mean * self.vae.config.scaling_factor
 

@@ -151,6 +151,19 @@ class WordMemory(WordVectors):
         return cls(**load_file(Path(folder) / "memory.safetensors"), **options)
 
 # %% ../../nbs/components/picture_memory.ipynb #picture-memory-export
+def _coloured_shapes(shapes: list[str], colours: list[str], size: int) -> tuple[list[str], Tensor]:
+    "Each shape in each colour on grey: words such as red-square, and pictures `(n,3,size,size)` in [−1,1]"
+    n = len(shapes) * len(colours)
+    number = torch.arange(n)[:, None]
+    half = torch.full((n, 1), 0.5)
+    place = dict(x=half, y=half, size=half, rotation=0 * half, visibility=2 * half)
+    place["shape"] = 1 + number // len(colours)
+    rgb = torch.tensor([PALETTE[colour] for colour in colours])[number % len(colours)]
+    coverage = pixel_coverage(object_distances(place, size, tuple(shapes)))
+    pictures = composite(torch.full((n, 3, size, size), 0.25), rgb, coverage) * 2 - 1
+    return [f"{colour}-{shape}" for shape in shapes for colour in colours], pictures
+
+
 def picture_memory(
     size: int = 16,  # of the pictures, in pixels
     dim: int = 16,  # numbers per word
@@ -159,16 +172,6 @@ def picture_memory(
     beta: float = 1.0,
 ) -> WordMemory:
     "A `WordMemory` of 48 words: six shapes in eight colours on grey"
-    shapes = list(SHAPES)[:6]
-    colours = list(PALETTE)[:8]
-    n = len(shapes) * len(colours)
-    number = torch.arange(n)[:, None]
-    half = torch.full((n, 1), 0.5)
-    place = dict(x=half, y=half, size=half, rotation=0 * half, visibility=2 * half)
-    place["shape"] = 1 + number // len(colours)
-    rgb = torch.tensor(list(PALETTE.values()))[number % len(colours)]
-    coverage = pixel_coverage(object_distances(place, size, tuple(shapes)))
-    pictures = composite(torch.full((n, 3, size, size), 0.25), rgb, coverage) * 2 - 1
-    vectors = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
-    words = [f"{colour}-{shape}" for shape in shapes for colour in colours]
+    words, pictures = _coloured_shapes(list(SHAPES)[:6], list(PALETTE)[:8], size)
+    vectors = torch.randn(len(words), dim, generator=torch.Generator().manual_seed(seed))
     return WordMemory(words, pictures, vectors, sigma, beta)

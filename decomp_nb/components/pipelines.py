@@ -343,6 +343,10 @@ def load_part(name_or_folder: str | Path, part: str, index: dict) -> Any:
         return part_class.from_pretrained(str(name_or_folder), subfolder=part, **options)
 
 # %% ../../nbs/components/pipelines.ipynb #open-export
+def _latents_of(vae: nn.Module) -> nn.Module:
+    return ShiftedLatents(vae) if vae.config.get("shift_factor") else KLLatents(vae)
+
+
 def open_foundation(
     name_or_folder: str | Path,  # hub name or local folder
 ) -> Foundation:
@@ -357,14 +361,10 @@ def open_foundation(
     parts = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[0]]
     encoders = sorted(name for name in parts if name.startswith("text_encoder"))
     if not encoders:
-        raise ValueError(f"'{name_or_folder}' has no text encoder: "
-                         "words can only be learned by a model that reads text")
+        raise ValueError(f"'{name_or_folder}' has no text encoder: words are learned by a model that reads text")
     load = partial(load_part, name_or_folder, index=index)
     denoiser = load("transformer" if "transformer" in parts else "unet")
-    latents = Pixels()
-    if "vae" in parts:
-        vae = load("vae")
-        latents = ShiftedLatents(vae) if vae.config.get("shift_factor") else KLLatents(vae)
+    latents = _latents_of(load("vae")) if "vae" in parts else Pixels()
     scheduler = getattr(importlib.import_module("diffusers"), index["scheduler"][1])
     return FAMILIES[family](
         denoiser,

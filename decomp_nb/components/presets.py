@@ -33,4 +33,4 @@ def from_preset(
     "Arguments of `model`: `presets[name]` with `changes` applied; ValueError that lists the presets for another name"
     if name not in presets:
         raise ValueError(f"preset {name!r}: choose one of {', '.join(map(repr, presets))}")
-    return changed(presets[name], model.current_options(changes))
+    return changed(presets[name], model.current_options(model.given_options(changes)))

@@ -146,6 +146,12 @@ def check_partners(models: Sequence[Decomposer]) -> None:
             raise ValueError(f"models 0 and {i} cannot be combined: their noise schedules differ")
 
 # %% ../../nbs/components/recombination.ipynb #across-export
+def _shares(sets: Sequence[Factors]) -> Tensor:
+    "What each of n sets has of all their weights: `(n,b,1,1,1)`"
+    totals = torch.stack([(factors * 1.0).weights.sum(-1) for factors in sets])
+    return rearrange(totals / totals.sum(0), "n b -> n b 1 1 1")
+
+
 @torch.no_grad()
 def decode_across(
     models: Sequence[Decomposer],
@@ -162,8 +168,7 @@ def decode_across(
     check_partners(models)
     first = models[0]
     noise = first.starting_noise(len(sets[0].codes), noise, generator)
-    totals = torch.stack([(factors * 1.0).weights.sum(-1) for factors in sets])
-    shares = rearrange(totals / totals.sum(0), "n b -> n b 1 1 1").to(noise.device)
+    shares = _shares(sets).to(noise.device)
     guided = [model.guided(factors, guidance_scale) for model, factors in zip(models, sets)]
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
@@ -171,7 +176,7 @@ def decode_across(
     x = sample(predict, noise, scheduler or first.sampler, steps, generator=generator, **options)
     return first.latents.decode(x)
 
-
+# %% ../../nbs/components/recombination.ipynb #across-swap-export
 @torch.no_grad()
 def swap_across(
     one: Decomposer,

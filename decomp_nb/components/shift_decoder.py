@@ -17,7 +17,7 @@ from .latent_diffusion import posterior
 from .unets import UNetFeatures, build_with, latent_unet, unet_up
 
 # %% auto #0
-__all__ = ['WAY_UP', 'TwoConditions', 'FactorNames', 'up_many', 'ShiftDecoder', 'field_coefficient']
+__all__ = ['WAY_UP', 'TwoConditions', 'add_conditions', 'FactorNames', 'up_many', 'ShiftDecoder', 'field_coefficient']
 
 # %% ../../nbs/components/shift_decoder.ipynb #projection-export
 class TwoConditions(nn.Module):
@@ -34,6 +34,13 @@ class TwoConditions(nn.Module):
         scale, shift = self.time(time).chunk(2, -1)
         scale2, shift2 = self.code(code).chunk(2, -1)
         return torch.cat([scale + scale2 + scale * scale2, shift * (1 + scale2) + shift2], -1)
+
+# %% ../../nbs/components/shift_decoder.ipynb #conditions-export
+def add_conditions(decoder: nn.Module, dim: int) -> None:
+    "Let every residual block read [time | code], each `dim` wide"
+    for block in decoder.modules():
+        if hasattr(block, "time_emb_proj"):
+            block.time_emb_proj = TwoConditions(dim, block.time_emb_proj.out_features)
 
 # %% ../../nbs/components/shift_decoder.ipynb #names-export
 class FactorNames(nn.Module):
@@ -99,9 +106,7 @@ class ShiftDecoder(nn.Module):
         for name in WAY_UP:
             self.add_module(name, getattr(unet, name))
         dim = unet.time_embedding.linear_2.out_features
-        for block in self.modules():
-            if hasattr(block, "time_emb_proj"):
-                block.time_emb_proj = TwoConditions(dim, block.time_emb_proj.out_features)
+        add_conditions(self, dim)
         self.read = nn.Linear(factor_dim, dim)
         self.names = FactorNames(n_factors, dim, names, factor_dim)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion import noise_at
-from ..decomposer import Decomposer
+from ..decomposer import Decomposer, renamed_arguments
 from ..factors import Factors
 
 # %% auto #0
@@ -75,6 +75,7 @@ def duplicate_groups(codes: Tensor, threshold: float) -> Tensor:
     return F.one_hot(first, k).to(codes.dtype)
 
 
+@renamed_arguments(above="threshold")
 def merge_duplicates(
     factors: Factors,
     threshold: float = 0.95,  # cosine of two slots, in clips averaged over frames, from which they are one

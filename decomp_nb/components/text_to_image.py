@@ -24,7 +24,7 @@ from decomp_nb.components.diffusion import (
 )
 from .latents import KLLatents
 from .text import quiet
-from ..decomposer import sample
+from ..decomposer import old_name, sample
 
 # %% auto #0
 __all__ = ['clip_tokenizer', 'text_model', 'text_unet', 'identity_vae', 'save_pipeline', 'TextUNet', 'TextDiffusion',
@@ -216,7 +216,7 @@ class TextToImage(TextDiffusion):
     "A small text-to-image model; `save_pretrained` writes a Stable Diffusion pipeline"
 
     @torch.no_grad()
-    def draw(
+    def sample_images(
         self,
         captions: Sequence[str],
         *,
@@ -239,6 +239,8 @@ class TextToImage(TextDiffusion):
         if half:
             parts = {name: copy.deepcopy(part).half() for name, part in parts.items()}
         save_pipeline(folder, parts | {"scheduler": self.scheduler, "tokenizer": self.tokenizer})
+
+    draw = old_name("draw", "sample_images")
 
 # %% ../../nbs/components/text_to_image.ipynb #random-export
 def random_pipeline(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,11 @@ from .positions import coordinate_grid, position_projection
 
 # %% auto #0
 __all__ = ['POSITIONS', 'RESAMPLE_BLOCKS', 'VECTOR_UNET', 'check_halvings', 'check_groups', 'check_choice', 'build_with',
-           'sincos_table', 'resize_table', 'QuickAttention', 'PositionAttention', 'attention_layers', 'note_size',
-           'add_positions', 'denoiser_config', 'slot_denoiser', 'sharpen_attention', 'load_unet', 'check_attention',
-           'zero_start', 'plain_unet', 'TimeConcat', 'n_coordinate_channels', 'coordinate_channels', 'vector_denoiser',
-           'call_vector_unet', 'latent_unet', 'UNetFeatures', 'unet_down', 'unet_up']
+           'sincos_table', 'resize_table', 'QuickAttention', 'position_grid', 'PositionAttention', 'attention_layers',
+           'note_size', 'add_positions', 'denoiser_config', 'slot_denoiser', 'sharpen_attention', 'load_unet',
+           'block_types', 'check_attention', 'zero_start', 'plain_unet', 'TimeConcat', 'n_coordinate_channels',
+           'coordinate_channels', 'vector_denoiser', 'call_vector_unet', 'latent_unet', 'UNetFeatures', 'unet_down',
+           'unet_up']
 
 # %% ../../nbs/components/unets.ipynb #check-export
 def check_halvings(size: int | tuple[int, int], levels: int, what: str = "resolution") -> None:
@@ -97,6 +98,13 @@ class QuickAttention:
         small = hidden_states.device.type == "cpu" and hidden_states.shape[1] * read.shape[1] <= 2**17
         return (self.plain if small else self.fused)(attn, hidden_states, encoder_hidden_states, *args, **options)
 
+# %% ../../nbs/components/unets.ipynb #grid-export
+def position_grid(kind: str, size: tuple[int, int], dim: int, device: Any = None) -> Tensor:
+    "What is fixed for every place of a feature map: coordinates `(h·w,4)`, or the code `(h·w,dim)`"
+    if kind == "cartesian":
+        return coordinate_grid(*size, device=device).flatten(0, 1)
+    return sincos_table(*size, dim, device=device)
+
 # %% ../../nbs/components/unets.ipynb #position-export
 class PositionAttention(nn.Module):
     "Attention processor: add positions to the input of the attention, then `QuickAttention`"
@@ -120,12 +128,7 @@ class PositionAttention(nn.Module):
             self.projection = position_projection(dim, std)
         else:
             self.gamma = nn.Parameter(torch.ones(()))
-        self.register_buffer("grid", self._grid(size), persistent=False)
-
-    def _grid(self, size: tuple[int, int], device=None) -> Tensor:
-        if self.kind == "cartesian":
-            return coordinate_grid(*size, device=device).flatten(0, 1)
-        return sincos_table(*size, self.dim, device=device)
+        self.register_buffer("grid", position_grid(kind, size, dim), persistent=False)
 
     def positions(self) -> Tensor:
         "What is added to the tokens of a feature map of `self.size`: `(n, dim)` or `(1, n, dim)`"
@@ -134,7 +137,7 @@ class PositionAttention(nn.Module):
             return resize_table(self.table, self.trained_size, self.size) if resized else self.table
         grid = self.grid
         if resized:  # nothing is cached here: to torch.compile this is a pure function
-            grid = self._grid(self.size, grid.device).to(grid.dtype)
+            grid = position_grid(self.kind, self.size, self.dim, grid.device).to(grid.dtype)
         return self.projection(grid) if self.kind == "cartesian" else self.gamma * grid
 
     def __call__(
@@ -161,6 +164,15 @@ def note_size(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
                 layer.processor.size = tuple(features.shape[-2:])
 
 
+def _blocks_by_level(unet: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    "Every block of a UNet and its level: 0 is full resolution"
+    coarsest = len(unet.down_blocks) - 1
+    yield from enumerate(unet.down_blocks)
+    yield from zip(range(coarsest, -1, -1), unet.up_blocks)
+    if unet.mid_block is not None:
+        yield coarsest, unet.mid_block
+
+
 def add_positions(
     unet: nn.Module,  # a `UNet2DConditionModel`, changed in place
     kind: str = "cartesian",  # of `PositionAttention`
@@ -169,10 +181,7 @@ def add_positions(
     "Give every attention layer of the UNet a `PositionAttention` processor; returns the UNet"
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    coarsest = len(unet.down_blocks) - 1
-    levels = [*range(coarsest + 1), *range(coarsest, -1, -1), coarsest]
-    middle = unet.mid_block or nn.Identity()  # a UNet may have none
-    for level, block in zip(levels, [*unet.down_blocks, *unet.up_blocks, middle]):
+    for level, block in _blocks_by_level(unet):
         for layer in attention_layers(block).values():
             halved = (height // 2**level, width // 2**level)
             layer.set_processor(PositionAttention(layer.query_dim, halved, kind, std))
@@ -257,14 +266,23 @@ def load_unet(name_or_folder: str) -> nn.Module:
     unet = UNet2DConditionModel.from_pretrained(name_or_folder, subfolder="unet")
     return unet.requires_grad_(False).eval()
 
-# %% ../../nbs/components/unets.ipynb #plain-export
+# %% ../../nbs/components/unets.ipynb #blocks-export
 RESAMPLE_BLOCKS = dict(
     resnet=("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
     conv=("DownBlock2D", "UpBlock2D"),
 )
 
 
-def check_attention(channels: list[int], attention_levels: list[int], head_dim: int, heads: set[int]) -> None:
+def block_types(n_levels: int, attention_levels: tuple[int, ...], resample: str) -> tuple[tuple[str, ...], ...]:
+    "Names of diffusers' blocks on the way down and on the way up"
+    check_choice("resample", resample, RESAMPLE_BLOCKS)
+    kinds = [RESAMPLE_BLOCKS[resample]] * n_levels
+    for level in attention_levels:
+        kinds[level] = ("AttnDownBlock2D", "AttnUpBlock2D")
+    return tuple(down for down, _ in kinds), tuple(up for _, up in reversed(kinds))
+
+# %% ../../nbs/components/unets.ipynb #plain-export
+def check_attention(channels: Sequence[int], attention_levels: list[int], head_dim: int, heads: set[int]) -> None:
     "`ValueError` where a level does not exist, or channels do not split into heads (`{0}`: of width `head_dim`)"
     for level in attention_levels:
         if not 0 <= level < len(channels):
@@ -310,21 +328,17 @@ def plain_unet(
 ) -> nn.Module:
     "`UNet2DModel` with attention at the chosen levels, whose output starts at 0"
     from diffusers import UNet2DModel
-    channels = list(channels)
     check_halvings(sample_size, len(channels), "sample_size")
     check_groups(channels, groups)
     check_attention(channels, attention_levels, head_dim, {n_heads, n_heads_up or n_heads})
-    check_choice("resample", resample, RESAMPLE_BLOCKS)
-    kinds = [RESAMPLE_BLOCKS[resample]] * len(channels)
-    for level in attention_levels:
-        kinds[level] = ("AttnDownBlock2D", "AttnUpBlock2D")
+    down, up = block_types(len(channels), attention_levels, resample)
     unet = build_with(
         UNet2DModel,
         "denoiser_config",
         sample_size=sample_size,
         block_out_channels=tuple(channels),
-        down_block_types=tuple(down for down, _ in kinds),
-        up_block_types=tuple(up for _, up in reversed(kinds)),
+        down_block_types=down,
+        up_block_types=up,
         freq_shift=0,
         norm_num_groups=groups,
         attn_norm_num_groups=groups,

@@ -14,7 +14,7 @@ from .encoders import BasicBlock
 from .unets import check_choice, coordinate_channels
 
 # %% auto #0
-__all__ = ['SpatialSoftmax', 'convolutions_first', 'VectorEncoder']
+__all__ = ['SpatialSoftmax', 'convolutions_first', 'halved_side', 'make_readout', 'VectorEncoder']
 
 # %% ../../nbs/components/vectors.ipynb #places-export
 class SpatialSoftmax(nn.Module):
@@ -63,6 +63,22 @@ def convolutions_first(block: BasicBlock) -> BasicBlock:
         block._modules[name] = block._modules.pop(name)
     return block
 
+# %% ../../nbs/components/vectors.ipynb #side-export
+def halved_side(image_size: int, levels: int) -> int:
+    "Side of a picture that strided convolutions have halved `levels` times; they round up"
+    if levels < 1 or image_size < 2**levels:
+        possible = f"pictures of {image_size} pixels at least once, at most to 1 pixel"
+        raise ValueError(f"levels={levels}: halve {possible}")
+    return -(-image_size // 2**levels)
+
+# %% ../../nbs/components/vectors.ipynb #readout-export
+def make_readout(kind: str, channels: int, side: int, out_dim: int, **options: int) -> nn.Module:
+    "The last layer: features `(b,channels,side,side)` → `(b,out_dim)`; options of `SpatialSoftmax`"
+    check_choice("readout", kind, ("flatten", "spatial_softmax"))
+    if kind == "flatten":
+        return nn.Linear(channels * side**2, out_dim)
+    return SpatialSoftmax(channels, out_dim, **options)
+
 # %% ../../nbs/components/vectors.ipynb #encoder-export
 class VectorEncoder(nn.Module):
     "CNN that ends in a vector; with `norm=\"batch\"`, `end=\"relu\"` that of Decomp Diffusion (Su et al. 2024)"
@@ -81,11 +97,8 @@ class VectorEncoder(nn.Module):
         maps: int = 10,  # of the spatial softmax, in each group
     ):
         super().__init__()
-        if levels < 1 or image_size < 2**levels:
-            possible = f"pictures of {image_size} pixels at least once, at most to 1 pixel"
-            raise ValueError(f"levels={levels}: halve {possible}")
         check_choice("end", end, ("none", "relu"))
-        check_choice("readout", readout, ("flatten", "spatial_softmax"))
+        side = halved_side(image_size, levels)
         self.image_size = image_size
         self.end = end
         channels = [width * 2**i for i in range(levels + 1)]
@@ -93,11 +106,7 @@ class VectorEncoder(nn.Module):
         blocks = [BasicBlock(c, c, norm=norm, groups=8) for c in channels[:-1]]
         self.blocks = nn.ModuleList(map(convolutions_first, blocks))
         self.halve = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in channels[:-1])
-        side = -(-image_size // 2**levels)  # a strided convolution rounds up
-        if readout == "flatten":
-            self.last = nn.Linear(channels[-1] * side**2, out_dim)
-        else:
-            self.last = SpatialSoftmax(channels[-1], out_dim, groups=groups, maps=maps)
+        self.last = make_readout(readout, channels[-1], side, out_dim, groups=groups, maps=maps)
 
     def forward(self, images: Tensor) -> Tensor:
         "`(b, 3, image_size, image_size)` in [−1, 1] → `(b, out_dim)`"

@@ -5,7 +5,7 @@
 # %% ../../nbs/components/words.ipynb #imports-export
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -97,6 +97,15 @@ class FoundationDecomposer(Decomposer):
         return self.base.sampler
 
 # %% ../../nbs/components/words.ipynb #noise-export
+def _predict_in_chunks(base: Foundation, x_t: Tensor, t: Tensor, prompts: Prompts, size: int) -> Tensor:
+    "Predictions `(n,c,h,w)`, `size` to a call; several calls are computed again in the backward pass"
+    call = base.predict
+    if size < len(x_t) and torch.is_grad_enabled():
+        call = partial(checkpoint, call, use_reentrant=False)
+    parts = [slice(i, i + size) for i in range(0, len(x_t), size)]
+    return torch.cat([call(x_t[part], t[part], prompts.rows(part)) for part in parts])
+
+
 def noise_per_concept(
     model: FoundationDecomposer,
     prompts: Prompts,  # row 0 is the empty one
@@ -111,15 +120,9 @@ def noise_per_concept(
     if t.ndim == 1:
         x_t = repeat(x_t, "b ... -> b m ...", m=m)
         t = repeat(t, "b -> b m", m=m)
-    x_t, t = x_t.flatten(0, 1), t.flatten()
     prompts = prompts.rows(rows.flatten())
-    call = model.base.predict
-    size = b * (model.concept_chunk or m)
-    if size < b * m and torch.is_grad_enabled():
-        call = partial(checkpoint, call, use_reentrant=False)
-    parts = [slice(i, i + size) for i in range(0, b * m, size)]
-    answers = [call(x_t[part], t[part], prompts.rows(part)) for part in parts]
-    return rearrange(torch.cat(answers), "(b m) ... -> b m ...", b=b)
+    answers = _predict_in_chunks(model.base, x_t.flatten(0, 1), t.flatten(), prompts, b * (model.concept_chunk or m))
+    return rearrange(answers, "(b m) ... -> b m ...", b=b)
 
 # %% ../../nbs/components/words.ipynb #composed-export
 def word_prompts(model: FoundationDecomposer, codes: Tensor, templates: str | Sequence[str]) -> Prompts:
@@ -221,6 +224,18 @@ def _paired_draws(
     return list(zip(times.split(1), noises.split(1)))
 
 # %% ../../nbs/components/words.ipynb #reading-export
+def _mean_statistics(
+    model: WordDecomposer, prompts: Prompts, x0: Tensor, draws: Iterable[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    "`ScoreStatistics` of latents `(b,c,h,w)`, the mean over draws of time and noise"
+    found = []
+    for t, noise in draws:
+        t = t.expand(len(x0))
+        x_t, target = add_noise(model.base, x0, noise.expand_as(x0), t)
+        found.append(ScoreStatistics.of_draw(noise_per_concept(model, prompts, x_t, t), target))
+    return [torch.stack(values).mean(0) for values in zip(*found)]
+
+
 @torch.no_grad()
 def score_statistics(
     model: WordDecomposer,
@@ -235,16 +250,10 @@ def score_statistics(
     "What closed-form weights, the choice of M and the comparison of words are computed from"
     codes = model.codes if codes is None else codes
     prompts = word_prompts(model, codes, model.templates[0])
-    shared = _paired_draws(model, draws, generator) if paired else []
+    shared = _paired_draws(model, draws, generator) if paired else None
     parts = []
     for part in images.to(codes).split(batch_size):
         x0 = encode_latents(model, part, generator)
-        found = []
-        for i in range(draws):
-            t, noise = shared[i] if paired else _random_draw(model, x0, generator)
-            t = t.expand(len(x0))
-            x_t, target = add_noise(model.base, x0, noise.expand_as(x0), t)
-            answers = noise_per_concept(model, prompts, x_t, t)
-            found.append(ScoreStatistics.of_draw(answers, target))
-        parts.append([torch.stack(values).mean(0) for values in zip(*found)])
+        some = shared or (_random_draw(model, x0, generator) for _ in range(draws))
+        parts.append(_mean_statistics(model, prompts, x0, some))
     return ScoreStatistics(*map(torch.cat, zip(*parts)))

@@ -134,15 +134,23 @@ def init_from_images(
     pool = invert_images(model, x0[some], *mixtures_of_words(model.base, len(some)), steps=steps, **options)
     cost = word_costs(model, images, pool, draws, chunk)
     if refine:
-        chosen = medoids(cost, k)
-        free, owner = pool[chosen].requires_grad_(), cost[:, chosen].argmin(1)
-        invert_images(model, x0, lambda: free[owner], [free], steps=refine, learning_rate=0.01, **options)
-        words = free.detach()
+        words = _refine(model, x0, pool, cost, refine, options)
         pool = torch.cat([pool, words])
         cost = torch.cat([cost, word_costs(model, images, words, draws, chunk)], 1)
     return _begin_with(model, pool, cost)
 
 # %% ../../nbs/methods/concept_start.ipynb #begin-export
+def _refine(
+    model: WordDecomposer, x0: Tensor, pool: Tensor, cost: Tensor, steps: int, options: dict
+) -> Tensor:
+    "Words `(M,code_dim)` of a first choice from the pool, after they have learned all of their images"
+    chosen = medoids(cost, model.n_factors)
+    words = pool[chosen].requires_grad_()
+    owner = cost[:, chosen].argmin(1)
+    invert_images(model, x0, lambda: words[owner], [words], steps=steps, learning_rate=0.01, **options)
+    return words.detach()
+
+
 def _check_images(model: WordDecomposer, n: int) -> None:
     wanted, k = len(model.raw_weights), model.n_factors
     if n != wanted:

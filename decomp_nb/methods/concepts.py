@@ -31,10 +31,12 @@ from decomp_nb.components.words import (
     sample_times,
     word_prompts,
 )
+from ..decomposer import renamed_arguments
 
 # %% auto #0
-__all__ = ['OBJECT_TEMPLATES', 'STYLE_TEMPLATES', 'templates_of', 'sample_prompts', 'training_step', 'Concepts',
-           'update_statistics', 'refit', 'revive', 'select', 'merge', 'concepts_preset']
+__all__ = ['OBJECT_TEMPLATES', 'STYLE_TEMPLATES', 'templates_of', 'sample_prompts', 'noisy_latents', 'extra_losses',
+           'training_step', 'Concepts', 'update_statistics', 'refit', 'worst_explained', 'revive', 'select', 'merge',
+           'concepts_preset']
 
 # %% ../../nbs/methods/concepts.ipynb #templates-export
 OBJECT_TEMPLATES = [f"{start} {{}}" for start in (
@@ -76,34 +78,47 @@ def sample_prompts(
     prompts = word_prompts(model, model.codes[(sentences // n).to(model.codes.device)], templates)
     return prompts, F.pad(1 + rows, (1, 0))
 
+# %% ../../nbs/methods/concepts.ipynb #noisy-export
+def noisy_latents(model: WordDecomposer, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+    "x_t, t, target of a batch; with a noise level for every word, x_t and t are `(b,1+M,…)`, the first for no word"
+    x0 = batch["x0"] if "x0" in batch else model.latents.from_batch(batch)
+    noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
+    t = batch["timesteps"] if "timesteps" in batch else sample_times(model, len(batch["index"]))
+    x_t, target = add_noise(model.base, x0, noise, t)
+    if t.ndim == 1:
+        return x_t, t, target
+    return torch.cat([x_t[:, :1], x_t], 1), torch.cat([t[:, :1], t], 1), target[:, 0]  # the first word's level
+
+
+def extra_losses(model: WordDecomposer, words: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    "Further losses that the config asks for, by name; of the words' predictions `(b,M,c,h,w)` and weights `(b,M)`"
+    config = model.config
+    losses = {}
+    for name, strength in (config.penalties or {}).items():
+        losses[name] = strength * penalty(name, model.codes, words, weights)
+    if config.weights == "sparse":
+        losses["sparsity"] = config.sparsity * weights.sum(-1).mean()
+    return losses
+
 # %% ../../nbs/methods/concepts.ipynb #step-export
 def training_step(
     model: WordDecomposer,
     batch: dict,  # `image`, `index`; optional `noise`, `timesteps`, `template`, `latent_noise`, `x0`
 ) -> dict:
     "`loss`, `mse`, the share `explained`, the predictions `composed` and `answers` (empty prompt first)"
-    config, index = model.config, batch["index"]
-    x0 = batch["x0"] if "x0" in batch else model.latents.from_batch(batch)
-    noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
-    t = batch["timesteps"] if "timesteps" in batch else sample_times(model, len(index))
-    x_t, target = add_noise(model.base, x0, noise, t)
-    if t.ndim > 1:  # every word has a noise level: the empty prompt and the target take the first one
-        x_t, t, target = torch.cat([x_t[:, :1], x_t], 1), torch.cat([t[:, :1], t], 1), target[:, 0]
+    index = batch["index"]
+    x_t, t, target = noisy_latents(model, batch)
     prompts, rows = sample_prompts(model, len(index), batch.get("template"))
     answers = noise_per_concept(model, prompts, x_t, t, rows)
     null, words = answers[:, 0], answers[:, 1:]
     weights = model.weights(index)
-    composed = compose_scores(null, words, weights, config.composition)
+    composed = compose_scores(null, words, weights, model.config.composition)
     mse = (composed - target).square().mean()
-    loss = config.mse_weight * mse
-    for name, strength in (config.penalties or {}).items():
-        loss = loss + strength * penalty(name, model.codes, words, weights)
-    if config.weights == "sparse":
-        loss = loss + config.sparsity * weights.sum(-1).mean()
+    loss = sum(extra_losses(model, words, weights).values(), start=model.config.mse_weight * mse)
     answers, mse = answers.detach(), mse.detach()
     if model.training and len(model.gram):
         update_statistics(model, index, ScoreStatistics.of_draw(answers, target))
-    explained = 1 - mse / (answers[:, 0] - target).square().mean()
+    explained = 1 - mse / (null.detach() - target).square().mean()
     return {"loss": loss, "mse": mse, "explained": explained, "composed": composed.detach(), "answers": answers}
 
 # %% ../../nbs/methods/concepts.ipynb #class-export
@@ -189,28 +204,39 @@ def refit(model: Concepts) -> None:
     model.set_weights(solve_weights(statistics, WEIGHTS[model.config.weights], ridge=0.05), known)
 
 # %% ../../nbs/methods/concepts.ipynb #revive-export
-@torch.no_grad()
-def revive(model: Concepts, twins: float = 0.85, dead: float = 0.2) -> list[int]:
-    "Start one superfluous word again (`superfluous_words`); returns it in a list, empty where there is none"
-    weights, statistics = model.weights(), ScoreStatistics(model.gram, model.pull, model.power)
-    spare = superfluous_words(statistics, weights, twins, dead)
-    if not spare or len(spare) == model.n_factors:
-        return []
-    word = spare[0]
-    rest = 1 - statistics.explained(weights).nan_to_num(0.0)
+def worst_explained(weights: Tensor, unexplained: Tensor, spare: Sequence[int]) -> tuple[int, Tensor]:
+    "The word, none of `spare`, that explains its images worst, and the half of its images that it explains worst"
     owner = weights.index_fill(1, torch.tensor(spare, device=weights.device), -torch.inf).argmax(1)
-    members = F.one_hot(owner, model.n_factors).to(weights)
+    members = F.one_hot(owner, weights.shape[1]).to(weights)
     count = members.sum(0)
-    busy = (rest @ members / count).masked_fill(count < 2, -torch.inf).argmax()
-    n = max(1, int(count[busy]) // 2)
-    moved = rest.masked_fill(owner != busy, -torch.inf).topk(n).indices  # what the busiest word explains worst
-    model.codes[word] = model.codes[busy] + 0.5 * random_codes(model.base, 1).to(model.codes)[0]
-    fresh = torch.full_like(weights[moved], 0.02)
+    word = (unexplained @ members / count).masked_fill(count < 2, -torch.inf).argmax()
+    n = max(1, int(count[word]) // 2)
+    return int(word), unexplained.masked_fill(owner != word, -torch.inf).topk(n).indices
+
+
+@torch.no_grad()
+def _restart(model: Concepts, word: int, other: int, images: Tensor) -> None:
+    "Let a word begin again near another one, with nearly all the weight of these images of the other"
+    model.codes[word] = model.codes[other] + 0.5 * random_codes(model.base, 1).to(model.codes)[0]
+    weights = model.weights()
+    fresh = torch.full_like(weights[images], 0.02)
     fresh[:, word] = weights.sum(-1).mean()
-    model.set_weights(fresh, moved)
+    model.set_weights(fresh, images)
     for kept in (model.gram, model.gram.mT, model.pull):
         kept[:, word] = 0
-    return [word]
+
+
+@torch.no_grad()
+@renamed_arguments(twins="merge_threshold", dead="min_use")
+def revive(model: Concepts, merge_threshold: float = 0.85, min_use: float = 0.2) -> list[int]:
+    "Start one superfluous word again (`superfluous_words`); returns it in a list, empty where there is none"
+    weights, statistics = model.weights(), ScoreStatistics(model.gram, model.pull, model.power)
+    spare = superfluous_words(statistics, weights, merge_threshold, min_use)
+    if not spare or len(spare) == model.n_factors:
+        return []
+    unexplained = 1 - statistics.explained(weights).nan_to_num(0.0)
+    _restart(model, spare[0], *worst_explained(weights, unexplained, spare))
+    return spare[:1]
 
 # %% ../../nbs/methods/concepts.ipynb #select-export
 @torch.no_grad()
@@ -226,9 +252,10 @@ def select(model: Concepts, index: Sequence[int]) -> Concepts:
 
 
 @torch.no_grad()
-def merge(model: Concepts, statistics: ScoreStatistics, above: float = 0.9) -> Concepts:
-    "Words whose directions have a cosine over `above` become one: the most used, with the weight of all"
-    alike = direction_cosines(statistics) > above
+@renamed_arguments(above="merge_threshold")
+def merge(model: Concepts, statistics: ScoreStatistics, merge_threshold: float = 0.9) -> Concepts:
+    "Words whose directions have a cosine over `merge_threshold` become one: the most used, with the weight of all"
+    alike = direction_cosines(statistics) > merge_threshold
     weights = model.weights()
     total = weights.clone()
     kept = []

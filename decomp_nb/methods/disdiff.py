@@ -282,10 +282,8 @@ class FieldTrainer(FieldJudge):
         parts["denoising"] = parts["loss"].detach()
         if not self.config.dis_weight:
             return parts
-        chosen = batch.get("chosen")
-        if chosen is None:
-            chosen = torch.randint(self.n_factors, (len(x0),), device=x0.device)
-        one = fields[torch.arange(len(x0), device=x0.device), chosen]
+        chosen = batch["chosen"] if "chosen" in batch else torch.randint(self.n_factors, t.shape, device=t.device)
+        one = fields[torch.arange(len(t), device=t.device), chosen]
         apart = self.disentangling(x_t, t, answer, one, codes, chosen)
         return parts | apart | {"loss": parts["loss"] + apart["disentangling"].mean()}
 
@@ -406,4 +404,6 @@ def disdiff_preset(
     **changes: Any,  # keys of `DisDiff`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `DisDiff` for a known setting; the base decides about the denoiser"
+    if name in ("encdiff", "shapes3d_tokens"):
+        raise ValueError(f"preset {name!r} has codes as tokens: use EncDiff(**encdiff_preset({name!r}))")
     return from_preset(DisDiff, PRESETS, name, changes)

@@ -25,8 +25,8 @@ from ..components.unets import slot_denoiser
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['ERRORS', 'SMALL_DENOISER', 'DENOISER', 'ENCDIFF_PRESETS', 'TokenDenoiser', 'token_network', 'normal_kl', 'TokenModel',
-           'TokenSpace', 'EncDiff', 'encdiff_preset']
+__all__ = ['ERRORS', 'SMALL_DENOISER', 'DENOISER', 'ENCDIFF_PRESETS', 'TokenDenoiser', 'token_network', 'normal_kl', 'TokenCodes',
+           'TokenModel', 'TokenSpace', 'EncDiff', 'encdiff_preset']
 
 # %% ../../nbs/methods/encdiff.ipynb #tokens-export
 class TokenDenoiser(nn.Module):
@@ -70,34 +70,9 @@ def normal_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     "KL divergence, in nats, of normal codes `(b,N,d)` from the unit normal: `(b,N)`"
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(2)
 
-# %% ../../nbs/methods/encdiff.ipynb #training-export
-ERRORS = {"l1": F.l1_loss, "l2": F.mse_loss}
-
-
-class TokenModel(CodeModel):
-    "Predict from tokens, and the training step of EncDiff"
-
-    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "The prediction `(b,c,h,w)` of the denoiser, which reads the codes as tokens"
-        return self.reader(x_t, t, factors)
-
-    def forward(self, batch: dict) -> dict:
-        """Error of the denoiser's prediction, plus the weighted KL divergence of the codes.
-
-        Reads `image`, or also `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `latent_noise`, and
-        `code_noise` (`(b,N)` for circular codes, else `(b,N,d)`) replace random draws."""
-        x0, noise, t, x_t = self.add_noise(batch)
-        codes, kl = self.sample_codes(self.encoder_input(batch["image"], x0), batch.get("code_noise"))
-        target = diffusion_target(self.scheduler, x0, noise, t)
-        denoising = ERRORS[self.config.loss](self.predict(x_t, t, Factors(codes)).float(), target.float())
-        parts = {"loss": denoising, "denoising": denoising.detach()}
-        if kl is None:
-            return parts
-        penalty = (kl * self.kl_shares.to(kl)).sum(1).mean()
-        loss = denoising + self.kl_weight * penalty
-        if self.training and self.config.kl_warmup_steps:
-            self.steps += 1
-        return parts | {"loss": loss, "kl": kl.sum(1).detach()}
+# %% ../../nbs/methods/encdiff.ipynb #token-codes-export
+class TokenCodes(CodeModel):
+    "Codes as training draws them, and what their KL divergence costs"
 
     def sample_codes(self, seen: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         "Codes `(b,N,d)` as training draws them, and their KL divergence `(b,N)`, None without `kl_weight`"
@@ -120,6 +95,39 @@ class TokenModel(CodeModel):
         shares = torch.ones(self.n_factors)
         shares[self.n_factors - self.config.n_structure:] = self.config.kl_weight_structure
         return shares
+
+    def kl_penalty(self, kl: Tensor) -> Tensor:
+        "The weighted mean of KL divergences `(b,N)`; counts the training steps of the warm-up"
+        penalty = self.kl_weight * (kl * self.kl_shares.to(kl)).sum(1).mean()
+        if self.training and self.config.kl_warmup_steps:
+            self.steps += 1
+        return penalty
+
+# %% ../../nbs/methods/encdiff.ipynb #training-export
+ERRORS = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+class TokenModel(TokenCodes):
+    "Predict from tokens, and the training step of EncDiff"
+
+    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
+        "The prediction `(b,c,h,w)` of the denoiser, which reads the codes as tokens"
+        return self.reader(x_t, t, factors)
+
+    def forward(self, batch: dict) -> dict:
+        """Error of the denoiser's prediction, plus the weighted KL divergence of the codes.
+
+        Reads `image`, or also `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `latent_noise`, and
+        `code_noise` (`(b,N)` for circular codes, else `(b,N,d)`) replace random draws."""
+        x0, noise, t, x_t = self.add_noise(batch)
+        codes, kl = self.sample_codes(self.encoder_input(batch["image"], x0), batch.get("code_noise"))
+        target = diffusion_target(self.scheduler, x0, noise, t)
+        denoising = ERRORS[self.config.loss](self.predict(x_t, t, Factors(codes)).float(), target.float())
+        parts = {"loss": denoising, "denoising": denoising.detach()}
+        if kl is None:
+            return parts
+        loss = denoising + self.kl_penalty(kl)
+        return parts | {"loss": loss, "kl": kl.sum(1).detach()}
 
 # %% ../../nbs/methods/encdiff.ipynb #latents-export
 class TokenSpace(LatentSpace, TokenModel):

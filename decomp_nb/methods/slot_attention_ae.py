@@ -21,10 +21,35 @@ from decomp_nb.components.slot_model import (
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['SlotAttentionAE', 'slot_attention_preset']
+__all__ = ['LayerSlotModel', 'SlotAttentionAE', 'slot_attention_preset']
+
+# %% ../../nbs/methods/slot_attention_ae.ipynb #layers-export
+class LayerSlotModel(SlotModel):
+    "A slot model whose `decoder` turns every slot into a layer; the picture is their mixture"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        "Shape `(3,h,w)` of a picture: there are no latents"
+        return 3, self.config.image_size, self.config.image_size
+
+    def layers(self, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+        "The picture `(b,3,h,w)`, the slots' colours `(b,k,3,h,w)` and masks `(b,k,h,w)`; of clips with t after b"
+        pictures = factors.fold_time()
+        parts = mix_layers(self.decoder(pictures.codes), pictures.weights)
+        return tuple(part.unflatten(0, factors.codes.shape[:-2]) for part in parts)
+
+    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
+        "ValueError: there is no denoiser"
+        raise ValueError(f"{type(self).__name__} has no denoiser: it draws in one pass, use decode(factors) or layers")
+
+    @torch.no_grad()
+    def decode(self, factors: Factors, **diffusion) -> Tensor:
+        "Pictures `(b[,t],3,h,w)` in [−1,1], in one pass; options of `Decomposer.decode` have no meaning here"
+        refuse_unknown(diffusion)
+        return self.layers(self.prune_slots(factors))[0].clamp(-1, 1)
 
 # %% ../../nbs/methods/slot_attention_ae.ipynb #model-export
-class SlotAttentionAE(SlotModel):
+class SlotAttentionAE(LayerSlotModel):
     "Slot Attention autoencoder: encoder → slots → a layer each → their mixture (Locatello et al., NeurIPS 2020)"
 
     @register_to_config
@@ -48,17 +73,6 @@ class SlotAttentionAE(SlotModel):
             raise ValueError(f"mask_source={mask_source!r}: choose 'decoder' or 'attention'")
         self.decoder = BroadcastDecoder(self.factor_dim, image_size, **(decoder_config or {}))
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(3,h,w)` of a picture: there are no latents"
-        return 3, self.config.image_size, self.config.image_size
-
-    def layers(self, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-        "The picture `(b,3,h,w)`, the slots' colours `(b,k,3,h,w)` and masks `(b,k,h,w)`; of clips with t after b"
-        pictures = factors.fold_time()
-        parts = mix_layers(self.decoder(pictures.codes), pictures.weights)
-        return tuple(part.unflatten(0, factors.codes.shape[:-2]) for part in parts)
-
     def encode(self, images: Tensor, *, masks: str | None = None, **options) -> Factors:
         "Slots and masks; `masks` overrides `mask_source` (raw slots always have those of the attention)"
         factors = super().encode(images, **options)
@@ -66,21 +80,11 @@ class SlotAttentionAE(SlotModel):
             return factors
         return factors._replace(masks=self.layers(factors)[2])
 
-    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "ValueError: there is no denoiser"
-        raise ValueError("SlotAttentionAE has no denoiser: it draws in one pass, use decode(factors) or layers")
-
     def forward(self, batch: dict) -> dict:
         "One training step: mean squared error of the mixture"
         factors = self.prune_slots(self.encode_batch(batch, masks="attention"))
         loss = F.mse_loss(self.layers(factors)[0].float(), batch["image"])
         return self.with_key_loss({"loss": loss}, batch)
-
-    @torch.no_grad()
-    def decode(self, factors: Factors, **diffusion) -> Tensor:
-        "Pictures `(b[,t],3,h,w)` in [−1,1], in one pass; options of `Decomposer.decode` have no meaning here"
-        refuse_unknown(diffusion)
-        return self.layers(self.prune_slots(factors))[0].clamp(-1, 1)
 
 # %% ../../nbs/methods/slot_attention_ae.ipynb #preset-export
 def slot_attention_preset(

@@ -64,6 +64,15 @@ class SlotDiffusion(DiffusionSlotModel):
         return SinglestepSolver(self.scheduler, project=project)
 
 # %% ../../nbs/methods/slot_diffusion.ipynb #preset-export
+_NEAR_NOISE = dict(
+    timestep_sampling="near_noise",
+    timestep_strength=4.0,
+    scheduler_config=dict(
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False
+    ),
+)
+
+
 def slot_diffusion_preset(
     name: str = "shapes",  # "shapes" (CPU), "tiny"; published: "clevrtex", "celeba", "movi", "coco", "voc"
     **changes,  # keys of `SlotDiffusion`, replacing the preset's; dicts are merged
@@ -72,13 +81,9 @@ def slot_diffusion_preset(
     small = dict(layers_per_block=1, slot_dim=64, groups=8, dropout=0.0)
     tiny_unet = slot_diffusion_denoiser(8, channels=(32, 48), head_dim=16, in_channels=4, **small)
     shapes_unet = slot_diffusion_denoiser(16, channels=(64, 96), in_channels=48, **small)
-    schedule = dict(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False
-    )
-    noisy = dict(timestep_sampling="near_noise", timestep_strength=4.0, scheduler_config=schedule)
     presets = {
         "tiny": small_encoder(32, 5, stride=1) | dict(denoiser_config=tiny_unet),
-        "shapes": small_encoder() | noisy | dict(patch_size=4, zoom=2.0, denoiser_config=shapes_unet),
+        "shapes": small_encoder() | _NEAR_NOISE | dict(patch_size=4, zoom=2.0, denoiser_config=shapes_unet),
         "clevrtex": _published(11),
         "celeba": _published(4),
         "movi": _published(15),

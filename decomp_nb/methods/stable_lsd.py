@@ -15,7 +15,7 @@ from ..components.unets import load_unet
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['scheduler_of', 'StableLSD']
+__all__ = ['scheduler_of', 'FrozenUNetSlotModel', 'coco_setting', 'StableLSD']
 
 # %% ../../nbs/methods/stable_lsd.ipynb #scheduler-of-export
 def scheduler_of(name_or_folder: str) -> dict:
@@ -29,47 +29,9 @@ def scheduler_of(name_or_folder: str) -> dict:
             "a pipeline"
         ) from e
 
-# %% ../../nbs/methods/stable_lsd.ipynb #stable-export
-class StableLSD(DiffusionSlotModel):
-    "LSD on a frozen text-to-image model: DINO features → slots in place of text tokens; only they are trained"
-
-    ignore_for_config = ["denoiser_config", "scheduler_config", "latents_path", "patch_size"]  # the foundation's own
-
-    @register_to_config
-    def __init__(
-        self,
-        foundation: str = "stabilityai/stable-diffusion-2-1",  # pipeline, by hub name or folder
-        encoder_config: dict | None = None,  # of `build_encoder`; None: DINOv2 ViT-B/14 at 448 pixels
-        slots_config: dict | None = None,  # of `SlotAttention`; None: the published COCO setting (7 slots of 768)
-        image_size: int = 256,  # side of the pictures that the denoiser draws
-        timestep_sampling: str = "uniform",
-        timestep_strength: float = 1.0,
-        min_snr_gamma: float = 0.0,
-        offset_noise: float = 0.0,
-        slot_dropout: float = 0.0,
-        null_dropout: float = 0.0,  # chance that training gives the empty prompt instead of the slots
-        n_registers: int = 0,
-        contrast_weight: float = 0.0,
-        contrast_rate: float = 0.5,
-        keep_slots: int = 0,
-        merge_threshold: float = 0.0,
-        zoom: float = 1.0,
-    ):
-        schedule = scheduler_of(foundation)
-        unet = load_unet(foundation)
-        width = unet.config.cross_attention_dim
-        slots = dict(n_slots=7, slot_dim=768, hidden_dim=768, out_dim=width, n_iterations=5) | (slots_config or {})
-        dino = dict(kind="dino", name_or_folder="facebook/dinov2-base", image_size=image_size, resolution=448)
-        super().__init__(
-            image_size=image_size, encoder_config=encoder_config or dino, slots_config=slots,
-            denoiser_config=unet, scheduler_config=schedule,
-            timestep_sampling=timestep_sampling, timestep_strength=timestep_strength, min_snr_gamma=min_snr_gamma,
-            offset_noise=offset_noise, slot_dropout=slot_dropout, null_dropout=null_dropout, n_registers=n_registers,
-            contrast_weight=contrast_weight, contrast_rate=contrast_rate, keep_slots=keep_slots,
-            merge_threshold=merge_threshold, zoom=zoom,
-        )
-        self.register_to_config(encoder_config=encoder_config)
-        self.null_code = None  # the empty prompt takes its place
+# %% ../../nbs/methods/stable_lsd.ipynb #frozen-export
+class FrozenUNetSlotModel(DiffusionSlotModel):
+    "Slots in front of a frozen text-to-image model, `foundation`: its UNet, autoencoder and empty prompt"
 
     def build_denoiser(self, config: nn.Module) -> None:
         "Use the frozen UNet"
@@ -100,3 +62,49 @@ class StableLSD(DiffusionSlotModel):
         "Recompute the frozen UNet's activations on the way back to the slots"
         self.denoiser.train()  # diffusers checkpoints only in this mode; there is no dropout, no batch statistics
         self.denoiser.enable_gradient_checkpointing()
+
+# %% ../../nbs/methods/stable_lsd.ipynb #setting-export
+def coco_setting(image_size: int, width: int) -> tuple[dict, dict]:
+    "`encoder_config` and `slots_config` as published for COCO, for slots that leave `width` wide"
+    dino = dict(kind="dino", name_or_folder="facebook/dinov2-base", image_size=image_size, resolution=448)
+    return dino, dict(n_slots=7, slot_dim=768, hidden_dim=768, out_dim=width, n_iterations=5)
+
+# %% ../../nbs/methods/stable_lsd.ipynb #stable-export
+class StableLSD(FrozenUNetSlotModel):
+    "LSD on a frozen text-to-image model: DINO features → slots in place of text tokens; only they are trained"
+
+    ignore_for_config = ["denoiser_config", "scheduler_config", "latents_path", "patch_size"]  # the foundation's own
+
+    @register_to_config
+    def __init__(
+        self,
+        foundation: str = "stabilityai/stable-diffusion-2-1",  # pipeline, by hub name or folder
+        encoder_config: dict | None = None,  # of `build_encoder`; None: DINOv2 ViT-B/14 at 448 pixels
+        slots_config: dict | None = None,  # of `SlotAttention`; None: the published COCO setting (7 slots of 768)
+        image_size: int = 256,  # side of the pictures that the denoiser draws
+        timestep_sampling: str = "uniform",
+        timestep_strength: float = 1.0,
+        min_snr_gamma: float = 0.0,
+        offset_noise: float = 0.0,
+        slot_dropout: float = 0.0,
+        null_dropout: float = 0.0,  # chance that training gives the empty prompt instead of the slots
+        n_registers: int = 0,
+        contrast_weight: float = 0.0,
+        contrast_rate: float = 0.5,
+        keep_slots: int = 0,
+        merge_threshold: float = 0.0,
+        zoom: float = 1.0,
+    ):
+        schedule = scheduler_of(foundation)
+        unet = load_unet(foundation)
+        encoder, slots = coco_setting(image_size, unet.config.cross_attention_dim)
+        super().__init__(
+            image_size=image_size, encoder_config=encoder_config or encoder,
+            slots_config=slots | (slots_config or {}), denoiser_config=unet, scheduler_config=schedule,
+            timestep_sampling=timestep_sampling, timestep_strength=timestep_strength, min_snr_gamma=min_snr_gamma,
+            offset_noise=offset_noise, slot_dropout=slot_dropout, null_dropout=null_dropout, n_registers=n_registers,
+            contrast_weight=contrast_weight, contrast_rate=contrast_rate, keep_slots=keep_slots,
+            merge_threshold=merge_threshold, zoom=zoom,
+        )
+        self.register_to_config(encoder_config=encoder_config)
+        self.null_code = None  # the empty prompt takes its place
