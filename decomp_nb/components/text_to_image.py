@@ -23,7 +23,7 @@ from decomp_nb.components.diffusion import (
     sample_timesteps,
 )
 from .latents import KLLatents
-from .text import quiet
+from .text import quiet, warn_of_cut
 from ..decomposer import sample
 
 # %% auto #0
@@ -167,6 +167,7 @@ class TextUNet(nn.Module):
 
     def read(self, captions: Sequence[str]) -> Tensor:
         "Captions → `(b,n,d)`"
+        warn_of_cut(self.tokenizer, captions, self.tokenizer.model_max_length)
         options = dict(padding="max_length", truncation=True, return_tensors="pt")
         ids = self.tokenizer(list(captions), **options).input_ids
         return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state

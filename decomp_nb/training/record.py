@@ -20,7 +20,8 @@ from torch import nn
 from .config import project_root
 
 # %% auto #0
-__all__ = ['model_record', 'versions', 'git_commit', 'difference', 'hardware', 'circumstances', 'read_record', 'check_model']
+__all__ = ['model_record', 'versions', 'git_commit', 'differences', 'difference', 'hardware', 'circumstances', 'read_json',
+           'read_record', 'check_model']
 
 # %% ../../nbs/training/record.ipynb #record-export
 def model_record(model: nn.Module) -> dict[str, Any]:
@@ -50,6 +51,15 @@ def git_commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = git("rev-parse", "HEAD")
         return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def differences(recorded: Any, asked: Any, name: str = "") -> list[str]:
+    "All differences of two records as `slots.n_slots: 64 recorded, 32 asked`; what only one of them tells is left out"
+    if isinstance(recorded, Mapping) and isinstance(asked, Mapping):
+        prefix = f"{name.rstrip('.')}." if name else ""
+        both = [key for key in recorded if key in asked]
+        return [line for key in both for line in differences(recorded[key], asked[key], f"{prefix}{key}")]
+    return [] if recorded == asked else [f"{name}: {recorded!r} recorded, {asked!r} asked"]
 
 
 def difference(saved: Any, new: Any, name: str = "model") -> str:
@@ -83,9 +93,22 @@ def circumstances(accelerator: Any) -> dict[str, Any]:
     return {"versions": versions(), "hardware": hardware(accelerator), "git": git_commit()}
 
 # %% ../../nbs/training/record.ipynb #check-export
+def read_json(file: Path, remedy: str = "restore it from a copy, or begin anew in another folder") -> Any:
+    "What stands in a JSON file; a `ValueError` names a file that is damaged"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON that is cut short, or bytes that are no text
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from None
+
+
 def read_record(config_file: Path) -> dict[str, Any]:
-    "`config.json` of a run; empty where there is none"
-    return json.loads(config_file.read_text()) if config_file.exists() else {}
+    "`config.json` of a run; empty where there is none, a `ValueError` where it is damaged"
+    if not config_file.exists():
+        return {}
+    found = read_json(config_file)
+    if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
+        raise ValueError(f"{config_file} is no record of a run: restore it from a copy, or begin anew in another folder")
+    return found
 
 
 def _saved_model(config_file: Path, model: nn.Module) -> dict[str, Any]:
