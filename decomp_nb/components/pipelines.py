@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +23,7 @@ from .foundations import Foundation, Prompts, WordTable, expand_words, token_nam
 from .latents import KLLatents, Pixels
 from .picture_memory import WordMemory
 from .text import describe_length, long_prompts, quiet, warn_of_cut
+from .weight_files import read_json
 
 # %% auto #0
 __all__ = ['FAMILIES', 'HubDictionary', 'HubTokens', 'HubReader', 'HubFoundation', 'StableDiffusion', 'StableDiffusionXL',
@@ -327,7 +327,7 @@ def read_index(name_or_folder: str | Path) -> dict:
     name = str(name_or_folder)
     index = Path(name) / "model_index.json"
     if index.is_file():
-        return json.loads(index.read_text())
+        return read_json(index)
     if index.parent.is_dir():
         raise FileNotFoundError(f"no model_index.json in {name}: this is not the folder of a text-to-image pipeline")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -194,6 +194,13 @@ class TextDiffusion(TextUNet):
     ):
         super().__init__(words, image_size, latents, **network)
         self.null_dropout = null_dropout
+        self.config = dict(  # what the run's config.json records
+            null_dropout=null_dropout,
+            timestep_sampling=timestep_sampling,
+            timestep_strength=timestep_strength,
+            schedule=schedule or {},
+            **network,
+        )
         self.timestep_options = dict(how=timestep_sampling, strength=timestep_strength, stratified=True)
         options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
         options |= dict(_class_name="DDIMScheduler", set_alpha_to_one=False, steps_offset=1)

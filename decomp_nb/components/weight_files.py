@@ -5,6 +5,7 @@
 # %% ../../nbs/components/weight_files.ipynb #imports-export
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -17,7 +18,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['SIGNATURES', 'OLD_TORCH', 'WRAPPERS', 'kind_of_zip', 'kind_of_file', 'foreign', 'open_weights', 'unwrapped',
-           'plain_names', 'read_weights', 'file_name']
+           'plain_names', 'read_weights', 'read_json', 'file_name']
 
 # %% ../../nbs/components/weight_files.ipynb #kind-export
 SIGNATURES = {  # first bytes → what such a file is, with a remedy
@@ -133,6 +134,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if wrong:
         raise ValueError(f"{path} is no state dict: {', '.join(wrong[:4])} hold no tensors")
     return plain_names(dict(state))
+
+# %% ../../nbs/components/weight_files.ipynb #json-export
+def read_json(file: Path, remedy: str = "copy or download it again") -> Any:
+    "What stands in a JSON file; a `ValueError` names a file that is damaged"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSON that is cut short, or bytes that are no text
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {str(error)[:80]}): {remedy}") from None
 
 # %% ../../nbs/components/weight_files.ipynb #name-export
 def file_name(name: str) -> str:

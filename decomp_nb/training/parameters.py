@@ -192,8 +192,8 @@ def not_finite(value: Any) -> float | None:
 
 
 def may_be_empty(parameter: Parameter) -> bool:
-    "Whether an empty text means something: it is the default, or the help says what it stands for"
-    return parameter.default in ("", None) or "empty" in parameter.help
+    "Whether an empty text means something: it is the default, or the help says so, or there is no help to say it"
+    return parameter.default in ("", None) or "empty" in parameter.help or not parameter.help
 
 
 def coerce(parameter: Parameter, value: Any) -> Any:
@@ -211,7 +211,7 @@ def coerce(parameter: Parameter, value: Any) -> Any:
     if (number := not_finite(value)) is not None:
         raise ValueError(f"parameter {parameter.name!r}: {number} is not a finite number")
     if value == "" and not may_be_empty(parameter):
-        raise ValueError(f"parameter {parameter.name!r} is empty; expected: {parameter.help or 'some text'}")
+        raise ValueError(f"parameter {parameter.name!r} is empty; expected: {parameter.help}")
     return value
 
 # %% ../../nbs/training/parameters.ipynb #parameters-check-values

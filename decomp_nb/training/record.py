@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..components.weight_files import read_json
 from .config import project_root
 
 # %% auto #0
-__all__ = ['model_record', 'versions', 'git_commit', 'differences', 'difference', 'hardware', 'circumstances', 'read_json',
+__all__ = ['REMEDY', 'model_record', 'versions', 'git_commit', 'differences', 'difference', 'hardware', 'circumstances',
            'read_record', 'check_model']
 
 # %% ../../nbs/training/record.ipynb #record-export
@@ -93,21 +94,16 @@ def circumstances(accelerator: Any) -> dict[str, Any]:
     return {"versions": versions(), "hardware": hardware(accelerator), "git": git_commit()}
 
 # %% ../../nbs/training/record.ipynb #check-export
-def read_json(file: Path, remedy: str = "restore it from a copy, or begin anew in another folder") -> Any:
-    "What stands in a JSON file; a `ValueError` names a file that is damaged"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON that is cut short, or bytes that are no text
-        raise ValueError(f"{file} is damaged ({error}): {remedy}") from None
+REMEDY = "restore it from a copy, or begin anew in another out_dir"
 
 
 def read_record(config_file: Path) -> dict[str, Any]:
     "`config.json` of a run; empty where there is none, a `ValueError` where it is damaged"
     if not config_file.exists():
         return {}
-    found = read_json(config_file)
+    found = read_json(config_file, REMEDY)
     if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
-        raise ValueError(f"{config_file} is no record of a run: restore it from a copy, or begin anew in another folder")
+        raise ValueError(f"{config_file} is no record of a run: {REMEDY}")
     return found
 
 
@@ -121,7 +117,10 @@ def check_model(config_file: Path, model: nn.Module) -> None:
     "The run in this folder must be one of this model: same class, same config"
     if not config_file.exists():
         return
-    changed = difference(_saved_model(config_file, model), model_record(model))
+    saved, new = _saved_model(config_file, model), model_record(model)
+    if saved.keys() == {"_class_name"}:  # written when this class recorded no more
+        new = {"_class_name": new["_class_name"]}
+    changed = difference(saved, new)
     if changed:
         holds = f"The run directory {config_file.parent.name} holds another model"
         raise ValueError(f"{changed}. {holds}: choose another out_dir, or build the model as it was")
