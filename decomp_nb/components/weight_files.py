@@ -99,7 +99,7 @@ def open_weights(path: Path) -> Any:
         ) from None
 
 # %% ../../nbs/components/weight_files.ipynb #unwrap-export
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "string_to_param")
 
 
 def unwrapped(found: Any) -> Any:

@@ -19,16 +19,29 @@ from ..methods.concepts import Concepts
 from .reading import read_flat
 
 # %% auto #0
-__all__ = ['read_embeddings', 'embeddings_file', 'read_official', 'load_official_concepts', 'word_files', 'save_concepts',
-           'official_arguments', 'official_plan', 'published_folders', 'official_ddim']
+__all__ = ['ENCODERS', 'one_word', 'read_embeddings', 'embeddings_file', 'read_official', 'load_official_concepts', 'word_files',
+           'save_concepts', 'official_arguments', 'official_plan', 'published_folders', 'official_ddim']
 
 # %% ../../nbs/official/concepts.ipynb #read-export
+ENCODERS = ("clip_l", "clip_g", "t5")  # keys of a word of several text encoders, in the order of the pipeline
+
+
+def one_word(learned: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    "A file that does not tell its word by its own name: the file's, with the vectors of all encoders side by side"
+    if learned.keys() <= set(ENCODERS):
+        parts = [torch.atleast_2d(learned[key]) for key in ENCODERS if key in learned]
+        if len({len(part) for part in parts}) == 1:
+            return {f"<{name}>": torch.cat(parts, -1)}
+    return {f"<{name}>": learned["*"]} if learned.keys() == {"*"} else dict(learned)
+
+
 def read_embeddings(file: str | Path) -> tuple[list[str], Tensor]:
     "Tokens, and their vectors `(M,v,d)`, of a file of learned embeddings: the official code's or diffusers'"
     learned = read_flat(file)
     name = Path(file).name
     if any(value.ndim not in (1, 2) or not value.numel() for value in learned.values()):
         raise ValueError(f"{name} is no file of learned embeddings: they are vectors `(d,)`, or `(v,d)` of one word")
+    learned = one_word(learned, Path(file).stem)
     if len(learned) == 1:
         (key, rows), = learned.items()
         tokens = key.split(",")

@@ -163,15 +163,17 @@ def summary(run: Run) -> dict[str, str]:
     "The run in a few words: name, model, steps, loss, time, speed, last scores"
     train = run.metrics("train")
     scores = run.metrics("eval")
-    words = {"run": run.config["name"] or run.path.name, "model": run.config["model"]["_class_name"]}
+    model = run.config.get("model", {}).get("_class_name", "unknown")
+    words = {"run": str(run.config.get("name") or run.path.name), "model": model}
     if train:
         last = train[-1]
-        words |= {
-            "steps": str(last["step"]),
-            "loss": format_number(last["loss"]),
-            "time": format_duration(last["seconds"]),
-            "images/s": f"{last['images_per_second']:.0f}",
+        shown = {
+            "steps": ("step", str),
+            "loss": ("loss", format_number),
+            "time": ("seconds", format_duration),
+            "images/s": ("images_per_second", "{:.0f}".format),
         }
+        words |= {label: show(last[key]) for label, (key, show) in shown.items() if last.get(key) is not None}
     if scores:
         last = {name: value for name, value in scores[-1].items() if value is not None}
         for name in filter(_is_score, last):

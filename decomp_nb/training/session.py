@@ -64,7 +64,8 @@ def prepare(
     precision = agree_on_precision(config, recorded)
     settled = dataclasses.replace(config, mixed_precision=precision.chosen)
     accelerator = make_accelerator(settled, run.path, getattr(model, "find_unused_parameters", False))
-    check_model(origin, model)
+    if checkpoint or run.trained:
+        check_model(origin, model)
     check_data(data, config, accelerator.num_processes)
     return accelerator, precision
 
