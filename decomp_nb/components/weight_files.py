@@ -84,7 +84,8 @@ def open_weights(path: Path) -> Any:
         if kind == "safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its name, PyTorch would guess the kind
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = foreign(error)
         held = f"{name} beside its weights" if name else "more than tensors, or is damaged,"
