@@ -230,8 +230,8 @@ def _read_config(folder: Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {folder}: this is not a saved model")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as e:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise ValueError(f"{file} is not valid JSON ({e}): the file is damaged") from e
 
 # %% ../nbs/decomposer.ipynb #fingerprint-export

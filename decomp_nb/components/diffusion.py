@@ -5,13 +5,14 @@
 # %% ../../nbs/components/diffusion.ipynb #imports
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from .weight_files import read_json
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'LSD_SCHEDULE', 'DENSITIES', 'read_scheduler_config', 'make_scheduler', 'noise_at', 'prediction_type_of',
@@ -47,7 +48,7 @@ def read_scheduler_config(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no scheduler config at {path}: expected a folder with scheduler_config.json or a JSON file"
         )
-    return json.loads(path.read_text())
+    return read_json(path)
 
 # %% ../../nbs/components/diffusion.ipynb #make-scheduler-export
 def _scheduler_config(source):

@@ -5,6 +5,7 @@
 # %% ../../nbs/components/foundations.ipynb #imports-export
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -84,6 +85,9 @@ def check_words(words: str | Sequence[str], known: Callable[[str], bool]) -> lis
     for i, word in enumerate(words):
         if len(word.split()) != 1 or word != word.strip():
             raise ValueError(f"placeholder {word!r}: give one word without spaces, such as '<thing>'")
+        if "," in word or not word.isprintable() or len(word) > 100:
+            raise ValueError(f"placeholder {word[:40]!r}: write at most 100 visible characters, without commas, "
+                             "which separate words in recipes and files")
         if words.count(word) > 1:
             raise ValueError(f"placeholder {word!r} is given twice: every concept needs a name of its own")
         if known(word):
@@ -179,10 +183,21 @@ class Foundation(FrozenDenoiser):
     def encode(self, prompts: str | Sequence[str], codes: Tensor | None = None) -> Prompts:
         "Read b prompts; `codes` `(k, code_dim)` are the vectors of the added words, in their order"
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.refuse_unknown(prompts)
         used = [w for w in self.words if w in " ".join(prompts)]
         if used and codes is None:
             raise ValueError(f"the prompt uses {used[0]!r}, but no codes were given for the new words")
         return self.read_prompts(prompts, codes)
+
+    def refuse_unknown(self, prompts: Sequence[str]) -> None:
+        "`ValueError` for something in <…> that is neither a new word nor known: it would be read letter by letter"
+        for word in re.findall(r"<[^<>\s]+>", " ".join(prompts)):
+            if not self.knows(word) and not any(word in new or new in word for new in self.words):
+                there = f"the new words are {', '.join(self.words)}" if self.words else "no words were added"
+                raise ValueError(f"the prompt uses {word!r}, but {there}")
+
+    def check_length(self, prompts: Sequence[str]) -> None:
+        "Sub-classes raise a `ValueError` where a new word lies behind what they read"
 
     def null(self) -> Prompts:
         "The empty prompt"

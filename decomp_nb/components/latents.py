@@ -5,7 +5,6 @@
 # %% ../../nbs/components/latents.ipynb #imports-export
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .autoencoders import sample_posterior
 from .codebooks import look_up, nearest_codes
+from .weight_files import read_json
 from ..decomposer import old_name, weights_folder
 
 # %% auto #0
@@ -203,7 +203,7 @@ def find_autoencoder(
     for folder in (Path(base or ".") / path, Path(path), weights_folder() / path):
         if folder.exists():
             place = _local_autoencoder(folder)
-            config = json.loads((place / "config.json").read_text())
+            config = read_json(place / "config.json")
             return config.get("_class_name", "folder without _class_name"), str(place), ""
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         hint = "give a folder, a hub name, or an empty text for pixels"

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .weight_files import read_weights
+
 # %% auto #0
 __all__ = ['check_same_shape', 'layer_distance', 'PerceptualDistance', 'PerceptualNetwork', 'lpips', 'VGGFeatures',
            'vgg_features', 'vgg_distance', 'load_lpips']
@@ -155,14 +157,7 @@ def load_lpips(
 
 def _read(path: str | Path) -> dict[str, Tensor]:
     "A state dict from a local .pth or .safetensors file; never runs code from it"
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; official weights have to lie on this machine; "
                                 "scene_extractor() of metrics.extractors needs none")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path.name} is no state dict: {type(error).__name__}") from error
+    return read_weights(path)

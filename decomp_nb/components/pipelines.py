@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,7 +22,8 @@ from .diffusion import make_scheduler, sample_timesteps
 from .foundations import Foundation, Prompts, WordTable, expand_words, token_names
 from .latents import KLLatents, Pixels
 from .picture_memory import WordMemory
-from .text import quiet
+from .text import describe_length, long_prompts, quiet, warn_of_cut
+from .weight_files import read_json
 
 # %% auto #0
 __all__ = ['FAMILIES', 'HubDictionary', 'HubTokens', 'HubReader', 'HubFoundation', 'StableDiffusion', 'StableDiffusionXL',
@@ -89,8 +89,23 @@ class HubTokens(HubDictionary):
         "Tokens of a padded prompt"
         return min(tokenizer.model_max_length, self.max_tokens)
 
+    def check_length(self, prompts: Sequence[str]) -> None:
+        "`ValueError` for a new word behind the last token that is read, a warning for other text there"
+        prompts = [self.prepare(prompt) for prompt in prompts]
+        for tokenizer, table in zip(self.tokenizers, self.tables):
+            n = self.length(tokenizer)
+            for prompt, ids in long_prompts(tokenizer, prompts, n):
+                lost = sum(number >= table.first for number in ids[n - 1:])  # the last token read is the end
+                if lost:
+                    everything = sum(number >= table.first for number in ids)
+                    lies = f"{lost} of the {everything} vectors of new words lie behind"
+                    remedy = "shorten the prompt or template, or lower n_vectors"
+                    raise ValueError(f"{describe_length(prompt, len(ids), n)}: {lies}; {remedy}")
+            warn_of_cut(tokenizer, prompts, n)
+
     def tokenise(self, prompts: Sequence[str]) -> list[Tensor]:
         "Token numbers `(b,n)` for each text encoder"
+        self.check_length(prompts)
         prompts = [self.prepare(prompt) for prompt in prompts]
         options = dict(padding="max_length", truncation=True, return_tensors="pt")
         return [tok(prompts, max_length=self.length(tok), **options).input_ids for tok in self.tokenizers]
@@ -312,7 +327,7 @@ def read_index(name_or_folder: str | Path) -> dict:
     name = str(name_or_folder)
     index = Path(name) / "model_index.json"
     if index.is_file():
-        return json.loads(index.read_text())
+        return read_json(index)
     if index.parent.is_dir():
         raise FileNotFoundError(f"no model_index.json in {name}: this is not the folder of a text-to-image pipeline")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['quiet', 'PromptEncoder', 'tiny_pipeline']
+__all__ = ['quiet', 'long_prompts', 'describe_length', 'warn_of_cut', 'PromptEncoder', 'tiny_pipeline']
 
 # %% ../../nbs/components/text.ipynb #quiet-export
 @contextmanager
@@ -28,6 +31,24 @@ def quiet() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+# %% ../../nbs/components/text.ipynb #cut-export
+def long_prompts(tokenizer: Any, prompts: Sequence[str], n: int) -> list[tuple[str, list[int]]]:
+    "The prompts that have more than `n` tokens, beginning and end included, each with all its token numbers"
+    possible = [prompt for prompt in prompts if len(prompt.encode()) + 2 > n]  # no token is shorter than a byte
+    numbers = tokenizer(possible).input_ids if possible else []
+    return [(prompt, ids) for prompt, ids in zip(possible, numbers) if len(ids) > n]
+
+
+def describe_length(prompt: str, tokens: int, n: int) -> str:
+    "`the prompt 'a photo of …' has 92 tokens, and this text encoder reads 77`"
+    return f"the prompt {textwrap.shorten(prompt, 60, placeholder=' …')!r} has {tokens} tokens, and this text encoder reads {n}"
+
+
+def warn_of_cut(tokenizer: Any, prompts: Sequence[str], n: int) -> None:
+    "Warn of the first prompt that has more than `n` tokens"
+    for prompt, ids in long_prompts(tokenizer, prompts, n)[:1]:
+        warnings.warn(f"{describe_length(prompt, len(ids), n)}: the rest has no effect; shorten it", stacklevel=3)
 
 # %% ../../nbs/components/text.ipynb #prompt-export
 class PromptEncoder(nn.Module):
@@ -55,6 +76,7 @@ class PromptEncoder(nn.Module):
         n = n_tokens or self.max_tokens
         if n > self.max_tokens:
             raise ValueError(f"{n} tokens requested, but this text encoder reads at most {self.max_tokens}")
+        warn_of_cut(self.tokenizer, prompts, n)
         options = dict(padding="max_length", truncation=True, return_tensors="pt")
         ids = self.tokenizer(prompts, max_length=n, **options).input_ids[:, :n]  # it gives two where one is asked for
         return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state

@@ -23,7 +23,7 @@ from decomp_nb.components.diffusion import (
     sample_timesteps,
 )
 from .latents import KLLatents
-from .text import quiet
+from .text import quiet, warn_of_cut
 from ..decomposer import old_name, sample
 
 # %% auto #0
@@ -167,6 +167,7 @@ class TextUNet(nn.Module):
 
     def read(self, captions: Sequence[str]) -> Tensor:
         "Captions → `(b,n,d)`"
+        warn_of_cut(self.tokenizer, captions, self.tokenizer.model_max_length)
         options = dict(padding="max_length", truncation=True, return_tensors="pt")
         ids = self.tokenizer(list(captions), **options).input_ids
         return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
@@ -193,6 +194,13 @@ class TextDiffusion(TextUNet):
     ):
         super().__init__(words, image_size, latents, **network)
         self.null_dropout = null_dropout
+        self.config = dict(  # what the run's config.json records
+            null_dropout=null_dropout,
+            timestep_sampling=timestep_sampling,
+            timestep_strength=timestep_strength,
+            schedule=schedule or {},
+            **network,
+        )
         self.timestep_options = dict(how=timestep_sampling, strength=timestep_strength, stratified=True)
         options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
         options |= dict(_class_name="DDIMScheduler", set_alpha_to_one=False, steps_offset=1)

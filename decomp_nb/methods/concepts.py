@@ -154,6 +154,7 @@ class Concepts(WordDecomposer):
         super().__init__(foundation, names, n_vectors=n_vectors, image_size=image_size)
         self.register_to_config(tokens=names, n_concepts=len(names))
         self.templates = templates_of(templates)
+        self.base.check_length([template.format(names[0]) for template in self.templates])
         self.codes = nn.Parameter(_first_codes(self.base, initial_words, seed))
         start = torch.full((n_images, len(names)), init_weight or 1 / len(names))
         self.raw_weights = nn.Parameter(invert_activation(start, weights, temperature))

@@ -5,7 +5,7 @@
 # %% ../../nbs/official/concepts.ipynb #imports-export
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,35 +14,80 @@ from torch import Tensor
 
 from ..components.diffusion import make_scheduler
 from ..components.foundations import Foundation
+from ..components.weight_files import file_name
 from ..methods.concepts import Concepts
 from .reading import read_flat
 
 # %% auto #0
-__all__ = ['read_official', 'load_official_concepts', 'save_concepts', 'official_arguments', 'official_plan', 'published_folders',
-           'official_ddim']
+__all__ = ['ENCODERS', 'one_word', 'read_embeddings', 'embeddings_file', 'read_official', 'load_official_concepts', 'word_files',
+           'save_concepts', 'official_arguments', 'official_plan', 'published_folders', 'official_ddim']
 
 # %% ../../nbs/official/concepts.ipynb #read-export
+ENCODERS = ("clip_l", "clip_g", "t5")  # keys of a word of several text encoders, in the order of the pipeline
+
+
+def one_word(learned: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    "A file that does not tell its word by its own name: the file's, with the vectors of all encoders side by side"
+    if learned.keys() <= set(ENCODERS):
+        parts = [torch.atleast_2d(learned[key]) for key in ENCODERS if key in learned]
+        if len({len(part) for part in parts}) == 1:
+            return {f"<{name}>": torch.cat(parts, -1)}
+    return {f"<{name}>": learned["*"]} if learned.keys() == {"*"} else dict(learned)
+
+
+def read_embeddings(file: str | Path) -> tuple[list[str], Tensor]:
+    "Tokens, and their vectors `(M,v,d)`, of a file of learned embeddings: the official code's or diffusers'"
+    learned = read_flat(file)
+    name = Path(file).name
+    if any(value.ndim not in (1, 2) or not value.numel() for value in learned.values()):
+        raise ValueError(f"{name} is no file of learned embeddings: they are vectors `(d,)`, or `(v,d)` of one word")
+    learned = one_word(learned, Path(file).stem)
+    if len(learned) == 1:
+        (key, rows), = learned.items()
+        tokens = key.split(",")
+        if len(tokens) == 1:  # diffusers: one word, of one or several vectors
+            return tokens, torch.atleast_2d(rows)[None]
+        if rows.ndim != 2 or len(tokens) != len(rows):
+            raise ValueError(f"{name}: {len(tokens)} tokens, but {len(torch.atleast_2d(rows))} rows")
+        return tokens, rows[:, None]
+    shapes = {tuple(torch.atleast_2d(value).shape) for value in learned.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"{name}: words of different sizes, {', '.join(map(str, sorted(shapes)))}: load them one by one")
+    return list(learned), torch.stack([torch.atleast_2d(value) for value in learned.values()])
+
+
+def embeddings_file(folder: str | Path, prefix: str = "") -> Path:
+    "`learned_embeds.bin` (or .safetensors) in a folder, or the file itself"
+    place = Path(folder)
+    names = [f"{prefix}learned_embeds{end}" for end in (".bin", ".safetensors")]
+    found = next((file for file in (place, *(place / name for name in names)) if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"no {' or '.join(names)} in {folder}: expected the folder of an official training, or a file")
+    return found
+
+
 def read_official(folder: str | Path, prefix: str = "") -> tuple[list[str], Tensor, Tensor | None]:
-    "Tokens, rows `(M,d)`, and weights `(N,M)` or None; prefix \"test_\" for the files of --test"
-    words, beside = Path(folder) / f"{prefix}learned_embeds.bin", Path(folder) / f"{prefix}weights.bin"
-    if not words.is_file():
-        raise FileNotFoundError(f"no {words.name} in {folder}: expected the folder of an official training")
-    learned = read_flat(words)
-    if len(learned) != 1:
-        raise ValueError(f"{words.name}: expected one entry '<a>,<b>,…', found {len(learned)}")
-    (names, rows), = learned.items()
-    tokens = names.split(",")
-    if len(tokens) != len(rows):
-        raise ValueError(f"{words.name}: {len(tokens)} tokens, but {len(rows)} rows")
-    weights = read_flat(beside)["weights"].flatten(1) if beside.is_file() else None
-    if weights is not None and weights.shape[1] != len(tokens):
-        raise ValueError(f"{beside.name}: {weights.shape[1]} weights per image for {len(tokens)} tokens")
-    return tokens, rows, weights
+    "Tokens, rows `(M,v·d)`, and weights `(N,M)` or None; prefix \"test_\" for the files of --test"
+    tokens, vectors = read_embeddings(embeddings_file(folder, prefix))
+    beside = Path(folder) / f"{prefix}weights.bin"
+    weights = _official_weights(beside, len(tokens)) if beside.is_file() else None
+    return tokens, vectors.flatten(1), weights
+
+
+def _official_weights(file: Path, words: int) -> Tensor:
+    found = read_flat(file).get("weights")
+    if found is None or found.ndim < 2:
+        raise ValueError(f"{file.name} holds no 'weights' of images and words")
+    weights = found.flatten(1)
+    if weights.shape[1] != words:
+        raise ValueError(f"{file.name}: {weights.shape[1]} weights per image for {words} tokens")
+    return weights
 
 
 def load_official_concepts(folder: str | Path, foundation: str, *, prefix: str = "", **options) -> Concepts:
-    "An official training as a model on `foundation`, with free weights; options as `Concepts`"
+    "Words of an official training, or of diffusers, as a model on `foundation`, with free weights; options as `Concepts`"
     tokens, rows, weights = read_official(folder, prefix)
+    options = {"n_vectors": read_embeddings(embeddings_file(folder, prefix))[1].shape[1], **options}
     n = 0 if weights is None else len(weights)
     model = Concepts(foundation, n, tokens, weights="free", **options)
     if model.codes.shape != rows.shape:
@@ -54,6 +99,14 @@ def load_official_concepts(folder: str | Path, foundation: str, *, prefix: str =
     return model
 
 # %% ../../nbs/official/concepts.ipynb #save-export
+def word_files(tokens: Sequence[str]) -> list[str]:
+    "A file name for each word: `cat.safetensors` for `<cat>`; numbered where two of them would be the same file"
+    names = [file_name(token.strip("<>")) for token in tokens]
+    if len({name.lower() for name in names}) < len(names):
+        names = [f"{i}-{name}" for i, name in enumerate(names)]
+    return [f"{name}.safetensors" for name in names]
+
+
 @torch.no_grad()
 def save_concepts(
     model: Concepts,
@@ -68,10 +121,10 @@ def save_concepts(
     (folder / "words").mkdir(exist_ok=True)
     vectors = rearrange(model.codes.float().cpu(), "k (v d) -> k v d", v=model.config.n_vectors)
     parts = vectors.split(model.base.widths, -1)  # one for each text encoder
-    for i, token in enumerate(model.tokens):
+    for i, (token, name) in enumerate(zip(model.tokens, word_files(model.tokens))):
         keys = [token] if len(parts) == 1 else ["clip_l", "clip_g", "t5"]
         rows = {key: part[i].contiguous() for key, part in zip(keys, parts)}
-        save_file(rows, folder / "words" / f"{token.strip('<>')}.safetensors")
+        save_file(rows, folder / "words" / name)
     if official:
         if len(parts) > 1 or vectors.shape[1] > 1:
             raise ValueError("official files have one row per word of one text encoder: save without official=True")

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..components.weight_files import plain_names, read_weights
 from ..decomposer import Decomposer
-from .reading import load_strict, part_of, read_weights, rename, take
+from .reading import load_strict, part_of, rename, take
 from .unets import convert_unet, numbers_after, official_unet, unet_places, unet_sizes
 
 # %% auto #0
@@ -27,7 +28,7 @@ def read_decomp_state(path: str | Path, *, ema: bool = True) -> dict[str, Tensor
     "State dict of an official file; of an averaging wrapper's two copies the average (`ema=False`: the other)"
     state = read_weights(path)
     if any(key.startswith(("ema_model.", "online_model.")) for key in state):
-        state = part_of(state, "ema_model." if ema else "online_model.")
+        state = plain_names(part_of(state, "ema_model." if ema else "online_model."))
     missing = [key for key in NEEDED if key not in state]
     if missing:
         raise ValueError(f"{Path(path).name} is no checkpoint of Decomp Diffusion: it lacks {', '.join(missing)}")

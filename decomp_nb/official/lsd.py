@@ -19,8 +19,9 @@ from ..components.encoders import UNetEncoder
 from ..components.positions import coordinate_grid
 from ..components.slots import SlotAttention
 from ..components.unets import PositionAttention, sincos_table, slot_denoiser
+from ..components.weight_files import read_weights
 from ..decomposer import Decomposer
-from .reading import check_table, load_strict, read_weights, rename
+from .reading import check_table, load_strict, rename
 
 # %% auto #0
 __all__ = ['CENTRES', 'SLOT_KEYS', 'SLOT_OPTIONS', 'COMPUTED', 'SINES', 'BESIDE', 'POSITION_KEYS', 'IGNORED', 'LATER', 'WEIGHTS',
@@ -283,8 +284,8 @@ def read_official_part(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json")
     try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as e:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise ValueError(f"{file} is damaged: {e}") from e
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:

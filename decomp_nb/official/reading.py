@@ -5,56 +5,22 @@
 # %% ../../nbs/official/reading.ipynb #imports
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-# %% auto #0
-__all__ = ['LIGHTNING', 'read_weights', 'read_flat', 'read_lightning', 'rename', 'part_of', 'take', 'count_of', 'load_strict',
-           'add_rest', 'refuse_rest', 'check_table', 'noise_schedule', 'keep_with']
+from ..components.weight_files import read_weights
 
-# %% ../../nbs/official/reading.ipynb #weights-export
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    "State dict of a .safetensors file, or of a .bin/.pt/.pth/.ckpt file that holds nothing but tensors"
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ValueError(
-            f"{path} holds more than tensors and is refused: unpickling it could run foreign code. "
-            "Convert it to safetensors where you trust it"
-        ) from e
-    except Exception as e:
-        raise ValueError(
-            f"{path} cannot be read, it is damaged or no weight file ({type(e).__name__}: {e})"
-        ) from e
+# %% auto #0
+__all__ = ['LIGHTNING', 'read_flat', 'read_lightning', 'rename', 'part_of', 'take', 'count_of', 'load_strict', 'add_rest',
+           'refuse_rest', 'check_table', 'noise_schedule', 'keep_with']
 
 # %% ../../nbs/official/reading.ipynb #flat-export
 def read_flat(path: str | Path) -> dict[str, Tensor]:
-    "The tensors of a `.pth` file, also where they lie under `state_dict`, in float32"
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file {path}")
-    state = read_weights(path)
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if wrong := _no_tensors(state):
-        raise ValueError(f"{path} is no state dict: {', '.join(wrong[:4])} hold no tensors")
+    "The tensors of a file, in float32"
     halves = (torch.float16, torch.bfloat16)
-    return {key: value.float() if value.dtype in halves else value for key, value in state.items()}
-
-
-def _no_tensors(state) -> list[str]:
-    if not isinstance(state, dict):
-        return ["(no dict)"]
-    return [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    return {key: value.float() if value.dtype in halves else value for key, value in read_weights(path).items()}
 
 # %% ../../nbs/official/reading.ipynb #lightning-export
 LIGHTNING = tuple(

@@ -104,3 +104,4 @@ def export_model(engine: Engine, path: Path) -> None:
         else:
             save_weights(restorable(model), folder / "model.safetensors")
             write_text(folder / "config.json", json.dumps(model_record(model)))
+        write_manifest(folder)

@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import difflib
 import json
+import math
 import numbers
 import os
 import shutil
@@ -82,8 +83,10 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}{hint}")
     if name == "out_dir" and not value.strip():
         raise ValueError("out_dir: is empty; name a folder for the run")
-    if value != value:
-        raise ValueError(f"{name}: is not a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not a finite number")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name}: holds a zero character")
     if limits["low"] is not None and value < limits["low"]:
         raise ValueError(f"{name}: {value} is below {limits['low']}")
     if limits["high"] is not None and value > limits["high"]:

@@ -21,11 +21,15 @@ __all__ = ['write_text', 'sync', 'remove_folder', 'atomic_folder', 'checksum', '
 def write_text(path: Path, text: str) -> None:
     "Write a small file so that it is there completely or not at all"
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 # %% ../../nbs/training/files.ipynb #sync-export
 def sync(path: Path) -> None:
@@ -75,10 +79,11 @@ def checksum(path: Path) -> int:
 
 
 def write_manifest(folder: Path) -> None:
-    "List every file of a folder, with size and checksum, in `complete.json`"
+    "List every file below a folder, with size and checksum, in `complete.json`"
+    there = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        path.name: {"bytes": path.stat().st_size, "crc32": checksum(path)}
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
+        for path in there
     }
     write_text(folder / "complete.json", json.dumps({"files": files}, indent=1))
 
@@ -88,18 +93,21 @@ def verify_manifest(folder: Path) -> str:
     if not folder.is_dir():
         return "does not exist"
     try:
-        listed = json.loads((folder / "complete.json").read_text())["files"]
+        listed = json.loads((folder / "complete.json").read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (int(entry["bytes"]), int(entry["crc32"])) for name, entry in listed.items()}
     except FileNotFoundError:
         return "has no complete.json, so it was never finished"
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "has an unreadable complete.json"
-    for name, entry in listed.items():
+    if not listed:
+        return "has a complete.json that lists nothing"
+    for name, (size, expected) in listed.items():
         path = folder / name
         if not path.exists():
             return f"lacks {name}"
-        if path.stat().st_size != entry["bytes"]:
-            return f"has {path.stat().st_size} of {entry['bytes']} bytes in {name}"
-        if checksum(path) != entry["crc32"]:
+        if path.stat().st_size != size:
+            return f"has {path.stat().st_size} of {size} bytes in {name}"
+        if checksum(path) != expected:
             return f"has a damaged {name} (checksum differs)"
     return ""
 

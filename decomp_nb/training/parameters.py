@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import io
@@ -21,8 +22,8 @@ from .config import TrainConfig, check_range, describe, nearest, typed
 
 # %% auto #0
 __all__ = ['Parameter', 'Parameters', 'read_cells', 'parameters_source', 'parse_parameters', 'parameters', 'allowed_types',
-           'read_text', 'coerce', 'check_values', 'check_parameters_cell', 'check_together', 'check_trackers',
-           'read_yaml', 'read_recipe', 'gather_values']
+           'read_text', 'not_finite', 'may_be_empty', 'coerce', 'check_values', 'check_parameters_cell',
+           'check_together', 'check_trackers', 'read_yaml', 'read_recipe', 'gather_values']
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parameter
 class Parameter(NamedTuple):
@@ -132,12 +133,25 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False,
 _NOTHING = {"none": None, "null": None}
 
 
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "The dictionary of a JSON object; `TypeError` where a name is set twice"
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise TypeError("a name is set twice")
+    return found
+
+
 def _read_literal(text: str) -> Any:
-    "A value written in JSON or in Python; `ValueError` or `SyntaxError` if it is neither"
-    try:
-        return json.loads(text)
-    except ValueError:
+    "A value written in JSON, in Python, or in both at once (`{'a': true}`, which YAML reads); `ValueError` if in none"
+    import yaml
+    with contextlib.suppress(ValueError):
+        return json.loads(text, object_pairs_hook=_once_each)
+    with contextlib.suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r} is neither JSON nor Python") from error
 
 
 def read_text(text: str, kind: type) -> Any:
@@ -166,6 +180,20 @@ def _first_reading(text: str, allowed: list[type]) -> Any:
     return text
 
 
+def not_finite(value: Any) -> float | None:
+    "The first number in a value, also inside lists and dictionaries, that is infinite or no number"
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((found for found in map(not_finite, value) if found is not None), None)
+    return value if isinstance(value, float) and not math.isfinite(value) else None
+
+
+def may_be_empty(parameter: Parameter) -> bool:
+    "Whether an empty text means something: it is the default, or the help says so, or there is no help to say it"
+    return parameter.default in ("", None) or "empty" in parameter.help or not parameter.help
+
+
 def coerce(parameter: Parameter, value: Any) -> Any:
     "`value` in the type that the parameter declares; an error names the parameter, its type and the value"
     allowed = allowed_types(parameter.type)
@@ -178,8 +206,10 @@ def coerce(parameter: Parameter, value: Any) -> Any:
     if type(value) not in allowed:
         given = f"{value!r} ({type(value).__name__})"
         raise ValueError(f"parameter {parameter.name!r} expects {parameter.type}, got {given}")
-    if type(value) is float and not math.isfinite(value):
-        raise ValueError(f"parameter {parameter.name!r}: {value} is not a finite number")
+    if (number := not_finite(value)) is not None:
+        raise ValueError(f"parameter {parameter.name!r}: {number} is not a finite number")
+    if value == "" and not may_be_empty(parameter):
+        raise ValueError(f"parameter {parameter.name!r} is empty; expected: {parameter.help}")
     return value
 
 # %% ../../nbs/training/parameters.ipynb #parameters-check-values

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..components.weight_files import read_json
 from .config import project_root
 
 # %% auto #0
-__all__ = ['model_record', 'versions', 'git_commit', 'difference', 'hardware', 'circumstances', 'read_record', 'check_model']
+__all__ = ['REMEDY', 'model_record', 'versions', 'git_commit', 'differences', 'difference', 'hardware', 'circumstances',
+           'read_record', 'check_model']
 
 # %% ../../nbs/training/record.ipynb #record-export
 def model_record(model: nn.Module) -> dict[str, Any]:
@@ -50,6 +52,15 @@ def git_commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = git("rev-parse", "HEAD")
         return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def differences(recorded: Any, asked: Any, name: str = "") -> list[str]:
+    "All differences of two records as `slots.n_slots: 64 recorded, 32 asked`; what only one of them tells is left out"
+    if isinstance(recorded, Mapping) and isinstance(asked, Mapping):
+        prefix = f"{name.rstrip('.')}." if name else ""
+        both = [key for key in recorded if key in asked]
+        return [line for key in both for line in differences(recorded[key], asked[key], f"{prefix}{key}")]
+    return [] if recorded == asked else [f"{name}: {recorded!r} recorded, {asked!r} asked"]
 
 
 def difference(saved: Any, new: Any, name: str = "model") -> str:
@@ -83,9 +94,17 @@ def circumstances(accelerator: Any) -> dict[str, Any]:
     return {"versions": versions(), "hardware": hardware(accelerator), "git": git_commit()}
 
 # %% ../../nbs/training/record.ipynb #check-export
+REMEDY = "restore it from a copy, or begin anew in another out_dir"
+
+
 def read_record(config_file: Path) -> dict[str, Any]:
-    "`config.json` of a run; empty where there is none"
-    return json.loads(config_file.read_text()) if config_file.exists() else {}
+    "`config.json` of a run; empty where there is none, a `ValueError` where it is damaged"
+    if not config_file.exists():
+        return {}
+    found = read_json(config_file, REMEDY)
+    if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
+        raise ValueError(f"{config_file} is no record of a run: {REMEDY}")
+    return found
 
 
 def _saved_model(config_file: Path, model: nn.Module) -> dict[str, Any]:
@@ -98,7 +117,10 @@ def check_model(config_file: Path, model: nn.Module) -> None:
     "The run in this folder must be one of this model: same class, same config"
     if not config_file.exists():
         return
-    changed = difference(_saved_model(config_file, model), model_record(model))
+    saved, new = _saved_model(config_file, model), model_record(model)
+    if saved.keys() == {"_class_name"}:  # written when this class recorded no more
+        new = {"_class_name": new["_class_name"]}
+    changed = difference(saved, new)
     if changed:
         holds = f"The run directory {config_file.parent.name} holds another model"
         raise ValueError(f"{changed}. {holds}: choose another out_dir, or build the model as it was")

@@ -84,11 +84,16 @@ def progress(
 
 # %% ../../nbs/training/reporting.ipynb #metrics-export
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    "The lines of a metrics file; a torn last line is left out"
+    "The lines of a metrics file; a torn last line is left out, a `ValueError` names any other that is damaged"
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode())
+            rows.append(dict(row, step=int(row["step"])))
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is damaged: delete that line, or restore the file from a copy") from None
     return rows
 
 

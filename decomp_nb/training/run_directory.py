@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,29 @@ from decomp_nb.training.reporting import (
     read_metrics,
     rewind_metrics,
 )
+from .record import read_record
 from .weights import load_weights, restorable, trainable
 
 # %% auto #0
-__all__ = ['RunFiles', 'Run', 'summary', 'load_run', 'find_resume', 'check_writable', 'display_path']
+__all__ = ['CIRCUMSTANCES', 'describe_start', 'RunFiles', 'Run', 'summary', 'load_run', 'find_resume', 'check_writable',
+           'display_path']
 
 # %% ../../nbs/training/run_directory.ipynb #run-export
+CIRCUMSTANCES = ("precision", "versions", "hardware", "git")  # of a record: may be others at every start
+
+
+def describe_start(
+    asked: Mapping[str, Any],  # record of this start
+    recorded: Mapping[str, Any],  # `config.json`
+    step: int,
+) -> dict[str, Any]:
+    "A line of `starts.jsonl`: what the start has of its own"
+    before = recorded.get("train", {})
+    changed = {name: value for name, value in asked.get("train", {}).items() if before.get(name) != value}
+    own = {name: asked[name] for name in CIRCUMSTANCES if name in asked}
+    return {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "changed": changed, **own}
+
+
 class RunFiles:
     "The files of a run directory: what was configured, how it went"
 
@@ -38,19 +56,35 @@ class RunFiles:
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.config_file = self.path / "config.json"
+        self.starts_file = self.path / "starts.jsonl"
 
     @property
     def started(self) -> bool:
         "Whether a training has ever written here"
-        files = (self.path / "config.json", self.metrics_file)
+        files = (self.config_file, self.metrics_file)
         return any(file.exists() for file in files) or bool(list_checkpoints(self.checkpoints))
 
+    @property
+    def trained(self) -> bool:
+        "Whether the folder holds anything that was learned"
+        return (self.path / "model").exists() or bool(list_checkpoints(self.checkpoints))
+
     def begin(self, record: Mapping[str, Any], step: int) -> None:
-        "Make the folders, write `config.json`, drop the metrics after `step`"
+        "Make the folders, write `config.json` unless it tells of a training, note the start, drop later metrics"
         self.checkpoints.mkdir(exist_ok=True)
         self.pictures.mkdir(exist_ok=True)
-        write_text(self.path / "config.json", json.dumps(record, indent=1, default=str))
+        begun = self.trained and self.config_file.exists()
+        if not begun:
+            write_text(self.config_file, json.dumps(record, indent=1, default=str))
+        starts = [*(self.starts if begun else []), describe_start(record, self.config, step)]
+        write_text(self.starts_file, "".join(json.dumps(start, default=str) + "\n" for start in starts))
         rewind_metrics(self.metrics_file, step)
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        "Every start of the run: step, time, changed settings, precision, versions, hardware, git"
+        return read_metrics(self.starts_file)
 
     def last_step(self, kind: str) -> int:
         "Step of the last line of metrics of this kind; 0 where there is none"
@@ -59,8 +93,14 @@ class RunFiles:
 
     @property
     def config(self) -> dict[str, Any]:
-        "`config.json`: name, train, model, data, versions, hardware, git"
-        return json.loads((self.path / "config.json").read_text())
+        "`config.json`, as the run began: name, train, model, data, versions, hardware, git"
+        return read_record(self.config_file)
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        "`config.json` with the precision, versions and machine of the newest start"
+        last = self.starts[-1] if self.starts else {}
+        return {**self.config, **{name: last[name] for name in CIRCUMSTANCES if name in last}}
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         "Lines of `metrics.jsonl`: `kind` 'train', 'eval' or all"
@@ -85,6 +125,10 @@ class Run(RunFiles):
 
         if not (self.path / "model").is_dir():
             raise FileNotFoundError(f"{self.path.name} has no model/: nothing has been saved yet")
+        problem = verify_manifest(self.path / "model") if (self.path / "model" / "complete.json").exists() else ""
+        if problem:
+            remedy = "delete model/ and start the training again, which writes it from the last checkpoint"
+            raise ValueError(f"{self.path.name}: model/ {problem}: {remedy}")
         model = load_decomposer(self.path / "model")
         return model if step is None else self.load_weights(model, step)
 
@@ -119,15 +163,17 @@ def summary(run: Run) -> dict[str, str]:
     "The run in a few words: name, model, steps, loss, time, speed, last scores"
     train = run.metrics("train")
     scores = run.metrics("eval")
-    words = {"run": run.config["name"] or run.path.name, "model": run.config["model"]["_class_name"]}
+    model = run.config.get("model", {}).get("_class_name", "unknown")
+    words = {"run": str(run.config.get("name") or run.path.name), "model": model}
     if train:
         last = train[-1]
-        words |= {
-            "steps": str(last["step"]),
-            "loss": format_number(last["loss"]),
-            "time": format_duration(last["seconds"]),
-            "images/s": f"{last['images_per_second']:.0f}",
+        shown = {
+            "steps": ("step", str),
+            "loss": ("loss", format_number),
+            "time": ("seconds", format_duration),
+            "images/s": ("images_per_second", "{:.0f}".format),
         }
+        words |= {label: show(last[key]) for label, (key, show) in shown.items() if last.get(key) is not None}
     if scores:
         last = {name: value for name, value in scores[-1].items() if value is not None}
         for name in filter(_is_score, last):

@@ -17,7 +17,7 @@ from .config import TrainConfig
 from .engine import Engine
 from .forecast import Forecast, Plan, expectation, load_plan
 from .precision import Precision
-from .record import check_model, read_record
+from .record import check_model
 from .reporting import Meter, Stopwatch
 from .run_directory import Run
 from .stream import check_data, mix_seeds, random_state, seed_everything, set_random_state
@@ -60,10 +60,12 @@ def prepare(
     "All checks, in every process; returns accelerate's `Accelerator` and the precision agreed upon"
     folder = checkpoint.parent.parent if checkpoint else run.path
     origin = folder / "config.json"
-    precision = agree_on_precision(config, read_record(origin) if checkpoint else None)
+    recorded = Run(folder).latest if checkpoint else None
+    precision = agree_on_precision(config, recorded)
     settled = dataclasses.replace(config, mixed_precision=precision.chosen)
     accelerator = make_accelerator(settled, run.path, getattr(model, "find_unused_parameters", False))
-    check_model(origin, model)
+    if checkpoint or run.trained:
+        check_model(origin, model)
     check_data(data, config, accelerator.num_processes)
     return accelerator, precision
 

@@ -10,12 +10,16 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..components.weight_files import file_name
 from .accelerator import sums
+from .agreement import check_agreement, data_record
 from decomp_nb.training.checkpoint import (
     export_model,
     load_state,
@@ -26,6 +30,7 @@ from decomp_nb.training.checkpoint import (
 from .config import TrainConfig, resolve_out_dir
 from .engine import Engine, evaluation_mode, named_rates, read_losses, to_device
 from .files import atomic_folder, explain_disk_errors, verify_manifest
+from .lock import WriterLock
 from .precision import Precision
 from .record import circumstances, model_record
 from .rehearsal import rehearse, rehearsing
@@ -44,7 +49,8 @@ from .stream import MicroBatchSampler, stream_loader, workers_at_most
 
 # %% auto #0
 __all__ = ['check_finite', 'diagnose', 'describe_progress', 'Reporter', 'Keeper', 'keep_results', 'make_batches', 'train_step',
-           'foresee', 'stop_reason', 'last_lines', 'Loop', 'finish', 'Trainer', 'open_loop']
+           'foresee', 'stop_reason', 'last_lines', 'Loop', 'finish', 'Trainer', 'open_loop', 'lock_existing',
+           'make_record']
 
 # %% ../../nbs/training/trainer.ipynb #trainer-finite-export
 def check_finite(session: Session, engine: Engine) -> None:
@@ -58,8 +64,8 @@ def check_finite(session: Session, engine: Engine) -> None:
     raise FloatingPointError(
         f"the loss or its gradient is not finite at step {bad} (learning rate: {rates}). "
         f"Last good checkpoint: {display_path(kept) if kept else 'none'}. "
-        "Lower learning_rate or max_grad_norm, or lengthen warmup_steps, and run again: "
-        "training goes on from that checkpoint"
+        "Lower learning_rate or max_grad_norm, or lengthen warmup_steps, in a new out_dir; "
+        "with resume set to that checkpoint's folder it goes on from there"
     )
 
 
@@ -149,11 +155,20 @@ class Keeper:
             return
         session.evaluated = session.step
         with session.watch.pause("evaluation"):
-            if session.accelerator.is_main_process:
-                with self.engine.averaged() as model:
-                    results = self.hook(model, session.step) or {}
-                keep_results(session, self.reporter, results)
-            session.accelerator.wait_for_everyone()
+            fault = self.judge() if session.accelerator.is_main_process else None
+            failed = sums(session.accelerator, [fault is not None])[0]
+        if failed:
+            self.save()  # a fault in an evaluation costs no step
+            raise fault or RuntimeError("the evaluation failed in the main process")
+
+    def judge(self) -> Exception | None:
+        "Call the hook and keep its results; returns what went wrong"
+        try:
+            with self.engine.averaged() as model:
+                results = self.hook(model, self.session.step) or {}
+            keep_results(self.session, self.reporter, results)
+        except Exception as error:
+            return error
 
     def save(self) -> None:
         "A checkpoint, then `model/` with the averaged weights; old checkpoints go last"
@@ -169,12 +184,12 @@ class Keeper:
 def keep_results(session: Session, reporter: Reporter, results: Mapping[str, Any]) -> None:
     "What can be saved is a picture, everything else a score"
     pictures = {name: value for name, value in results.items() if hasattr(value, "save")}
-    for name, picture in pictures.items():
-        picture.save(session.run.pictures / f"{name}-{session.step:08d}.png")
     scores = {name: float(value) for name, value in results.items() if name not in pictures}
     reporter.scores = scores
     row = {f"eval/{name}": value for name, value in scores.items()}
     reporter.record({**row, "seconds": session.watch.total()})
+    for name, picture in pictures.items():
+        picture.save(session.run.pictures / f"{file_name(name)}-{session.step:08d}.png")
     words = [f"{metric_label(name)} {format_number(value)}" for name, value in scores.items()]
     print(" · ".join([f"step {session.step} evaluated", *words]), flush=True)
 
@@ -371,32 +386,58 @@ def open_loop(trainer: Trainer) -> Iterator[Loop]:
     Nothing is written before the checks have passed in every process.
     """
     run, config = trainer.run, trainer.config
-    checkpoint = find_resume(run, config.resume)
-    accelerator, precision = prepare(trainer.model, trainer.data, config, run, checkpoint)
-    engine = Engine(trainer.model, config, accelerator)
+    lock = WriterLock(run.path)
+    engine = None
     try:
+        begun = lock_existing(lock)
+        checkpoint = find_resume(run, config.resume)
+        accelerator, precision = prepare(trainer.model, trainer.data, config, run, checkpoint)
+        record = make_record(trainer, precision, checkpoint)
+        if run.trained and run.config_file.exists():
+            check_agreement(run.path.name, run.config, record)
+        engine = Engine(trainer.model, config, accelerator)
         progress = load_state(engine, checkpoint) if checkpoint else BEGINNING
         check_writable(run.path)
+        lock_existing(lock)
+        if run.started and not begun:
+            raise FileExistsError(f"out_dir: {run.path.name} was begun by another process meanwhile: start again")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _write_beginning(trainer, accelerator, precision, progress["step"] if checkpoint else None)
+            _write_beginning(trainer, accelerator, record | circumstances(accelerator), progress["step"] if checkpoint else None)
         accelerator.wait_for_everyone()
         session = trainer.session = Session(engine, run, config, progress)
         loop = trainer.loop(session, engine, trainer.data, trainer.hook)
         with contextlib.closing(loop.batches):
             yield loop
     finally:
-        engine.release()
+        if engine is not None:
+            engine.release()
         if trainer.session is not None:
             trainer.session.batch = None
+        lock.release()
+
+# %% ../../nbs/training/trainer.ipynb #trainer-beginning-export
+def lock_existing(lock: WriterLock) -> bool:
+    "Take the lock of a folder that is there, in the first process; whether it is there"
+    there = lock.folder.is_dir()
+    if there and int(os.environ.get("RANK", 0)) == 0:
+        check_writable(lock.folder)
+        lock.acquire()
+    return there
 
 
-def _write_beginning(trainer: Trainer, accelerator: Any, precision: Precision, begun: int | None) -> None:
-    "Write `config.json`, cut the metrics back to step `begun`, open the trackers, say what is to be done"
+def make_record(trainer: Trainer, precision: Precision, checkpoint: Path | None) -> dict[str, Any]:
+    "What `config.json` says of a run: settings, model, data, precision, and the checkpoint it began from, if any"
+    record = {"name": trainer.name, "train": trainer.config.to_dict(), "model": model_record(trainer.model)}
+    record |= {"data": trainer.extra_config, "data_set": data_record(trainer.data)}
+    record |= {"precision": dataclasses.asdict(precision)}
+    return record | ({"begun_from": str(checkpoint)} if checkpoint else {})
+
+
+def _write_beginning(trainer: Trainer, accelerator: Any, record: Mapping[str, Any], begun: int | None) -> None:
+    "Write the record, cut the metrics back to step `begun`, open the trackers, say what is to be done"
     run, config = trainer.run, trainer.config
-    record = {"name": trainer.name, "train": config.to_dict(), "model": model_record(trainer.model)}
-    record |= {"data": trainer.extra_config, "precision": dataclasses.asdict(precision)}
-    run.begin(record | circumstances(accelerator), begun or 0)
+    run.begin(record, begun or 0)
     open_trackers(accelerator, config, trainer.name or run.path.name, begun)
-    lines = first_lines(config, images_per_step(config, accelerator), precision, begun)
+    lines = first_lines(config, images_per_step(config, accelerator), Precision(**record["precision"]), begun)
     print("\n".join([f"run directory: {display_path(run.path)}", *lines]), flush=True)

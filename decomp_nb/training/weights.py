@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..components.weight_files import open_weights
+
 # %% auto #0
 __all__ = ['trainable', 'restorable', 'save_weights', 'load_weights', 'frozen_checksums', 'sample_checksum']
 
@@ -41,9 +43,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 # %% ../../nbs/training/weights.ipynb #load-export
 def load_weights(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     "Copy weights into `tensors`; a `ValueError` names the first that is missing or has another shape"
-    from safetensors.torch import load_file
-
-    saved = load_file(path)
+    saved = open_weights(path)
     place = path.parent.name
     for name in sorted(tensors.keys() ^ saved.keys()):
         where = f"the model but not in {place}" if name in tensors else f"{place} but not in the model"
