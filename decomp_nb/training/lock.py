@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+# %% auto #0
+__all__ = ['NO_LOCKS', 'holder', 'read_holder', 'alive', 'take', 'WriterLock']
+
+# %% ../../nbs/training/lock.ipynb #fcntl-export
 try:
     import fcntl
 except ImportError:  # Windows: nothing recognises a second writer there
     fcntl = None
-
-# %% auto #0
-__all__ = ['NO_LOCKS', 'holder', 'read_holder', 'alive', 'take', 'WriterLock']
 
 # %% ../../nbs/training/lock.ipynb #holder-export
 def holder() -> dict[str, Any]:
