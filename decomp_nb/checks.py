@@ -42,7 +42,7 @@ def check_range(low: float, high: float, name: str, limit: float = 1.001) -> Non
 def check_pictures(
     images: Tensor,  # `(b,3,h,w)` or clips `(b,t,3,h,w)`
     name: str = "images",  # how to call them in the error
-    limit: float = 1.001,  # largest value; a generated picture may overshoot
+    limit: float = 1.5,  # largest value: enlarged and generated pictures overshoot a little
 ) -> None:
     "ValueError unless these are float pictures or clips with finite values in [−1,1]; costs a minimum and a maximum"
     if not isinstance(images, Tensor):
