@@ -44,7 +44,7 @@ def check_pictures(
     name: str = "images",  # how to call them in the error
     limit: float = 1.5,  # largest value: enlarged and generated pictures overshoot a little
 ) -> None:
-    "ValueError unless these are float pictures or clips with finite values in [−1,1]; costs a minimum and a maximum"
+    "ValueError unless these are float pictures or clips with finite values in [−1,1]"
     if not isinstance(images, Tensor):
         raise ValueError(f"{name} are {type(images).__name__}, expected is a tensor (b,3,h,w) in [−1,1]")
     found = f"{name} are {images.dtype} {tuple(images.shape)}"
@@ -66,7 +66,8 @@ def as_labels(
         labels = labels.astype(np.int64)
     labels = torch.as_tensor(labels)
     if labels.is_floating_point():
-        raise ValueError(f"{name} labels must be integers, got {labels.dtype}; soft masks go through segmentation()")
+        found = f"{name} labels must be integers, got {labels.dtype}"
+        raise ValueError(f"{found}; soft masks go through segmentation()")
     if labels.dim() < 3:
         found = f"{name} labels are {tuple(labels.shape)}, expected are maps (b,h,w) or (b,t,h,w)"
         raise ValueError(f"{found}: add a batch axis with [None]")
@@ -77,7 +78,7 @@ def as_labels(
 def check_finite(values: Tensor, name: str) -> None:
     "ValueError where floats hold NaN or infinite values"
     if values.is_floating_point() and values.numel() and not np.isfinite(value_range(values)).all():
-        raise ValueError(f"{name} {tuple(values.shape)} hold NaN or infinite values: nothing can be read from them")
+        raise ValueError(f"{name} {tuple(values.shape)} hold NaN or infinite values")
 
 # %% ../nbs/checks.ipynb #reading-export
 @contextmanager

@@ -301,7 +301,7 @@ def _check_has_masks(item, ds, need_masks, name):
         raise ValueError(f"{name} has masks but no attribute 'max_objects'")
     check_masks(item, ds.max_objects, name)
 
-
+# %% ../../nbs/data/catalog.ipynb #check-together-export
 def _check_together(items, name):
     "What one item alone cannot tell: whether pictures are in [0,1]"
     ranges = [value_range(item["image"]) for item in items]

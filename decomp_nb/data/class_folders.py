@@ -39,10 +39,11 @@ def _root_of_split(root, split):
         return root, False
     own = sorted(name for name, its in told.items() if its and its[0] == split_name(split))
     if not own:
-        raise ValueError(f"{root} has split folders {sorted(filter(told.get, names))} but none for split={split!r}")
+        there = sorted(filter(told.get, names))
+        raise ValueError(f"{root} has split folders {there} but none for split={split!r}")
     return root / own[0], True
 
-
+# %% ../../nbs/data/class_folders.ipynb #class-files-export
 def _pair_roots(roots, names):
     "The folder of each class"
     several = not isinstance(roots, (str, Path))

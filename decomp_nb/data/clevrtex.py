@@ -53,7 +53,7 @@ def clevrtex_files(path: Path | str) -> list[str]:
         raise ValueError(f"no CLEVRTEX_<variant>_<number>.png in folder {path} or below it")
     return sorted(files, key=lambda file: (file[-10:], file))  # 000123.png
 
-
+# %% ../../nbs/data/clevrtex.ipynb #clevrtex-labels-export
 def clevrtex_objects(file: Path) -> list[dict]:
     "Objects of the picture `file`, from the JSON file beside it, by `index`"
     table = file.with_suffix(".json")
@@ -121,10 +121,11 @@ class ClevrTex(SceneReader):
     def _count(self, file):
         return len(clevrtex_objects(self.path / file))
 
-
+# %% ../../nbs/data/clevrtex.ipynb #clevrtex-split-export
 def _clevrtex_split(files, split, path):
     "Positions of a split's files: by folders that are splits, else by tenths of the numbers; and how"
     if any(split_folders(files)):
         return choose_split(files, split, path)
     start, stop = (int(len(files) * share) for share in _TENTHS[split])
-    return range(start, stop), "all" if split == "all" else "split by position: the first tenth is test, the second val"
+    by_position = "split by position: the first tenth is test, the second val"
+    return range(start, stop), "all" if split == "all" else by_position

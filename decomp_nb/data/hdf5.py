@@ -40,20 +40,21 @@ def open_h5(path: Path | str):
             raise ValueError(f"{path} {what} ({error}): {remedy}") from None
         raise ValueError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
 
-
+# %% ../../nbs/data/hdf5.ipynb #h5-dataset-export
 def h5_dataset(file, key: str, numbers: bool = True):
-    "The dataset `key` of an open file; ValueError that says what lies there instead, or that it holds no `numbers`"
+    "The dataset `key` of an open file; ValueError that says what lies there instead"
     import h5py
     name = f"{file.filename}: {key!r}"
     try:
         entry = file[key]
     except Exception as error:
-        raise ValueError(f"{name} leads nowhere ({error}): a link is broken, store the numbers themselves") from None
+        raise ValueError(f"{name} leads nowhere ({error}): a link is broken") from None
     if not isinstance(entry, h5py.Dataset):
         inside = f" of {', '.join(entry) or 'nothing'}" if isinstance(entry, h5py.Group) else ""
         raise ValueError(f"{name} is a {type(entry).__name__.lower()}{inside}, expected is a dataset")
     if entry.shape is None or numbers and entry.dtype.kind not in "biuf":
-        raise ValueError(f"{name} holds {entry.dtype if entry.shape is not None else 'nothing'}, expected are numbers")
+        held = "nothing" if entry.shape is None else entry.dtype
+        raise ValueError(f"{name} holds {held}, expected are numbers")
     return entry
 
 
@@ -133,7 +134,8 @@ def _split_word(stored, names, file):
         return stored.decode()
     if isinstance(stored, int) and 0 <= stored < len(names):
         return names[stored]
-    raise ValueError(f"{file.filename}: 'split' holds {stored!r}, expected are names or places in 'split_names' {names}")
+    expected = f"expected are names or places in 'split_names' {names}"
+    raise ValueError(f"{file.filename}: 'split' holds {stored!r}, {expected}")
 
 # %% ../../nbs/data/hdf5.ipynb #h5-photos-export
 class H5Photos(Reader):
@@ -165,7 +167,8 @@ class H5Photos(Reader):
             chosen = stored_split(f, split)
         self.index = subsample(split_by_group(groups, split) if chosen is None else chosen, n, seed)
         how = "split by hash of clips or names" if chosen is None else "split as stored in the file"
-        self.taken = f"{len(self.index):,} of {len(self._names):,} pictures; {'all' if self.split == 'all' else how}"
+        how = "all" if self.split == "all" else how
+        self.taken = f"{len(self.index):,} of {len(self._names):,} pictures; {how}"
 
     def __getitem__(self, i: int) -> dict:
         row = self.index[i]
@@ -204,7 +207,7 @@ def _photo_labels(photos, row):
         labels["class_index"] = torch.tensor(photos._class[row])
     return labels
 
-
+# %% ../../nbs/data/hdf5.ipynb #h5-photos-labels
 def _photo_names(file):
     "What to call each picture, and what it must stay together with: its clip, or it is alone"
     if "jpeg" not in file:

@@ -50,7 +50,7 @@ def turn_upright(picture: Image.Image) -> Image.Image:
 
 def to_rgb(
     picture: Image.Image,
-    levels: tuple[float, float] | None = None,  # numbers of black and white in greys of over 8 bits; None: see above
+    levels: tuple[float, float] | None = None,  # numbers of black and white in greys; None: see above
     *,
     upright: bool = True,  # turned as EXIF says; else as stored
 ) -> Image.Image:
@@ -67,21 +67,23 @@ def to_rgb(
 
 # %% ../../nbs/data/images.ipynb #grey-levels-export
 def grey_levels(grey: np.ndarray, mode: str, is_png: bool = False) -> tuple[float, float]:
-    "The numbers of black and white in a PIL picture of mode I or F; ValueError where nothing says which they are"
+    "The numbers of black and white in a PIL picture of mode I or F; ValueError where nothing says so"
     low, high = float(grey.min()), float(grey.max())
     white = 1 if mode == "F" and high <= 1 else 255
     if mode.startswith("I;16") or is_png or high > 255:
         white = 65535  # PNG keeps greys above 8 bits as 16
     if low < 0 or high > 65535 or white == 65535 and 0 < high < 4096:
         need = "pass levels=(black, white), such as (0, 4095) for 12 bits, or save it with 8 bits"
-        raise ValueError(f"its greys go from {low:g} to {high:g}, and nothing says which numbers are black and white: {need}")
+        seen = f"its greys go from {low:g} to {high:g}, and nothing says which numbers are black and white"
+        raise ValueError(f"{seen}: {need}")
     return 0, white
 
 
 def _eight_bits(picture, levels):
     grey = np.asarray(picture).astype(np.float64)
     if not np.isfinite(grey).all():
-        raise ValueError(f"{(~np.isfinite(grey)).sum()} of its {grey.size} greys are NaN or infinite: give them a value")
+        count = (~np.isfinite(grey)).sum()
+        raise ValueError(f"{count} of its {grey.size} greys are NaN or infinite: give them a value")
     is_png = getattr(picture, "format", None) == "PNG"
     black, white = levels or grey_levels(grey, picture.mode, is_png)
     scaled = ((grey - black) * (255 / (white - black))).round().clip(0, 255)
@@ -168,9 +170,9 @@ def _check_size(picture, min_size, name):
 # %% ../../nbs/data/images.ipynb #annotated-export
 def read_annotated(
     file: Path | str,
-    hw: tuple[int, int] | None,  # height and width that the annotation was made for; None: not known, as stored
+    hw: tuple[int, int] | None,  # height and width that the annotation was made for; None: as stored
 ) -> Image.Image:
-    "The picture whose pixels an annotation counts, as stored or turned upright; ValueError where neither has its size"
+    "The picture whose pixels an annotation counts, as stored or upright; ValueError where neither has its size"
     stored = read_image(file, upright=False)
     if hw is None or stored.size == (hw[1], hw[0]):
         return stored
@@ -178,7 +180,8 @@ def read_annotated(
     if turned.size == (hw[1], hw[0]):
         return turned
     found = f"image {printable(str(file))} is {stored.height}×{stored.width}"
-    raise ValueError(f"{found}, but its annotation is for {hw[0]}×{hw[1]} (height×width): one of them was resized")
+    wanted = f"its annotation is for {hw[0]}×{hw[1]} (height×width)"
+    raise ValueError(f"{found}, but {wanted}: one of them was resized")
 
 # %% ../../nbs/data/images.ipynb #square-export
 def square_image(
@@ -204,7 +207,7 @@ def image_suffixes() -> set[str]:
 
 
 def walk_folders(path: Path | str) -> Iterator[tuple[Path, list[str], list[str]]]:
-    "Every folder below `path` once, with the sorted names of its folders and files; links come last, loops end"
+    "Every folder below `path` once, with the sorted names of its folders and files; links come last"
     waiting, links, seen = [Path(path)], [], set()
     around = {Path(path).resolve(), *Path(path).resolve().parents}
     while waiting or links:
@@ -274,7 +277,7 @@ def _why_not(file, pattern, known):
         return None
     return "broken links" if file.is_symlink() else "no files"
 
-
+# %% ../../nbs/data/images.ipynb #some-images-export
 def list_images(path: Path | str, pattern: str = "*") -> list[str]:
     "Sorted relative paths of all pictures below `path` whose file name matches; an error where there are none"
     return _some_images(find_images(path, pattern), path, pattern).files
@@ -285,7 +288,8 @@ def _some_images(found, path, pattern):
         wanted = "" if pattern == "*" else f" that match {pattern!r}"
         known = " ".join(sorted(image_suffixes()))
         there = f"; there are {counted(found.skipped)}" if found.skipped else ""
-        raise ValueError(f"no images{wanted} in folder {path}: expected {known} files, there or in sub-folders{there}")
+        expected = f"expected {known} files, there or in sub-folders{there}"
+        raise ValueError(f"no images{wanted} in folder {path}: {expected}")
     return found
 
 # %% ../../nbs/data/images.ipynb #taken-export
@@ -313,7 +317,7 @@ _VIDEO_WORDS = set("clip clips video videos vid sequence sequences seq frames sh
 
 
 def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]:
-    "Group of each path: its `file` or its `folder`; None: the folder where its name says video and it holds numbered frames"
+    "Group of each path: its `file` or its `folder`; None: the folder of numbered frames if its name says video"
     if group_by not in (None, "file", "folder"):
         raise ValueError(f"group_by={group_by!r} is unknown: use 'file' or 'folder'")
     if group_by is None:
@@ -324,7 +328,7 @@ def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]
 
 
 def _are_frames(paths):
-    "Whether all files are numbered and lie in folders such as `clip7`; a class `7` of numbered pictures is no video"
+    "Whether all files are numbered and lie in folders such as `clip7`; a class `7` is no video"
     numbered = all(Path(p).stem.split("_")[0].isdigit() for p in paths)
     parents = {Path(p).parent for p in paths}
     return numbered and all(_VIDEO_WORDS & set(name_words(parent.as_posix())) for parent in parents)
@@ -346,7 +350,7 @@ class ImageFolder(Reader):
         crop: int | Sequence[int] | None = None,  # see `crop_box`
         flip: bool = False,  # mirror half of the pictures at random (torch's random state)
         min_size: int = 8,  # pictures with a shorter side are refused; larger ones are enlarged if need be
-        levels: tuple[float, float] | None = None,  # numbers of black and white in greys of over 8 bits, see `to_rgb`
+        levels: tuple[float, float] | None = None,  # numbers of black and white in greys, see `to_rgb`
     ):
         self.path = Path(path)
         self.size = size

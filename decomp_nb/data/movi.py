@@ -98,7 +98,8 @@ def instance_factors(instances: dict) -> tuple[list[int], dict[str, np.ndarray]]
     "Content of an `_instances.json` → mask label and factors `(k,…)` of each object, without names and ragged boxes"
     visibility = np.asarray(instances["visibility"], float).reshape(-1)
     if np.isnan(visibility).any():
-        raise ValueError(f"visibility of object {np.isnan(visibility).argmax()} is NaN: it has to be a number")
+        first = np.isnan(visibility).argmax()
+        raise ValueError(f"visibility of object {first} is NaN: it has to be a number")
     is_clevr = "x" in instances  # its first row is the background, and its table is padded
     rows = 1 + np.flatnonzero(visibility[1:] > 0) if is_clevr else np.arange(len(visibility))
     factors = {}
@@ -167,7 +168,8 @@ def read_frame(video: DumpVideo, t: int, has_masks: bool, has_factors: bool) -> 
     ids, factors = read_instances(video, t) if has_factors else (label_names(mask) if has_masks else [], {})
     if has_factors and has_masks and (strange := set(label_names(mask)) - set(ids)):
         file = video.beside(t, _MASKS[video.layout])
-        raise ValueError(f"label map {file} has labels {sorted(strange)[:5]}, its instances.json lists objects {ids}")
+        found = f"label map {file} has labels {sorted(strange)[:5]}"
+        raise ValueError(f"{found}, its instances.json lists objects {ids}")
     return np.asarray(picture), mask, ids, factors
 
 
@@ -189,12 +191,13 @@ def dump_split_folders(path: Path, split: str) -> tuple[list[Path], list[str]]:
 
 
 def _videos_of_split(path, split):
-    "Videos of the split's folders, else whole videos by hash of relative paths: the same wherever the set lies; and how"
+    "Videos of the split's folders, else whole videos by hash of relative paths; and how they were chosen"
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}: check the path")
     own, folders = dump_split_folders(path, split)
     if own:
-        return [video for folder in own for video in dump_videos(folder)], f"split by folder names {', '.join(folders)}"
+        how = f"split by folder names {', '.join(folders)}"
+        return [video for folder in own for video in dump_videos(folder)], how
     if folders:
         raise ValueError(f"{path} has split folders {folders} but none for split={split!r}")
     videos = dump_videos(path)

@@ -91,7 +91,8 @@ def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: in
         if len(points) < 6 or len(points) % 2:
             raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
         if max(points[::2]) > width + 1 or max(points[1::2]) > height + 1 or min(points) < -1:
-            raise ValueError(f"a polygon leaves the picture of {height}×{width} (height×width): one of them was resized")
+            found = f"a polygon leaves the picture of {height}×{width} (height×width)"
+            raise ValueError(f"{found}: one of them was resized")
         ImageDraw.Draw(canvas).polygon([p * scale - 0.5 for p in points], fill=1)
     return np.asarray(canvas)[scale // 2::scale, scale // 2::scale].copy()
 
@@ -102,7 +103,8 @@ def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
         return mask_of_polygons(segmentation, height, width)
     made_for = segmentation.get("size", [height, width])
     if list(made_for) != [height, width]:
-        raise ValueError(f"its run lengths are for {made_for[0]}×{made_for[1]}, the picture is {height}×{width} (height×width)")
+        sizes = f"{made_for[0]}×{made_for[1]}, the picture is {height}×{width}"
+        raise ValueError(f"its run lengths are for {sizes} (height×width)")
     runs = segmentation["counts"]
     return mask_of_runs(unpack_runs(runs) if isinstance(runs, str) else runs, height, width)
 
@@ -189,7 +191,8 @@ def _coco_maps(annotations, class_of, w, h, name):
             crowd |= here
             continue
         if a["category_id"] not in class_of:
-            raise ValueError(f"{name}, annotation {a.get('id')}: category_id {a['category_id']} is not in 'categories'")
+            missing = f"category_id {a['category_id']} is not in 'categories'"
+            raise ValueError(f"{name}, annotation {a.get('id')}: {missing}")
         kinds.append(class_of[a["category_id"]])
         masks[here] = len(kinds)
         classes[here] = kinds[-1]
@@ -212,7 +215,8 @@ def _coco_folder(path, split, names):
     places = [path / "images" / f"{split}2017", path / f"{split}2017"]
     found = [place for place in places if place.is_dir()]
     if not found:
-        raise FileNotFoundError(f"there is neither {places[0]} nor {places[1]}: unpack the pictures of split={split!r} there")
+        missing = f"there is neither {places[0]} nor {places[1]}"
+        raise FileNotFoundError(f"{missing}: unpack the pictures of split={split!r} there")
     holding = [place for place in found if names and (place / names[0]).is_file()]
     return (holding or found)[0]
 

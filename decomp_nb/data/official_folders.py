@@ -105,7 +105,8 @@ class OfficialFolder(Reader):
         files = sum(found, [])
         once = sorted(set(files))
         groups = image_groups(once, "folder" if self.columns else "file")
-        rows, how = _official_split(once, split, self.path, groups, own_layout=any(self.path.glob(patterns[0])))
+        own_layout = any(self.path.glob(patterns[0]))
+        rows, how = _official_split(once, split, self.path, groups, own_layout)
         chosen = {once[i] for i in rows}
         self.index = self.files = subsample([file for file in files if file in chosen], n, seed)
         self.taken = f"{len(self.files):,} of {len(files):,} pictures; {how}"
@@ -128,7 +129,7 @@ def _official_files(path, patterns, kind):
 
 
 def _official_split(files, split, path, groups, own_layout):
-    "Positions of a split and how it was made; in the official layouts no folder is a split, `training` of KITTI neither"
+    "Positions of a split and how it was made; in the official layouts no folder is a split"
     if own_layout:
         return split_by_group(groups, split), "all" if split_name(split) == "all" else "split by hash"
     return choose_split(files, split, path, groups)

@@ -229,7 +229,8 @@ def _copy_records(records, file, layout, limit):
         try:
             _append(file, count, record_arrays(read_example(payload), layout))
         except Exception as error:  # whatever a decoder meets in foreign bytes
-            reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}, it is damaged"
+            known = isinstance(error, ValueError)
+            reason = error if known else f"{type(error).__name__} {error}, it is damaged"
             raise ValueError(f"{records}, record {count}: {reason}") from None
         count += 1
     if count == 0:

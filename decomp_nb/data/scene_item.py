@@ -40,7 +40,7 @@ def label_names(mask: np.ndarray, n_background: int = 1) -> list[int]:
 
 
 def object_ids(mask: np.ndarray, max_objects: int, n_background: int = 1) -> list[int]:
-    "Which labels are objects where no table says so: the first `max_objects` if the map has no others, else its own"
+    "Labels of objects where no table lists them: the first `max_objects` if the map has no others, else its own"
     stop = n_background + max_objects
     if mask.max(initial=0) < stop:
         return list(range(n_background, stop))
@@ -122,7 +122,7 @@ def scene_item(
     item["labels"] = {name: _padded(values, max_objects) for name, values in rows.items()}
     return item | {"image_id": printable(image_id)}
 
-
+# %% ../../nbs/data/scene_item.ipynb #check-scene-export
 def _check_scene(image, mask, count, max_objects, image_id):
     if mask is not None and mask.shape != image.shape[:-1]:
         found = f"the mask is {mask.shape} but the image is {image.shape[:-1]}"

@@ -5,7 +5,6 @@
 # %% ../../nbs/data/scenes_h5.ipynb #imports-export
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -75,7 +74,7 @@ def _shape_of_numbers(file, key):
     except ValueError:
         return None
 
-
+# %% ../../nbs/data/scenes_h5.ipynb #h5-rows-parts
 def _count_rows(file, steps):
     "E of `visibility` `[N,E]`, `[N,E,1]` or, for each step, `[N,T,E]`"
     if "visibility" not in file:
@@ -108,7 +107,8 @@ def visible_rows(file: h5py.File, layout: H5Layout) -> np.ndarray | None:
     values = h5_dataset(file, "visibility")[:]
     if np.isnan(values).any():
         where = np.argwhere(np.isnan(values))[0].tolist()
-        raise ValueError(f"{file.filename}: 'visibility' is NaN at {where}: store 0 for rows that are not there")
+        remedy = "store 0 for rows that are not there"
+        raise ValueError(f"{file.filename}: 'visibility' is NaN at {where}: {remedy}")
     return np.reshape(values > 0, (layout.n_scenes, -1, layout.n_rows)).any(1)
 
 
@@ -194,7 +194,7 @@ def read_scene(
     factors = {key: _rows(file, key, at)[ids] for key in file.layout.factors}
     return image, mask, ids, factors
 
-
+# %% ../../nbs/data/scenes_h5.ipynb #names-or-rows-export
 def _names_or_rows(file, scene, mask, rows, count):
     "The rows, which labels are by default; the labels themselves where they are names with gaps"
     if mask is None or mask.max(initial=0) < file.n_background + count:
