@@ -154,6 +154,9 @@ class CocoScenes(Reader):
         entry = self.index[i]
         name = entry["file_name"]
         with reading(f"{self.file}: {name}", "Mend its entries"):
+            if not (self.folder / name).is_file():
+                missing = f"there is no picture {self.folder / name}, which {self.file.name} lists"
+                raise FileNotFoundError(f"{missing}: unpack all pictures there")
             picture = read_annotated(self.folder / name, _size_of(entry))
             maps, kinds = _coco_maps(self.annotations[entry["id"]], self.class_of, *picture.size, name)
         item = cut_alike(picture, maps, self.size, slide=self.slide, flip=self.flip, name=name)
