@@ -77,7 +77,7 @@ _moved = {
     "data.images": {
         "data.home": "find_data",
         "data.hdf5": "open_h5 LazyH5 stored_split H5Photos",
-        "data.reader": "choose=subsample",
+        "data.reader": "choose=subsample split_by_group",
     },
     "data.multi_object": {
         "data.scene_item": "relabel follow_crop scene_item split_by_position clip_starts read_labels read_json",

@@ -21,6 +21,7 @@ from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from .checks import check_pictures
 from .factors import Factors, _join
 
 # %% auto #0
@@ -247,6 +248,8 @@ def fingerprint(module: nn.Module) -> str:
 def _encode_frames(encode: Callable) -> Callable:
     @wraps(encode)
     def wrapped(self, images, *args, **options):
+        if not (self.training or torch.compiler.is_compiling()):  # training data is checked before training
+            check_pictures(images)
         if images.dim() == 4 or self.tracks:
             return encode(self, images, *args, **options)
         return encode(self, images.flatten(0, 1), *args, **options).unfold_time(images.shape[1])

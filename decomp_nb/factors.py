@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from .checks import check_finite
 from .viz.colours import palette
 
 # %% auto #0
@@ -59,7 +60,7 @@ class FactorBatch(FactorTensors):
     def rows(self, index: Index) -> Self:
         "Choose pictures; an `int` keeps the batch axis"
         if isinstance(index, int):
-            index = slice(index, index + 1 or None)
+            index = [range(len(self.codes))[index]]
         return self.each(lambda v: v[index])
 
     def repeat(self, n: int) -> Self:
@@ -85,7 +86,7 @@ def _positions(index: Index, k: int) -> Tensor:
     "Numbers of factors as a tensor `(n,)`, none of them negative; `(b,n)` stays as it is"
     if isinstance(index, Tensor):
         if index.dim() > 1:
-            return index
+            return _check_positions(index, k)
         index = index.cpu()
     if isinstance(index, slice):
         index = range(k)[index]
@@ -95,6 +96,16 @@ def _positions(index: Index, k: int) -> Tensor:
         return torch.arange(k)[index].reshape(-1)
     except IndexError as e:
         raise IndexError(f"factor {index} was named, but there are {k}") from e
+
+
+def _check_positions(index: Tensor, k: int) -> Tensor:
+    "Numbers `(b,n)` of integers, none of them negative; IndexError for a factor that does not exist"
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise IndexError(f"factors of each picture are named by integers (b,n), not {index.dtype}")
+    low, high = index.aminmax() if index.numel() else (0, 0)
+    if low < -k or high >= k:
+        raise IndexError(f"factor {int(high if high >= k else low)} was named, but there are {k}")
+    return index % k
 
 
 def _take(v: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -181,6 +192,7 @@ class Factors(FactorChoice):
         if self.masks is None:
             raise ValueError("these factors have no masks: their method does not assign pixels to factors")
         masks = self.masks.flatten(0, -4).float()
+        check_finite(masks, "masks")
         if size is not None:
             masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
         return masks.argmax(1).unflatten(0, self.masks.shape[:-3])

@@ -340,7 +340,7 @@ def definitions_are_shown(root: Path = ROOT, wanted: float = 0.9):
 
 # --- layers --------------------------------------------------------------------------------------------------------------------------
 
-LAYERS = [{"factors", "decomposer"}, {"data", "worlds", "viz.figures"}, {"components"}, {"methods"},
+LAYERS = [{"checks"}, {"factors", "decomposer"}, {"data", "worlds", "viz.figures"}, {"components"}, {"methods"},
           {"metrics", "training", "official", "viz.mixer", "viz.attribution"}]
 NEIGHBOURS = {("data", "worlds"),  # data sets by name may be drawn ones; worlds read no files
               ("decomposer", "factors")}

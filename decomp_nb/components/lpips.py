@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_pictures
 from .weight_files import read_weights
 
 # %% auto #0
@@ -20,7 +21,12 @@ __all__ = ['check_same_shape', 'layer_distance', 'PerceptualDistance', 'Perceptu
 
 # %% ../../nbs/components/lpips.ipynb #distance-export
 def check_same_shape(images: Tensor, reference: Tensor) -> None:
-    "ValueError where pictures and the pictures they are compared with differ in shape"
+    """ValueError where pictures differ in shape from those they are compared with, or are not in [−1,1].
+
+    Generated ones may overshoot; bytes and [0,1] are told apart, see `check_pictures`.
+    """
+    for name, pictures in (("images", images), ("reference", reference)):
+        check_pictures(pictures, name, limit=20)
     if images.shape != reference.shape:
         raise ValueError(f"images {tuple(images.shape)} and reference {tuple(reference.shape)} differ in shape")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .hdf5 import LazyH5, open_h5
+from ..checks import reading
+from .hdf5 import LazyH5, h5_dataset, open_h5
 from .home import cache_folder
 
 # %% auto #0
@@ -26,10 +27,11 @@ class H5Images:
     def __init__(self, path: Path, key: str):
         self.key = key
         self.data = LazyH5(path)
-        with open_h5(path) as f:
+        with reading(path, "Check what it holds"), open_h5(path) as f:
             if key not in f:
                 raise ValueError(f"{path} has no dataset {key!r}; it has: {', '.join(f)}")
-            self.shape = _check_pictures(f[key].shape, f[key].dtype, f"{path}: {key!r}")
+            pictures = h5_dataset(f, key)
+            self.shape = _check_pictures(pictures.shape, pictures.dtype, f"{path}: {key!r}")
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         "Pictures `(b,h,w,3)` uint8"
@@ -50,22 +52,25 @@ class NpzImages:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}: check the path")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = {Path(m.filename).stem: m for m in archive.infolist()}
-                if key not in members:
-                    raise ValueError(f"{path} has no array {key!r}; it has: {', '.join(members)}")
-                with archive.open(members[key]) as stream:
-                    shape, dtype, self._start = _npy_header(stream)
-                self.shape = _check_pictures(shape, dtype, f"{path}: {key!r}")
-                self.file = path
-                if members[key].compress_type == zipfile.ZIP_STORED:
-                    self._start += _data_start(path, members[key])
-                else:
-                    self.file = _unpacked(archive, members[key], f"{path.stem}_{key}.npy")
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is damaged or no .npz ({error}): download it again") from None
+        with reading(path, "It is damaged or no .npz: download it again"), zipfile.ZipFile(path) as archive:
+            members = {Path(m.filename).stem: m for m in archive.infolist()}
+            if key not in members:
+                raise ValueError(f"{path} has no array {key!r}; it has: {', '.join(members)}")
+            with archive.open(members[key]) as stream:
+                shape, dtype, self._start = _npy_header(stream)
+            self.shape = _check_pictures(shape, dtype, f"{path}: {key!r}")
+            self.file = path
+            if members[key].compress_type == zipfile.ZIP_STORED:
+                self._start += _data_start(path, members[key])
+            else:
+                self.file = _unpacked(archive, members[key], f"{path.stem}_{key}.npy")
+            self._check_length()
         self._array = None
+
+    def _check_length(self):
+        needed = self._start + int(np.prod(self.shape, dtype=object))
+        if self.file.stat().st_size < needed:
+            raise ValueError(f"it is cut short: {self.shape} do not fit into it")
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_array": None}  # every process maps for itself
@@ -102,13 +107,17 @@ def _unpacked(archive, member, name):
     out = folder / name
     if not (out.is_file() and out.stat().st_size == member.file_size):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part, archive.open(member) as packed:
-            shutil.copyfileobj(packed, part, 1 << 20)
-        os.replace(part.name, out)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+            try:
+                with archive.open(member) as packed:
+                    shutil.copyfileobj(packed, part, 1 << 20)
+                os.replace(part.name, out)
+            finally:
+                Path(part.name).unlink(missing_ok=True)
     return out
 
 
 def npz_array(path: Path | str, key: str) -> np.ndarray | None:
     "A small array of an .npz, None where it has none of that name; never unpickles"
-    with np.load(path) as archive:
+    with reading(path, "Download it again"), np.load(path) as archive:
         return archive[key] if key in archive.files else None

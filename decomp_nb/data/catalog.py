@@ -8,8 +8,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-import os
-import re
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -18,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checks import check_range, reading, value_range
 from .clevrtex import ClevrTex
 from .dsprites import DSprites
 from .factor_files import MPI3D, Cars3D, CelebA, Falcor3D, SmallNORB
 from .hdf5 import H5Photos, open_h5
 from .home import data_home, find_data
-from .images import ImageFolder
+from .images import ImageFolder, walk_folders
 from .movi import MoviDump
 from .natural import CocoScenes, VocScenes
 from .official_folders import FOLDERS, OfficialFolder
-from .reader import split_name
+from .reader import evenly, name_words, split_in_name, split_name
 from .records import RECORD_LAYOUTS, ClevrWithMasks, ObjectRecords
 from .scenes_h5 import H5Edits, H5Scenes
 from .shapes3d import Shapes3D
@@ -85,8 +84,7 @@ def _format_of_folder(path):
     for mark, kind in _FOLDER_MARKS:
         if any(path.glob(mark)):
             return kind
-    for _, folders, files in os.walk(path, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+    for _, _, files in walk_folders(path):
         patterns = ("CLEVRTEX_*_??????.png", "*_image.png", "*_mask.png", "*.png", "*.jpg")
         seen = {p for p in patterns if fnmatch.filter(files, p)}
         if "CLEVRTEX_*_??????.png" in seen:
@@ -99,7 +97,7 @@ def _format_of_folder(path):
 
 
 def _format_of_h5(path):
-    with open_h5(path) as f:
+    with reading(path, "Check what it holds"), open_h5(path) as f:
         keys = list(f)
     if {"images", "labels"} <= set(keys):
         return "shapes3d"
@@ -111,7 +109,7 @@ def _format_of_h5(path):
 
 # %% ../../nbs/data/catalog.ipynb #formats-more-export
 def _format_of_npz(path):
-    with zipfile.ZipFile(path) as archive:
+    with reading(path, "Download it again"), zipfile.ZipFile(path) as archive:
         arrays = [Path(name).stem for name in archive.namelist()]
     if "imgs" in arrays:
         return "dsprites"
@@ -124,13 +122,11 @@ def _record_layout(path):
     return next((layout for layout in RECORD_LAYOUTS if layout in path.name), "clevr_with_masks")
 
 # %% ../../nbs/data/catalog.ipynb #split-file-export
-_OF_SPLIT = re.compile(r"(.+)_(train|val|validation|test)")
-
-
 def _family(file):
     "Family and split that a file's name tells, such as (clevr6, train); None if it tells none"
-    name = _OF_SPLIT.fullmatch(file.stem)
-    return name and (name[1], split_name(name[2]))
+    its = split_in_name(file.stem)
+    rest = [word for word in name_words(file.stem) if not split_in_name(word)]
+    return its and ("_".join(rest), its)
 
 
 def split_file(folder: Path | str, split: str) -> tuple[Path, str]:
@@ -305,6 +301,22 @@ def _check_has_masks(item, ds, need_masks, name):
         raise ValueError(f"{name} has masks but no attribute 'max_objects'")
     check_masks(item, ds.max_objects, name)
 
+# %% ../../nbs/data/catalog.ipynb #check-together-export
+def _check_together(items, name):
+    "What one item alone cannot tell: whether pictures are in [0,1]"
+    ranges = [value_range(item["image"]) for item in items]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if len(items) > 1:
+        check_range(low, high, f"the pictures of {name}")
+
+
+def _check_objects(ds, items, name):
+    "ValueError where the label maps of up to 32 items, spread evenly, show no object at all"
+    more = (ds[i] for i in evenly(len(ds), 32))
+    if not any(item["masks"].any() for item in (*items, *more)):
+        what = f"the masks of {name} show no object in {min(32, len(ds))} items"
+        raise ValueError(f"{what}: 0 is background, check which labels the files use")
+
 # %% ../../nbs/data/catalog.ipynb #validate-dataset-export
 def validate_dataset(
     ds: Dataset,  # anything that should keep the data set contract
@@ -315,17 +327,26 @@ def validate_dataset(
     multiple_of: int | None = None,  # the model's total stride
     check_files: int | None = None,  # items to read beforehand; None = 10,000 pictures, 200 of other files
 ) -> None:
-    "Check files, first and last item before any training step; what is wrong raises an error that says what to do"
+    """Check files and some items before any training step; what is wrong raises an error that says what to do.
+
+    Prints one line that says how many of how many pictures a reader of files takes, and how it made the split.
+    """
     name = repr(ds) if type(ds).__repr__ is not object.__repr__ else type(ds).__name__
     _check_set(ds, name, batch_size)
     _check_sides(ds, name, image_size, multiple_of)
     default = 10_000 if isinstance(ds, (ImageFolder, H5Photos)) else 200
     if hasattr(ds, "check") and check_files != 0:
         ds.check(default if check_files is None else check_files)
-    items = [ds[0], ds[len(ds) - 1]]
-    for item in items:
-        check_image(item, ds.size, name)
-        _check_has_masks(item, ds, need_masks, name)
+    with torch.random.fork_rng(devices=[]):  # looking changes no random flip that follows
+        items = [ds[i] for i in evenly(len(ds), 8)]
+        for item in items:
+            check_image(item, ds.size, name)
+            _check_has_masks(item, ds, need_masks, name)
+        _check_together(items, name)
+        if "masks" in items[0]:
+            _check_objects(ds, items, name)
+    if getattr(ds, "taken", ""):
+        print(f"{ds.path.name}: {ds.taken}")
     try:
         torch.utils.data.default_collate(items)
     except (RuntimeError, KeyError, TypeError) as error:

@@ -8,30 +8,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
+
+from .images import list_images, read_image, to_image_tensor
+from .reader import split_folders, split_name
 
 # %% auto #0
 __all__ = ['class_folders', 'NumberedPictures']
 
 # %% ../../nbs/data/class_folders.ipynb #folders-export
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+def _class_names(root):
+    "Folders below a root, without what systems and editors leave there"
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {root}")
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    if not names:
+        raise FileNotFoundError(f"no class folders in {root}")
+    return names
 
 
+def _root_of_split(root, split):
+    "Below a root of split folders the one of the split, else the root; and whether there are split folders"
+    if not root.is_dir():
+        return root, False
+    names = [p.name for p in root.iterdir() if p.is_dir()]
+    told = dict(zip(names, split_folders([f"{name}/x" for name in names])))
+    if not any(told.values()):
+        return root, False
+    own = sorted(name for name, its in told.items() if its and its[0] == split_name(split))
+    if not own:
+        there = sorted(filter(told.get, names))
+        raise ValueError(f"{root} has split folders {there} but none for split={split!r}")
+    return root / own[0], True
+
+# %% ../../nbs/data/class_folders.ipynb #class-files-export
 def _pair_roots(roots, names):
     "The folder of each class"
     several = not isinstance(roots, (str, Path))
     if names is None:
         if several:
             raise ValueError("several roots were given: name the class folder of each")
-        if not Path(roots).is_dir():
-            raise FileNotFoundError(f"no folder at {roots}")
-        names = sorted(p.name for p in Path(roots).iterdir() if p.is_dir())
-        if not names:
-            raise FileNotFoundError(f"no class folders in {roots}")
+        names = _class_names(Path(roots))
     roots = list(roots) if several else [roots] * len(names)
     if len(roots) != len(names):
         raise ValueError(f"{len(roots)} roots for {len(names)} class folders: give one root, or one for each")
@@ -42,9 +61,10 @@ def _class_files(folder, each, split):
     "The first `each` pictures of a folder for training, the next ones for validation; −1 for all"
     if not folder.is_dir():
         raise FileNotFoundError(f"no class folder at {folder}")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS)
-    if not found:
-        raise FileNotFoundError(f"class folder {folder} is empty: it needs pictures ({', '.join(_ENDINGS)})")
+    try:
+        found = [folder / file for file in list_images(folder)]
+    except ValueError as error:
+        raise FileNotFoundError(f"class folder {folder} is empty: {error}") from None
     if each < 0:
         return found
     start = each if split == "val" else 0
@@ -58,13 +78,12 @@ def _class_files(folder, each, split):
 # %% ../../nbs/data/class_folders.ipynb #folders-read-export
 def _read_square(path, size, center_crop):
     "A picture `(3,size,size)` in [−1,1]"
-    picture = Image.open(path).convert("RGB")
+    picture = read_image(path)
     if center_crop:
         side = min(picture.size)
         left, top = ((s - side) // 2 for s in picture.size)
         picture = picture.crop((left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(picture.resize((size, size), Image.BICUBIC)))
-    return rearrange(pixels, "h w c -> c h w").float() / 127.5 - 1
+    return to_image_tensor(picture.resize((size, size), Image.BICUBIC))
 
 
 def class_folders(
@@ -80,9 +99,14 @@ def class_folders(
     "Pictures of class folders: `image` `(n,3,h,w)`, `label` `(n,)`, `names`, `paths`"
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r}: choose 'train' or 'val'")
+    if isinstance(roots, str | Path):
+        roots, by_folders = _root_of_split(Path(roots), split)
+    else:
+        places = [_root_of_split(Path(root), split) for root in roots]
+        roots, by_folders = [place for place, _ in places], any(inside for _, inside in places)
     folders = _pair_roots(roots, names)
     each = -1 if n_per_class < 0 else max(n_concepts, len(folders)) * n_per_class // len(folders)
-    files = [_class_files(folder, each, split) for folder in folders]
+    files = [_class_files(folder, each, "train" if by_folders else split) for folder in folders]
     paths = [path for found in files for path in found]
     labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(found) for found in files]))
     return {

@@ -5,7 +5,6 @@
 # %% ../../nbs/data/clevrtex.ipynb #imports-export
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from operator import itemgetter
@@ -13,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .images import read_image
-from .reader import evenly, subsample
-from .scene_item import SceneReader, read_json, read_labels
+from ..checks import reading
+from .images import read_annotated, walk_folders
+from .reader import choose_split, evenly, split_folders, subsample
+from .scene_item import SceneReader, label_names, read_json, read_labels
 
 # %% auto #0
-__all__ = ['clevrtex_factors', 'clevrtex_files', 'clevrtex_objects', 'clevrtex_classes', 'ClevrTex']
+__all__ = ['clevrtex_factors', 'clevrtex_files', 'clevrtex_objects', 'object_labels', 'clevrtex_classes', 'ClevrTex']
 
 # %% ../../nbs/data/clevrtex.ipynb #clevrtex-objects-export
 def clevrtex_factors(objects: list[dict], classes: dict[str, list[str]]) -> dict[str, np.ndarray]:
@@ -45,19 +45,32 @@ def clevrtex_files(path: Path | str) -> list[str]:
     if not Path(path).is_dir():
         raise FileNotFoundError(f"there is no folder {path}: check the path")
     files = []
-    for folder, _, names in os.walk(path, followlinks=True):
-        inside = Path(folder).relative_to(path)
+    for folder, _, names in walk_folders(path):
+        inside = folder.relative_to(path)
         scenes = filter(re.compile(r"CLEVRTEX_[a-z]+_\d{6}\.png").fullmatch, names)
         files += [(inside / name).as_posix() for name in scenes]
     if not files:
         raise ValueError(f"no CLEVRTEX_<variant>_<number>.png in folder {path} or below it")
     return sorted(files, key=lambda file: (file[-10:], file))  # 000123.png
 
-
+# %% ../../nbs/data/clevrtex.ipynb #clevrtex-labels-export
 def clevrtex_objects(file: Path) -> list[dict]:
     "Objects of the picture `file`, from the JSON file beside it, by `index`"
-    objects = read_json(file.with_suffix(".json"))["objects"]
-    return sorted(objects, key=itemgetter("index"))
+    table = file.with_suffix(".json")
+    with reading(table, "Replace the file"):
+        return sorted(read_json(table)["objects"], key=itemgetter("index"))
+
+
+def object_labels(objects: list[dict], mask: np.ndarray, name: str) -> list[int]:
+    "Label of each object: its `index`, or one more where a set counts from 0 and 0 is the background"
+    ids = [int(o["index"]) for o in objects]
+    seen = set(label_names(mask))
+    if 0 in ids and seen <= {i + 1 for i in ids}:
+        return [i + 1 for i in ids]
+    if 0 in ids or ids and seen and not seen & set(ids):
+        found = f"its label map has labels {sorted(seen)[:9]}, its JSON file objects {ids}"
+        raise ValueError(f"{name}: {found}: 0 is the background, and a label is the index of its object")
+    return ids
 
 
 def clevrtex_classes(files: Sequence[Path]) -> dict[str, list[str]]:
@@ -88,21 +101,31 @@ class ClevrTex(SceneReader):
         super().__init__(path, size, max_objects or 10, split, crop)
         files = clevrtex_files(path)
         self.factor_names = factor_names or clevrtex_classes([self.path / file for file in files])
-        start, stop = (int(len(files) * share) for share in _TENTHS[self.split])
-        files = self.keep_small(files[start:stop], max_objects, self._count)
-        self.index = self.files = subsample(files, n, seed)
+        chosen, how = _clevrtex_split(files, self.split, self.path)
+        in_split = self.keep_small([files[i] for i in chosen], max_objects, self._count)
+        self.index = self.files = subsample(in_split, n, seed)
+        self.taken = f"{len(self.files):,} of {len(files):,} scenes; {how}"
 
     def __getitem__(self, i: int) -> dict:
         file = self.path / self.files[i]
-        image = np.asarray(read_image(file))
         mask = read_labels(file.with_name(f"{file.stem}_flat.png"))
+        image = np.asarray(read_annotated(file, mask.shape))
         objects = clevrtex_objects(file)
         try:
             factors = clevrtex_factors(objects, self.factor_names)
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error} in its JSON file; list all classes in factor_names=") from None
-        ids = [o["index"] for o in objects]
+        ids = object_labels(objects, mask, str(file))
         return self.make_item(image, mask, ids, factors, name=self.files[i].removesuffix(".png"))
 
     def _count(self, file):
         return len(clevrtex_objects(self.path / file))
+
+# %% ../../nbs/data/clevrtex.ipynb #clevrtex-split-export
+def _clevrtex_split(files, split, path):
+    "Positions of a split's files: by folders that are splits, else by tenths of the numbers; and how"
+    if any(split_folders(files)):
+        return choose_split(files, split, path)
+    start, stop = (int(len(files) * share) for share in _TENTHS[split])
+    by_position = "split by position: the first tenth is test, the second val"
+    return range(start, stop), "all" if split == "all" else by_position

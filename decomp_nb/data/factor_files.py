@@ -16,6 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from ..checks import reading
 from .arrays import NpzImages
 from .factors import GRIDS, FactorGrid, FactorImages, sub_grid
 from .images import list_images, read_image, resize_crop, square_image, to_image_tensor
@@ -95,7 +96,7 @@ def _car(file, size):
     from scipy.io import loadmat
     try:
         views = loadmat(str(file), variable_names=["im"]).get("im")
-    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+    except Exception as error:  # scipy's decoder raises anything
         raise ValueError(f"{file} is no MATLAB file of version 5 ({error})") from None
     if views is None or views.ndim != 5 or views.shape[2] != 3 or views.dtype != np.uint8:
         found = None if views is None else (views.dtype, views.shape)
@@ -117,10 +118,12 @@ def read_norb(path: Path | str) -> np.memmap:
     head = np.fromfile(path, "<i4", 2).tolist()
     if len(head) < 2 or head[0] not in _NORB_TYPES:
         raise ValueError(f"{path} is not in NORB's format (it begins with {head})")
+    if not 0 < head[1] < 9:
+        raise ValueError(f"{path} is damaged: its array would have {head[1]} axes")
     numbers = 2 + max(3, head[1])
     shape = tuple(np.fromfile(path, "<i4", numbers)[2:2 + head[1]].tolist())
     dtype = np.dtype(_NORB_TYPES[head[0]])
-    if path.stat().st_size < 4 * numbers + math.prod(shape) * dtype.itemsize:
+    if min(shape, default=0) < 1 or path.stat().st_size < 4 * numbers + math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{path} is cut short: {shape} do not fit into it")
     return np.memmap(path, dtype, "r", 4 * numbers, shape)
 
@@ -217,6 +220,11 @@ def _read_attributes(path):
     lists = path / "list_attr_celeba.txt"
     if not lists.is_file():
         raise FileNotFoundError(f"there is no {lists}: CelebA's attributes come in that file")
+    with reading(lists, "Download it again"):
+        return _attribute_table(lists)
+
+
+def _attribute_table(lists):
     count, names, *lines = _words(lists)
     if count != [str(len(lines))] or any(len(line) != len(names) + 1 for line in lines):
         found = f"it announces {count[0]} rows of {len(names)} attributes, and has {len(lines)}"

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checks import reading
 from .images import read_image, square_image
 from .reader import Reader, evenly, split_by_group, split_name, subsample
 
 # %% auto #0
-__all__ = ['open_h5', 'LazyH5', 'stored_split', 'H5Photos']
+__all__ = ['open_h5', 'h5_dataset', 'json_attribute', 'LazyH5', 'stored_split', 'H5Photos']
 
 # %% ../../nbs/data/hdf5.ipynb #open-h5-export
 def open_h5(path: Path | str):
@@ -32,8 +33,38 @@ def open_h5(path: Path | str):
         raise ValueError(f"{path} is not an HDF5 file (it begins with {start!r}): download it again")
     try:
         return h5py.File(path, "r", locking=False)
-    except OSError as error:
+    except Exception as error:
+        if "open for write" in str(error) or "locking flag" in str(error):
+            what = "is still open for writing, or its writer was killed"
+            remedy = "close it there first, or run h5clear -s on it"
+            raise ValueError(f"{path} {what} ({error}): {remedy}") from None
         raise ValueError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
+
+# %% ../../nbs/data/hdf5.ipynb #h5-dataset-export
+def h5_dataset(file, key: str, numbers: bool = True):
+    "The dataset `key` of an open file; ValueError that says what lies there instead"
+    import h5py
+    name = f"{file.filename}: {key!r}"
+    try:
+        entry = file[key]
+    except Exception as error:
+        raise ValueError(f"{name} leads nowhere ({error}): a link is broken") from None
+    if not isinstance(entry, h5py.Dataset):
+        inside = f" of {', '.join(entry) or 'nothing'}" if isinstance(entry, h5py.Group) else ""
+        raise ValueError(f"{name} is a {type(entry).__name__.lower()}{inside}, expected is a dataset")
+    if entry.shape is None or numbers and entry.dtype.kind not in "biuf":
+        held = "nothing" if entry.shape is None else entry.dtype
+        raise ValueError(f"{name} holds {held}, expected are numbers")
+    return entry
+
+
+def json_attribute(file, name: str, default: str) -> dict | list:
+    "An attribute of an open file that holds JSON; ValueError that names it"
+    with reading(f"{file.filename}: attribute {name!r}", "Store JSON there"):
+        content = json.loads(file.attrs.get(name, default))
+        if type(content) is not type(json.loads(default)):
+            raise ValueError(f"it is {content!r:.40}, expected is JSON like {default}")
+        return content
 
 # %% ../../nbs/data/hdf5.ipynb #lazy-h5-export
 class LazyH5:
@@ -68,10 +99,10 @@ class LazyH5:
         if key not in self._sets:  # looking a name up costs as much as reading a small picture
             if key not in file:
                 raise ValueError(f"{self.path} has no dataset {key!r}; it has: {', '.join(file)}")
-            self._sets[key] = file[key]
+            self._sets[key] = h5_dataset(file, key, numbers=False)
         try:
             return self._sets[key][index]
-        except OSError as error:
+        except Exception as error:
             message = f"{self.path}: {key!r}[{index}] is damaged ({error}): copy or download the file again"
             raise ValueError(message) from None
 
@@ -89,13 +120,22 @@ def stored_split(file, split: str) -> list[int] | None:
 
 def _stored_names(file):
     "The split of every row, by its short name"
-    names = json.loads(file.attrs.get("split_names", "[]"))
-    stored = file["split"][:].tolist()
+    names = json_attribute(file, "split_names", "[]")
+    stored = h5_dataset(file, "split", numbers=False)[:].tolist()
     if not names and not isinstance(stored[0], bytes):
         missing = "there is no attribute 'split_names' that names them"
         raise ValueError(f"{file.filename}: 'split' holds numbers, but {missing}")
-    words = [s.decode() if isinstance(s, bytes) else names[s] for s in stored]
-    return [split_name(word) for word in words]
+    return [split_name(_split_word(s, names, file)) for s in stored]
+
+
+def _split_word(stored, names, file):
+    "The word of a row: itself, or the one that its number stands for"
+    if isinstance(stored, bytes):
+        return stored.decode()
+    if isinstance(stored, int) and 0 <= stored < len(names):
+        return names[stored]
+    expected = f"expected are names or places in 'split_names' {names}"
+    raise ValueError(f"{file.filename}: 'split' holds {stored!r}, {expected}")
 
 # %% ../../nbs/data/hdf5.ipynb #h5-photos-export
 class H5Photos(Reader):
@@ -120,12 +160,15 @@ class H5Photos(Reader):
         self.flip = flip
         self.split = split_name(split)
         self.data = LazyH5(path)
-        with open_h5(path) as f:
+        with reading(path, "Check what it holds"), open_h5(path) as f:
             self._names, groups = _photo_names(f)
             self.class_names = _class_names(f)
             self._subjects, self._class = _photo_subjects(f, self.class_names)
             chosen = stored_split(f, split)
         self.index = subsample(split_by_group(groups, split) if chosen is None else chosen, n, seed)
+        how = "split by hash of clips or names" if chosen is None else "split as stored in the file"
+        how = "all" if self.split == "all" else how
+        self.taken = f"{len(self.index):,} of {len(self._names):,} pictures; {how}"
 
     def __getitem__(self, i: int) -> dict:
         row = self.index[i]
@@ -144,13 +187,15 @@ class H5Photos(Reader):
 # %% ../../nbs/data/hdf5.ipynb #h5-photos-names
 def _texts(file, key):
     "The strings of a dataset; None where there is none"
-    return [value.decode() for value in file[key][:]] if key in file else None
+    return [value.decode() for value in h5_dataset(file, key, numbers=False)[:]] if key in file else None
 
 
 def _photo(photos, row, at_least):
     "The decoded picture of a row"
-    data = photos.data.read("jpeg", row).tobytes()
-    return read_image(data, f"{photos.path} [{row}] {photos._names[row]}", at_least=at_least)
+    name = f"{photos.path} [{row}] {photos._names[row]}"
+    with reading(name, "Store the bytes of a JPEG there"):
+        data = np.asarray(photos.data.read("jpeg", row), np.uint8).tobytes()
+    return read_image(data, name, at_least=at_least)
 
 
 def _photo_labels(photos, row):
@@ -162,13 +207,14 @@ def _photo_labels(photos, row):
         labels["class_index"] = torch.tensor(photos._class[row])
     return labels
 
-
+# %% ../../nbs/data/hdf5.ipynb #h5-photos-labels
 def _photo_names(file):
     "What to call each picture, and what it must stay together with: its clip, or it is alone"
     if "jpeg" not in file:
         there = ", ".join(file)
         raise ValueError(f"{file.filename} has no dataset 'jpeg' with one JPEG file per row; it has: {there}")
-    frames = file["frame"][:].tolist() if "frame" in file else range(len(file["jpeg"]))
+    pictures = h5_dataset(file, "jpeg", numbers=False)
+    frames = h5_dataset(file, "frame")[:].tolist() if "frame" in file else range(len(pictures))
     numbers = [f"{t:06d}" for t in frames]
     clips = _texts(file, "clip")
     names = _texts(file, "name")
@@ -180,13 +226,14 @@ def _photo_names(file):
 
 def _class_names(file):
     "Names of the classes; None where the pictures have none"
-    return json.loads(file.attrs["classes"]) if "label" in file and "classes" in file.attrs else None
+    known = "label" in file and "classes" in file.attrs
+    return json_attribute(file, "classes", "[]") if known else None
 
 
 def _photo_subjects(file, classes):
     "What each picture shows, and its class; None where the file does not tell"
     if classes:
-        codes = file["label"][:].astype(int).tolist()
+        codes = h5_dataset(file, "label")[:].astype(int).tolist()
         return [classes[code] for code in codes], codes
     subjects = _texts(file, "subject")
     return subjects and [s.rstrip("0123456789").replace("_", " ") for s in subjects], None

@@ -8,40 +8,86 @@ from __future__ import annotations
 import fnmatch
 import io
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, features
 from torch import Tensor
 
-from .reader import SPLIT_NAMES, Reader, evenly, split_by_group, split_name, subsample
+from ..checks import printable, reading
+from .reader import Reader, choose_split, evenly, name_words, split_name, subsample
 
 # %% auto #0
-__all__ = ['to_rgb', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'square_image', 'list_images', 'image_groups',
-           'ImageFolder']
+__all__ = ['turn_upright', 'to_rgb', 'grey_levels', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'read_annotated',
+           'square_image', 'image_suffixes', 'walk_folders', 'FoundImages', 'find_images', 'list_images', 'counted',
+           'taken_of', 'image_groups', 'ImageFolder']
 
 # %% ../../nbs/data/images.ipynb #to-rgb-export
-def to_rgb(picture: Image.Image) -> Image.Image:
-    "Any PIL mode → upright RGB: EXIF rotation, transparency over white, 16-bit and float greys to 8 bits"
-    picture = ImageOps.exif_transpose(picture)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_upright(picture: Image.Image) -> Image.Image:
+    "The picture as its EXIF orientation says it is to be seen; as it is where EXIF is missing or broken"
+    try:
+        turn = _TURNS.get(picture.getexif().get(0x0112))
+    except Exception:  # EXIF is written by everybody; its decoder raises anything
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def to_rgb(
+    picture: Image.Image,
+    levels: tuple[float, float] | None = None,  # numbers of black and white in greys; None: see above
+    *,
+    upright: bool = True,  # turned as EXIF says; else as stored
+) -> Image.Image:
+    "Any PIL mode → RGB: EXIF rotation, transparency over white, 16-bit and float greys to 8 bits"
+    picture = turn_upright(picture) if upright else picture
     if picture.mode.startswith(("I", "F")):
-        grey = np.asarray(picture).astype(np.float64)
-        scaled = (grey * (255 / _white(picture.mode, grey))).round().clip(0, 255)
-        picture = Image.fromarray(scaled.astype(np.uint8))
+        picture = _eight_bits(picture, levels)
     if {"A", "a"} & set(picture.getbands()) or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    rgb = picture.convert("RGB")
+    rgb.info = {}  # else the next who asks would turn it again
+    return rgb
+
+# %% ../../nbs/data/images.ipynb #grey-levels-export
+def grey_levels(grey: np.ndarray, mode: str, is_png: bool = False) -> tuple[float, float]:
+    "The numbers of black and white in a PIL picture of mode I or F; ValueError where nothing says so"
+    low, high = float(grey.min()), float(grey.max())
+    white = 1 if mode == "F" and high <= 1 else 255
+    if mode.startswith("I;16") or is_png or high > 255:
+        white = 65535  # PNG keeps greys above 8 bits as 16
+    if low < 0 or high > 65535 or white == 65535 and 0 < high < 4096:
+        need = "pass levels=(black, white), such as (0, 4095) for 12 bits, or save it with 8 bits"
+        seen = f"its greys go from {low:g} to {high:g}, and nothing says which numbers are black and white"
+        raise ValueError(f"{seen}: {need}")
+    return 0, white
 
 
-def _white(mode, grey):
-    "The number that stands for white"
-    if mode.startswith("I;16") or grey.max() > 255:
-        return 65535
-    return 1 if mode == "F" and grey.max() <= 1 else 255
+def _eight_bits(picture, levels):
+    grey = np.asarray(picture).astype(np.float64)
+    if not np.isfinite(grey).all():
+        count = (~np.isfinite(grey)).sum()
+        raise ValueError(f"{count} of its {grey.size} greys are NaN or infinite: give them a value")
+    is_png = getattr(picture, "format", None) == "PNG"
+    black, white = levels or grey_levels(grey, picture.mode, is_png)
+    scaled = ((grey - black) * (255 / (white - black))).round().clip(0, 255)
+    return Image.fromarray(scaled.astype(np.uint8))
 
 # %% ../../nbs/data/images.ipynb #to-image-tensor-export
 def to_image_tensor(picture: Image.Image | np.ndarray) -> Tensor:
@@ -94,29 +140,48 @@ def read_image(
     *,
     at_least: int | None = None,  # JPEGs may be decoded at a smaller scale with sides ≥ this, times faster
     min_size: int = 1,  # pictures whose shorter side is smaller are refused
+    levels: tuple[float, float] | None = None,  # numbers of black and white, see `to_rgb`
+    upright: bool = True,  # turned as EXIF says; else as stored (of TIFF, Pillow itself turns some)
 ) -> Image.Image:
-    "Decode one picture to upright RGB; ValueError names one that is damaged, cut short, too small or none at all"
-    name = name or str(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+    "Decode one picture to RGB; ValueError names one that is damaged, cut short, too small or none at all"
+    name = printable(name or str(source))
+    with reading(f"image {name}"):
+        with _opened(source) as picture:
             _check_size(picture, min_size, name)
             if at_least:
                 picture.draft("RGB", (at_least, at_least))
             picture.load()
-            return to_rgb(picture)
-    except FileNotFoundError:
-        raise
+            with reading(f"image {name}", remedy=""):  # its numbers are at fault, not the file
+                return to_rgb(picture, levels, upright=upright)
+
+
+def _opened(source):
+    try:
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Image.UnidentifiedImageError:
-        reason = "its content is no picture format that PIL knows"
-    except (OSError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        reason = str(error)
-    raise ValueError(f"cannot read image {name}: {reason}. Delete or replace the file")
+        raise ValueError("its content is no picture format that PIL knows") from None
 
 
 def _check_size(picture, min_size, name):
     if min(picture.size) < min_size:
         size = f"{picture.width}x{picture.height}"
         raise ValueError(f"image {name} is {size}, smaller than min_size={min_size}: remove it or lower min_size")
+
+# %% ../../nbs/data/images.ipynb #annotated-export
+def read_annotated(
+    file: Path | str,
+    hw: tuple[int, int] | None,  # height and width that the annotation was made for; None: as stored
+) -> Image.Image:
+    "The picture whose pixels an annotation counts, as stored or upright; ValueError where neither has its size"
+    stored = read_image(file, upright=False)
+    if hw is None or stored.size == (hw[1], hw[0]):
+        return stored
+    turned = read_image(file)
+    if turned.size == (hw[1], hw[0]):
+        return turned
+    found = f"image {printable(str(file))} is {stored.height}×{stored.width}"
+    wanted = f"its annotation is for {hw[0]}×{hw[1]} (height×width)"
+    raise ValueError(f"{found}, but {wanted}: one of them was resized")
 
 # %% ../../nbs/data/images.ipynb #square-export
 def square_image(
@@ -130,53 +195,143 @@ def square_image(
     return image.flip(-1) if flip and torch.rand(()) < 0.5 else image
 
 # %% ../../nbs/data/images.ipynb #list-images-export
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_IMAGE_SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split())
+_WITH_CODEC = {".avif": "avif", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # where Pillow was built with it
+_WITH_PLUGIN = {".heic", ".heif"}  # where a plugin such as pillow-heif was registered
 
 
-def _is_image(file, pattern):
-    known = Path(file).suffix.lower() in _IMAGE_SUFFIXES
-    return known and not file.startswith(".") and fnmatch.fnmatch(file, pattern)
+def image_suffixes() -> set[str]:
+    "Endings of the files that can be read here"
+    codecs = {suffix for suffix, codec in _WITH_CODEC.items() if codec in features.get_supported()}
+    return _IMAGE_SUFFIXES | codecs | (_WITH_PLUGIN & set(Image.registered_extensions()))
 
 
+def walk_folders(path: Path | str) -> Iterator[tuple[Path, list[str], list[str]]]:
+    "Every folder below `path` once, with the sorted names of its folders and files; links come last"
+    waiting, links, seen = [Path(path)], [], set()
+    around = {Path(path).resolve(), *Path(path).resolve().parents}
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop(0)
+        if seen and folder.resolve() in around:
+            continue  # a link back to the set, or to what it lies in
+        known = folder.stat()
+        if (known.st_dev, known.st_ino) in seen:
+            continue
+        seen.add((known.st_dev, known.st_ino))
+        entries = sorted(os.scandir(folder), key=_name)
+        folders = [e for e in entries if e.is_dir() and not e.name.startswith((".", "__"))]
+        yield folder, [e.name for e in folders], [e.name for e in entries if not e.is_dir()]
+        links += [Path(e.path) for e in folders if e.is_symlink()]
+        waiting += [Path(e.path) for e in reversed(folders) if not e.is_symlink()]
+
+
+def _name(entry):
+    return entry.name
+
+# %% ../../nbs/data/images.ipynb #find-images-export
+class FoundImages(NamedTuple):
+    "What lies below a folder"
+    files: list[str]  # relative paths of the pictures, sorted
+    skipped: Counter  # kind of file → how many were left out
+
+
+def find_images(path: Path | str, pattern: str = "*") -> FoundImages:
+    "All pictures below `path` whose file name matches, each once, and what was left out"
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"there is no image folder {printable(str(path))}: check the path")
+    files, links, skipped = [], [], Counter()
+    known = image_suffixes()
+    for folder, _, names in walk_folders(path):
+        for file in (folder / name for name in names):
+            if why := _why_not(file, pattern, known):
+                skipped[why] += 1
+            else:
+                (links if file.is_symlink() else files).append(file)
+    new = _new_targets(files, links)
+    skipped["links to the same file"] = len(links) - len(new)
+    del skipped["hidden"]
+    taken = sorted(file.relative_to(path).as_posix() for file in files + new)
+    return FoundImages(taken, +skipped)
+
+
+def _new_targets(files, links):
+    "Links to files that are not there already"
+    targets = {file.resolve() for file in files} if links else set()
+    new = []
+    for link in links:
+        if link.resolve() not in targets:
+            new.append(link)
+        targets.add(link.resolve())
+    return new
+
+
+def _why_not(file, pattern, known):
+    "Why a file is not taken, in a word or two; None where it is"
+    if file.name.startswith(".") or file.name in ("Thumbs.db", "desktop.ini"):
+        return "hidden"
+    if file.suffix.lower() not in known:
+        return file.suffix.lower() or "without ending"
+    if not fnmatch.fnmatch(file.name, pattern):
+        return f"unlike {pattern!r}"
+    if file.is_file():
+        return None
+    return "broken links" if file.is_symlink() else "no files"
+
+# %% ../../nbs/data/images.ipynb #some-images-export
 def list_images(path: Path | str, pattern: str = "*") -> list[str]:
     "Sorted relative paths of all pictures below `path` whose file name matches; an error where there are none"
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"there is no image folder {path}: check the path")
-    found = []
-    for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith((".", "__"))]
-        inside = Path(folder).relative_to(path)
-        found += [(inside / f).as_posix() for f in files if _is_image(f, pattern)]
-    if not found:
+    return _some_images(find_images(path, pattern), path, pattern).files
+
+
+def _some_images(found, path, pattern):
+    if not found.files:
         wanted = "" if pattern == "*" else f" that match {pattern!r}"
-        known = " ".join(sorted(_IMAGE_SUFFIXES))
-        raise ValueError(f"no images{wanted} in folder {path}: expected {known} files, there or in sub-folders")
-    return sorted(found)
+        known = " ".join(sorted(image_suffixes()))
+        there = f"; there are {counted(found.skipped)}" if found.skipped else ""
+        expected = f"expected {known} files, there or in sub-folders{there}"
+        raise ValueError(f"no images{wanted} in folder {path}: {expected}")
+    return found
+
+# %% ../../nbs/data/images.ipynb #taken-export
+def counted(kinds: Counter) -> str:
+    "`178 .heic, 2 broken links`"
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+
+
+def taken_of(
+    taken: int,  # pictures that are used
+    found: FoundImages,
+    how: str,  # how the split was chosen
+    in_split: int | None = None,  # pictures of the split; fewer are taken where `n` says so
+) -> str:
+    "One line: how many of how many pictures are used, what was skipped, and how the split was made"
+    total = len(found.files) + found.skipped.total()
+    line = f"{taken:,} of {total:,} files"
+    if in_split is not None and in_split != taken:
+        line += f" (n={taken} of the {in_split:,} in the split)"
+    skipped = f", {counted(found.skipped)} skipped" if found.skipped else ""
+    return f"{line}{skipped}; {how}"
 
 # %% ../../nbs/data/images.ipynb #group-export
+_VIDEO_WORDS = set("clip clips video videos vid sequence sequences seq frames shot take episode".split())
+
+
 def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]:
-    "Group of each path: its `file` or its `folder`; None: the folder where several hold only numbered frames"
+    "Group of each path: its `file` or its `folder`; None: the folder of numbered frames if its name says video"
     if group_by not in (None, "file", "folder"):
         raise ValueError(f"group_by={group_by!r} is unknown: use 'file' or 'folder'")
     if group_by is None:
-        folders = {Path(p).parent for p in paths}
-        numbered = all(Path(p).stem.split("_")[0].isdigit() for p in paths)
-        group_by = "folder" if numbered and len(folders) > 1 else "file"
+        group_by = "folder" if _are_frames(paths) else "file"
     if group_by == "file":
         return list(paths)
     return [Path(p).parent.as_posix() for p in paths]
 
-# %% ../../nbs/data/images.ipynb #split-folders-export
-def _files_of_split(files, path, split, group_by):
-    "Files below folders named like the split; dealt out by their groups where no folder is named so"
-    wanted = split_name(split)
-    folders = {f.split("/")[0] for f in files if "/" in f}
-    own = folders & set(SPLIT_NAMES.get(wanted, ()))
-    if own:
-        return [f for f in files if f.split("/")[0] in own]
-    if wanted != "all" and folders & set(sum(SPLIT_NAMES.values(), ())):
-        raise ValueError(f"{path} has split folders {sorted(folders)} but none for split={split!r}")
-    return [files[i] for i in split_by_group(image_groups(files, group_by), wanted)]
+
+def _are_frames(paths):
+    "Whether all files are numbered and lie in folders such as `clip7`; a class `7` is no video"
+    numbered = all(Path(p).stem.split("_")[0].isdigit() for p in paths)
+    parents = {Path(p).parent for p in paths}
+    return numbered and all(_VIDEO_WORDS & set(name_words(parent.as_posix())) for parent in parents)
 
 # %% ../../nbs/data/images.ipynb #image-folder-export
 class ImageFolder(Reader):
@@ -195,6 +350,7 @@ class ImageFolder(Reader):
         crop: int | Sequence[int] | None = None,  # see `crop_box`
         flip: bool = False,  # mirror half of the pictures at random (torch's random state)
         min_size: int = 8,  # pictures with a shorter side are refused; larger ones are enlarged if need be
+        levels: tuple[float, float] | None = None,  # numbers of black and white in greys, see `to_rgb`
     ):
         self.path = Path(path)
         self.size = size
@@ -202,13 +358,21 @@ class ImageFolder(Reader):
         self.crop = crop
         self.min_size = min_size
         self.split = split_name(split)
-        files = _files_of_split(list_images(path, pattern), self.path, split, group_by)
-        self.index = self.files = subsample(files, n, seed)
+        self.levels = levels
+        found = _some_images(find_images(path, pattern), path, pattern)
+        groups = image_groups(found.files, group_by)
+        chosen, how = choose_split(found.files, split, self.path, groups)
+        if groups != found.files and how.startswith("split by hash"):
+            how = "split by hash of folders, whose numbered pictures are taken for frames of a video"
+        self.index = self.files = subsample([found.files[i] for i in chosen], n, seed)
+        self.taken = taken_of(len(self.files), found, how, len(chosen))
 
     def __getitem__(self, i: int) -> dict:
         at_least = 2 * self.size if self.crop is None else None  # a box names pixels of the full picture
-        picture = read_image(self.path / self.files[i], at_least=at_least, min_size=self.min_size)
-        return {"image": square_image(picture, self.size, self.crop, self.flip), "image_id": self.files[i]}
+        options = {"min_size": self.min_size, "levels": self.levels}
+        picture = read_image(self.path / self.files[i], at_least=at_least, **options)
+        image = square_image(picture, self.size, self.crop, self.flip)
+        return {"image": image, "image_id": printable(self.files[i])}
 
     def check(self, n: int | None = None) -> int:
         "Decode all pictures, or `n` spread evenly; returns how many. One ValueError names every bad one"
@@ -223,6 +387,7 @@ class ImageFolder(Reader):
 def _complaint(folder, i):
     "Why a picture cannot be read; None if it can"
     try:
-        read_image(folder.path / folder.files[i], at_least=32, min_size=folder.min_size)
-    except ValueError as error:
+        options = {"min_size": folder.min_size, "levels": folder.levels}
+        read_image(folder.path / folder.files[i], at_least=32, **options)
+    except (ValueError, FileNotFoundError) as error:
         return str(error)

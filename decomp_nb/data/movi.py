@@ -5,7 +5,6 @@
 # %% ../../nbs/data/movi.ipynb #imports-export
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -14,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .images import read_image
-from .reader import split_by_group, split_name, subsample
+from ..checks import reading
+from .images import read_annotated, read_image, walk_folders
+from .reader import choose_split, split_in_name, subsample
 from .records import RECORD_LAYOUTS, code_names
-from .scene_item import ClipReader, read_json, read_labels
+from .scene_item import ClipReader, label_names, object_ids, read_json, read_labels
 
 # %% auto #0
 __all__ = ['MOVI_CLASSES', 'DumpVideo', 'dump_videos', 'instance_factors', 'read_instances', 'read_mask', 'most_objects',
@@ -59,8 +59,8 @@ def dump_videos(path: Path | str) -> list[DumpVideo]:
     images = Path(path, "images")
     base = images if images.is_dir() else Path(path)
     videos = []
-    for folder, folders, files in os.walk(base, followlinks=True):
-        folders.sort()
+    for place, _, files in walk_folders(base):
+        folder = str(place)
         layout = "slot_diffusion"
         if any(file.endswith("_image.png") for file in files):
             layout = "lsd" if base == images else "steve"
@@ -97,6 +97,9 @@ _CLASS_NAMES |= {key: ["none", *names] for key, names in MOVI_CLASSES.items()}
 def instance_factors(instances: dict) -> tuple[list[int], dict[str, np.ndarray]]:
     "Content of an `_instances.json` → mask label and factors `(k,…)` of each object, without names and ragged boxes"
     visibility = np.asarray(instances["visibility"], float).reshape(-1)
+    if np.isnan(visibility).any():
+        first = np.isnan(visibility).argmax()
+        raise ValueError(f"visibility of object {first} is NaN: it has to be a number")
     is_clevr = "x" in instances  # its first row is the background, and its table is padded
     rows = 1 + np.flatnonzero(visibility[1:] > 0) if is_clevr else np.arange(len(visibility))
     factors = {}
@@ -124,10 +127,8 @@ def _numbers(values):
 def read_instances(video: DumpVideo, t: int) -> tuple[list[int], dict[str, np.ndarray]]:
     "`instance_factors` of frame `t`; ValueError naming its file"
     file = video.beside(t, "instances.json")
-    try:
+    with reading(file, "Check its fields"):
         return instance_factors(read_json(file))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: field {error} is missing or has an unknown form") from None
 
 
 def read_mask(video: DumpVideo, t: int) -> np.ndarray:
@@ -162,11 +163,14 @@ def most_objects(videos: list[DumpVideo], path: Path | str) -> int:
 # %% ../../nbs/data/movi.ipynb #frames-export
 def read_frame(video: DumpVideo, t: int, has_masks: bool, has_factors: bool) -> tuple:
     "Picture, label map, labels of the objects and their factors, as `scene_item` takes them"
-    image = np.asarray(read_image(video.image(t)))
     mask = read_mask(video, t) if has_masks else None
-    if has_factors:
-        return image, mask, *read_instances(video, t)
-    return image, mask, list(range(1, 1 + (int(mask.max()) if has_masks else 0))), {}
+    picture = read_annotated(video.image(t), mask.shape) if has_masks else read_image(video.image(t))
+    ids, factors = read_instances(video, t) if has_factors else (label_names(mask) if has_masks else [], {})
+    if has_factors and has_masks and (strange := set(label_names(mask)) - set(ids)):
+        file = video.beside(t, _MASKS[video.layout])
+        found = f"label map {file} has labels {sorted(strange)[:5]}"
+        raise ValueError(f"{found}, its instances.json lists objects {ids}")
+    return np.asarray(picture), mask, ids, factors
 
 
 def stack_frames(frames: list[tuple], timeless: Collection[str]) -> tuple:
@@ -175,32 +179,32 @@ def stack_frames(frames: list[tuple], timeless: Collection[str]) -> tuple:
     mask = None if masks[0] is None else np.stack(masks)
     first = factors[0]
     rows = {key: first[key] if key in timeless else np.stack([f[key] for f in factors], 1) for key in first}
-    return np.stack(images), mask, ids[0] if first else max(ids, key=len), rows
+    return np.stack(images), mask, ids[0] if first else sorted(set().union(*ids)), rows
 
 # %% ../../nbs/data/movi.ipynb #dump-splits-export
 def dump_split_folders(path: Path, split: str) -> tuple[list[Path], list[str]]:
     "Sub-folders for this split, such as `train` or `movi-e-train-with-label`; names of those of all splits"
-    folders = {}
-    for child in sorted(p for p in path.iterdir() if p.is_dir()):
-        named = re.fullmatch(r"(?:.*-)?(train|training|val|valid|validation|test)(-with-label)?", child.name)
-        if named:
-            folders[child] = split_name(named[1])
+    children = sorted(p for p in path.iterdir() if p.is_dir())
+    folders = {child: split_in_name(child.name) for child in children if split_in_name(child.name)}
     own = [child for child, its in folders.items() if split in (its, "all")]
     return own, [child.name for child in folders]
 
 
 def _videos_of_split(path, split):
-    "Videos of the split's folders, else whole videos by hash of relative paths: the same wherever the set lies"
+    "Videos of the split's folders, else whole videos by hash of relative paths; and how they were chosen"
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}: check the path")
     own, folders = dump_split_folders(path, split)
     if own:
-        return [video for folder in own for video in dump_videos(folder)]
+        how = f"split by folder names {', '.join(folders)}"
+        return [video for folder in own for video in dump_videos(folder)], how
     if folders:
         raise ValueError(f"{path} has split folders {folders} but none for split={split!r}")
     videos = dump_videos(path)
     names = [Path(video.folder).relative_to(path).as_posix() for video in videos]
-    return [videos[i] for i in split_by_group(names, split)]
+    inside = [f"{name}/frame" for name in names]  # a video is what its folder holds
+    chosen, how = choose_split(inside, split, path, names)
+    return [videos[i] for i in chosen], how.replace("names", "videos") if "hash" in how else how
 
 # %% ../../nbs/data/movi.ipynb #movi-dump-export
 class MoviDump(ClipReader):
@@ -218,7 +222,8 @@ class MoviDump(ClipReader):
         crop: int | Sequence[int] | None = None,  # see `crop_box`
     ):
         super().__init__(path, size, max_objects, split, crop)
-        videos = _videos_of_split(self.path, self.split)
+        videos, how = _videos_of_split(self.path, self.split)
+        in_split = len(videos)
         self.has_masks = videos[0].has_masks
         self.has_factors = videos[0].has_factors
         videos = self.keep_small(videos, max_objects if self.has_factors else None, _count_instances)
@@ -230,12 +235,17 @@ class MoviDump(ClipReader):
             raise ValueError(f"{path}: videos have {lengths} frames, pass clip_length=")
         starts = {length: self.cut(length, frames, clip_length, frame_step, hop) for length in lengths}
         self.index = subsample([(v, start) for v in videos for start in starts[len(v.frames)]], n, seed)
+        self.taken = f"{len(self.index):,} {self.items} of {len(videos):,} of {in_split:,} videos; {how}"
 
     def __getitem__(self, i: int) -> dict:
         video, start = self.index[i]
         name = f"{Path(video.folder).relative_to(self.path).as_posix()}/{video.frames[start]}"
         read = partial(read_frame, video, has_masks=self.has_masks, has_factors=self.has_factors)
         if self.single:
-            return self.make_item(*read(start), name=name)
-        frames = [read(t) for t in range(len(video.frames))[self.window(start)]]
-        return self.make_item(*stack_frames(frames, self.factor_names), name=name)
+            image, mask, ids, factors = read(start)
+        else:
+            frames = [read(t) for t in range(len(video.frames))[self.window(start)]]
+            image, mask, ids, factors = stack_frames(frames, self.factor_names)
+        if self.has_masks and not self.has_factors:
+            ids = object_ids(mask, self.max_objects)
+        return self.make_item(image, mask, ids, factors, name=name)

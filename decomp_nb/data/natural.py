@@ -15,7 +15,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from .images import read_image, resize_crop, to_image_tensor
+from ..checks import reading
+from .images import read_annotated, resize_crop, to_image_tensor
 from .reader import Reader, split_name, subsample
 from .scene_item import read_json, read_labels
 
@@ -88,6 +89,9 @@ def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: in
     for points in polygons:
         if len(points) < 6 or len(points) % 2:
             raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
+        if max(points[::2]) > width + 1 or max(points[1::2]) > height + 1 or min(points) < -1:
+            found = f"a polygon leaves the picture of {height}×{width} (height×width)"
+            raise ValueError(f"{found}: one of them was resized")
         mask |= _inside(rearrange(np.asarray(points, float), "(n xy) -> n xy", xy=2) - 0.5, height, width)
     return mask
 
@@ -108,18 +112,22 @@ def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     "Bool mask of a COCO `segmentation`: polygons, run lengths, or packed run lengths"
     if isinstance(segmentation, list):
         return mask_of_polygons(segmentation, height, width)
+    made_for = segmentation.get("size", [height, width])
+    if list(made_for) != [height, width]:
+        sizes = f"{made_for[0]}×{made_for[1]}, the picture is {height}×{width}"
+        raise ValueError(f"its run lengths are for {sizes} (height×width)")
     runs = segmentation["counts"]
     return mask_of_runs(unpack_runs(runs) if isinstance(runs, str) else runs, height, width)
 
 # %% ../../nbs/data/natural.ipynb #coco-export
 class CocoScenes(Reader):
-    "COCO 2017: `images/{train,val}2017/*.jpg` and `annotations/instances_{train,val}2017.json`"
+    "COCO 2017: `{train,val}2017/*.jpg`, also below `images`, and `annotations/instances_{train,val}2017.json`"
 
     items = "pictures"
 
     def __init__(
         self,
-        path: Path | str,  # the folder that holds `images` and `annotations`
+        path: Path | str,  # the folder that holds `annotations`
         size: int = 224,  # side of the square that is returned
         *,
         split: str = "val",  # train or val; the public test pictures have no annotations
@@ -135,23 +143,33 @@ class CocoScenes(Reader):
         self.split = split_name(split)
         self.flip = flip
         self.slide = slide
-        content = _read_instances(self.path, split)
-        categories = sorted(content["categories"], key=_id)
-        self.class_of = {c["id"]: i for i, c in enumerate(categories, 1)}
-        self.factor_names = {"class": ["none", *(c["name"] for c in categories)]}
-        self.annotations = _by_picture(content["annotations"])
-        pictures = sorted(content["images"], key=_id)
-        counts = [_count_instances(self.annotations[p["id"]]) for p in pictures]
+        self.file = _instance_file(self.path, split)
+        with reading(self.file, "It is no COCO instance file, or damaged"):
+            content = _read_instances(self.file)
+            categories = sorted(content["categories"], key=_id)
+            self.class_of = {c["id"]: i for i, c in enumerate(categories, 1)}
+            self.factor_names = {"class": ["none", *(str(c["name"]) for c in categories)]}
+            self.annotations = _by_picture(content["annotations"])
+            pictures = sorted(content["images"], key=_id)
+            counts = [_count_instances(self.annotations[p["id"]]) for p in pictures]
+            self.folder = _coco_folder(self.path, self.split, [p["file_name"] for p in pictures])
         self.max_objects = max_objects or max([1, *counts])
         self.limit = f", ≤ {self.max_objects} instances"
         keep_empty = self.split == "val" if keep_empty is None else keep_empty
-        self.index = subsample(_suitable(pictures, counts, self.max_objects, keep_empty), n, seed)
+        suitable = _suitable(pictures, counts, self.max_objects, keep_empty)
+        self.index = subsample(suitable, n, seed)
+        empty = f" ({len(pictures) - len(suitable):,} without an instance left out)" if not keep_empty else ""
+        self.taken = f"{len(self.index):,} of {len(pictures):,} pictures{empty}; split by {self.file.name}"
 
     def __getitem__(self, i: int) -> dict:
-        name = self.index[i]["file_name"]
-        picture = read_image(self.path / "images" / f"{self.split}2017" / name)
-        annotations = self.annotations[self.index[i]["id"]]
-        maps, kinds = _coco_maps(annotations, self.class_of, *picture.size, name)
+        entry = self.index[i]
+        name = entry["file_name"]
+        with reading(f"{self.file}: {name}", "Mend its entries"):
+            if not (self.folder / name).is_file():
+                missing = f"there is no picture {self.folder / name}, which {self.file.name} lists"
+                raise FileNotFoundError(f"{missing}: unpack all pictures there")
+            picture = read_annotated(self.folder / name, _size_of(entry))
+            maps, kinds = _coco_maps(self.annotations[entry["id"]], self.class_of, *picture.size, name)
         item = cut_alike(picture, maps, self.size, slide=self.slide, flip=self.flip, name=name)
         return item | instance_labels(item["masks"], kinds, self.max_objects) | {"image_id": Path(name).stem}
 
@@ -186,6 +204,9 @@ def _coco_maps(annotations, class_of, w, h, name):
         if a.get("iscrowd"):
             crowd |= here
             continue
+        if a["category_id"] not in class_of:
+            missing = f"category_id {a['category_id']} is not in 'categories'"
+            raise ValueError(f"{name}, annotation {a.get('id')}: {missing}")
         kinds.append(class_of[a["category_id"]])
         masks[here] = len(kinds)
         classes[here] = kinds[-1]
@@ -198,11 +219,30 @@ def _id(entry):
     return entry["id"]
 
 
-def _read_instances(path, split):
-    "Content of the instance file of a split; ValueError if it is none"
+def _size_of(entry):
+    "Height and width that a picture had when it was annotated; None where the file does not say"
+    return (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
+
+
+def _coco_folder(path, split, names):
+    "Where the pictures lie: in `images/val2017` or, as unpacked, in `val2017`"
+    places = [path / "images" / f"{split}2017", path / f"{split}2017"]
+    found = [place for place in places if place.is_dir()]
+    if not found:
+        missing = f"there is neither {places[0]} nor {places[1]}"
+        raise FileNotFoundError(f"{missing}: unpack the pictures of split={split!r} there")
+    holding = [place for place in found if names and (place / names[0]).is_file()]
+    return (holding or found)[0]
+
+
+def _instance_file(path, split):
     if split_name(split) not in ("train", "val"):
         raise ValueError(f"split={split!r}: COCO has annotations for 'train' and 'val' only")
-    file = path / "annotations" / f"instances_{split_name(split)}2017.json"
+    return path / "annotations" / f"instances_{split_name(split)}2017.json"
+
+
+def _read_instances(file):
+    "Content of an instance file; ValueError if it is none"
     content = read_json(file)
     missing = [k for k in ("images", "annotations", "categories") if k not in content]
     if missing:
@@ -214,7 +254,7 @@ def _annotated(annotation, h, w, name):
     "Mask of an annotation; ValueError naming it"
     try:
         return mask_of(annotation["segmentation"], h, w)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever stands there instead of a polygon
         raise ValueError(f"{name}, annotation {annotation.get('id')}: {error}") from None
 
 
@@ -258,12 +298,13 @@ class VocScenes(Reader):
             raise ValueError(f"{lists / self.split}.txt is empty")
         self.index = subsample(names, n, seed)
         self.has_objects = self.split != "trainaug"
+        self.taken = f"{len(self.index):,} of {len(names):,} pictures; split by list {self.split}.txt"
         self.factor_names = {"class": ["none", *VOC_CLASSES[1:]]}
 
     def __getitem__(self, i: int) -> dict:
         name = self.index[i]
-        picture = read_image(self.folder / f"{name}.jpg")
         maps = _voc_maps(self.path, name, augmented=not self.has_objects)
+        picture = read_annotated(self.folder / f"{name}.jpg", maps["class_masks"].shape)
         item = cut_alike(picture, maps, self.size, slide=self.slide, flip=self.flip, name=name)
         if self.has_objects:
             kinds = _instance_classes(maps, self.max_objects, name)

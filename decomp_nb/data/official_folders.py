@@ -13,8 +13,9 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from ..checks import reading
 from .images import image_groups, list_images, read_image, resize_crop, to_image_tensor
-from .reader import Reader, split_by_group, split_name, subsample
+from .reader import Reader, choose_split, split_by_group, split_name, subsample
 
 # %% auto #0
 __all__ = ['FOLDERS', 'official_resize', 'picture_reader', 'OfficialFolder']
@@ -53,7 +54,7 @@ def _read_area(file, size, columns=slice(None)):
 
 def _read_official(file, size, columns=slice(None)):
     read_image(file)  # one clear error for damaged files
-    with Image.open(file) as stored:
+    with reading(f"image {file}"), Image.open(file) as stored:
         picture = np.asarray(stored.convert("RGBA" if "A" in stored.getbands() else "RGB")) / 255
     small = official_resize(picture[:, columns], size)
     return rearrange(torch.from_numpy(small[..., :3] * 2 - 1), "h w c -> c h w").float().contiguous()
@@ -104,8 +105,11 @@ class OfficialFolder(Reader):
         files = sum(found, [])
         once = sorted(set(files))
         groups = image_groups(once, "folder" if self.columns else "file")
-        chosen = {once[i] for i in split_by_group(groups, split)}
+        own_layout = any(self.path.glob(patterns[0]))
+        rows, how = _official_split(once, split, self.path, groups, own_layout)
+        chosen = {once[i] for i in rows}
         self.index = self.files = subsample([file for file in files if file in chosen], n, seed)
+        self.taken = f"{len(self.files):,} of {len(files):,} pictures; {how}"
 
     def __getitem__(self, i: int) -> dict:
         file = self.path / self.files[i]
@@ -124,8 +128,15 @@ def _official_files(path, patterns, kind):
     return [[file.relative_to(path).as_posix() for file in files] for files in found]
 
 
+def _official_split(files, split, path, groups, own_layout):
+    "Positions of a split and how it was made; in the official layouts no folder is a split"
+    if own_layout:
+        return split_by_group(groups, split), "all" if split_name(split) == "all" else "split by hash"
+    return choose_split(files, split, path, groups)
+
+
 def _checked_columns(file, columns):
-    with Image.open(file) as stored:
+    with reading(f"image {file}"), Image.open(file) as stored:
         width = stored.width
     if width < columns.stop:
         raise ValueError(f"{file} is {width} wide, but columns {columns.start}…{columns.stop} are kept")

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 # %% auto #0
-__all__ = ['SPLIT_NAMES', 'split_name', 'split_by_group', 'subsample', 'evenly', 'Reader']
+__all__ = ['SPLIT_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'choose_split',
+           'subsample', 'evenly', 'Reader']
 
 # %% ../../nbs/data/reader.ipynb #split-name-export
 SPLIT_NAMES = {
@@ -55,7 +58,68 @@ def split_by_group(
 
 def _shuffled(name):
     "Sorts names in an order that is random, but always the same"
-    return hashlib.sha1(name.encode()).hexdigest()
+    return hashlib.sha1(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+# %% ../../nbs/data/reader.ipynb #folder-names-export
+_SPLIT_OF = {spelling: short for short, spellings in SPLIT_NAMES.items() for spelling in spellings}
+_SPLIT_OF |= {"trainval": "train", "trainset": "train", "valset": "val", "testset": "test", "eval": "val"}
+
+
+def name_words(name: str) -> list[str]:
+    "Words of a name in lower case, split at digits, signs and capital letters"
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)]
+
+
+def split_in_name(name: str) -> str | None:
+    "The split that a name tells, as `train2017` or `movi-e-test-with-label` do; None for none, and for two"
+    found = {_SPLIT_OF.get(word) for word in name_words(name)} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _are_splits(names):
+    "Whether folders side by side are splits: two different ones, or nothing but plain names of splits"
+    told = {split_in_name(name) for name in names}
+    plain = all(split_in_name(name) and name_words(name)[0] in _SPLIT_OF for name in names)
+    return len(told - {None}) > 1 or plain
+
+# %% ../../nbs/data/reader.ipynb #folder-splits-export
+def split_folders(paths: Sequence[str]) -> list[tuple[str, str] | None]:
+    "Split of each path by the folders that it lies in, at any depth, and that folder's name; None for neither"
+    inside = defaultdict(set)
+    parents = [PurePosixPath(path).parent.parts for path in set(paths)]
+    for parts in set(parents):
+        for depth, name in enumerate(parts):
+            inside[parts[:depth]].add(name)
+    levels = {level for level, names in inside.items() if _are_splits(names)}
+    return [_split_of_path(PurePosixPath(path).parent.parts, levels) for path in paths]
+
+
+def _split_of_path(parts, levels):
+    for depth, name in enumerate(parts):
+        if parts[:depth] in levels and split_in_name(name):
+            return split_in_name(name), name
+    return None
+
+# %% ../../nbs/data/reader.ipynb #choose-split-export
+def choose_split(
+    paths: Sequence[str],  # relative to the set's folder
+    split: str,  # train, val, test or all
+    where: object,  # the set's folder, for errors
+    groups: Sequence[str] | None = None,  # what stays together where no folder is a split; None: each path
+) -> tuple[list[int], str]:
+    "Positions of the paths in `split`, and how they were chosen; ValueError where there are none"
+    wanted = split_name(split)
+    told = split_folders(paths)
+    if not any(told):
+        by = "all" if wanted == "all" else "split by hash of names"
+        return split_by_group(groups or paths, wanted), by
+    counts = Counter(its[1] if its else "no split" for its in told)
+    how = "split by folder names " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    chosen = [i for i, its in enumerate(told) if wanted == "all" or its and its[0] == wanted]
+    if not chosen:
+        names = sorted({its[1] for its in told if its})
+        raise ValueError(f"{where} has split folders {names} but none for split={split!r}")
+    return chosen, how
 
 # %% ../../nbs/data/reader.ipynb #subsample-export
 def subsample(index: Sequence, n: int | None, seed: int = 0) -> list:
@@ -88,6 +152,7 @@ class Reader:
     index: list
     items = "images"  # what one reads
     limit = ""  # what else to say of them
+    taken = ""  # how many of how many files it took, and why; "" where nothing was left out
 
     def __len__(self) -> int:
         return len(self.index)

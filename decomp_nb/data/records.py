@@ -130,7 +130,7 @@ def read_records(path: Path | str) -> Iterator[bytes]:
                     raise ValueError(f"{path} is no TFRecord file, or damaged at record {number}")
                 yield _payload(stream, int.from_bytes(head[:8], "little"))
                 number += 1
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, MemoryError, OverflowError) as error:
             reason = error or "end of file"
             message = f"{path} is cut short or damaged in record {number} ({reason}): download it again"
             raise ValueError(message) from None
@@ -228,8 +228,10 @@ def _copy_records(records, file, layout, limit):
     for payload in islice(read_records(records), limit):
         try:
             _append(file, count, record_arrays(read_example(payload), layout))
-        except ValueError as error:
-            raise ValueError(f"{records}, record {count}: {error}") from None
+        except Exception as error:  # whatever a decoder meets in foreign bytes
+            known = isinstance(error, ValueError)
+            reason = error if known else f"{type(error).__name__} {error}, it is damaged"
+            raise ValueError(f"{records}, record {count}: {reason}") from None
         count += 1
     if count == 0:
         raise ValueError(f"{records} holds no records")

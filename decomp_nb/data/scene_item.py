@@ -14,20 +14,55 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import printable, reading
 from .images import crop_box, resize_crop, to_image_tensor
 from .reader import Reader, split_name
 
 # %% auto #0
-__all__ = ['relabel', 'follow_crop', 'scene_item', 'split_by_position', 'clip_starts', 'SceneReader', 'ClipReader', 'read_labels',
-           'read_json']
+__all__ = ['as_label_map', 'label_names', 'object_ids', 'relabel', 'follow_crop', 'scene_item', 'split_by_position',
+           'clip_starts', 'SceneReader', 'ClipReader', 'read_labels', 'read_json']
 
 # %% ../../nbs/data/scene_item.ipynb #relabel-export
+def as_label_map(values: np.ndarray, name: str) -> np.ndarray:
+    "A label map as integers: bool and whole floats too; ValueError naming it where it holds fractions or NaN"
+    if values.dtype.kind in "iu":
+        return values
+    whole = values.dtype.kind == "b" or values.dtype.kind == "f" and (values == np.round(values)).all()
+    if not whole or abs(values).max(initial=0) > 2 ** 31:
+        what = f"a label map of {values.dtype}"
+        raise ValueError(f"{name} is {what} with values that are no whole numbers: store integer labels")
+    return values.astype(np.int64)
+
+
+def label_names(mask: np.ndarray, n_background: int = 1) -> list[int]:
+    "Labels of the objects in a map, ascending; background and void are none"
+    return np.unique(mask[mask >= n_background]).tolist()
+
+
+def object_ids(mask: np.ndarray, max_objects: int, n_background: int = 1) -> list[int]:
+    "Labels of objects where no table lists them: the first `max_objects` if the map has no others, else its own"
+    stop = n_background + max_objects
+    if mask.max(initial=0) < stop:
+        return list(range(n_background, stop))
+    return label_names(mask, n_background)
+
+
 def relabel(mask: np.ndarray, ids: Sequence[int]) -> Tensor:
     "Label map in which object `ids[j]` becomes `j+1` and all else 0; an id of 0 is an object that is not there"
-    table = np.zeros(max([int(mask.max(initial=0)), *ids]) + 1, dtype=np.int64)
+    highest = max([int(mask.max(initial=0)), *ids])
+    if highest >= 2 ** 22:  # names of so many digits would make a huge table
+        return _relabel_each(mask, ids)
+    table = np.zeros(highest + 1, dtype=np.int64)
     table[list(ids)] = np.arange(1, len(ids) + 1)
     table[0] = 0
-    return torch.from_numpy(table[mask])
+    return torch.from_numpy(table[mask.clip(min=0)])
+
+
+def _relabel_each(mask, ids):
+    out = np.zeros(mask.shape, np.int64)
+    for j, label in enumerate(ids, 1):
+        out[mask == label] = j if label > 0 else 0
+    return torch.from_numpy(out)
 
 # %% ../../nbs/data/scene_item.ipynb #follow-crop-export
 def follow_crop(
@@ -62,11 +97,13 @@ def scene_item(
     max_objects: int,  # rows that the labels are padded to
     crop: int | Sequence[int] | None = None,  # see `crop_box`
     image_id: str = "",
+    void: bool | None = None,  # whether to list void pixels in `ignore`; None: where there are some
 ) -> dict:
     """The dict of the data set contract; ValueError where mask and image, or objects and rows, do not fit.
 
     `visibility` is 1 where an object has at least one pixel inside the crop, before scaling down.
     """
+    mask = None if mask is None else as_label_map(mask, f"the mask of {image_id}")
     _check_scene(image, mask, len(ids), max_objects, image_id)
     hw = image.shape[-3:-1]
     box = crop_box(*hw, crop)
@@ -77,12 +114,15 @@ def scene_item(
         top, left, side = box
         labels = relabel(mask, ids)[..., top:top + side, left:left + side]
         item["masks"] = resize_crop(labels, size)
+        if void or void is None and mask.min(initial=0) < 0:
+            unknown = torch.from_numpy(mask < 0)[..., top:top + side, left:left + side]
+            item["ignore"] = resize_crop(unknown.long(), size).bool()
         rows["visibility"] = labels.flatten().bincount(minlength=len(ids) + 1)[1:].gt(0).float().numpy()
     rows |= follow_crop(factors, hw, box, size)
     item["labels"] = {name: _padded(values, max_objects) for name, values in rows.items()}
-    return item | {"image_id": image_id}
+    return item | {"image_id": printable(image_id)}
 
-
+# %% ../../nbs/data/scene_item.ipynb #check-scene-export
 def _check_scene(image, mask, count, max_objects, image_id):
     if mask is not None and mask.shape != image.shape[:-1]:
         found = f"the mask is {mask.shape} but the image is {image.shape[:-1]}"
@@ -134,6 +174,7 @@ class SceneReader(Reader):
 
     items = "scenes"
     has_masks = True
+    has_void = False  # whether its label maps can hold negative labels, which go into `ignore`
     single = True  # images, no clips
     n_frames = 1
 
@@ -159,7 +200,7 @@ class SceneReader(Reader):
     def make_item(self, *scene: np.ndarray | list | dict | None, name: str) -> dict:
         "`scene_item` of an image, mask, ids and factors, in the reader's own size and crop"
         sizes = {"size": self.size, "max_objects": self.max_objects, "crop": self.crop}
-        return scene_item(*scene, **sizes, image_id=name)
+        return scene_item(*scene, **sizes, image_id=name, void=self.has_void)
 
     def keep_small(self, scenes: list, max_objects: int | None, count: Callable) -> list:
         "Scenes in which `count` finds at most so many objects; ValueError where there are none"
@@ -191,15 +232,12 @@ def read_labels(path: Path | str) -> np.ndarray:
     "A palette or grey PNG → integers `(h,w)`; ValueError for a colour picture or a damaged file"
     if not Path(path).is_file():
         raise _missing(f"label map {path}")
-    try:
-        with Image.open(path) as picture:
-            labels = np.array(picture)
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"cannot read label map {path}: {error}. Replace the file") from None
+    name = printable(f"label map {path}")
+    with reading(name, "Replace the file"), Image.open(path) as picture:
+        labels = np.array(picture)
     if labels.ndim != 2:
-        found = f"a colour picture {labels.shape}"
-        raise ValueError(f"label map {path} is {found}: a palette or grey PNG is needed")
-    return labels.astype(np.int64)
+        raise ValueError(f"{name} is a colour picture {labels.shape}: a palette or grey PNG is needed")
+    return as_label_map(labels, name).astype(np.int64)
 
 
 def _missing(what):
@@ -208,9 +246,10 @@ def _missing(what):
 
 def read_json(path: Path | str) -> dict:
     "A JSON file; errors name it"
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: {error}. Replace the file") from None
+    if not Path(path).is_file():
+        raise _missing(path)
+    with reading(path, "Replace the file"):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} instead of named fields")
+    return content

@@ -5,7 +5,6 @@
 # %% ../../nbs/data/scenes_h5.ipynb #imports-export
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -15,9 +14,10 @@ import h5py
 import numpy as np
 import torch
 
-from .hdf5 import LazyH5, open_h5, stored_split
+from ..checks import reading
+from .hdf5 import LazyH5, h5_dataset, json_attribute, open_h5, stored_split
 from .reader import subsample
-from .scene_item import ClipReader, SceneReader, split_by_position
+from .scene_item import ClipReader, SceneReader, as_label_map, object_ids, split_by_position
 
 # %% auto #0
 __all__ = ['H5Layout', 'h5_layout', 'visible_rows', 'count_objects', 'SceneFile', 'read_scene', 'H5Scenes', 'edited_ids',
@@ -39,12 +39,13 @@ def h5_layout(file: h5py.File) -> H5Layout:
     "Layout of an open HDF5 file; ValueError naming the key that is missing or does not fit"
     pictures = _pictures_key(file)
     shape = file[pictures].shape
-    if "mask" in file and file["mask"].shape not in (shape[:-1], (*shape[:-1], 1)):
+    if "mask" in file and h5_dataset(file, "mask").shape not in (shape[:-1], (*shape[:-1], 1)):
         found = f"'mask' is {file['mask'].shape} but {pictures!r} is {shape}"
         raise ValueError(f"{file.filename}: {found}: a label map needs the size of its image")
     steps = shape[1] if len(shape) == 5 else None
     rows = _count_rows(file, steps)
-    kinds = {key: _factor_kind(file[key].shape[1:], steps, rows) for key in sorted(set(file) - set(_KNOWN))}
+    numbers = {key: _shape_of_numbers(file, key) for key in sorted(set(file) - set(_KNOWN))}
+    kinds = {key: _factor_kind(axes[1:], steps, rows) for key, axes in numbers.items() if axes}
     factors = {key: kind for key, kind in kinds.items() if kind}
     return H5Layout(pictures, shape[0], steps, shape[-3:-1], rows, factors, _class_names(file, factors))
 
@@ -57,19 +58,30 @@ def _pictures_key(file):
     key = next((key for key in ("video", "image") if key in file), None)
     if key is None:
         raise ValueError(f"{name} has no dataset 'image' or 'video'; it has: {', '.join(file) or 'nothing'}")
-    shape = file[key].shape
-    dtype = file[key].dtype
+    dataset = h5_dataset(file, key)
+    shape = dataset.shape
+    dtype = dataset.dtype
     axes = (5,) if key == "video" else (4, 5)
     if len(shape) not in axes or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise ValueError(f"{name}: {key!r} is {dtype} {shape}, but uint8 [N,H,W,3] or [N,T,H,W,3] is needed")
     return key
 
 
+def _shape_of_numbers(file, key):
+    "Shape of a dataset of numbers; None for groups, texts, and links that lead nowhere, which are no factors"
+    try:
+        return h5_dataset(file, key).shape
+    except ValueError:
+        return None
+
+# %% ../../nbs/data/scenes_h5.ipynb #h5-rows-parts
 def _count_rows(file, steps):
     "E of `visibility` `[N,E]`, `[N,E,1]` or, for each step, `[N,T,E]`"
     if "visibility" not in file:
         return None
-    axes = file["visibility"].shape[1:]
+    axes = h5_dataset(file, "visibility").shape[1:]
+    if not axes:
+        raise ValueError(f"{file.filename}: 'visibility' is {file['visibility'].shape}, expected is [N,E]")
     if steps and len(axes) > 1 and axes[0] == steps and axes[1] > 1:
         return axes[1]
     return axes[0]
@@ -83,7 +95,7 @@ def _factor_kind(axes, steps, rows):
 
 def _class_names(file, factors):
     "Names of the classes of integer factors; their codes where the file does not name them"
-    known = json.loads(file.attrs.get("factor_names", "{}"))
+    known = json_attribute(file, "factor_names", "{}")
     coded = [key for key in factors if key in known or file[key].dtype in (np.int8, np.uint8)]
     return {key: known.get(key) or list(map(str, range(int(file[key][:].max()) + 1))) for key in coded}
 
@@ -92,14 +104,24 @@ def visible_rows(file: h5py.File, layout: H5Layout) -> np.ndarray | None:
     "Which rows of each scene are there, at any step, `[N,E]`; None where the file has no `visibility`"
     if not layout.n_rows:
         return None
-    return np.reshape(file["visibility"][:] > 0, (layout.n_scenes, -1, layout.n_rows)).any(1)
+    values = h5_dataset(file, "visibility")[:]
+    if np.isnan(values).any():
+        where = np.argwhere(np.isnan(values))[0].tolist()
+        remedy = "store 0 for rows that are not there"
+        raise ValueError(f"{file.filename}: 'visibility' is NaN at {where}: {remedy}")
+    return np.reshape(values > 0, (layout.n_scenes, -1, layout.n_rows)).any(1)
 
 
 def count_objects(file: h5py.File, layout: H5Layout, n_background: int = 1) -> np.ndarray | None:
     "Objects of every scene `[N]`, without the background rows; None where the file has no numbers"
     if layout.n_rows:
         return visible_rows(file, layout)[:, n_background:].sum(1)
-    return file["num_actual_objects"][:].reshape(-1).astype(int) if "num_actual_objects" in file else None
+    if "num_actual_objects" not in file:
+        return None
+    counts = h5_dataset(file, "num_actual_objects")[:].reshape(-1)
+    if len(counts) != layout.n_scenes or not (counts >= 0).all():
+        raise ValueError(f"{file.filename}: 'num_actual_objects' has to be a number ≥ 0 for each scene")
+    return counts.astype(int)
 
 # %% ../../nbs/data/scenes_h5.ipynb #scene-file-export
 class SceneFile(LazyH5):
@@ -107,12 +129,13 @@ class SceneFile(LazyH5):
 
     def __init__(self, path: Path | str, n_background: int | None = None):
         super().__init__(path)
-        with open_h5(path) as f:
+        with reading(path, "Check what it holds"), open_h5(path) as f:
             self.layout = h5_layout(f)
             self.n_background = int(f.attrs.get("n_background", 1)) if n_background is None else n_background
             self.visible = visible_rows(f, self.layout)
             self.counts = count_objects(f, self.layout, self.n_background)
             self.has_masks = "mask" in f
+            self.has_void = self.has_masks and f["mask"].dtype.kind == "i"  # signed: negative labels are void
         if self.has_masks and self.counts is None:
             raise ValueError(f"{path} has a mask but neither 'visibility' nor 'num_actual_objects'")
         self._factors = None
@@ -139,6 +162,8 @@ class SceneFile(LazyH5):
 
     def _column(self, key):
         values = self.read(key)
+        if key in self.layout.classes and values.dtype.kind == "f" and not (values == np.round(values)).all():
+            raise ValueError(f"{self.path}: {key!r} is named in 'factor_names', but holds no whole numbers")
         axes = 3 if self.layout.factors[key] == "step" else 2
         if values.ndim == axes + 1 and values.shape[-1] == 1:
             values = values[..., 0]
@@ -154,12 +179,31 @@ def read_scene(
     at = (scene,) if when is None else (scene, when)
     image = file.read(file.layout.pictures, at)
     mask = file.read("mask", at).reshape(image.shape[:-1]) if file.has_masks else None
+    mask = None if mask is None else as_label_map(mask, f"{file.path}: 'mask'[{scene}]")
     if file.visible is None:
         count = 0 if file.counts is None else file.counts[scene]
-        return image, mask, [file.n_background + j for j in range(count)], {}
+        rows = [file.n_background + j for j in range(count)]
+        return image, mask, _names_or_rows(file, scene, mask, rows, count), {}
     ids = [row for row in range(file.n_background, file.layout.n_rows) if file.visible[scene, row]]
+    names = _names_or_rows(file, scene, mask, ids, file.layout.n_rows - file.n_background)
+    if names != ids and file.layout.factors:
+        found = f"'mask'[{scene}] has the labels {names}, but 'visibility' has {file.layout.n_rows} rows"
+        raise ValueError(f"{file.path}: {found}: a label has to be the row of its factors")
+    if names != ids:
+        return image, mask, names, {}
     factors = {key: _rows(file, key, at)[ids] for key in file.layout.factors}
     return image, mask, ids, factors
+
+# %% ../../nbs/data/scenes_h5.ipynb #names-or-rows-export
+def _names_or_rows(file, scene, mask, rows, count):
+    "The rows, which labels are by default; the labels themselves where they are names with gaps"
+    if mask is None or mask.max(initial=0) < file.n_background + count:
+        return rows
+    names = object_ids(mask, count, file.n_background)
+    if len(names) > len(rows):
+        found = f"'mask'[{scene}] has the labels {names[:9]}, but {len(rows)} objects are listed"
+        raise ValueError(f"{file.path}: {found}: mend the mask, 'visibility' or 'num_actual_objects'")
+    return names
 
 
 def _rows(file, key, at):
@@ -173,7 +217,7 @@ def _rows(file, key, at):
 def _scenes_of_split(data, split, shares, extras):
     "Positions of the scenes of a split: by the file's own `split`, else by position"
     path = data.path
-    with open_h5(path) as f:
+    with reading(path, "Check what it holds"), open_h5(path) as f:
         if "edited_object" in f and data.layout.n_steps:
             raise ValueError(f"{path} holds edited scenes: read it with H5Edits")
         for key in extras:
@@ -181,7 +225,9 @@ def _scenes_of_split(data, split, shares, extras):
                 has = ", ".join(f)
                 raise ValueError(f"{path} has no dataset {key!r} of extras={tuple(extras)}; it has: {has}")
         stored = stored_split(f, split)
-    return split_by_position(data.layout.n_scenes, split, shares) if stored is None else stored
+    if stored is None:
+        return split_by_position(data.layout.n_scenes, split, shares), "split by position"
+    return stored, "split as stored in the file"
 
 # %% ../../nbs/data/scenes_h5.ipynb #h5-scenes-export
 class H5Scenes(ClipReader):
@@ -208,9 +254,12 @@ class H5Scenes(ClipReader):
         self.extras = extras
         steps = self.data.layout.n_steps
         starts = self.cut(steps, frames, clip_length, frame_step, hop) if steps else [0]
-        scenes = _scenes_of_split(self.data, split, shares, extras)
+        self.has_void = self.data.has_void
+        scenes, how = _scenes_of_split(self.data, split, shares, extras)
         scenes = self.keep_small(scenes, max_objects, self.data.count)
         self.index = subsample(list(product(scenes, starts)), n, seed)
+        taken = f"{len(self.index):,} {self.items} of {self.data.layout.n_scenes:,} stored scenes"
+        self.taken = f"{taken}; {'all' if self.split == 'all' else how}"
 
     def __getitem__(self, i: int) -> dict:
         scene, start = self.index[i]
@@ -252,7 +301,7 @@ def _read_edits(file):
     if layout.n_steps is None or layout.n_rows is None or "mask" not in file:
         raise ValueError(f"{name}: edits need 'image' [N,R,H,W,3], 'mask' and 'visibility'")
     counts = (file["visibility"][:, :, 1:] > 0).sum(-1).tolist()
-    return _Edits(json.loads(file.attrs["ops"]), file["edited_object"][:].astype(int).tolist(), counts)
+    return _Edits(json_attribute(file, "ops", "[]"), file["edited_object"][:].astype(int).tolist(), counts)
 
 
 def _edited_rows(file, scene, r, ids):
@@ -278,10 +327,11 @@ class H5Edits(SceneReader):
         seed: int = 0,
         max_objects: int | None = None,  # keep scenes with at most so many objects, and pad labels to it
     ):
-        with open_h5(path) as f:
+        with reading(path, "Check what it holds"), open_h5(path) as f:
             self._edits = _read_edits(f)
         self.data = SceneFile(path, n_background=1)
         super().__init__(path, *self.data.defaults(size, max_objects), split)
+        self.has_void = self.data.has_void
         self.ops = self._edits.names
         self.items = f"scenes, each also after {', '.join(self.ops[1:])}"
         self.factor_names = self.data.layout.classes

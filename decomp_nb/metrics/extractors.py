@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_pictures
+
 # %% auto #0
 __all__ = ['FeatureExtractor', 'extract', 'damage', 'ConvExtractor', 'OwnExtractor', 'train_extractor', 'SceneExtractor',
            'scene_extractor', 'ScriptExtractor', 'load_extractor']
@@ -28,6 +30,7 @@ class FeatureExtractor(Protocol):
 @torch.no_grad()
 def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 64) -> Tensor:
     "Features of many pictures `(n,3,h,w)`, float64 `(n,d)`"
+    check_pictures(images, limit=20)
     features = [extractor(part).double() for part in images.split(batch_size)]
     return torch.cat(features)
 

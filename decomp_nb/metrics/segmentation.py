@@ -15,6 +15,8 @@ from einops import rearrange
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..checks import as_labels, check_finite
+
 # %% auto #0
 __all__ = ['contingency', 'renumber', 'ari_of_table', 'ari', 'fg_ari', 'iou_of_table', 'iou_matrix', 'match', 'segmentation',
            'SceneScores', 'scene_scores', 'miou', 'mbo', 'random_partition', 'grid_partition', 'SegmentationScores',
@@ -36,9 +38,6 @@ def _check_labels(true: Tensor, pred: Tensor, ignore: Tensor | None) -> None:
                          "resize the masks to the size of the true labels (segmentation)")
     if ignore is not None and ignore.shape != true.shape:
         raise ValueError(f"ignore {tuple(ignore.shape)} must have the shape of the labels {tuple(true.shape)}")
-    for labels in (true, pred):
-        if labels.is_floating_point():
-            raise ValueError(f"labels must be integers, got {labels.dtype}; soft masks go through segmentation()")
     if pred.numel() and pred.min() < 0:
         raise ValueError("predicted labels must be ≥ 0; mark pixels to skip in true (negative) or ignore")
 
@@ -52,6 +51,8 @@ def contingency(
     n_pred: int | None = None,  # columns; default: largest predicted label + 1
 ) -> Tensor:
     "Pixels that true segment i and predicted segment j share: int64 counts `(b, n_true, n_pred)`"
+    true, pred = as_labels(true, "true"), as_labels(pred, "predicted")
+    ignore = None if ignore is None else torch.as_tensor(ignore)
     _check_labels(true, pred, ignore)
     b = len(true)
     m = _table_side(true, "true", n_true)
@@ -144,10 +145,12 @@ def match(
 # %% ../../nbs/metrics/segmentation.ipynb #masks-export
 def segmentation(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     "Labels `(b,h,w)` from soft masks `(b,k,h',w')`: enlarged to `size`, then argmax; integers pass unchanged"
+    masks = torch.as_tensor(masks)
     if not masks.is_floating_point():
         return masks
     if masks.dim() != 4:
         raise ValueError(f"soft masks must be (b,k,h,w), got {tuple(masks.shape)}")
+    check_finite(masks, "soft masks")
     if size is not None and masks.shape[-2:] != tuple(size):
         masks = F.interpolate(masks.float(), tuple(size), mode="bilinear", align_corners=False)
     return masks.argmax(1)
@@ -155,8 +158,11 @@ def segmentation(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
 # %% ../../nbs/metrics/segmentation.ipynb #scene-helpers-export
 def _visible(visibility: Tensor, objects: int) -> Tensor:
     "Which of the true labels 1 … objects are to be scored, bool `(b,objects)`"
-    if visibility.shape[1] < objects:
-        raise ValueError(f"visibility has {visibility.shape[1]} objects, the true labels reach {objects}")
+    visibility = torch.as_tensor(visibility)
+    check_finite(visibility, "visibility")
+    if visibility.dim() != 2 or visibility.shape[1] < objects:
+        found = f"visibility has {visibility.shape[-1]} objects"
+        raise ValueError(f"{found}, the true labels reach {objects}: expected is (b,objects)")
     return visibility[:, :objects] > 0
 
 
@@ -313,6 +319,7 @@ def official_lsd_scenes(
     "Scenes scored as by official LSD's evaluation, quirks included; `SegmentationScores` gives its means"
     if pred.is_floating_point():
         n_slots = n_slots or pred.shape[1]
+    check_finite(visibility, "visibility")
     labels = segmentation(pred, true.shape[-2:])
     table = contingency(true, labels, n_true=max_objects + 1, n_pred=n_slots)
     visible = F.pad(visibility > 0, (max_objects + 1 - visibility.shape[1], 0)).to(table.device)

@@ -1,0 +1,150 @@
+"What people hand to `encode`, the scores and the verbs of factors: ranges, shapes, types and numbers that do not fit"
+import numpy as np
+import pytest
+import torch
+
+from decomp_nb import Factors, load_decomposer, shipped
+from decomp_nb.checks import check_pictures
+from decomp_nb.data.catalog import validate_dataset
+from decomp_nb.decomposer import Method
+from decomp_nb.metrics import segmentation as seg
+from decomp_nb.metrics.extractors import extract
+from decomp_nb.metrics.generation import mse, psnr, reconstruction_scores, ssim
+from decomp_nb.worlds.scenes import Scenes
+
+
+@pytest.fixture(scope="module")
+def model(): return load_decomposer(shipped("lsd_shapes")).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    scenes = Scenes("shapes", n=4, size=64, seed=3)
+    return torch.stack([scenes[i]["image"] for i in range(4)])
+
+
+# -- row 8: range of pictures -----------------------------------------------------------------------------------------
+
+WRONG = {
+    "unit": (lambda x: (x + 1) / 2, r"from 0\S* to (1|0\S*), .*expected are pictures in \[−1,1\].*2 \* "),
+    "bytes": (lambda x: (x + 1) * 127.5, r"from \d+ to 2\d\d, .*/ 127.5 - 1"),
+    "uint8": (lambda x: ((x + 1) * 127.5).byte(), "uint8.*expected are floats"),
+    "nan": (lambda x: torch.where(x > 0.5, torch.nan, x), "NaN"),
+    "infinite": (lambda x: torch.where(x > 0.5, torch.inf, x), "infinite"),
+    "normalised": (lambda x: x * 40, r"expected are pictures in \[−1,1\]"),
+    "one picture": (lambda x: x[0], r"add a batch axis"),
+    "channels last": (lambda x: x.movedim(1, -1), r"expected are pictures \(b,3,h,w\)"),
+    "two channels": (lambda x: x[:, :2], r"expected are pictures \(b,3,h,w\)"),
+    "numpy": (lambda x: x.numpy(), "expected is a tensor"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_pictures_in_another_range_or_shape_are_refused_at_every_door(wrong, images, model):
+    change, match = WRONG[wrong]
+    bad = change(images)
+    for door in (model.encode, lambda x: psnr(x, x), lambda x: psnr(images, x), lambda x: mse(x, images), lambda x: ssim(x, x), lambda x: reconstruction_scores(x, x)):
+        with pytest.raises(ValueError, match=match): door(bad)
+
+
+def test_usual_pictures_pass(images, model):
+    small = torch.nn.functional.interpolate(images, model.config.image_size)
+    assert model.encode(small).codes.shape[0] == 4 and torch.isfinite(psnr(small, small * 0.9)).all()
+    for pictures in (torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), -1.0), torch.rand(1, 3, 8, 8) * 0.3 + 0.5): check_pictures(pictures)
+    assert psnr(torch.randn(2, 3, 16, 16) * 2, images[:2, :, :16, :16]).isfinite().all()  # drawings of an untrained model may overshoot
+
+
+def test_other_methods_look_too(images):
+    class Mean(Method):
+        def encode(self, images): return Factors(images.mean((2, 3))[:, None])
+    with pytest.raises(ValueError, match="look like"): Mean().eval().encode((images + 1) / 2)
+    with pytest.raises(ValueError, match="look like"): Mean().eval().encode((images[:, None] + 1) / 2)  # clips
+
+
+def test_the_check_costs_one_minimum_and_maximum(images, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda x, _do=torch.Tensor.aminmax: calls.append(x.shape) or _do(x))
+    check_pictures(images)
+    assert calls == [images.shape]
+
+
+def test_features_look_at_their_pictures(images):
+    def mean(pictures): return pictures.mean((2, 3))
+    assert extract(mean, images).shape == (4, 3)
+    with pytest.raises(ValueError, match="look like"): extract(mean, (images + 1) / 2)
+
+
+class Pictures(torch.utils.data.Dataset):
+    size = 64
+
+    def __init__(self, images): self.images = images
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i): return {"image": self.images[i]}
+
+
+def test_a_data_set_in_another_range_is_refused(images):
+    validate_dataset(Pictures(images))
+    with pytest.raises(ValueError, match="look like"): validate_dataset(Pictures((images + 1) / 2))
+
+
+# -- row 9: shapes of label maps --------------------------------------------------------------------------------------
+
+TRUE = torch.arange(4).repeat_interleave(16).reshape(1, 8, 8).repeat(3, 1, 1)
+SCORES = [seg.segmentation_scores, seg.scene_scores, seg.ari, seg.fg_ari, seg.miou, seg.mbo, seg.iou_matrix, lambda *a: seg.SegmentationScores().update(*a)]
+IDS = ["segmentation_scores", "scene_scores", "ari", "fg_ari", "miou", "mbo", "iou_matrix", "update"]
+
+
+@pytest.mark.parametrize("score", SCORES, ids=IDS)
+def test_a_map_without_batch_axis_is_no_batch_of_rows(score):
+    with pytest.raises(ValueError, match=r"true labels are \(8, 8\), expected are maps \(b,h,w\).*\[None\]"): score(TRUE[0], TRUE[0])
+
+
+@pytest.mark.parametrize("score", SCORES, ids=IDS)
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.int16, np.int64, torch.uint8, torch.uint16, torch.int32])
+def test_labels_of_every_integer_type_score_the_same(score, kind):
+    def cast(x): return x.to(kind) if isinstance(kind, torch.dtype) else x.numpy().astype(kind)
+    pred = TRUE.roll(1, 1)
+    expected, found = score(TRUE, pred), score(cast(TRUE), cast(pred))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda t, p: dict(pred=torch.full((3, 2, 8, 8), torch.nan)), "soft masks.*NaN"),
+    (lambda t, p: dict(pred=torch.full((3, 2, 8, 8), torch.nan).numpy()), "soft masks.*NaN"),
+    (lambda t, p: dict(true=t.float()), "true labels must be integers"),
+    (lambda t, p: dict(true=t.float() * torch.nan), "true labels must be integers"),
+    (lambda t, p: dict(visibility=torch.full((3, 3), torch.nan)), "visibility.*NaN"),
+    (lambda t, p: dict(visibility=torch.ones(3)), "visibility"),
+    (lambda t, p: dict(pred=p[:1]), "differ in shape"),
+    (lambda t, p: dict(pred=-1 - p), "must be ≥ 0"),
+])
+def test_masks_and_visibility_that_mean_nothing_are_refused(change, match):
+    with pytest.raises(ValueError, match=match): seg.scene_scores(**(dict(true=TRUE, pred=TRUE) | change(TRUE, TRUE)))
+
+
+def test_factors_with_nan_masks_own_no_pixels():
+    with pytest.raises(ValueError, match="masks.*NaN"): Factors(torch.zeros(1, 2, 3), masks=torch.full((1, 2, 4, 4), torch.nan)).segmentation(8)
+
+
+# -- row 10: numbers of factors ---------------------------------------------------------------------------------------
+
+SEVEN = Factors(torch.arange(7.0)[None, :, None].repeat(2, 1, 3))
+
+
+@pytest.mark.parametrize("index", [9, -8, [0, 9], torch.tensor([9]), torch.tensor([[9], [0]]), torch.tensor([[0], [-8]]), torch.tensor([[0.0], [1.0]]), (7,)], ids=str)
+def test_factors_that_do_not_exist_are_refused_by_all_verbs(index):
+    for verb in (SEVEN.pick, SEVEN.drop, lambda i: SEVEN.replace(i, SEVEN), lambda i: SEVEN.replace(0, SEVEN, i), lambda i: SEVEN.replace(i, SEVEN, 0)):
+        with pytest.raises((IndexError, ValueError), match="factor|donors") as error: verb(index)
+        assert error.type in (IndexError, ValueError)
+
+
+def test_negative_numbers_count_from_the_end_in_every_picture():
+    last = torch.tensor([[-1], [-7]])
+    assert SEVEN.pick(last).codes[:, 0, 0].tolist() == [6, 0] and SEVEN.drop(last).codes[:, 0, 0].tolist() == [0, 1]
+    assert SEVEN.replace(last, SEVEN, torch.tensor([[3], [4]])).codes[:, [6, 0], 0].diag().tolist() == [3, 4]
+
+
+def test_pictures_that_do_not_exist_are_refused():
+    assert SEVEN.rows(1).codes.shape == SEVEN.rows(-1).codes.shape == (1, 7, 3)
+    for index in (2, -3):
+        with pytest.raises(IndexError): SEVEN.rows(index)
