@@ -41,14 +41,14 @@ class Factors(NamedTuple):
 
     def pick(self, index: Index) -> Factors:
         "Keep the factors named by `index`, in that order"
-        index = _positions(index, self.n_factors)
+        index = self._places(index)
         parts = zip(self, _AXES)
         picked = [None if v is None else _take(v, index, axis) for v, axis in parts]
         return Factors(*picked)
 
     def drop(self, index: Index) -> Factors:
         "The set without the factors named by `index`: a dropped factor is gone, not zero"
-        index = _positions(index, self.n_factors)
+        index = self._places(index)
         kept = index.new_ones(*index.shape[:-1], self.n_factors)
         kept = kept.scatter(-1, index, 0)
         if not kept.any():
@@ -73,8 +73,8 @@ class Factors(NamedTuple):
         other_index: Index | None = None,  # factors of `other`; default: the same numbers
     ) -> Factors:
         "Put factors of another set in the place of some of this one: swap, insert, change the background"
-        places = _positions(index, self.n_factors)
-        donors = _positions(index if other_index is None else other_index, other.n_factors)
+        places = self._places(index)
+        donors = other._places(index if other_index is None else other_index)
         if places.shape != donors.shape:
             given, wanted = donors.shape[-1], places.shape[-1]
             raise ValueError(f"replace needs as many donors as places, got {given} for {wanted}")
@@ -88,6 +88,8 @@ class Factors(NamedTuple):
         weights = self.weights
         if weights is None:
             weights = torch.ones_like(self.codes[..., 0])
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weights.dim() == 3:
+            weight = weight[:, None]  # of whole clips
         return self._replace(weights=weights * weight)
 
     __rmul__ = __mul__
@@ -123,6 +125,11 @@ class Factors(NamedTuple):
             masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
         return masks.argmax(1).unflatten(0, self.masks.shape[:-3])
 
+    def _places(self, index: Index) -> Tensor:
+        "Numbers of factors `(n,)`, `(b,n)`, or `(b,1,n)` for all frames of a clip"
+        index = _positions(index, self.n_factors)
+        return index[:, None] if index.dim() == 2 and self.codes.dim() == 4 else index
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Factors:
         changed = [None if v is None else change(v) for v in self]
         return Factors(*changed)
@@ -131,7 +138,7 @@ class Factors(NamedTuple):
         return _draw(self)
 
 # %% ../nbs/factors.ipynb #factors-machinery-export
-Index = int | slice | Sequence[int] | Tensor  # numbers of factors; `(b,n)`: others in every picture
+Index = int | slice | Sequence[int] | Tensor  # numbers of factors; `(b,n)`: others in every picture or clip
 _AXES = (-2, -1, -3)  # where k lives in codes, weights, masks: counted from the right, so that clips work too
 
 
@@ -224,15 +231,16 @@ def recombine(
 
 # %% ../nbs/factors.ipynb #align-export
 def align(a: Factors, b: Factors) -> Factors:
-    "Permute the factors of `b`, picture by picture, towards those of `a` (Hungarian method on cosines)"
+    "Permute the factors of `b`, picture by picture or clip by clip, towards those of `a` (Hungarian method on cosines)"
     from scipy.optimize import linear_sum_assignment
     cosines = _directions(a) @ _directions(b).mT
+    if cosines.dim() == 4:
+        cosines = cosines.mean(1)  # one order for all frames of a clip
     order = []
-    for matrix in cosines.flatten(0, -3).cpu().numpy():
+    for matrix in cosines.cpu().numpy():
         _, columns = linear_sum_assignment(matrix, maximize=True)
         order.append(columns.tolist())
-    order = torch.as_tensor(order)
-    return b.pick(order.reshape(cosines.shape[:-1]))
+    return b.pick(torch.as_tensor(order))
 
 
 def _directions(factors: Factors) -> Tensor:
