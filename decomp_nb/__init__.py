@@ -116,10 +116,10 @@ _moved = {
         "official.unets": "RESIDUAL_KEYS=MODULE_KEYS RES_KEYS=MODULE_KEYS",
         "official.autoencoders": "vq_config convert_vq=convert_vae convert_dvae read_vq read_dvae read_kl "
                                  "read_autoencoder load_official_autoencoder load_official_discriminator",
-        "official.slots": "FAMILY_SLOT_KEYS RESNET_KEYS WRITER_KEYS WRITER_PARTS SCHEDULE_BUFFERS "
+        "official.slots": "FAMILY_SLOT_KEYS RESNET_KEYS WRITER_KEYS=TRANSFORMER_KEYS WRITER_PARTS=TRANSFORMER_PARTS SCHEDULE_BUFFERS "
                           "check_edge_grid take_slot_attention take_encoder convert_resnet "
                           "family_slots_config family_encoder_config ldm_unet_config=family_unet_config "
-                          "convert_writer convert_broadcast take_schedule load_official_slots",
+                          "convert_writer=convert_transformer convert_broadcast take_schedule load_official_slots",
         "official.disdiff": "SHIFT_KEYS FIELD_KEYS averaged latent_unet_sizes convert_latent_unet "
                             "convert_shift_decoder stored_schedule load_official_latent_diffusion "
                             "latent_space load_official_disdiff",
@@ -217,6 +217,10 @@ _moved = {
     "metrics.probing": {"metrics.probing": "split_by_group=split_groups"},
     "metrics.concepts": {
         "metrics.concepts": "coverage=class_shares mutual_information_score=normalized_mutual_info_score",
+    },
+    "official.slots": {
+        "official.slots": "WRITER_KEYS=TRANSFORMER_KEYS WRITER_PARTS=TRANSFORMER_PARTS "
+                          "convert_writer=convert_transformer",
     },
     "components.slot_model": {
         "components.presets": "changed",

@@ -9,6 +9,7 @@ import copy
 import importlib
 import inspect
 import json
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from .factors import Factors, _join
 
 # %% auto #0
-__all__ = ['sample', 'Frozen', 'VersionedConfig', 'StrictModel', 'fingerprint', 'fold_batch', 'Method', 'Decomposer',
-           'weights_folder', 'shipped', 'load_decomposer']
+__all__ = ['sample', 'Frozen', 'current_names', 'renamed_arguments', 'VersionedConfig', 'StrictModel', 'fingerprint',
+           'fold_batch', 'Method', 'Decomposer', 'weights_folder', 'shipped', 'load_decomposer']
 
 # %% ../nbs/decomposer.ipynb #sample-export
 @torch.no_grad()
@@ -65,12 +66,41 @@ class Frozen:
     base: nn.Module | None = None  # DisDiff: the unconditional diffusion model
     foundation: nn.Module | None = None  # Concepts: the text-to-image model
 
+# %% ../nbs/decomposer.ipynb #arguments-export
+def current_names(options: Mapping[str, Any], renamed: Mapping[str, str], where: str) -> dict[str, Any]:
+    "Keyword arguments in today's names, with a FutureWarning for each old one; TypeError where both are given"
+    current = dict(options)
+    for old in options.keys() & renamed.keys():
+        new = renamed[old]
+        if new in current:
+            raise TypeError(f"{where}: {old} is the old name of {new}, give {new} only")
+        warnings.warn(f"{where}: {old} is now {new}; the next version knows that name only", FutureWarning, 3)
+        current[new] = current.pop(old)
+    return current
+
+
+def renamed_arguments(**renamed: str) -> Callable[[Callable], Callable]:
+    "Decorator, old name = new name: a function takes keyword arguments under their old names too"
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def wrapped(*args, **options):
+            return function(*args, **current_names(options, renamed, function.__qualname__))
+        return wrapped
+    return decorate
+
 # %% ../nbs/decomposer.ipynb #versions-export
 class VersionedConfig:
     "Reads configs of earlier versions: options that were renamed, had no effect, or are gone"
     renamed: dict[str, str] = {}  # old name → today's
+    renamed_weights: dict[str, str] = {}  # beginnings of names in the weights, old → today's
     unused: tuple[str, ...] = ()  # options that had no effect on this class
     fixed: dict[str, Any] = {}  # options that are gone, and the one value that still means the same
+
+    def __init_subclass__(cls, **kwargs):
+        "The constructor takes options under their old names too"
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls) and cls.renamed:
+            cls.__init__ = renamed_arguments(**cls.renamed)(cls.__init__)
 
     @classmethod
     def current_options(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,18 +142,30 @@ class StrictModel(VersionedConfig, ModelMixin, ConfigMixin):
         setattr(self.frozen, name, module.requires_grad_(False).eval().to(self.device))
         return self
 
-    def foundations(self) -> dict[str, nn.Module]:
-        "Old name of `frozen`: what is attached, by name"
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        "What is attached, by the field of `Frozen`"
         return vars(self.frozen)
+
+    def foundations(self) -> dict[str, nn.Module]:
+        "Old name of `frozen_modules`"
+        warnings.warn("foundations() is now frozen_modules()", DeprecationWarning, 2)
+        return self.frozen_modules()
 
     def stand_on(self, module: nn.Module) -> StrictModel:
         "Old name of `attach`"
+        warnings.warn("stand_on(module) is now attach(module)", DeprecationWarning, 2)
         return self.attach(module)
 
     def _apply(self, fn, recurse=True):
-        for module in vars(self.frozen).values():
+        for module in self.frozen_modules().values():
             module._apply(fn)
         return super()._apply(fn, recurse)
+
+    def _fix_state_dict_keys_on_load(self, state_dict):  # diffusers calls it on the weights of a folder
+        super()._fix_state_dict_keys_on_load(state_dict)
+        for old, new in self.renamed_weights.items():
+            for name in [name for name in state_dict if name.startswith(old)]:
+                state_dict[new + name.removeprefix(old)] = state_dict.pop(name)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs) -> StrictModel:
@@ -283,7 +325,7 @@ class Method(StrictModel):
         for name, on_frames in _ON_FRAMES.items():
             method = getattr(cls, name, None)  # of the class itself or of a part that it is composed of
             if method is not None and not getattr(method, "takes_clips", False):
-                with_clips = on_frames(method)
+                with_clips = renamed_arguments(**cls.renamed)(on_frames(method))
                 with_clips.takes_clips = True
                 setattr(cls, name, with_clips)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from .viz.colours import palette
 
 # %% auto #0
-__all__ = ['Index', 'to_uint8', 'Factors', 'recombine', 'align', 'interpolate']
+__all__ = ['Index', 'to_uint8', 'FactorTensors', 'FactorBatch', 'FactorChoice', 'Factors', 'recombine', 'align', 'interpolate']
 
 # %% ../nbs/factors.ipynb #to-uint8-export
 def to_uint8(images: Tensor) -> Tensor:
@@ -28,118 +28,55 @@ def to_uint8(images: Tensor) -> Tensor:
     return rearrange(pixels, "... c h w -> (...) h w c")
 
 # %% ../nbs/factors.ipynb #factors-export
-class Factors(NamedTuple):
-    "A set of `k` factors per picture; its verbs return new sets"
+class FactorTensors(NamedTuple):
+    "The tensors of `k` factors per picture"
     codes: Tensor  # `(b,k,d)`, clips `(b,t,k,d)`
     weights: Tensor | None = None  # `(b,k)`, clips `(b,t,k)`; `None` = all 1
     masks: Tensor | None = None  # `(b,k,h,w)`, clips `(b,t,k,h,w)`; soft, summing to 1 over k
+
+
+class FactorBatch(FactorTensors):
+    "Factors of a batch, whose tensors move, repeat and fold together"
+    __slots__ = ()
 
     @property
     def n_factors(self) -> int:
         "k"
         return self.codes.shape[-2]
 
-    def pick(self, index: Index) -> Factors:
-        "Keep the factors named by `index`, in that order"
-        index = self._places(index)
-        parts = zip(self, _AXES)
-        picked = [None if v is None else _take(v, index, axis) for v, axis in parts]
-        return Factors(*picked)
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        "The set with every tensor changed"
+        return self._make(None if v is None else change(v) for v in self)
 
-    def drop(self, index: Index) -> Factors:
-        "The set without the factors named by `index`: a dropped factor is gone, not zero"
-        index = self._places(index)
-        kept = index.new_ones(*index.shape[:-1], self.n_factors)
-        kept = kept.scatter(-1, index, 0)
-        if not kept.any():
-            raise ValueError(f"drop would leave no factor: all {self.n_factors} were named")
-        left = kept.nonzero()[:, -1]
-        return self.pick(left.reshape(*index.shape[:-1], -1))
+    def to(self, *args, **kwargs) -> Self:
+        "Move or cast every tensor, as `Tensor.to`"
+        return self.each(lambda v: v.to(*args, **kwargs))
 
-    def rows(self, index: Index) -> Factors:
-        "Choose pictures instead of factors; an `int` keeps the batch axis"
+    def detach(self) -> Self:
+        "Cut every tensor from the graph"
+        return self.each(Tensor.detach)
+
+    def rows(self, index: Index) -> Self:
+        "Choose pictures; an `int` keeps the batch axis"
         if isinstance(index, int):
             index = slice(index, index + 1 or None)
-        return self._each(lambda v: v[index])
+        return self.each(lambda v: v[index])
 
-    def cat(self, *others: Factors) -> Factors:
-        "Join sets along k: the union of what is in several pictures"
-        return _join([self, *others], _AXES)
-
-    def replace(
-        self,
-        index: Index,  # places in this set
-        other: Factors,
-        other_index: Index | None = None,  # factors of `other`; default: the same numbers
-    ) -> Factors:
-        "Put factors of another set in the place of some of this one: swap, insert, change the background"
-        places = self._places(index)
-        donors = other._places(index if other_index is None else other_index)
-        if places.shape != donors.shape:
-            given, wanted = donors.shape[-1], places.shape[-1]
-            raise ValueError(f"replace needs as many donors as places, got {given} for {wanted}")
-        order = torch.arange(self.n_factors).to(places)
-        order = order.expand(*places.shape[:-1], -1)
-        order = order.scatter(-1, places, self.n_factors + donors)
-        return self.cat(other).pick(order)
-
-    def __mul__(self, weight: float | Tensor) -> Factors:
-        "Weight the factors: a number, `(k,)` or `(b,k)`; weights multiply up"
-        weights = self.weights
-        if weights is None:
-            weights = torch.ones_like(self.codes[..., 0])
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weights.dim() == 3:
-            weight = weight[:, None]  # of whole clips
-        return self._replace(weights=weights * weight)
-
-    __rmul__ = __mul__
-
-    def to(self, *args, **kwargs) -> Factors:
-        "Move or cast every tensor, as `Tensor.to`"
-        return self._each(lambda v: v.to(*args, **kwargs))
-
-    def detach(self) -> Factors:
-        "Cut every tensor from the graph"
-        return self._each(Tensor.detach)
-
-    def repeat(self, n: int) -> Factors:
+    def repeat(self, n: int) -> Self:
         "Each picture `n` times in a row (`repeat_interleave`), to draw several samples of the same set"
-        return self._each(lambda v: v.repeat_interleave(n, 0))
+        return self.each(lambda v: v.repeat_interleave(n, 0))
 
-    def fold_time(self) -> Factors:
+    def fold_time(self) -> Self:
         "Clips `(b,t,…)` as a batch of frames `(b·t,…)`; stills as they are"
-        if self.codes.dim() == 3:
-            return self
-        return self._each(lambda v: v.flatten(0, 1))
+        return self if self.codes.dim() == 3 else self.each(lambda v: v.flatten(0, 1))
 
-    def unfold_time(self, t: int) -> Factors:
+    def unfold_time(self, t: int) -> Self:
         "Frames `(b·t,…)` as clips of `t` frames `(b,t,…)`"
-        return self._each(lambda v: v.unflatten(0, (-1, t)))
-
-    def segmentation(self, size: int | tuple[int, int] | None = None) -> Tensor:
-        "Which factor owns each pixel: int64 `(b,h,w)`; masks are resized to `size` (bilinear) *before* the argmax"
-        if self.masks is None:
-            raise ValueError("these factors have no masks: their method does not assign pixels to factors")
-        masks = self.masks.flatten(0, -4).float()
-        if size is not None:
-            masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
-        return masks.argmax(1).unflatten(0, self.masks.shape[:-3])
-
-    def _places(self, index: Index) -> Tensor:
-        "Numbers of factors `(n,)`, `(b,n)`, or `(b,1,n)` for all frames of a clip"
-        index = _positions(index, self.n_factors)
-        return index[:, None] if index.dim() == 2 and self.codes.dim() == 4 else index
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Factors:
-        changed = [None if v is None else change(v) for v in self]
-        return Factors(*changed)
-
-    def _repr_png_(self) -> bytes:
-        return _draw(self)
+        return self.each(lambda v: v.unflatten(0, (-1, t)))
 
 # %% ../nbs/factors.ipynb #factors-machinery-export
 Index = int | slice | Sequence[int] | Tensor  # numbers of factors; `(b,n)`: others in every picture or clip
-_AXES = (-2, -1, -3)  # where k lives in codes, weights, masks: counted from the right, so that clips work too
+_AXES = FactorTensors(-2, -1, -3)  # where k lives, counted from the right, so that clips work too
 
 
 def _positions(index: Index, k: int) -> Tensor:
@@ -165,22 +102,93 @@ def _take(v: Tensor, index: Tensor, axis: int) -> Tensor:
     index = index.reshape(*index.shape, *[1] * (-axis - 1))
     return v.take_along_dim(index, axis)
 
+# %% ../nbs/factors.ipynb #factors-join-export
+def _weights(factors: FactorTensors) -> Tensor:
+    "Weights `(b,k)`, 1 where the set has none"
+    return torch.ones_like(factors.codes[..., 0]) if factors.weights is None else factors.weights
 
-def _join(sets: Sequence[Factors], axes: tuple[int, int, int]) -> Factors:
+
+def _join(sets: Sequence[FactorTensors], axes: tuple[int, int, int]) -> FactorTensors:
     "One set of several, joined along these axes; masks stay where all have them, of one size"
     if any(f.weights is not None for f in sets):
-        sets = [f * 1.0 for f in sets]
+        sets = [f._replace(weights=_weights(f)) for f in sets]
     sizes = {None if f.masks is None else f.masks.shape[-2:] for f in sets}
     if len(sizes) > 1:
         sets = [f._replace(masks=None) for f in sets]
     parts = zip(zip(*sets), axes)
     joined = [None if several[0] is None else torch.cat(several, axis) for several, axis in parts]
-    return Factors(*joined)
+    return sets[0]._make(joined)
+
+# %% ../nbs/factors.ipynb #factors-choice-export
+class FactorChoice(FactorBatch):
+    "Factors to choose from: pick, drop, join, replace"
+    __slots__ = ()
+
+    def _places(self, index: Index) -> Tensor:
+        "Numbers of factors `(n,)`, `(b,n)`, or `(b,1,n)` for all frames of a clip"
+        index = _positions(index, self.n_factors)
+        return index[:, None] if index.dim() == 2 and self.codes.dim() == 4 else index
+
+    def pick(self, index: Index) -> Self:
+        "Keep the factors named by `index`, in that order"
+        index = self._places(index)
+        return self._make(None if v is None else _take(v, index, axis) for v, axis in zip(self, _AXES))
+
+    def drop(self, index: Index) -> Self:
+        "The set without the factors named by `index`: a dropped factor is gone, not zero"
+        index = self._places(index)
+        kept = index.new_ones(*index.shape[:-1], self.n_factors)
+        kept = kept.scatter(-1, index, 0)
+        if not kept.any():
+            raise ValueError(f"drop would leave no factor: all {self.n_factors} were named")
+        left = kept.nonzero()[:, -1]
+        return self.pick(left.reshape(*index.shape[:-1], -1))
+
+    def cat(self, *others: FactorTensors) -> Self:
+        "Join sets along k: the union of what is in several pictures"
+        return _join([self, *others], _AXES)
+
+    def replace(self, index: Index, other: Self, other_index: Index | None = None) -> Self:
+        "Put factors of `other`, by default those of the same numbers, in the places `index` of this set"
+        places = self._places(index)
+        donors = other._places(index if other_index is None else other_index)
+        if places.shape != donors.shape:
+            given, wanted = donors.shape[-1], places.shape[-1]
+            raise ValueError(f"replace needs as many donors as places, got {given} for {wanted}")
+        order = torch.arange(self.n_factors).to(places)
+        order = order.expand(*places.shape[:-1], -1)
+        order = order.scatter(-1, places, self.n_factors + donors)
+        return self.cat(other).pick(order)
+
+# %% ../nbs/factors.ipynb #factors-set-export
+class Factors(FactorChoice):
+    "A set of `k` factors per picture; its verbs return new sets"
+    __slots__ = ()
+
+    def __mul__(self, weight: float | Tensor) -> Self:
+        "Weight the factors: a number, `(k,)` or `(b,k)`; weights multiply up"
+        weights = _weights(self)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weights.dim() == 3:
+            weight = weight[:, None]  # the same in all frames of a clip
+        return self._replace(weights=weights * weight)
+
+    __rmul__ = __mul__
+
+    def segmentation(self, size: int | tuple[int, int] | None = None) -> Tensor:
+        "Which factor owns each pixel: int64 `(b,h,w)`; masks are resized to `size` (bilinear) *before* the argmax"
+        if self.masks is None:
+            raise ValueError("these factors have no masks: their method does not assign pixels to factors")
+        masks = self.masks.flatten(0, -4).float()
+        if size is not None:
+            masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
+        return masks.argmax(1).unflatten(0, self.masks.shape[:-3])
+
+    def _repr_png_(self) -> bytes:
+        return _draw(self)
 
 # %% ../nbs/factors.ipynb #draw-export
-def _draw(factors: Factors, rows: int = 4, height: int = 96, gap: int = 6) -> bytes:
+def _draw(factors: Factors, rows: int = 4, height: int = 96) -> bytes:
     "PNG of up to `rows` pictures: segmentation (if any), colours of the factors, codes as a heat map"
-    from PIL import Image
     shown = factors.fold_time().rows(slice(rows)).detach()
     shown = shown.to("cpu", torch.float32)
     colours = palette(factors.n_factors)
@@ -192,6 +200,12 @@ def _draw(factors: Factors, rows: int = 4, height: int = 96, gap: int = 6) -> by
     if shown.masks is not None:
         owners = colours[shown.segmentation()]
         panels.insert(0, _enlarge(owners, height, height))
+    return _png(panels)
+
+
+def _png(panels: Sequence[Tensor], gap: int = 6) -> bytes:
+    "PNG of pictures `(b,3,h,·)` side by side, rows below one another"
+    from PIL import Image
     padded = [F.pad(panel, (0, gap, 0, gap), value=255) for panel in panels]
     sheet = rearrange(torch.cat(padded, -1), "b c h w -> (b h) w c")
     buffer = io.BytesIO()
@@ -260,7 +274,7 @@ def interpolate(
     blend = _slerp if spherical else _lerp
     weights = masks = None
     if a.weights is not None or b.weights is not None:
-        weights = _lerp((a * 1.0).weights, (b * 1.0).weights, t)
+        weights = _lerp(_weights(a), _weights(b), t)
     if a.masks is not None and b.masks is not None:
         masks = _lerp(a.masks, b.masks, t)
     return Factors(blend(a.codes, b.codes, t), weights, masks)

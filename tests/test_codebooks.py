@@ -37,7 +37,7 @@ def test_writing_with_kept_keys_costs_a_fraction():
     "Counted in multiplications, which no busy machine can blur: every step reads one word instead of all words so far"
     from torch.utils.flop_counter import FlopCounterMode
     torch.manual_seed(3)
-    writer = decoders.TokenWriter(256, 256, 64, dim=32, n_layers=2, n_heads=4).eval()  # 16×16 words
+    writer = decoders.AutoregressiveDecoder(256, 256, 64, dim=32, n_layers=2, n_heads=4).eval()  # 16×16 words
     slots = torch.randn(1, 5, 64)
     work = []
     for write in (writer.generate, lambda s: the_long_way(writer, s)):
@@ -125,7 +125,7 @@ def test_dvae_cools_and_remembers(tmp_path):
 @pytest.mark.parametrize("make, complaint", [
     (lambda: vq_model(3), "power of two"), (lambda: vq_model(4, multipliers=(1, 2)), "3 levels"), (lambda: vq_model(4, width=12, groups=8), "groups=8"),
     (lambda: decoders.BroadcastDecoder(8, 48), "image_size=48"), (lambda: decoders.BroadcastDecoder(8, 128, channels=(8, 8)), "at most 2 times"),
-    (lambda: decoders.TokenWriter(8, 16, 4, dim=10, n_heads=4), "n_heads=4"), (lambda: decoders.TokenWriter(8, 16, 4, dim=8, n_heads=2)(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 2, 4)), "built for 16"),
+    (lambda: decoders.AutoregressiveDecoder(8, 16, 4, dim=10, n_heads=4), "n_heads=4"), (lambda: decoders.AutoregressiveDecoder(8, 16, 4, dim=8, n_heads=2)(torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 2, 4)), "built for 16"),
     (lambda: samplers.step_orders(0), "at least one"), (lambda: samplers.step_orders(5, 4), "order=4"), (lambda: samplers.DDIM(make_scheduler()).set_timesteps(0), "steps=0"),
 ])
 def test_bad_settings_name_themselves(make, complaint):
@@ -142,6 +142,6 @@ def test_a_solver_can_be_used_again_and_does_not_copy_the_autoencoder():
 
 def test_writing_takes_seconds_not_minutes():
     torch.manual_seed(0)
-    writer = decoders.TokenWriter(64, 64, 16, dim=32, n_layers=2, n_heads=4).eval()
+    writer = decoders.AutoregressiveDecoder(64, 64, 16, dim=32, n_layers=2, n_heads=4).eval()
     start = time.process_time()
     assert writer.generate(torch.randn(2, 4, 16)).shape == (2, 64) and time.process_time() - start < 5

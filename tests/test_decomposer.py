@@ -21,7 +21,7 @@ def disdiff():
     space = VQLatents(vq_model(2, width=8, layers_per_block=1, n_codes=16, groups=4, attention=False))
     base = LatentDiffusion(image_size=16, denoiser_config=UNET).attach(space)
     model = DisDiff(image_size=16, n_factors=3, factor_dim=4, encoder_config={"width": 8}, denoiser_config=UNET)
-    model.stand_on(base)
+    model.attach(base)
     return model
 
 
@@ -121,7 +121,8 @@ def test_frozen_models_are_beside_not_inside():
     model = METHODS["decomp_diffusion"]()
     before = set(model.state_dict())
     model.attach(torch.nn.Linear(2, 2), "base")
-    assert model.foundations() is vars(model.frozen) and set(model.state_dict()) == before
+    with pytest.warns(DeprecationWarning, match="frozen_modules"): assert model.foundations() is model.frozen_modules()
+    assert model.frozen_modules() is vars(model.frozen) and set(model.state_dict()) == before
     assert not any(p.requires_grad for p in model.frozen.base.parameters())
     assert model.double().frozen.base.weight.dtype == torch.float64
     assert all(value is None for value in (getattr(Frozen, name) for name in Frozen.__annotations__))

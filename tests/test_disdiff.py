@@ -41,7 +41,7 @@ def base(kind="vq", seed=0, **options):
     torch.manual_seed(seed)
     model = LatentDiffusion(**{"image_size": 16, "denoiser_config": UNET, **options})
     for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
-    return model.stand_on(space(kind))
+    return model.attach(space(kind))
 
 
 def disdiff(kind="vq", seed=0, alive=True, **options):
@@ -49,12 +49,12 @@ def disdiff(kind="vq", seed=0, alive=True, **options):
     model = DisDiff(**{"image_size": 16, "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, "denoiser_config": UNET, **options})
     for p in model.fields.parameters() if alive else []:  # the last layer of every block begins at zero
         if p.ndim > 1 and not p.any(): torch.nn.init.normal_(p, std=0.2)
-    return model.stand_on(base(kind))
+    return model.attach(base(kind))
 
 
 def encdiff(kind="vq", seed=0, **options):
     torch.manual_seed(seed)
-    return EncDiff(**{"image_size": 16, "n_factors": 3, "encoder_config": {"width": 8}, **TOKENS, **options}).stand_on(space(kind))
+    return EncDiff(**{"image_size": 16, "n_factors": 3, "encoder_config": {"width": 8}, **TOKENS, **options}).attach(space(kind))
 
 
 def batch(n=4, seed=1, model=None):
@@ -435,7 +435,7 @@ MISMATCHES = {
 def test_refuses_a_base_that_does_not_fit(message):
     ours, theirs, _ = MISMATCHES[message]
     model = DisDiff(**{"image_size": 16, "n_factors": 3, "factor_dim": 4, "encoder_config": {"width": 8}, "denoiser_config": UNET, **ours})
-    with pytest.raises(ValueError, match=message): model.stand_on(base(**theirs))
+    with pytest.raises(ValueError, match=message): model.attach(base(**theirs))
 
 
 def test_refuses_stages_that_do_not_belong_together(tmp_path):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from decomp_nb.components.autoencoders import vq_model
 from decomp_nb.components.dvae import DVAE
@@ -26,14 +27,14 @@ def diffusion(**options):
     torch.manual_seed(0)
     config = EYES | dict(denoiser_config=slot_diffusion_denoiser(4, slot_dim=16, channels=(8, 16), layers_per_block=1, head_dim=8, groups=4, dropout=0.0)) | options
     model = SlotDiffusion(**config)
-    model.stand_on(VQLatents(vq_model(4, width=8, multipliers=(1, 1, 1), layers_per_block=1, n_codes=16, groups=4, attention=False).eval()))
+    model.attach(VQLatents(vq_model(4, width=8, multipliers=(1, 1, 1), layers_per_block=1, n_codes=16, groups=4, attention=False).eval()))
     return model
 
 
 def slate(**options):
     torch.manual_seed(0)
-    model = SLATE(**(EYES | dict(writer_config=dict(vocabulary=16, dim=16, n_layers=2, n_heads=2, dropout=0.0)) | options))
-    model.stand_on(DVAE(16, width=8))
+    model = SLATE(**(EYES | dict(decoder_config=dict(vocabulary=16, dim=16, n_layers=2, n_heads=2, dropout=0.0)) | options))
+    model.attach(DVAE(16, width=8))
     return model
 
 
@@ -68,7 +69,7 @@ def test_one_contract_for_three_decoders(name, tmp_path):
     assert model.reconstruct(PICTURES, steps=2).shape == PICTURES.shape and model.decompose(factors, steps=2).shape == (3, 4, 3, 16, 16)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    again.foundations().update(model.foundations())
+    again.frozen_modules().update(model.frozen_modules())
     torch.testing.assert_close(paint(again, factors), painted)
     assert set(model.diagnostics({"image": PICTURES})) == {"slot_entropy", "slot_cosine", "empty_slots"}
 
@@ -189,7 +190,7 @@ def test_slate_finds_its_words_in_its_own_folder_first(tmp_path):
     assert torch.equal(again.dvae.tokens(PICTURES), model.dvae.tokens(PICTURES)) and not any(p.requires_grad for p in again.dvae.parameters())
     with pytest.raises(ValueError, match="dvae_path"): load_dvae(None)
     with pytest.raises(FileNotFoundError, match="no discrete VAE"): load_dvae("nowhere")
-    with pytest.raises(ValueError, match="vocabulary=16"): model.stand_on(DVAE(8, width=8))
+    with pytest.raises(ValueError, match="vocabulary=16"): model.attach(DVAE(8, width=8))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -235,7 +236,7 @@ def test_presets_build_and_refuse_unknown_names(preset):
     (lambda: diffusion(contrast_rate=0.0), "contrast_rate=0.0"),
     (lambda: diffusion(image_size=32), "encoder_config says image_size=16"),
     (lambda: SlotDiffusion(**EYES, denoiser_config=slot_diffusion_denoiser(8, slot_dim=16, channels=(8, 16), groups=4, head_dim=8)).latents, "built for 3 channels of side 8"),
-    (lambda: SLATE(**EYES), "writer_config"),
+    (lambda: SLATE(**EYES), "decoder_config"),
     (lambda: mixture(mask_source="dreams"), "mask_source='dreams'"),
     (lambda: SlotAttentionAE(**EYES, decoder_config=dict(channels=[8], start=5)), "image_size=16"),
     (lambda: diffusion(scheduler_config=dict(prediction_type="picture")), "picture"),
@@ -258,3 +259,33 @@ def test_runs_of_older_versions_go_on(tmp_path):
     check_model(tmp_path / "config.json", model)
     with pytest.raises(ValueError, match="merge_threshold: 0.9 in the run, 0.0 now"): check_model(tmp_path / "config.json", mixture())
     with pytest.raises(ValueError, match="SlotAttentionAE"): check_model(tmp_path / "config.json", slate())
+
+
+def test_slate_of_an_earlier_version(tmp_path):
+    "Its decoder was called writer: in the config, in the weights, in calls"
+    model = slate().eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["writer_config"] = config.pop("decoder_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = next(tmp_path.glob("*.safetensors"))
+    weights = {name.replace("decoder.", "writer.", 1): value for name, value in load_file(file).items()}
+    assert any(name.startswith("writer.") for name in weights)
+    save_file(weights, file)
+    again = SLATE.from_pretrained(tmp_path).eval().attach(model.dvae)
+    with torch.no_grad(): factors = model.encode(PICTURES)
+    with pytest.warns(DeprecationWarning, match="generate"): assert torch.equal(again.write(factors), model.generate(factors))
+    with pytest.warns(FutureWarning, match="writer_config is now decoder_config"):
+        SLATE(**EYES, writer_config=dict(vocabulary=16, dim=16, n_layers=1, n_heads=2))
+
+
+def test_merging_under_its_old_names():
+    "An option keeps its old name for one version, in constructors and in calls"
+    with pytest.warns(FutureWarning, match="merge_above is now merge_threshold"): model = mixture(merge_above=0.9).eval()
+    assert model.config.merge_threshold == 0.9
+    with torch.no_grad():
+        start = torch.zeros(1, 4, 16)
+        with pytest.warns(FutureWarning, match="merge_twins is now merge_threshold"):
+            old = model.encode(PICTURES[:1], noise=start, merge_twins=-1.0)
+        new = model.encode(PICTURES[:1], noise=start, merge_threshold=-1.0)
+        assert torch.equal(old.weights, new.weights) and (new.weights == 0).any()

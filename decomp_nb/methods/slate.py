@@ -5,6 +5,7 @@
 # %% ../../nbs/methods/slate.ipynb #imports-export
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from ..decomposer import fold_batch
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['load_dvae', 'SLATE', 'slate_preset']
+__all__ = ['load_dvae', 'TokenSpace', 'TokenSlotModel', 'SLATE', 'slate_preset']
 
 # %% ../../nbs/methods/slate.ipynb #load-export
 def load_dvae(path: str | None, base: str | Path | None = None) -> DVAE:
@@ -43,32 +44,8 @@ def load_dvae(path: str | None, base: str | Path | None = None) -> DVAE:
     raise FileNotFoundError(f"dvae_path: no discrete VAE at '{path}' (no config.json there, in dvae/ or in model/)")
 
 # %% ../../nbs/methods/slate.ipynb #model-export
-class SLATE(SlotModel):
-    "Slots → an autoregressive transformer over the tokens of a discrete VAE (Singh et al., ICLR 2022)"
-
-    @register_to_config
-    def __init__(
-        self,
-        image_size: int = 64,  # side of the pictures
-        encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
-        writer_config: dict | None = None,  # of the transformer: vocabulary, dim, n_layers, n_heads, dropout
-        dvae_path: str | None = None,  # folder of a `DVAE`: a saved one, or a run directory
-        slot_dropout: float = 0.0,
-        keep_slots: int = 0,
-        merge_threshold: float = 0.0,
-        zoom: float = 1.0,
-    ):
-        super().__init__(
-            image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
-            slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
-        )
-        require(writer_config=writer_config)
-        if image_size % 4:
-            raise ValueError(f"image_size={image_size} does not fall into patches of 4")
-        options = dict(writer_config)
-        vocabulary = options.pop("vocabulary")
-        self.writer = AutoregressiveDecoder(vocabulary, (image_size // 4) ** 2, self.factor_dim, **options)
+class TokenSpace:
+    "A method whose pictures are tokens of a frozen discrete VAE; its `decoder` predicts them"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -83,32 +60,39 @@ class SLATE(SlotModel):
             self.attach(load_dvae(self.config.dvae_path, base=self.config.get("_name_or_path")))
         return self.frozen.dvae
 
-    def attach(self, module: DVAE, name: str = "dvae") -> SLATE:
+    def attach(self, module: DVAE, name: str = "dvae") -> TokenSpace:
         "Use this discrete VAE; refused where its vocabulary is not the transformer's"
-        words = module.config.vocabulary
-        if words != self.writer.vocabulary:
-            raise ValueError(
-                f"the discrete VAE knows {words} words, but writer_config says vocabulary={self.writer.vocabulary}"
-            )
+        known = module.config.vocabulary
+        wanted = self.decoder.vocabulary
+        if known != wanted:
+            raise ValueError(f"the discrete VAE has {known} tokens, but decoder_config says vocabulary={wanted}")
         return super().attach(module, name)
+
+    def image_tokens(self, frames: dict) -> Tensor:
+        "Tokens `(b,h/4,w/4)` of a batch of pictures: its own `tokens`, or those of the discrete VAE"
+        return frames["tokens"] if "tokens" in frames else self.dvae.tokens(frames["image"])
+
+# %% ../../nbs/methods/slate.ipynb #decoding-export
+class TokenSlotModel(TokenSpace, SlotModel):
+    "A slot model whose slots are read by an autoregressive `decoder`, which predicts the picture's tokens"
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
         "ValueError: there is no denoiser"
-        raise ValueError("SLATE has no denoiser: it predicts tokens one by one, use decode(factors) or write(factors)")
+        name = type(self).__name__
+        raise ValueError(f"{name} has no denoiser: it predicts tokens one by one, use decode or generate")
 
     def forward(self, batch: dict) -> dict:
         "One training step: cross-entropy per token, in nats; `tokens` `(b,h/4,w/4)` of the batch replace the VAE"
-        frames = fold_batch(batch)
-        tokens = frames["tokens"] if "tokens" in frames else self.dvae.tokens(frames["image"])
+        tokens = self.image_tokens(fold_batch(batch))
         factors = self.prune_slots(self.encode_batch(batch)).fold_time()
-        logits = self.writer(tokens.flatten(1), factors.codes, factors.weights)
+        logits = self.decoder(tokens.flatten(1), factors.codes, factors.weights)
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())}
 
     @torch.no_grad()
-    def write(self, factors: Factors, **options) -> Tensor:
+    def generate(self, factors: Factors, **options) -> Tensor:
         "Tokens `(b[,t],h/4,w/4)` of the slots; options of the transformer: temperature, top_k, generator, prefix"
         pictures = self.prune_slots(factors).fold_time()
-        tokens = self.writer.generate(pictures.codes, pictures.weights, **options)
+        tokens = self.decoder.generate(pictures.codes, pictures.weights, **options)
         return tokens.view(*factors.codes.shape[:-2], *self.latent_shape[1:])
 
     @torch.no_grad()
@@ -123,9 +107,45 @@ class SLATE(SlotModel):
     ) -> Tensor:
         "Pictures `(b,3,h,w)` in [−1,1], of clips `(b,t,3,h,w)`"
         refuse_unknown(diffusion)
-        tokens = self.write(factors, temperature=temperature, top_k=top_k, generator=generator)
+        tokens = self.generate(factors, temperature=temperature, top_k=top_k, generator=generator)
         pictures = self.dvae.decode(tokens.flatten(0, -3)).clamp(-1, 1)
         return pictures.unflatten(0, factors.codes.shape[:-2])
+
+# %% ../../nbs/methods/slate.ipynb #slate-export
+class SLATE(TokenSlotModel):
+    "Slots → an autoregressive transformer over the tokens of a discrete VAE (Singh et al., ICLR 2022)"
+
+    renamed = TokenSlotModel.renamed | {"writer_config": "decoder_config"}
+    renamed_weights = {"writer.": "decoder."}
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 64,  # side of the pictures
+        encoder_config: dict | None = None,  # of `build_encoder`
+        slots_config: dict | None = None,  # of `SlotAttention`
+        decoder_config: dict | None = None,  # of the transformer: vocabulary, dim, n_layers, n_heads, dropout
+        dvae_path: str | None = None,  # folder of a `DVAE`: a saved one, or a run directory
+        slot_dropout: float = 0.0,
+        keep_slots: int = 0,
+        merge_threshold: float = 0.0,
+        zoom: float = 1.0,
+    ):
+        super().__init__(
+            image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
+            slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
+        )
+        require(decoder_config=decoder_config)
+        if image_size % 4:
+            raise ValueError(f"image_size={image_size} does not fall into patches of 4")
+        options = dict(decoder_config)
+        vocabulary = options.pop("vocabulary")
+        self.decoder = AutoregressiveDecoder(vocabulary, (image_size // 4) ** 2, self.factor_dim, **options)
+
+    def write(self, factors: Factors, **options) -> Tensor:
+        "Old name of `generate`"
+        warnings.warn("write(factors) is now generate(factors)", DeprecationWarning, 2)
+        return self.generate(factors, **options)
 
 # %% ../../nbs/methods/slate.ipynb #preset-export
 def slate_preset(
@@ -135,10 +155,10 @@ def slate_preset(
     "Arguments of `SLATE` for a known setting"
     tiny = dict(vocabulary=64, dim=48, n_layers=2, n_heads=4, dropout=0.0)
     shapes = dict(vocabulary=256, dim=64, n_layers=3, n_heads=4, dropout=0.1)
-    published = dict(writer_config=dict(vocabulary=4096, dim=192, n_layers=8, n_heads=4, dropout=0.1))
+    published = dict(decoder_config=dict(vocabulary=4096, dim=192, n_layers=8, n_heads=4, dropout=0.1))
     presets = {
-        "tiny": small_encoder(32, 5, stride=1) | dict(writer_config=tiny),
-        "shapes": small_encoder() | dict(zoom=2.0, writer_config=shapes),
+        "tiny": small_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
+        "shapes": small_encoder() | dict(zoom=2.0, decoder_config=shapes),
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,
     }

@@ -28,9 +28,9 @@ from decomp_nb.official.reading import (
 from .unets import convert_text_unet, unet_sizes
 
 # %% auto #0
-__all__ = ['FAMILY_SLOT_KEYS', 'RESNET_KEYS', 'RESNET_PARTS', 'WRITER_KEYS', 'WRITER_PARTS', 'SCHEDULE_BUFFERS',
+__all__ = ['FAMILY_SLOT_KEYS', 'RESNET_KEYS', 'RESNET_PARTS', 'TRANSFORMER_KEYS', 'TRANSFORMER_PARTS', 'SCHEDULE_BUFFERS',
            'check_edge_grid', 'take_slot_attention', 'convert_resnet', 'take_encoder', 'family_slots_config',
-           'family_encoder_config', 'family_unet_config', 'convert_writer', 'convert_broadcast', 'take_schedule',
+           'family_encoder_config', 'family_unet_config', 'convert_transformer', 'convert_broadcast', 'take_schedule',
            'load_official_slots', 'published_rate']
 
 # %% ../../nbs/official/slots.ipynb #slots-keys-export
@@ -179,14 +179,14 @@ def family_unet_config(
     )
 
 # %% ../../nbs/official/slots.ipynb #slots-writer-export
-WRITER_KEYS = {
+TRANSFORMER_KEYS = {
     "in_proj.": "read_slots.",
     "tok_emb.": "words.",
     "pos_emb.pe": "places",
     "tf_dec.layer_norm.": "norm.",
     "tf_dec.blocks.": "blocks.",
 }
-WRITER_PARTS = {
+TRANSFORMER_PARTS = {
     ".encoder_decoder_attn_layer_norm.": ".norm_slots.",
     ".self_attn_layer_norm.": ".norm_self.",
     ".ffn_layer_norm.": ".norm_mlp.",
@@ -200,10 +200,10 @@ WRITER_PARTS = {
 }
 
 
-def convert_writer(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "State dict of SLATE's transformer decoder → `TokenWriter`; the stored causal masks are dropped"
+def convert_transformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "State dict of SLATE's transformer decoder → `AutoregressiveDecoder`; the stored causal masks are dropped"
     weights = {key: value for key, value in state.items() if not key.endswith(".self_attn_mask")}
-    return {rename(_replace(key, WRITER_PARTS), WRITER_KEYS): value for key, value in weights.items()}
+    return {rename(_replace(key, TRANSFORMER_PARTS), TRANSFORMER_KEYS): value for key, value in weights.items()}
 
 
 def convert_broadcast(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,15 +297,15 @@ def _slot_diffusion(state: dict[str, Tensor], common: dict, head_dim: int, predi
 
 def _slate(state: dict[str, Tensor], common: dict, n_heads: int):
     from decomp_nb.methods.slate import SLATE
-    words = convert_writer(take(state, {"trans_decoder.": ""}))
+    weights = convert_transformer(take(state, {"trans_decoder.": ""}))
     dvae = take(state, {"dvae.": ""})
     size = dict(
-        vocabulary=len(words["head.weight"]),
-        dim=words["places"].shape[-1],
-        n_layers=count_of(words, "blocks."),
+        vocabulary=len(weights["head.weight"]),
+        dim=weights["places"].shape[-1],
+        n_layers=count_of(weights, "blocks."),
         n_heads=n_heads,
     )
-    return SLATE(**common, writer_config=size), _below("writer.", words), read_dvae(dvae) if dvae else None
+    return SLATE(**common, decoder_config=size), _below("decoder.", weights), read_dvae(dvae) if dvae else None
 
 
 def _slot_attention_ae(state: dict[str, Tensor], common: dict, path: str | Path):

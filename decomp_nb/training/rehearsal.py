@@ -144,7 +144,7 @@ def rehearsing(run_dir: str | Path) -> bool:
 # %% ../../nbs/training/rehearsal.ipynb #rehearsal-numbers-export
 def count_parameters(model: Any) -> tuple[int, int]:
     "Trained and frozen parameters of a module, those of a Decomposer's foundations included"
-    parts = [model, *getattr(model, "foundations", dict)().values()]
+    parts = [model, *getattr(model, "frozen_modules", dict)().values()]
     sizes = {id(p): (p.numel(), p.requires_grad) for part in parts for p in part.parameters()}
     trained = sum(n for n, learns in sizes.values() if learns)
     return trained, sum(n for n, _ in sizes.values()) - trained

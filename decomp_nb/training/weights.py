@@ -63,7 +63,7 @@ def frozen_checksums(model: nn.Module) -> dict[str, int]:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             found[name] = sample_checksum(p)
-    for part, module in getattr(model, "foundations", dict)().items():
+    for part, module in getattr(model, "frozen_modules", dict)().items():
         for name, p in module.named_parameters():
             found[f"{part}.{name}"] = sample_checksum(p)
     return found

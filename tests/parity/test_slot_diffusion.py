@@ -179,7 +179,7 @@ def check_slate(r: Recorded):
     model.zero_grad()
     tokens = model.dvae.tokens(image).flatten(1)
     factors = model.encode(image)
-    logits = model.writer(tokens, factors.codes)
+    logits = model.decoder(tokens, factors.codes)
     masks = factors.masks if factors.masks.shape[-1] == image.shape[-1] else F.interpolate(factors.masks, image.shape[-2:], mode="bilinear", align_corners=False)
     for name, ours in dict(slots=factors.codes, attn_masks=masks, pred_logits=logits).items(): yield "slate", name, ours.detach(), SINGLE
     yield "slate", "target_token_id", tokens, EXACT
@@ -187,12 +187,12 @@ def check_slate(r: Recorded):
     loss.backward()
     yield "slate", "token_recon_loss", loss.detach(), SINGLE
     yield "slate", "grad_init_latents", model.slot_attention.slot_mean.grad, CHAIN
-    yield "slate", "grad_tok_emb", model.writer.words.weight.grad, CHAIN
+    yield "slate", "grad_tok_emb", model.decoder.words.weight.grad, CHAIN
     with torch.no_grad():
-        words, scores = model.writer.generate(factors.codes, return_logits=True)
+        words, scores = model.decoder.generate(factors.codes, return_logits=True)
         yield "slate", "gen_tokens", words, EXACT
         yield "slate", "gen_logits", scores, SINGLE
-        yield "slate", "gen_img", model.dvae.decode(model.write(factors)), SINGLE
+        yield "slate", "gen_img", model.dvae.decode(model.generate(factors)), SINGLE
 
 
 def check_sa_ldm(r: Recorded):
