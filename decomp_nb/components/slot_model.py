@@ -34,7 +34,7 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['require', 'refuse_unknown', 'add_losses', 'SlotFinder', 'ChunkFinder', 'SlotEncoder', 'SlotModel', 'fixed_denoiser',
-           'DiffusionSlotModel', 'small_encoder', 'published_encoder']
+           'DiffusionSlotModel', 'small_encoder', 'published_encoder', 'video_encoder', 'moving_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -86,6 +86,10 @@ class SlotFinder(Decomposer):
         self.tracker = None
         if tracking_config is not None:
             self.tracker = Tracker(self.slot_attention.slot_dim, self.slot_attention.n_slots, **tracking_config)
+            if self.tracker.condition is not None:
+                self.slot_attention.slot_mean.requires_grad_(False)  # slots start from boxes
+                if self.slot_attention.slot_log_sigma is not None:
+                    self.slot_attention.slot_log_sigma.requires_grad_(False)
         if self.encoder.image_size != image_size:
             raise ValueError(
                 f"image_size={image_size}, but encoder_config says image_size={self.encoder.image_size}"
@@ -411,3 +415,23 @@ def published_encoder(
             init="learned", position="ends",
         ),
     )
+
+# %% ../../nbs/components/slot_model.ipynb #video-encoders-export
+def video_encoder(name: str) -> dict:
+    "`image_size`, `encoder_config`, `slots_config`, `tracking_config` of a published video setting (128 pixels)"
+    n_slots = dict(movi_d=15, movi_e=15, movi_solid=12, movi_tex=12, physion=8)[name]
+    plain = dict(
+        kind="conv", image_size=128, channels=[64, 64, 64, 64], stride=2, kernel=5, groups=0, activation="relu"
+    )
+    config = published_encoder(n_slots, encoder=plain if name in ("movi_solid", "movi_tex") else None)
+    config["slots_config"]["n_iterations"] = 2
+    predictor = dict(kind="transformer", n_layers=2, n_heads=4, hidden=768, dropout=0.1)
+    return config | dict(tracking_config=dict(predictor=predictor))
+
+
+def moving_encoder(image_size: int = 64, n_slots: int = 7, *, stride: int = 2) -> dict:
+    "The same of the small video presets: slots begin as clusters of colours, and a small predictor moves them"
+    config = small_encoder(image_size, n_slots, stride=stride)
+    config["slots_config"]["n_iterations"] = 2
+    predictor = dict(kind="transformer", n_layers=1, n_heads=4, hidden=128, dropout=0.0)
+    return config | dict(tracking_config=dict(predictor=predictor, first_iterations=3))
