@@ -179,7 +179,7 @@ class SlotEncoder(ChunkFinder):
         merge_threshold: float | None = None,  # 0: never; None: never while training, else the config's
         chunk: int | None = None,  # of long clips, how many frames at a time go through the encoder; None: all
         return_found: bool = False,  # also what slot attention returned: of clips, the state to go on from
-        **slot_options,  # noise `(b,k,d)`, generator, n_slots, n_iterations, slot_mask, slots; of clips those of `track`
+        **slot_options,  # noise `(b,k,d)`, generator, n_slots, n_iterations, slot_mask, slots; of clips see `track`
     ) -> Factors | tuple[Factors, SlotResult | TrackResult]:
         "Slots `(b,k,d)` and the pixels each of them won"
         if zoom is None:
@@ -233,7 +233,7 @@ class SlotModel(SlotEncoder):
         return slot_diagnostics(found)
 
     def parameter_groups(self) -> list[dict]:
-        "Two groups, so that `encoder_lr_scale` can slow down the first: {encoder, slot attention, tracker} and the decoder"
+        "Two groups, so that `encoder_lr_scale` can slow down the first: encoder, slots, tracker; and the decoder"
         parts = [self.encoder, self.slot_attention] + ([] if self.tracker is None else [self.tracker])
         first = {id(p) for part in parts for p in part.parameters()}
         groups = {"encoder": [], "decoder": []}

@@ -153,7 +153,9 @@ def track(
     return join_time(frames)
 
 
-def _correct(slot_attention: SlotAttention, frame: Tensor, slots: Tensor, origin: Tensor, recompute: bool, options: dict):
+def _correct(
+    slot_attention: SlotAttention, frame: Tensor, slots: Tensor, origin: Tensor, recompute: bool, options: dict
+) -> SlotResult:
     if recompute and torch.is_grad_enabled():
         return checkpoint(slot_attention, frame, slots=slots, origin=origin, use_reentrant=False, **options)
     return slot_attention(frame, slots=slots, origin=origin, **options)

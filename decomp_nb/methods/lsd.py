@@ -24,7 +24,7 @@ SMALL_SCHEDULE = dict(
 
 
 def lsd_preset(
-    name: str = "shapes",  # "shapes", "clevr", of clips "moving" (64 pixels, CPU), "movi_e" (published, 256 pixels), "tiny" (tests)
+    name: str = "shapes",  # "shapes", "clevr", of clips "moving" (64 pixels, CPU), "movi_e" (published), "tiny"
     **changes,  # keys of `LSD`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `LSD` for a known setting"

@@ -41,17 +41,17 @@ class SAVi(MixtureSlotModel):
         )
 
     def forward(self, batch: dict) -> dict:
-        "One training step on clips: mean squared error of every frame's mixture; reads `image`, the target, `boxes`"
+        "One training step on clips: squared error of the frames' mixtures; reads `image`, the target, `boxes`"
         target = batch.get(self.config.target)
         if target is None:
-            raise ValueError(f"the batch has no {self.config.target!r}, which this model draws: choose another target")
+            raise ValueError(f"the batch has no {self.config.target!r}, which this model draws: change target")
         factors, losses = self.encode_to_learn(batch, masks="attention")
         loss = F.mse_loss(self.layers(factors)[0].float(), target)
         return add_losses("reconstruction", loss, losses)
 
 # %% ../../nbs/methods/savi.ipynb #preset-export
 def savi_preset(
-    name: str = "moving",  # "moving" (64 pixels, CPU), "tiny"; published: "movi_d", "physion" …, "savi_small", "savi_boxes"
+    name: str = "moving",  # "moving" (64 pixels, CPU), "tiny"; published: "movi_d" …, "savi_small", "savi_boxes"
     **changes,  # keys of `SAVi`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SAVi` for a known setting"
@@ -73,7 +73,9 @@ def _original() -> dict:
     encoder = dict(
         kind="conv", image_size=64, channels=[32, 32, 32, 32], stride=1, kernel=5, groups=0, activation="relu"
     )
-    slots = dict(n_slots=11, slot_dim=128, hidden_dim=256, input_dim=64, n_iterations=1, init="learned", position="ends")
+    slots = dict(
+        n_slots=11, slot_dim=128, hidden_dim=256, input_dim=64, n_iterations=1, init="learned", position="ends"
+    )
     predictor = dict(n_layers=1, n_heads=4, hidden=256, dropout=0.0, norm_first=False)
     return dict(
         image_size=64, encoder_config=encoder, slots_config=slots, tracking_config=dict(predictor=predictor),

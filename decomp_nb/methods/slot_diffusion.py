@@ -8,7 +8,13 @@ from __future__ import annotations
 from ..components.latents import VQLatents
 from ..components.samplers import SinglestepSolver
 from ..components.presets import from_preset
-from ..components.slot_model import DiffusionSlotModel, moving_encoder, published_encoder, small_encoder, video_encoder
+from decomp_nb.components.slot_model import (
+    DiffusionSlotModel,
+    moving_encoder,
+    published_encoder,
+    small_encoder,
+    video_encoder,
+)
 
 # %% auto #0
 __all__ = ['PUBLISHED_SCHEDULE', 'DINO', 'slot_diffusion_denoiser', 'SlotDiffusion', 'slot_diffusion_preset']

@@ -61,7 +61,7 @@ class STEVE(TokenSlotModel):
 
 # %% ../../nbs/methods/steve.ipynb #preset-export
 def steve_preset(
-    name: str = "moving",  # "moving" (64 pixels, CPU), "tiny"; published, 128 pixels: "movi_d", "movi_e", "movi_solid", "movi_tex"
+    name: str = "moving",  # "moving" (64 pixels, CPU), "tiny"; published (128 pixels): "movi_d", "movi_tex" …
     **changes,  # keys of `STEVE`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `STEVE` for a known setting"

@@ -68,7 +68,7 @@ def identity_switches(true: Tensor, pred: Tensor, *, ignore: Tensor | None = Non
 
 # %% ../../nbs/metrics/video_segmentation.ipynb #video-accumulator-export
 class VideoScores:
-    "Scores of a data set of videos: `update(true, pred)` for each batch, then `compute()`; conventions of `scene_scores`"
+    "Scores of a data set of videos: `update(true, pred)` for each batch, then `compute()`; as `scene_scores`"
 
     def __init__(self, **conventions):
         self.conventions = conventions

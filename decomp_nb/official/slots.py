@@ -126,7 +126,8 @@ def family_tracking_config(
     predictor = dict(norm_first=norm_first)
     if "transformer.layers.0.linear1.weight" in inside:
         wide = len(inside["transformer.layers.0.linear1.weight"])
-        predictor |= dict(kind="transformer", n_layers=count_of(inside, "transformer.layers."), n_heads=n_heads, hidden=wide)
+        depth = count_of(inside, "transformer.layers.")
+        predictor |= dict(kind="transformer", n_layers=depth, n_heads=n_heads, hidden=wide)
     elif "mlp.0.weight" in inside:
         predictor |= dict(kind="mlp", hidden=len(inside["mlp.0.weight"]))
     else:
@@ -279,7 +280,7 @@ def take_schedule(
 
 # %% ../../nbs/official/slots.ipynb #slots-load-export
 def load_official_slots(
-    path: str | Path,  # `.pth` or safetensors: a model of this family, of pictures or clips, or its VQ-VAE or discrete VAE
+    path: str | Path,  # `.pth` or safetensors: a model of pictures or clips, a VQ-VAE or a discrete VAE
     *,
     image_size: int | None = None,  # None: as published for such shapes
     n_iterations: int | None = None,  # of slot attention; None: 3, of video models 2
@@ -358,7 +359,7 @@ def _averaged(unet: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, 
         raise ValueError(f"averaged: the file holds no running average of {missing[0]} (official use_ema=False)")
     return {key: average[name] for key, name in names.items()}
 
-
+# %% ../../nbs/official/slots.ipynb #slots-others-export
 def _slate(state: dict[str, Tensor], common: dict, n_heads: int):
     from decomp_nb.methods.slate import SLATE
     from decomp_nb.methods.steve import STEVE
