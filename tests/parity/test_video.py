@@ -16,7 +16,6 @@ from recorded import compared_and_given, every_alteration_fails, once, run
 from safetensors.torch import load_file
 
 from decomp_nb.components import diffusion
-from decomp_nb.components.dvae import gumbel_softmax
 from decomp_nb.components.predictors import build_predictor
 from decomp_nb.components.samplers import SinglestepSolver
 from decomp_nb.components.slot_model import SlotModel
@@ -247,7 +246,7 @@ def check_savi_ldm(r: Recorded):
     loss = model({"image": clip, "noise": noise, "timesteps": t})["loss"]
     loss.backward()
     yield file, "loss_eps", loss.detach(), SINGLE
-    first, second = ([p for p in group["params"]] for group in model.parameter_groups())
+    first, second = (group["params"] for group in model.parameter_groups())
     grads = dict(init_latents=model.slot_attention.slot_mean.grad, conv0=model.encoder.layers[0].weight.grad, predictor_in_proj=first_projection(model),
                  unet_conv_in=model.denoiser.conv_in.weight.grad, norm=norm(model.parameters()), norm_slots=norm(first), norm_decoder=norm(second))
     for name, ours in grads.items(): yield file, f"grad_{name}", ours, r.gradient(file, f"grad_{name}")
