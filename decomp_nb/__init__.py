@@ -12,6 +12,8 @@ _homes = {
     "components.latent_diffusion": "LatentDiffusion",
     "methods.slot_diffusion": "SlotDiffusion",
     "methods.slate": "SLATE",
+    "methods.savi": "SAVi",
+    "methods.steve": "STEVE",
     "methods.slot_attention_ae": "SlotAttentionAE",
     "methods.concepts": "Concepts",
     "training.trainer": "Trainer",
@@ -235,6 +237,7 @@ _moved = {
         "methods.stable_lsd": "scheduler_of StableLSD",
         "components.slot_sets": "background_slot largest_slot changed_region repaint",
     },
+    "methods.slate": {"components.token_model": "load_dvae"},
     "methods.slot_diffusion": {
         "components.slot_model": "judged=fixed_denoiser",
         "official.slots": "published_rate",

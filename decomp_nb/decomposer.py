@@ -262,10 +262,25 @@ def _decode_frames(decode: Callable) -> Callable:
         if factors.codes.dim() == 3:
             return decode(self, factors, *args, **options)
         b, t = factors.codes.shape[:2]
-        if options.get("noise") is not None:
-            options["noise"] = _fold_noise(options["noise"], b, t)
+        share = options.pop("noise_per", "clip")
+        noise = options.get("noise")
+        if noise is None and self.scheduler is not None:
+            noise = _draw_noise(self, (b, t), share, options.get("generator"))
+        if noise is not None:
+            options["noise"] = _fold_noise(noise, b, t)
         return decode(self, factors.fold_time(), *args, **options).unflatten(0, (b, t))
     return wrapped
+
+
+def _draw_noise(model: Method, size: tuple[int, int], share: str, generator: torch.Generator | None) -> Tensor:
+    "Start noise `(b,t,c,h,w)` of clips, one for each clip, frame or batch"
+    drawn = dict(clip=(size[0], 1), frame=size, batch=(1, 1))
+    if share not in drawn:
+        raise ValueError(f"noise_per={share!r}: choose one of {', '.join(map(repr, drawn))}")
+    device = model.device if generator is None else generator.device
+    shape = model.latent_shape
+    noise = torch.randn(*drawn[share], *shape, generator=generator, device=device)
+    return noise.expand(*size, *shape)
 
 
 def _fold_noise(noise: Tensor, b: int, t: int) -> Tensor:
@@ -391,6 +406,7 @@ class Decomposer(Method):
         guidance_scale: float = 1.0,  # classifier-free guidance; 1 = none
         generator: torch.Generator | None = None,  # makes the picture reproducible
         noise: Tensor | None = None,  # start from this noise `(b,c,h,w)`
+        noise_per: str = "clip",  # of clips without `noise`: one for each "clip", "frame", or "batch"
         scheduler=None,  # any diffusers scheduler instead of the method's own
         callback: Callable[[dict], Tensor | None] | None = None,  # see `sample`; frames are in the batch
     ) -> Tensor:

@@ -78,7 +78,7 @@ class FactorBatch(FactorTensors):
         return self.each(lambda v: v.unflatten(0, (-1, t)))
 
 # %% ../nbs/factors.ipynb #factors-machinery-export
-Index = int | slice | Sequence[int] | Tensor  # numbers of factors; `(b,n)`: others in every picture
+Index = int | slice | Sequence[int] | Tensor  # numbers of factors; `(b,n)`: others in every picture or clip
 _AXES = FactorTensors(-2, -1, -3)  # where k lives, counted from the right, so that clips work too
 
 
@@ -139,15 +139,19 @@ class FactorChoice(FactorBatch):
     "Factors to choose from: pick, drop, join, replace"
     __slots__ = ()
 
+    def _places(self, index: Index) -> Tensor:
+        "Numbers of factors `(n,)`, `(b,n)`, or `(b,1,n)` for all frames of a clip"
+        index = _positions(index, self.n_factors)
+        return index[:, None] if index.dim() == 2 and self.codes.dim() == 4 else index
+
     def pick(self, index: Index) -> Self:
         "Keep the factors named by `index`, in that order"
-        index = _positions(index, self.n_factors)
-        parts = zip(self, _AXES)
-        return self._make(None if v is None else _take(v, index, axis) for v, axis in parts)
+        index = self._places(index)
+        return self._make(None if v is None else _take(v, index, axis) for v, axis in zip(self, _AXES))
 
     def drop(self, index: Index) -> Self:
         "The set without the factors named by `index`: a dropped factor is gone, not zero"
-        index = _positions(index, self.n_factors)
+        index = self._places(index)
         kept = index.new_ones(*index.shape[:-1], self.n_factors)
         kept = kept.scatter(-1, index, 0)
         if not kept.any():
@@ -159,15 +163,10 @@ class FactorChoice(FactorBatch):
         "Join sets along k: the union of what is in several pictures"
         return _join([self, *others], _AXES)
 
-    def replace(
-        self,
-        index: Index,  # places in this set
-        other: Self,
-        other_index: Index | None = None,  # factors of `other`; default: the same numbers
-    ) -> Self:
-        "Put factors of another set in the place of some of this one: swap, insert, change the background"
-        places = _positions(index, self.n_factors)
-        donors = _positions(index if other_index is None else other_index, other.n_factors)
+    def replace(self, index: Index, other: Self, other_index: Index | None = None) -> Self:
+        "Put factors of `other`, by default those of the same numbers, in the places `index` of this set"
+        places = self._places(index)
+        donors = other._places(index if other_index is None else other_index)
         if places.shape != donors.shape:
             given, wanted = donors.shape[-1], places.shape[-1]
             raise ValueError(f"replace needs as many donors as places, got {given} for {wanted}")
@@ -183,7 +182,10 @@ class Factors(FactorChoice):
 
     def __mul__(self, weight: float | Tensor) -> Self:
         "Weight the factors: a number, `(k,)` or `(b,k)`; weights multiply up"
-        return self._replace(weights=_weights(self) * weight)
+        weights = _weights(self)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and weights.dim() == 3:
+            weight = weight[:, None]  # the same in all frames of a clip
+        return self._replace(weights=weights * weight)
 
     __rmul__ = __mul__
 
@@ -259,15 +261,16 @@ def recombine(
 
 # %% ../nbs/factors.ipynb #align-export
 def align(a: Factors, b: Factors) -> Factors:
-    "Permute the factors of `b`, picture by picture, towards those of `a` (Hungarian method on cosines)"
+    "Permute the factors of `b`, picture by picture or clip by clip, towards those of `a` (Hungarian method on cosines)"
     from scipy.optimize import linear_sum_assignment
     cosines = _directions(a) @ _directions(b).mT
+    if cosines.dim() == 4:
+        cosines = cosines.mean(1)  # one order for all frames of a clip
     order = []
-    for matrix in cosines.flatten(0, -3).cpu().numpy():
+    for matrix in cosines.cpu().numpy():
         _, columns = linear_sum_assignment(matrix, maximize=True)
         order.append(columns.tolist())
-    order = torch.as_tensor(order)
-    return b.pick(order.reshape(cosines.shape[:-1]))
+    return b.pick(torch.as_tensor(order))
 
 
 def _directions(factors: Factors) -> Tensor:

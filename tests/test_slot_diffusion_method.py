@@ -12,7 +12,8 @@ from decomp_nb.components.slot_sets import drop_slots, keep_largest, merge_dupli
 from decomp_nb.components.slots import SlotAttention
 from decomp_nb.data.cache import cache_features
 from decomp_nb.factors import Factors
-from decomp_nb.methods.slate import SLATE, load_dvae, slate_preset
+from decomp_nb.components.token_model import load_dvae
+from decomp_nb.methods.slate import SLATE, slate_preset
 from decomp_nb.methods.slot_attention_ae import SlotAttentionAE, slot_attention_preset
 from decomp_nb.methods.slot_diffusion import SlotDiffusion, slot_diffusion_denoiser, slot_diffusion_preset
 from decomp_nb.training.config import TrainConfig

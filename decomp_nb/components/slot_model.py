@@ -28,14 +28,15 @@ from .encoders import build_encoder
 from .latents import LatentSpace
 from .slot_sets import drop_slots, keep_largest, merge_duplicates, swap_slots, token_mask
 from .slots import SlotAttention, SlotResult, masks_from_attention, slot_diagnostics
-from .tracking import track
+from .tracking import Tracker, TrackResult, join_time, track
 from .unets import slot_denoiser
 from ..decomposer import Decomposer, fold_batch
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['SLOTS', 'require', 'refuse_unknown', 'build_slots', 'SlotFinder', 'SlotEncoder', 'SlotModel', 'fixed_denoiser',
-           'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder']
+__all__ = ['SLOTS', 'require', 'refuse_unknown', 'add_losses', 'build_slots', 'SlotFinder', 'ChunkFinder', 'SlotEncoder',
+           'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder',
+           'video_encoder', 'moving_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -50,6 +51,14 @@ def refuse_unknown(options: dict) -> None:
     unknown = options.keys() - inspect.signature(Decomposer.decode).parameters.keys()
     if unknown:
         raise TypeError(f"decode has no option {', '.join(sorted(unknown))}")
+
+# %% ../../nbs/components/slot_model.ipynb #add-losses-export
+def add_losses(name: str, loss: Tensor, others: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The main loss, called `name`, and weighted others → `loss`, their sum, and each of them without a gradient"
+    if not others:
+        return {"loss": loss}
+    each = {part: value.detach() for part, value in ({name: loss} | others).items()}
+    return {"loss": loss + sum(others.values())} | each
 
 # %% ../../nbs/components/slot_model.ipynb #seeing-export
 SLOTS = dict(attention=SlotAttention, clusters=ClusterSlots)
@@ -80,6 +89,7 @@ class SlotFinder(Decomposer):
         keep_slots: int = 0,  # how many slots the decoder reads, the largest masks first; 0: all
         merge_threshold: float = 0.0,  # outside training, slots whose codes have a cosine above are one; 0: never
         zoom: float = 1.0,  # outside training, masks on pictures enlarged this many times: finer borders
+        tracking_config: dict | None = None,  # of `Tracker`: what is learned about time; None: nothing
     ):
         super().__init__()
         require(encoder_config=encoder_config, slots_config=slots_config)
@@ -87,6 +97,13 @@ class SlotFinder(Decomposer):
         self.slot_attention = build_slots(self.encoder.out_channels, slots_config)
         if self.slot_attention.init == "learned":
             nn.init.normal_(self.slot_attention.slot_mean)
+        self.tracker = None
+        if tracking_config is not None:
+            self.tracker = Tracker(self.slot_attention.slot_dim, self.slot_attention.n_slots, **tracking_config)
+            if self.tracker.condition is not None:
+                self.slot_attention.slot_mean.requires_grad_(False)  # slots start from boxes
+                if self.slot_attention.slot_log_sigma is not None:
+                    self.slot_attention.slot_log_sigma.requires_grad_(False)
         if self.encoder.image_size != image_size:
             raise ValueError(
                 f"image_size={image_size}, but encoder_config says image_size={self.encoder.image_size}"
@@ -111,21 +128,59 @@ class SlotFinder(Decomposer):
             pictures = F.interpolate(pictures, scale_factor=zoom, mode="bilinear", align_corners=False)
         return self.encoder(pictures).unflatten(0, images.shape[:-3])
 
-    def find_slots(self, features: Tensor, **options) -> SlotResult:
+    def find_slots(self, features: Tensor, **options) -> SlotResult | TrackResult:
         "Slot attention over feature maps `(b,c,h,w)`, or from frame to frame over `(b,t,c,h,w)`"
+        if self.tracker is not None:
+            clips = features if features.ndim == 5 else features[:, None]
+            found = self.tracker(self.slot_attention, clips, **options)
+            return found if features.ndim == 5 else found.still()
         if features.ndim == 5:
             return track(self.slot_attention, features, **options)
         return self.slot_attention(features, **options)
 
-    def finer_masks(self, images: Tensor, slots: Tensor, zoom: float, slot_mask: Tensor | None = None) -> Tensor:
+# %% ../../nbs/components/slot_model.ipynb #chunks-export
+class ChunkFinder(SlotFinder):
+    "The same for long clips, of which so many frames at a time go through the encoder"
+
+    def find(
+        self, images: Tensor, features: Tensor | None = None, chunk: int | None = None, **options
+    ) -> tuple[SlotResult | TrackResult, tuple[int, int]]:
+        "`find_slots` of pictures or clips, and height and width of the feature maps; `chunk`=None: all frames at once"
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk={chunk}: must be at least 1 frame")
+        whole = chunk is None or images.ndim == 4 or features is not None
+        if whole and features is None:
+            features = self.extract_features(images)
+        if whole:
+            return self.find_slots(features, **options), features.shape[-2:]
+        results = []
+        for frames in images.split(chunk, 1):
+            features = self.extract_features(frames)
+            results.append(self.find_slots(features, **options))
+            options["state"] = results[-1].state
+        return join_time(results), features.shape[-2:]
+
+    def finer_masks(
+        self,
+        images: Tensor,  # `(b,3,h,w)`, clips `(b,t,3,h,w)`
+        slots: Tensor,  # `(b,k,d)`, clips `(b,t,k,d)`
+        zoom: float,
+        slot_mask: Tensor | None = None,  # `(b,k)`
+        chunk: int | None = None,
+    ) -> Tensor:
         "Masks `(b,k,h,w)`, of clips `(b,t,k,h,w)`: which slot wins which place of enlarged pictures"
+        if chunk and images.ndim == 5:
+            pieces = zip(images.split(chunk, 1), slots.split(chunk, 1))
+            return torch.cat([self.finer_masks(x, s, zoom, slot_mask) for x, s in pieces], 1)
         features = self.extract_features(images, zoom)
         time = images.shape[:-3]
+        if slot_mask is not None and images.ndim == 5:
+            slot_mask = slot_mask.repeat_interleave(time[1], 0)
         shares = self.slot_attention.assign(slots.flatten(0, -3), features.flatten(0, -4), slot_mask)
         return masks_from_attention(shares, grid=features.shape[-2:]).unflatten(0, time)
 
 # %% ../../nbs/components/slot_model.ipynb #encode-export
-class SlotEncoder(SlotFinder):
+class SlotEncoder(ChunkFinder):
     "Images to factors"
 
     def encode(
@@ -136,23 +191,23 @@ class SlotEncoder(SlotFinder):
         zoom: float | None = None,  # for finer masks; None: 1 while training, else the config's
         features: Tensor | None = None,  # `(b,c,h,w)` kept by `cache_features`, in place of the encoder
         merge_threshold: float | None = None,  # 0: never; None: never while training, else the config's
-        **slot_options,  # noise `(b,k,d)`, generator, n_slots, n_iterations, slot_mask, slots; for clips predictor
-    ) -> Factors:
+        chunk: int | None = None,  # of long clips, how many frames at a time go through the encoder; None: all
+        return_found: bool = False,  # also what slot attention returned: of clips, the state to go on from
+        **slot_options,  # noise `(b,k,d)`, generator, n_slots, n_iterations, slot_mask, slots; of clips see `track`
+    ) -> Factors | tuple[Factors, SlotResult | TrackResult]:
         "Slots `(b,k,d)` and the pixels each of them won"
         if zoom is None:
             zoom = 1.0 if self.training or features is not None else self.config.zoom
-        if features is None:
-            features = self.extract_features(images)
-        found = self.find_slots(features, **slot_options)
-        masks = masks_from_attention(found.attention, grid=features.shape[-2:])
+        found, grid = self.find(images, features, chunk, **slot_options)
+        masks = masks_from_attention(found.attention, grid=grid)
         if zoom != 1:
-            masks = self.finer_masks(images, found.slots, zoom, slot_options.get("slot_mask"))
+            masks = self.finer_masks(images, found.slots, zoom, slot_options.get("slot_mask"), chunk)
         factors = Factors(found.slots if raw else found.out, None, masks)
         if merge_threshold is None:
             merge_threshold = 0.0 if self.training else self.config.merge_threshold
-        if not merge_threshold:
-            return factors
-        return merge_duplicates(factors, merge_threshold, self.slot_attention.likeness(found.slots))
+        if merge_threshold:
+            factors = merge_duplicates(factors, merge_threshold, self.slot_attention.likeness(found.slots))
+        return (factors, found) if return_found else factors
 
 # %% ../../nbs/components/slot_model.ipynb #model-export
 class SlotModel(SlotEncoder):
@@ -162,6 +217,8 @@ class SlotModel(SlotEncoder):
         "Slots of a training batch; `features` and `slot_noise` of the batch replace the encoder and the random start"
         images = batch["image"]
         features = batch["features"].to(images.dtype) if "features" in batch else None
+        if self.tracker is not None:
+            options |= {name: batch[name] for name in ("boxes", "frame_noise") if name in batch}
         return self.encode(images, noise=batch.get("slot_noise"), features=features, **options)
 
     def features_of(self, batch: dict) -> Tensor:
@@ -169,14 +226,15 @@ class SlotModel(SlotEncoder):
         images = batch["image"]
         return batch["features"].to(images.dtype) if "features" in batch else self.extract_features(images, 1)
 
-    def with_key_loss(self, losses: dict, batch: dict) -> dict:
-        "Training only: add the loss that the keys of `ClusterSlots` are learned by; slots of other kinds have none"
-        if not self.training or not isinstance(self.slot_attention, ClusterSlots):
-            return losses
-        features = self.features_of(batch)
-        keys = self.slot_attention.key_loss(features.flatten(0, -4))
-        total = losses["loss"] + self.slot_attention.key_weight * keys
-        return {"decoding": losses["loss"].detach(), **losses, "loss": total, "keys": keys.detach()}
+    def encode_to_learn(self, batch: dict, **options) -> tuple[Factors, dict[str, Tensor]]:
+        "`encode_batch` as the decoder reads it, and the weighted losses of tracker and keys, by name"
+        batch = batch | {"features": self.features_of(batch)}
+        factors, found = self.encode_batch(batch, return_found=True, **options)
+        losses = {} if self.tracker is None else self.tracker.losses(found)
+        if self.training and isinstance(self.slot_attention, ClusterSlots):
+            keys = self.slot_attention.key_loss(batch["features"].flatten(0, -4))
+            losses = losses | {"keys": self.slot_attention.key_weight * keys}
+        return self.prune_slots(factors), losses
 
     def prune_slots(self, factors: Factors) -> Factors:
         "What the decoder reads of the set: the `keep_slots` largest; while training `slot_dropout` leaves out some"
@@ -191,12 +249,14 @@ class SlotModel(SlotEncoder):
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
         "Early signs of collapse of a training batch, see `slot_diagnostics`"
-        found = self.find_slots(self.features_of(batch), noise=batch.get("slot_noise"))
+        boxes = {"boxes": batch["boxes"]} if self.tracker is not None and "boxes" in batch else {}
+        found = self.find_slots(self.features_of(batch), noise=batch.get("slot_noise"), **boxes)
         return slot_diagnostics(found)
 
     def parameter_groups(self) -> list[dict]:
-        "Two groups, so that `encoder_lr_scale` can slow down the first: {encoder, slot attention} and the decoder"
-        first = {id(p) for part in (self.encoder, self.slot_attention) for p in part.parameters()}
+        "Two groups, so that `encoder_lr_scale` can slow down the first: encoder, slots, tracker; and the decoder"
+        parts = [self.encoder, self.slot_attention] + ([] if self.tracker is None else [self.tracker])
+        first = {id(p) for part in parts for p in part.parameters()}
         groups = {"encoder": [], "decoder": []}
         for p in self.parameters():
             if p.requires_grad:
@@ -239,9 +299,11 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         keep_slots: int = 0,  # how many slots the denoiser reads, the largest masks first; 0: all
         merge_threshold: float = 0.0,  # outside training, slots whose codes have a cosine above are one; 0: never
         zoom: float = 1.0,  # outside training, masks on pictures enlarged this many times: finer borders
+        tracking_config: dict | None = None,  # of `Tracker`, for clips
     ):
         super().__init__(
             image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
+            tracking_config=tracking_config,
             slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
         )
         if not 0 < contrast_rate <= 1:
@@ -303,17 +365,17 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         Reads `image`, or also `latent_mean`, `latent_logvar` and `features` from a cache;
         `noise`, `timesteps`, `slot_noise` replace random draws."""
         x_t, t, target = self.add_noise(fold_batch(batch))
-        factors = self.drop_condition(self.prune_slots(self.encode_batch(batch)))
+        factors, losses = self.encode_to_learn(batch)
+        factors = self.drop_condition(factors)
         gamma = self.config.min_snr_gamma
         weight = min_snr_weight(self.scheduler, t, gamma) if gamma else None
         loss = diffusion_loss(self.predict(x_t, t, factors.fold_time()), target, weight)
         if not (self.training and self.config.contrast_weight):
-            return self.with_key_loss({"loss": loss}, batch)
+            return add_losses("denoising", loss, losses)
         swapped = swap_slots(factors, self.config.contrast_rate).fold_time()
         wrong = diffusion_loss(self.predict_fixed(x_t, t, swapped), target, weight)
-        total = loss - self.config.contrast_weight * wrong
-        losses = {"loss": total, "denoising": loss.detach(), "swapped": wrong.detach()}
-        return self.with_key_loss(losses, batch)
+        out = add_losses("denoising", loss, losses | {"swapped": -self.config.contrast_weight * wrong})
+        return out | {"swapped": wrong.detach()}
 
     def predict_fixed(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
         "`predict`, but neither denoiser nor registers get gradients"
@@ -380,3 +442,23 @@ def published_encoder(
             init="learned", position="ends",
         ),
     )
+
+# %% ../../nbs/components/slot_model.ipynb #video-encoders-export
+def video_encoder(name: str) -> dict:
+    "`image_size`, `encoder_config`, `slots_config`, `tracking_config` of a published video setting (128 pixels)"
+    n_slots = dict(movi_d=15, movi_e=15, movi_solid=12, movi_tex=12, physion=8)[name]
+    plain = dict(
+        kind="conv", image_size=128, channels=[64, 64, 64, 64], stride=2, kernel=5, groups=0, activation="relu"
+    )
+    config = published_encoder(n_slots, encoder=plain if name in ("movi_solid", "movi_tex") else None)
+    config["slots_config"]["n_iterations"] = 2
+    predictor = dict(kind="transformer", n_layers=2, n_heads=4, hidden=768, dropout=0.1)
+    return config | dict(tracking_config=dict(predictor=predictor))
+
+
+def moving_encoder(image_size: int = 64, n_slots: int = 7, *, stride: int = 2) -> dict:
+    "The same of the small video presets: slots begin as clusters of colours, and a small predictor moves them"
+    config = small_encoder(image_size, n_slots, stride=stride)
+    config["slots_config"]["n_iterations"] = 2
+    predictor = dict(kind="transformer", n_layers=1, n_heads=4, hidden=128, dropout=0.0)
+    return config | dict(tracking_config=dict(predictor=predictor, first_iterations=3))

@@ -6,14 +6,115 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .slots import SlotAttention, SlotResult
+from .predictors import Memory, build_predictor, predict_slots
+from .slots import SlotAttention, SlotResult, two_layers
 
 # %% auto #0
-__all__ = ['track']
+__all__ = ['TrackState', 'TrackResult', 'start_of_frame', 'join_time', 'GaussianStart', 'track', 'boxes_of_labels',
+           'CoordinateStart', 'temporal_contrast', 'Tracker']
+
+# %% ../../nbs/components/tracking.ipynb #state-export
+class TrackState(NamedTuple):
+    "What the frames so far hand to the next; slots of an earlier clip alone make one too"
+    slots: Tensor  # `(b, s, d)` of the last frame
+    memory: Memory | None = None  # of a recurrent predictor
+    origin: Tensor | None = None  # start of the first frame `(b, s, d)`, for the gradient of "bi_level"
+    n_frames: int = 1  # so far; 0: the slots are the start of a first frame
+
+    def detach(self) -> TrackState:
+        "The same state, through which no gradient flows back"
+        memory = None if self.memory is None else tuple(part.detach() for part in self.memory)
+        origin = None if self.origin is None else self.origin.detach()
+        return TrackState(self.slots.detach(), memory, origin, self.n_frames)
+
+
+class TrackResult(NamedTuple):
+    "What `track` returns: `SlotResult` with an axis t, the state to go on from, and the random starts"
+    slots: Tensor  # `(b, t, s, d)`
+    out: Tensor  # `(b, t, s, out_dim)`
+    attention: Tensor  # `(b, t, heads, n, s)`
+    history: list | None = None  # with `record=True`: (slots, attention) after every iteration, frame after frame
+    state: TrackState | None = None  # after the last frame
+    gaussians: Tensor | None = None  # `(b, t, s, 2d)`, see `GaussianStart`
+
+    def still(self) -> TrackResult:
+        "The result of clips of one frame, without the axis t"
+        parts = [value[:, 0] for value in self[:3]]
+        return TrackResult(*parts, self.history, self.state, self.gaussians)
+
+# %% ../../nbs/components/tracking.ipynb #start-of-frame-export
+def start_of_frame(
+    state: TrackState,
+    predictor: Callable | nn.Module | None,
+    truncate: int | None = None,  # gradients flow through at most so many frames; None: all
+    slot_mask: Tensor | None = None,
+) -> tuple[Tensor, Memory | None]:
+    "Predicted slots `(b, s, d)` and the predictor's memory then; in the first frame the slots of the state"
+    if not state.n_frames:
+        return state.slots, state.memory
+    if truncate and state.n_frames % truncate == 0:
+        state = state.detach()
+    return predict_slots(predictor, state.slots, state.memory, slot_mask)
+
+# %% ../../nbs/components/tracking.ipynb #join-export
+def join_time(results: list[TrackResult]) -> TrackResult:
+    "Results of consecutive chunks as one; the state is that of the last"
+    if len(results) == 1:
+        return results[0]
+    columns = list(zip(*results))
+    joined = [torch.cat(values, 1) for values in columns[:3]]
+    recorded = columns[3][0] is not None
+    history = sum(columns[3], []) if recorded else None
+    random = columns[5][0] is not None
+    return TrackResult(*joined, history, results[-1].state, torch.cat(columns[5], 1) if random else None)
+
+# %% ../../nbs/components/tracking.ipynb #gaussian-export
+class GaussianStart(nn.Module):
+    "The start of a frame as a random draw (StoSAVi, Wu et al. 2023)"
+
+    def __init__(
+        self,
+        dim: int,  # d, width of a slot
+        *,
+        mlp: bool = True,  # two layers; False: one
+        random: bool = True,  # False: the mean (official `kld_method="none"`)
+        variance: float = 0.01,  # of the prior
+    ):
+        super().__init__()
+        self.random = random
+        self.variance = variance
+        first = nn.Linear(dim, 2 * dim)
+        more = [nn.LayerNorm(2 * dim), nn.ReLU(), nn.Linear(2 * dim, 2 * dim)] if mlp else []
+        self.layers = nn.Sequential(first, *more)
+
+    def forward(
+        self, slots: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        "Predicted slots `(b, s, d)` → the start that was drawn, and `(b, s, 2d)` what it was drawn from"
+        gaussian = self.layers(slots)
+        mean, logvar = gaussian.chunk(2, -1)
+        if not self.random:
+            return mean, gaussian
+        if noise is None:
+            device = mean.device if generator is None else generator.device
+            noise = torch.randn(mean.shape, generator=generator, device=device)
+        return mean + (0.5 * logvar).exp() * noise.to(mean), gaussian
+
+    def kld(self, gaussians: Tensor) -> Tensor:
+        "Divergence from the prior: summed over the width, mean over the rest; 0 where nothing is random"
+        if not self.random:
+            return gaussians.new_zeros(())
+        logvar = gaussians.chunk(2, -1)[1]
+        ratio = logvar.exp() / self.variance
+        return (0.5 * (ratio - 1 - ratio.log())).sum(-1).mean()
 
 # %% ../../nbs/components/tracking.ipynb #track-export
 def track(
@@ -24,20 +125,151 @@ def track(
     noise: Tensor | None = None,  # of that start `(b, s, d)`
     generator: torch.Generator | None = None,
     n_slots: int | None = None,
-    predictor: Callable[[Tensor], Tensor] | None = None,  # slots of a frame → start of the next
+    state: TrackState | None = None,  # go on from the frames before, in place of a start
+    predictor: Callable | nn.Module | None = None,  # slots of a frame → start of the next
+    gaussian: GaussianStart | None = None,  # draws the start of every frame
+    frame_noise: Tensor | None = None,  # `(b, t, s, d)` of these draws, counted from the first frame of the clip
+    first_iterations: int | None = None,  # of slot attention in the first frame; None: as in the others
+    truncate: int | None = None,  # gradients flow through at most so many frames
+    recompute: bool = False,  # save memory: compute the frames again in the backward pass
     **options,  # of `SlotAttention.forward`: n_iterations, slot_mask, record
-) -> SlotResult:
+) -> TrackResult:
     "Slots, projected slots and attention of every frame: an axis t stands after b"
-    if slots is None:
-        slots = slot_attention.start_on(features[:, 0], n_slots=n_slots, noise=noise, generator=generator)
-    origin = slots
+    if state is None:
+        if slots is None:
+            slots = slot_attention.start_on(features[:, 0], n_slots=n_slots, noise=noise, generator=generator)
+        state = TrackState(slots, origin=slots, n_frames=0)
     frames = []
     for frame in features.unbind(1):
-        if frames and predictor is not None:
-            slots = predictor(slots)
-        found = slot_attention(frame, slots=slots, origin=origin, **options)
-        slots = found.slots
-        frames.append(found)
-    stacked = [torch.stack(part, 1) for part in zip(*(found[:3] for found in frames))]
-    history = sum((found.history for found in frames), []) if options.get("record") else None
-    return SlotResult(*stacked, history)
+        start, memory = start_of_frame(state, predictor, truncate, options.get("slot_mask"))
+        spread = None
+        if gaussian is not None:
+            given = None if frame_noise is None else frame_noise[:, state.n_frames]
+            start, spread = gaussian(start, given, generator)
+        more = {} if state.n_frames or first_iterations is None else dict(n_iterations=first_iterations)
+        found = _correct(slot_attention, frame, start, state.origin, recompute, options | more)
+        state = TrackState(found.slots, memory, state.origin, state.n_frames + 1)
+        frames.append(_with_time(found, state, spread))
+    return join_time(frames)
+
+
+def _correct(
+    slot_attention: SlotAttention, frame: Tensor, slots: Tensor, origin: Tensor, recompute: bool, options: dict
+) -> SlotResult:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(slot_attention, frame, slots=slots, origin=origin, use_reentrant=False, **options)
+    return slot_attention(frame, slots=slots, origin=origin, **options)
+
+
+def _with_time(found: SlotResult, state: TrackState, gaussian: Tensor | None) -> TrackResult:
+    parts = [value[:, None] for value in found[:3]]
+    return TrackResult(*parts, found.history, state, None if gaussian is None else gaussian[:, None])
+
+# %% ../../nbs/components/tracking.ipynb #boxes-export
+def boxes_of_labels(labels: Tensor, n_objects: int) -> Tensor:
+    "Boxes `(b, n, 4)` of the objects 1 … n of label maps `(b, h, w)`: top, left, bottom, right in 0 … 1; absent: zeros"
+    h, w = labels.shape[-2:]
+    ids = torch.arange(1, n_objects + 1, device=labels.device)
+    present = labels[:, None] == ids[:, None, None]
+    edges = []
+    for axis, size in ((-1, h), (-2, w)):
+        inside = present.any(axis)  # (b, n, size)
+        first = inside.int().argmax(-1)
+        last = size - inside.flip(-1).int().argmax(-1)
+        edges.append(torch.stack([first, last], -1) / size)
+    boxes = rearrange(torch.stack(edges, -1), "b n side d -> b n (side d)")
+    return boxes * present.flatten(2).any(-1)[..., None]
+
+# %% ../../nbs/components/tracking.ipynb #condition-export
+class CoordinateStart(nn.Module):
+    "Boxes or centres of the first frame → slots that begin there (conditional SAVi)"
+
+    def __init__(self, dim: int, n_slots: int, kind: str = "boxes", *, hidden: int = 256):
+        super().__init__()
+        if kind not in ("boxes", "centers"):
+            raise ValueError(f"condition={kind!r}: choose 'boxes' or 'centers'")
+        self.n_slots = n_slots
+        self.kind = kind
+        self.mlp = two_layers(4 if kind == "boxes" else 2, hidden, dim)
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        "Boxes `(b, n, 4)` of objects, zeros where there is none → slots `(b, n_slots, dim)`; slot 0 is the background"
+        n = boxes.shape[1]
+        if boxes.ndim != 3 or boxes.shape[-1] != 4 or n >= self.n_slots:
+            raise ValueError(
+                f"boxes have shape {tuple(boxes.shape)}, expected (batch, at most {self.n_slots - 1}, 4): "
+                "top, left, bottom, right; slot 0 is the background's"
+            )
+        if boxes.min() < 0 or boxes.max() > 1:
+            raise ValueError(f"boxes reach {boxes.min():g} … {boxes.max():g}: give shares of height and width, 0 to 1")
+        padded = F.pad(boxes, (0, 0, 1, self.n_slots - 1 - n))
+        if self.kind == "centers":
+            padded = (padded[..., :2] + padded[..., 2:]) / 2
+        return self.mlp(padded.to(self.mlp[0].weight))
+
+# %% ../../nbs/components/tracking.ipynb #contrast-export
+def temporal_contrast(slots: Tensor, temperature: float = 0.1) -> Tensor:
+    "InfoNCE of slots `(b, t, s, d)` of consecutive frames over the whole batch (SlotContrast), in nats"
+    unit = F.normalize(slots.float(), dim=-1)
+    frames = rearrange(unit, "b t s d -> t (b s) d")
+    logits = frames[:-1] @ frames[1:].mT / temperature
+    same = torch.arange(frames.shape[1], device=slots.device).expand(logits.shape[:2])
+    return F.cross_entropy(logits.flatten(0, 1), same.flatten())
+
+# %% ../../nbs/components/tracking.ipynb #tracker-export
+class Tracker(nn.Module):
+    "Predictor, start and losses of slots over time; around `track`"
+
+    def __init__(
+        self,
+        dim: int,  # d, width of a slot
+        n_slots: int,
+        *,
+        predictor: dict | None = None,  # of `build_predictor`; None: a frame starts where the last one ended
+        gaussian: dict | None = None,  # of `GaussianStart` (StoSAVi); None: nothing is drawn
+        condition: str | None = None,  # start from "boxes" or "centers" (conditional SAVi)
+        condition_dim: int = 256,  # width inside its network
+        first_iterations: int | None = None,  # of the first frame (SlotContrast: 3, then 2); None: as the others
+        truncate: int | None = None,  # gradients flow through at most so many frames
+        recompute: bool = False,  # save memory in training, for about a third more time
+        kld_weight: float = 1e-4,  # of the divergence of random starts (StoSAVi)
+        contrast_weight: float = 0.0,  # of `temporal_contrast` (SlotContrast: 0.5)
+        contrast_temperature: float = 0.1,
+    ):
+        super().__init__()
+        self.predictor = None if predictor is None else build_predictor(dim, **predictor)
+        self.gaussian = None if gaussian is None else GaussianStart(dim, **gaussian)
+        self.condition = None if condition is None else CoordinateStart(dim, n_slots, condition, hidden=condition_dim)
+        self.over_time = dict(first_iterations=first_iterations, truncate=truncate, recompute=recompute)
+        self.kld_weight = kld_weight
+        self.contrast_weight = contrast_weight
+        self.contrast_temperature = contrast_temperature
+
+    def forward(
+        self,
+        slot_attention: SlotAttention,
+        features: Tensor,  # `(b, t, c, h, w)`
+        *,
+        boxes: Tensor | None = None,  # `(b, n, 4)` of the first frame, for `condition`
+        **options,  # of `track`
+    ) -> TrackResult:
+        "`track` with what this module holds"
+        begins = options.get("slots") is None and options.get("state") is None
+        if boxes is not None and self.condition is None:
+            raise ValueError("boxes: this model was not built to start from them (tracking_config condition)")
+        if begins and self.condition is not None:
+            if boxes is None:
+                raise ValueError("this model starts from boxes `(b, n, 4)` of the first frame: pass boxes=")
+            options["slots"] = self.condition(boxes)
+        options = dict(predictor=self.predictor, gaussian=self.gaussian) | self.over_time | options
+        return track(slot_attention, features, **options)
+
+    def losses(self, found: TrackResult) -> dict[str, Tensor]:
+        "Weighted losses of a training step that concern time: `kld`, `contrast`; none where their options are off"
+        out = {}
+        if self.gaussian is not None:
+            out["kld"] = self.kld_weight * self.gaussian.kld(found.gaussians)
+        if self.contrast_weight and found.slots.ndim == 4 and found.slots.shape[1] > 1:
+            contrast = temporal_contrast(found.slots, self.contrast_temperature)
+            out["contrast"] = self.contrast_weight * contrast
+        return out

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ..components.presets import from_preset
-from ..components.slot_model import DiffusionSlotModel, cluster_encoder, small_encoder
+from ..components.slot_model import DiffusionSlotModel, cluster_encoder, moving_encoder, small_encoder
 from ..components.unets import denoiser_config
 
 # %% auto #0
@@ -24,12 +24,13 @@ SMALL_SCHEDULE = dict(
 
 
 def lsd_preset(
-    name: str = "shapes",  # "shapes", "clevr" (64 pixels, CPU), "movi_e" (published, 256 pixels), "tiny" (tests)
+    name: str = "shapes",  # "shapes", "clevr", of clips "moving" (64 pixels, CPU), "movi_e" (published), "tiny"
     **changes,  # keys of `LSD`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `LSD` for a known setting"
     presets = {
         "shapes": _in_latents(80, cluster_encoder()) | dict(zoom=2.0, merge_threshold=0.95),
+        "moving": _in_patches(80, moving_encoder()),
         "clevr": _in_patches(64, small_encoder(n_blocks=1, position_in="both")),
         "tiny": dict(
             image_size=16,

@@ -5,142 +5,25 @@
 # %% ../../nbs/methods/slate.ipynb #imports-export
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
-from ..components.decoders import AutoregressiveDecoder
-from ..components.dvae import DVAE
 from ..components.presets import from_preset
-from decomp_nb.components.slot_model import (
-    SlotModel,
-    published_encoder,
-    refuse_unknown,
-    require,
-    small_encoder,
-)
-from ..decomposer import fold_batch, old_name
-from ..factors import Factors
+from ..components.slot_model import add_losses, published_encoder, small_encoder
+from ..components.token_model import TokenSlotModel
+from ..decomposer import old_name
 
 # %% auto #0
-__all__ = ['load_dvae', 'DiscreteSpace', 'TokenSlotModel', 'SLATE', 'slate_preset']
-
-# %% ../../nbs/methods/slate.ipynb #load-export
-def load_dvae(path: str | None, base: str | Path | None = None) -> DVAE:
-    "A saved discrete VAE from a folder, its sub-folder dvae/ or model/, or a run directory; looked for in `base` first"
-    if not path:
-        raise ValueError(
-            "dvae_path: SLATE needs a trained discrete VAE; give its folder "
-            "(train_autoencoder with kind='dvae' makes one)"
-        )
-    for folder in (Path(base or ".") / path, Path(path)):
-        for place in (folder / "dvae", folder / "model", folder):
-            if (place / "config.json").is_file():
-                return DVAE.from_pretrained(str(place), low_cpu_mem_usage=False)
-    raise FileNotFoundError(f"dvae_path: no discrete VAE at '{path}' (no config.json there, in dvae/ or in model/)")
-
-# %% ../../nbs/methods/slate.ipynb #model-export
-class DiscreteSpace:
-    "A method whose pictures are tokens of a frozen discrete VAE; its `decoder` predicts them"
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(1,h,w)` of the tokens"
-        side = self.config.image_size // 4
-        return 1, side, side
-
-    @property
-    def dvae(self) -> DVAE:
-        "The discrete VAE, frozen, loaded at first use"
-        if self.frozen.dvae is None:
-            self.attach(load_dvae(self.config.dvae_path, base=self.config.get("_name_or_path")))
-        return self.frozen.dvae
-
-    def attach(self, module: DVAE, name: str = "dvae") -> DiscreteSpace:
-        "Use this discrete VAE; refused where its vocabulary is not the transformer's"
-        known = module.config.vocabulary
-        wanted = self.decoder.vocabulary
-        if known != wanted:
-            raise ValueError(f"the discrete VAE has {known} tokens, but decoder_config says vocabulary={wanted}")
-        return super().attach(module, name)
-
-    def image_tokens(self, frames: dict) -> Tensor:
-        "Tokens `(b,h/4,w/4)` of a batch of pictures: its own `tokens`, or those of the discrete VAE"
-        return frames["tokens"] if "tokens" in frames else self.dvae.tokens(frames["image"])
-
-# %% ../../nbs/methods/slate.ipynb #decoding-export
-class TokenSlotModel(DiscreteSpace, SlotModel):
-    "A slot model whose slots are read by an autoregressive `decoder`, which predicts the picture's tokens"
-
-    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "ValueError: there is no denoiser"
-        name = type(self).__name__
-        raise ValueError(f"{name} has no denoiser: it predicts tokens one by one, use decode or generate")
-
-    def forward(self, batch: dict) -> dict:
-        "One training step: cross-entropy per token, in nats; `tokens` `(b,h/4,w/4)` of the batch replace the VAE"
-        tokens = self.image_tokens(fold_batch(batch))
-        factors = self.prune_slots(self.encode_batch(batch)).fold_time()
-        logits = self.decoder(tokens.flatten(1), factors.codes, factors.weights)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-        return self.with_key_loss({"loss": loss}, batch)
-
-    @torch.no_grad()
-    def generate(self, factors: Factors, **options) -> Tensor:
-        "Tokens `(b[,t],h/4,w/4)` of the slots; options of the transformer: temperature, top_k, generator, prefix"
-        pictures = self.prune_slots(factors).fold_time()
-        tokens = self.decoder.generate(pictures.codes, pictures.weights, **options)
-        return tokens.view(*factors.codes.shape[:-2], *self.latent_shape[1:])
-
-    @torch.no_grad()
-    def decode(
-        self,
-        factors: Factors,
-        *,
-        temperature: float = 0.0,  # 0: always the likeliest token, `generator` is then not needed
-        top_k: int = 0,  # sample among so many tokens only; 0: all
-        generator: torch.Generator | None = None,
-        **diffusion,  # options of `Decomposer.decode`, which have no meaning here
-    ) -> Tensor:
-        "Pictures `(b,3,h,w)` in [−1,1], of clips `(b,t,3,h,w)`"
-        refuse_unknown(diffusion)
-        tokens = self.generate(factors, temperature=temperature, top_k=top_k, generator=generator)
-        pictures = self.dvae.decode(tokens.flatten(0, -3)).clamp(-1, 1)
-        return pictures.unflatten(0, factors.codes.shape[:-2])
+__all__ = ['SLATE', 'slate_preset']
 
 # %% ../../nbs/methods/slate.ipynb #slate-export
 class SLATE(TokenSlotModel):
     "Slots → an autoregressive transformer over the tokens of a discrete VAE (Singh et al., ICLR 2022)"
 
-    renamed = TokenSlotModel.renamed | {"writer_config": "decoder_config"}
-    renamed_weights = {"writer.": "decoder."}
-
-    @register_to_config
-    def __init__(
-        self,
-        image_size: int = 64,  # side of the pictures
-        encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
-        decoder_config: dict | None = None,  # of the transformer: vocabulary, dim, n_layers, n_heads, dropout
-        dvae_path: str | None = None,  # folder of a `DVAE`: a saved one, or a run directory
-        slot_dropout: float = 0.0,
-        keep_slots: int = 0,
-        merge_threshold: float = 0.0,
-        zoom: float = 1.0,
-    ):
-        super().__init__(
-            image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
-            slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
-        )
-        require(decoder_config=decoder_config)
-        if image_size % 4:
-            raise ValueError(f"image_size={image_size} does not fall into patches of 4")
-        options = dict(decoder_config)
-        vocabulary = options.pop("vocabulary")
-        self.decoder = AutoregressiveDecoder(vocabulary, (image_size // 4) ** 2, self.factor_dim, **options)
+    def forward(self, batch: dict) -> dict:
+        "One training step: cross-entropy per token, in nats; `tokens` `(b,h/4,w/4)` of the batch replace the VAE"
+        tokens, logits, losses = self.predict_tokens(batch)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        return add_losses("tokens", loss, losses)
 
     write = old_name("write", "generate")
 

@@ -5,86 +5,24 @@
 # %% ../../nbs/methods/slot_attention_ae.ipynb #imports-export
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
-from ..components.decoders import BroadcastDecoder, mix_layers
+from ..components.mixture_model import MixtureSlotModel
 from ..components.presets import from_preset
-from decomp_nb.components.slot_model import (
-    SlotModel,
-    published_encoder,
-    refuse_unknown,
-    small_encoder,
-)
-from ..factors import Factors
+from ..components.slot_model import add_losses, published_encoder, small_encoder
 
 # %% auto #0
-__all__ = ['LayerSlotModel', 'SlotAttentionAE', 'slot_attention_preset']
-
-# %% ../../nbs/methods/slot_attention_ae.ipynb #layers-export
-class LayerSlotModel(SlotModel):
-    "A slot model whose `decoder` turns every slot into a layer; the picture is their mixture"
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(3,h,w)` of a picture: there are no latents"
-        return 3, self.config.image_size, self.config.image_size
-
-    def layers(self, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-        "The picture `(b,3,h,w)`, the slots' colours `(b,k,3,h,w)` and masks `(b,k,h,w)`; of clips with t after b"
-        pictures = factors.fold_time()
-        parts = mix_layers(self.decoder(pictures.codes), pictures.weights)
-        return tuple(part.unflatten(0, factors.codes.shape[:-2]) for part in parts)
-
-    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "ValueError: there is no denoiser"
-        raise ValueError(f"{type(self).__name__} has no denoiser: it draws in one pass, use decode(factors) or layers")
-
-    @torch.no_grad()
-    def decode(self, factors: Factors, **diffusion) -> Tensor:
-        "Pictures `(b[,t],3,h,w)` in [−1,1], in one pass; options of `Decomposer.decode` have no meaning here"
-        refuse_unknown(diffusion)
-        return self.layers(self.prune_slots(factors))[0].clamp(-1, 1)
+__all__ = ['SlotAttentionAE', 'slot_attention_preset']
 
 # %% ../../nbs/methods/slot_attention_ae.ipynb #model-export
-class SlotAttentionAE(LayerSlotModel):
+class SlotAttentionAE(MixtureSlotModel):
     "Slot Attention autoencoder: encoder → slots → a layer each → their mixture (Locatello et al., NeurIPS 2020)"
-
-    @register_to_config
-    def __init__(
-        self,
-        image_size: int = 64,  # side of the pictures
-        encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
-        decoder_config: dict | None = None,  # of `BroadcastDecoder`, without slot_dim and image_size
-        mask_source: str = "decoder",  # masks of the "decoder" (official evaluation) or of the "attention"
-        slot_dropout: float = 0.0,
-        keep_slots: int = 0,
-        merge_threshold: float = 0.0,
-        zoom: float = 1.0,
-    ):
-        super().__init__(
-            image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
-            slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
-        )
-        if mask_source not in ("decoder", "attention"):
-            raise ValueError(f"mask_source={mask_source!r}: choose 'decoder' or 'attention'")
-        self.decoder = BroadcastDecoder(self.factor_dim, image_size, **(decoder_config or {}))
-
-    def encode(self, images: Tensor, *, masks: str | None = None, **options) -> Factors:
-        "Slots and masks; `masks` overrides `mask_source` (raw slots always have those of the attention)"
-        factors = super().encode(images, **options)
-        if (masks or self.config.mask_source) == "attention" or options.get("raw"):
-            return factors
-        return factors._replace(masks=self.layers(factors)[2])
 
     def forward(self, batch: dict) -> dict:
         "One training step: mean squared error of the mixture"
-        factors = self.prune_slots(self.encode_batch(batch, masks="attention"))
+        factors, losses = self.encode_to_learn(batch, masks="attention")
         loss = F.mse_loss(self.layers(factors)[0].float(), batch["image"])
-        return self.with_key_loss({"loss": loss}, batch)
+        return add_losses("reconstruction", loss, losses)
 
 # %% ../../nbs/methods/slot_attention_ae.ipynb #preset-export
 def slot_attention_preset(

@@ -8,7 +8,13 @@ from __future__ import annotations
 from ..components.latents import VQLatents
 from ..components.samplers import SinglestepSolver
 from ..components.presets import from_preset
-from ..components.slot_model import DiffusionSlotModel, published_encoder, small_encoder
+from decomp_nb.components.slot_model import (
+    DiffusionSlotModel,
+    moving_encoder,
+    published_encoder,
+    small_encoder,
+    video_encoder,
+)
 
 # %% auto #0
 __all__ = ['PUBLISHED_SCHEDULE', 'DINO', 'slot_diffusion_denoiser', 'SlotDiffusion', 'slot_diffusion_preset']
@@ -74,7 +80,7 @@ _NEAR_NOISE = dict(
 
 
 def slot_diffusion_preset(
-    name: str = "shapes",  # "shapes" (CPU), "tiny"; published: "clevrtex", "celeba", "movi", "coco", "voc"
+    name: str = "shapes",  # "shapes", of clips "moving" (CPU), "tiny", "tiny_clips"; published: "clevrtex", "movi_d" …
     **changes,  # keys of `SlotDiffusion`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SlotDiffusion` for a known setting; the published ones need `latents_path`, a VQ-VAE trained before"
@@ -89,7 +95,11 @@ def slot_diffusion_preset(
         "movi": _published(15),
         "coco": _published(7, 224, 256, DINO),
         "voc": _published(6, 224, 192, DINO),
+        "tiny_clips": moving_encoder(32, 5, stride=1) | dict(denoiser_config=tiny_unet),
+        "moving": moving_encoder() | noisy | dict(patch_size=4, denoiser_config=shapes_unet),
     }
+    for video in ("movi_d", "movi_e", "movi_solid", "movi_tex", "physion"):
+        presets[video] = video_encoder(video) | dict(denoiser_config=slot_diffusion_denoiser(32))
     return from_preset(SlotDiffusion, presets, name, changes)
 
 

@@ -28,10 +28,11 @@ from decomp_nb.official.reading import (
 from .unets import convert_text_unet, unet_sizes
 
 # %% auto #0
-__all__ = ['FAMILY_SLOT_KEYS', 'RESNET_KEYS', 'RESNET_PARTS', 'TRANSFORMER_KEYS', 'TRANSFORMER_PARTS', 'SCHEDULE_BUFFERS',
-           'check_edge_grid', 'take_slot_attention', 'convert_resnet', 'take_encoder', 'family_slots_config',
-           'family_encoder_config', 'family_unet_config', 'convert_transformer', 'convert_broadcast', 'take_schedule',
-           'load_official_slots', 'published_rate']
+__all__ = ['FAMILY_SLOT_KEYS', 'RESNET_KEYS', 'RESNET_PARTS', 'PREDICTOR_KEYS', 'TRANSFORMER_KEYS', 'TRANSFORMER_PARTS',
+           'SCHEDULE_BUFFERS', 'check_edge_grid', 'take_slot_attention', 'convert_resnet', 'take_encoder',
+           'take_tracker', 'family_tracking_config', 'family_slots_config', 'family_encoder_config',
+           'family_unet_config', 'convert_transformer', 'convert_broadcast', 'take_schedule', 'load_official_slots',
+           'published_rate']
 
 # %% ../../nbs/official/slots.ipynb #slots-keys-export
 FAMILY_SLOT_KEYS = {
@@ -95,6 +96,48 @@ def _even_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     "`i.….weight` → `layers.2i.weight`: activations stand between the layers"
     keys = {key: key.split(".") for key in state}
     return {f"layers.{2 * int(first)}.{last[-1]}": state[key] for key, (first, *last) in keys.items()}
+
+# %% ../../nbs/official/slots.ipynb #slots-tracker-export
+PREDICTOR_KEYS = {
+    "predictor.base_predictor.transformer_encoder.": "predictor.base.transformer.",
+    "predictor.base_predictor.ln.": "predictor.base.norm.",
+    "predictor.base_predictor.mlp.": "predictor.base.mlp.",
+    "predictor.rnn.": "predictor.lstm.",
+    "predictor.out_projector.": "predictor.out.",
+    "predictor.transformer_encoder.": "predictor.transformer.",
+    "predictor.ln.": "predictor.norm.",
+    "predictor.mlp.": "predictor.mlp.",
+    "kernel_dist_layer.": "gaussian.layers.",
+}
+
+
+def take_tracker(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Remove what concerns time (predictor, random start) from an official state dict; in the names of `Tracker`"
+    take(state, {"prior_slot_layer.": ""})
+    return take(state, PREDICTOR_KEYS)
+
+
+def family_tracking_config(
+    tracker: dict[str, Tensor], n_heads: int = 4, norm_first: bool = True, random: bool = True
+) -> dict:
+    "Config of `Tracker`, read off the weights of `take_tracker`, but for heads, place of the norms, and randomness"
+    recurrent = "predictor.lstm.weight_hh_l0" in tracker
+    inside = part_of(tracker, "predictor.base." if recurrent else "predictor.")
+    predictor = dict(norm_first=norm_first)
+    if "transformer.layers.0.linear1.weight" in inside:
+        wide = len(inside["transformer.layers.0.linear1.weight"])
+        depth = count_of(inside, "transformer.layers.")
+        predictor |= dict(kind="transformer", n_layers=depth, n_heads=n_heads, hidden=wide)
+    elif "mlp.0.weight" in inside:
+        predictor |= dict(kind="mlp", hidden=len(inside["mlp.0.weight"]))
+    else:
+        raise ValueError(f"predictor: neither a transformer nor an MLP: {', '.join(sorted(inside)[:4])}")
+    if recurrent:
+        predictor |= dict(recurrent=True, memory_dim=tracker["predictor.lstm.weight_hh_l0"].shape[1])
+    config = dict(predictor=predictor)
+    if "gaussian.layers.0.weight" in tracker:
+        config["gaussian"] = dict(mlp="gaussian.layers.3.weight" in tracker, random=random)
+    return config
 
 # %% ../../nbs/official/slots.ipynb #slots-config-export
 def family_slots_config(state: dict[str, Tensor], n_iterations: int = 3) -> dict:
@@ -237,27 +280,36 @@ def take_schedule(
 
 # %% ../../nbs/official/slots.ipynb #slots-load-export
 def load_official_slots(
-    path: str | Path,  # `.pth` or safetensors: SlotDiffusion, SLATE, Slot Attention, VQ-VAE or discrete VAE
+    path: str | Path,  # `.pth` or safetensors: a model of pictures or clips, a VQ-VAE or a discrete VAE
     *,
     image_size: int | None = None,  # None: as published for such shapes
-    n_iterations: int = 3,  # of slot attention
-    n_heads: int = 4,  # of SLATE's transformer
+    n_iterations: int | None = None,  # of slot attention; None: 3, of video models 2
+    n_heads: int = 4,  # of SLATE's and STEVE's transformer
+    predictor_heads: int = 4,  # of a video model's predictor
+    norm_first: bool = True,  # layer norms of the predictor before attention and MLP
+    random: bool = True,  # StoSAVi: starts are drawn; False: official `kld_method="none"`
+    averaged: bool = False,  # the UNet's running average, if the file has one (official `use_ema`)
     head_dim: int = 32,  # of the UNet's attention
     prediction_type: str = "epsilon",  # what the UNet was trained to predict
     z_scale: float = 1.0,  # official `z_scale_factor`
 ) -> nn.Module:
-    "`SlotDiffusion`, `SLATE` or `SlotAttentionAE` on the frozen autoencoder it came with, a `VQModel`, or a `DVAE`"
+    """`SlotDiffusion`, `SLATE` or `SlotAttentionAE`, of clips `SlotDiffusion`, `STEVE` or `SAVi`, on the frozen
+    autoencoder it came with; or a `VQModel`, or a `DVAE`"""
     state = read_flat(path)
-    if any(key.startswith(("predictor.", "rollouter.")) for key in state):
-        raise ValueError(f"{path} holds a video model (it has a predictor): only image models are read")
+    if any(key.startswith("rollouter.") for key in state):
+        raise ValueError(f"{path} holds a SlotFormer (it has a rollouter), which is not read")
     if "init_latents" not in state:
         return _autoencoder_alone(state, path, z_scale)
     encoder = family_encoder_config(state, image_size)
-    slots = family_slots_config(state, n_iterations)
+    tracker = take_tracker(state)
+    slots = family_slots_config(state, n_iterations or (2 if tracker else 3))
     common = dict(image_size=encoder["image_size"], encoder_config=encoder, slots_config=slots)
     weights = _below("slot_attention.", take_slot_attention(state)) | _below("encoder.", take_encoder(state))
+    if tracker:
+        common["tracking_config"] = family_tracking_config(tracker, predictor_heads, norm_first, random)
+        weights |= _below("tracker.", tracker)
     if any(key.startswith("dm_decoder.") for key in state):
-        model, own, frozen = _slot_diffusion(state, common, head_dim, prediction_type, z_scale)
+        model, own, frozen = _slot_diffusion(state, common, head_dim, prediction_type, z_scale, averaged)
     elif any(key.startswith("trans_decoder.") for key in state):
         model, own, frozen = _slate(state, common, n_heads)
     else:
@@ -283,20 +335,35 @@ def _autoencoder_alone(state: dict[str, Tensor], path: str | Path, z_scale: floa
     )
 
 # %% ../../nbs/official/slots.ipynb #slots-models-export
-def _slot_diffusion(state: dict[str, Tensor], common: dict, head_dim: int, prediction_type: str, z_scale: float):
+def _slot_diffusion(
+    state: dict[str, Tensor], common: dict, head_dim: int, prediction_type: str, z_scale: float, averaged: bool
+):
     from decomp_nb.methods.slot_diffusion import SlotDiffusion
     scheduler = take_schedule(state, prediction_type=prediction_type)
     vae = take(state, {"dm_decoder.vae.vqvae.": ""})
     unet = take(state, {"dm_decoder.model.diffusion_model.": ""})
-    take(state, {"dm_decoder.model_ema.": ""})  # its running average
+    average = take(state, {"dm_decoder.model_ema.": ""})
+    if averaged:
+        unet = _averaged(unet, average)
     denoiser = family_unet_config(unet, common["image_size"] // vq_config(vae)["factor"], head_dim)
     model = SlotDiffusion(**common, scheduler_config=scheduler, denoiser_config=denoiser)
     weights = convert_text_unet(unet, denoiser["layers_per_block"])
     return model, _below("denoiser.", weights), VQLatents(read_vq(vae, z_scale))
 
 
+def _averaged(unet: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The running average of the UNet's weights, which is stored under their names without dots"
+    names = {key: f"diffusion_model.{key}".replace(".", "") for key in unet}
+    missing = [key for key, name in names.items() if name not in average]
+    if missing:
+        raise ValueError(f"averaged: the file holds no running average of {missing[0]} (official use_ema=False)")
+    return {key: average[name] for key, name in names.items()}
+
+# %% ../../nbs/official/slots.ipynb #slots-others-export
 def _slate(state: dict[str, Tensor], common: dict, n_heads: int):
     from decomp_nb.methods.slate import SLATE
+    from decomp_nb.methods.steve import STEVE
+    method = STEVE if "tracking_config" in common else SLATE
     weights = convert_transformer(take(state, {"trans_decoder.": ""}))
     dvae = take(state, {"dvae.": ""})
     size = dict(
@@ -305,11 +372,13 @@ def _slate(state: dict[str, Tensor], common: dict, n_heads: int):
         n_layers=count_of(weights, "blocks."),
         n_heads=n_heads,
     )
-    return SLATE(**common, decoder_config=size), _below("decoder.", weights), read_dvae(dvae) if dvae else None
+    return method(**common, decoder_config=size), _below("decoder.", weights), read_dvae(dvae) if dvae else None
 
 
 def _slot_attention_ae(state: dict[str, Tensor], common: dict, path: str | Path):
+    from decomp_nb.methods.savi import SAVi
     from decomp_nb.methods.slot_attention_ae import SlotAttentionAE
+    method = SAVi if "tracking_config" in common else SlotAttentionAE
     grid = state.get("decoder_pos_embedding.grid")
     if grid is None:
         raise ValueError(
@@ -321,7 +390,7 @@ def _slot_attention_ae(state: dict[str, Tensor], common: dict, path: str | Path)
     convolutions = [value for key, value in weights.items() if key.startswith("layers.") and value.ndim == 4]
     channels = [value.shape[1] for value in convolutions[:-1]]
     decoder = dict(channels=channels, start=grid.shape[1], kernel=convolutions[0].shape[-1])
-    return SlotAttentionAE(**common, decoder_config=decoder), _below("decoder.", weights)
+    return method(**common, decoder_config=decoder), _below("decoder.", weights)
 
 # %% ../../nbs/official/slots.ipynb #rate-export
 def published_rate(

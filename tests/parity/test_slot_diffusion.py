@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # nu
 
 SINGLE, CHAIN, SAMPLER = (1e-4, 2e-5), (1e-3, 2e-5), (1e-3, 2e-4)  # relative and absolute tolerance of single modules, of gradients, of whole samplers
 EXACT = (0, 0)
-VIDEO = {"predictor", "savi", "steve", "savi_ldm_encoder", "slotformer"}  # files of the video models, which are not here yet
+VIDEO = {"predictor", "savi", "steve", "savi_ldm_encoder", "slotformer"}  # files of the video models: all but the last in test_video.py
 VIDEO_METRICS = re.compile(r"(gt_|pred_)?video(_\w+)?")  # of metrics.npz: (t,h,w) label maps, compared below like images
 
 
@@ -578,7 +578,8 @@ def test_models_are_recognised(golden, tmp_path):
     (lambda s: s | {"something.else": torch.zeros(2)}, "left over: something.else"),
     (lambda s: s | {"slot_attention.gru.bias_hh": torch.zeros(3)}, "another shape"),
     (lambda s: s | {"encoder_pos_embedding.grid": s["encoder_pos_embedding.grid"].flip(-1)}, "other positions"),
-    (lambda s: s | {"predictor.x": torch.zeros(1)}, "video model"),
+    (lambda s: s | {"predictor.x": torch.zeros(1)}, "left over: predictor.x"),
+    (lambda s: s | {"rollouter.x": torch.zeros(1)}, "SlotFormer"),
     (lambda s: s | {"note": "text"}, "hold no tensors"),
     (lambda s: {"w": torch.zeros(1)}, "no model of this family"),
 ])
