@@ -37,7 +37,7 @@ def test_train_lsd_leaves_a_run_that_is_enough(lsd_run):
     run = Run(lsd_run)
     scores = json.loads((lsd_run / "scores.json").read_text())
     assert run.config["train"]["max_steps"] == 4 and run.config["model"]["_class_name"] == "LSD" and run.config["data"]["data"] == "shapes"
-    assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4] and set(scores) == {"LSD", "a grid", "random"}
+    assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4] and set(scores) == {"pictures", "LSD", "LSD, untrained", "k-means of colours", "a grid", "random"}
     assert run.curve("eval/fg_ari")[0] == [2, 4] and list((lsd_run / "pictures").glob("*.png"))
     model = run.model()
     assert model.encode(torch.zeros(1, 3, 16, 16)).n_factors == 4

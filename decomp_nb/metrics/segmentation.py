@@ -19,8 +19,8 @@ from ..checks import as_labels, check_finite
 
 # %% auto #0
 __all__ = ['contingency', 'renumber', 'ari_of_table', 'ari', 'fg_ari', 'iou_of_table', 'iou_matrix', 'match', 'segmentation',
-           'SceneScores', 'scene_scores', 'miou', 'mbo', 'random_partition', 'grid_partition', 'SegmentationScores',
-           'segmentation_scores', 'official_lsd_scenes', 'official_lsd_scores']
+           'SceneScores', 'scene_scores', 'miou', 'mbo', 'random_partition', 'grid_partition', 'colour_partition',
+           'SegmentationScores', 'segmentation_scores', 'official_lsd_scenes', 'official_lsd_scores']
 
 # %% ../../nbs/metrics/segmentation.ipynb #checks-export
 def _table_side(labels: Tensor, name: str, size: int | None):
@@ -244,6 +244,14 @@ def grid_partition(shape: tuple[int, ...], k: int) -> Tensor:
     row = torch.arange(h) * rows // h  # of each line of pixels
     column = torch.arange(w) * cells[row, None] // w
     return (first[row, None] + column).expand(*batch, h, w).clone()
+
+# %% ../../nbs/metrics/segmentation.ipynb #colours-export
+def colour_partition(images: Tensor, k: int, seed: int = 0) -> Tensor:
+    "Labels `(b,h,w)`: the pixels of each picture `(b,3,h,w)` in k clusters of colour, by k-means of scikit-learn"
+    from sklearn.cluster import KMeans
+    clusters = KMeans(k, n_init=1, random_state=seed)
+    labels = [clusters.fit_predict(picture.flatten(1).T.double().cpu().numpy()) for picture in images]
+    return torch.from_numpy(np.stack(labels)).long().view(len(images), *images.shape[-2:])
 
 # %% ../../nbs/metrics/segmentation.ipynb #accumulator-export
 class SegmentationScores:
