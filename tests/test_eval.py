@@ -58,7 +58,7 @@ def test_notebook_evaluates_a_run(name, trained, capsys):
     assert f"run directory: {trained}" in capsys.readouterr().out and (trained / "pictures" / f"{name}.png").exists()
     assert result["model"] == "LSD" and result["data"] == "shapes" and all(math.isfinite(n) for n in numbers(result))
     if name == "eval_segmentation":
-        assert set(result["scores"]) == {"LSD", "grid", "random"} and result["scores"]["LSD"]["fg_ari"]["n"] == 2
+        assert set(result["scores"]) == {"LSD", "untrained", "k-means of colours", "grid", "random"} and result["scores"]["LSD"]["fg_ari"]["n"] == 2
         assert len(result["mbo_per_scene"]) == 12 and result["conventions"]["objects, missed = 0 (above)"]["mbo"] == result["scores"]["LSD"]["mbo"]
     if name == "eval_probing": assert {row["property"] for row in result["rows"]} == {"color", "x"} and result["raw_codes"]
     if name == "eval_generation":
@@ -69,7 +69,7 @@ def test_notebook_evaluates_a_run(name, trained, capsys):
 def test_photographs_are_judged_by_instances_and_by_classes(trained, coco):  # noqa: F811
     names = execute("eval_segmentation", run_dir=str(trained), data=str(coco), data_options={"keep_empty": False}, cpu=True, **FEW["eval_segmentation"])
     result = json.loads((trained / "eval_segmentation.json").read_text())
-    assert set(result["classes"]) == {"LSD", "grid", "random"} and result["scores"]["LSD"]["n_objects"]["mean"] == 2
+    assert set(result["classes"]) == {"LSD", "untrained", "k-means of colours", "grid", "random"} and result["scores"]["LSD"]["n_objects"]["mean"] == 2
     assert 0 < result["classes"]["grid"]["mbo"]["mean"] < 1 and names["ignore"].any()
     perfect = torch.where(names["ignore"], 9, names["true"])  # what is painted where nobody judges does not matter
     assert names["scores_of"](perfect).compute()["mbo"] == 1
