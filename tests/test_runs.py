@@ -43,7 +43,7 @@ def test_train_lsd_leaves_a_run_that_is_enough(lsd_run):
     assert model.encode(torch.zeros(1, 3, 16, 16)).n_factors == 4
 
 
-@pytest.mark.parametrize("name", ["eval_segmentation", "eval_probing", "eval_generation"])
+@pytest.mark.parametrize("name", ["eval_segmentation", "eval_probing", "eval_generation", "eval_edits"])
 def test_evaluations_read_the_run(lsd_run, name, tmp_path):
     small = {k: v for k, v in dict(n_scenes=8, n_images=8, seeds=2, n_seeds=2, steps=2, sample_steps=2, extractor_steps=3).items()
              if k in papermill.inspect_notebook(str(ROOT / "nbs" / f"{name}.ipynb"))}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ..decomposer import weights_folder
 from .checkpoint import list_checkpoints, newest_checkpoint
 from .config import project_root, resolve_out_dir
 from .files import verify_manifest, write_text
@@ -29,8 +31,8 @@ from .record import read_record
 from .weights import load_weights, restorable, trainable
 
 # %% auto #0
-__all__ = ['CIRCUMSTANCES', 'describe_start', 'RunFiles', 'Run', 'summary', 'load_run', 'find_resume', 'check_writable',
-           'display_path']
+__all__ = ['CIRCUMSTANCES', 'describe_start', 'RunFiles', 'Run', 'summary', 'run_of_weights', 'load_run', 'find_resume',
+           'check_writable', 'display_path']
 
 # %% ../../nbs/training/run_directory.ipynb #run-export
 CIRCUMSTANCES = ("precision", "versions", "hardware", "git")  # of a record: may be others at every start
@@ -180,13 +182,24 @@ def summary(run: Run) -> dict[str, str]:
             words[metric_label(name.removeprefix("eval/"))] = format_number(last[name])
     return words
 
+# %% ../../nbs/training/run_directory.ipynb #load-export
+def run_of_weights(name: str) -> Run:
+    "A run directory made around weights that come with the package, `papermill_runs/out/shipped/<name>`"
+    weights = weights_folder() / name
+    run = Run(resolve_out_dir(f"papermill_runs/out/shipped/{name}"))
+    shutil.copytree(weights, run.path / "model", dirs_exist_ok=True)
+    shutil.copy(weights / "run.json", run.config_file)
+    return run
+
 
 def load_run(path: str | Path) -> Run:
-    "An existing run directory; relative paths start at the project root"
+    "An existing run directory (relative paths start at the project root), or one around shipped weights of this name"
     run = Run(path if Path(path).is_dir() else resolve_out_dir(path))
-    if not (run.path / "config.json").exists():
-        raise FileNotFoundError(f"{path} is not a run directory: it has no config.json")
-    return run
+    if run.config_file.exists():
+        return run
+    if (weights_folder() / path / "run.json").is_file():
+        return run_of_weights(str(path))
+    raise FileNotFoundError(f"{path} is neither a run directory (it has no config.json) nor the name of shipped weights")
 
 # %% ../../nbs/training/run_directory.ipynb #resume-export
 def find_resume(run: Run, resume: str) -> Path | None:
