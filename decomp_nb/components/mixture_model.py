@@ -25,7 +25,7 @@ class MixtureModel(SlotModel):
         self,
         image_size: int = 64,  # side of the pictures
         encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
+        slots_config: dict | None = None,  # of `build_slots`
         decoder_config: dict | None = None,  # of `BroadcastDecoder`, without slot_dim and image_size
         mask_source: str = "decoder",  # masks of the "decoder" (official evaluation) or of the "attention"
         slot_dropout: float = 0.0,

@@ -75,7 +75,7 @@ class TokenPredictor(TokenSpace, SlotModel):
         self,
         image_size: int = 64,  # side of the pictures
         encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
+        slots_config: dict | None = None,  # of `build_slots`
         decoder_config: dict | None = None,  # of the transformer: vocabulary, dim, n_layers, n_heads, dropout
         dvae_path: str | None = None,  # folder of a `DVAE`: a saved one, or a run directory
         slot_dropout: float = 0.0,

@@ -24,7 +24,7 @@ class SAVi(MixtureSlotModel):
         self,
         image_size: int = 64,  # side of the frames
         encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
+        slots_config: dict | None = None,  # of `build_slots`
         tracking_config: dict | None = None,  # of `Tracker`: predictor, start, losses over time
         decoder_config: dict | None = None,  # of `BroadcastDecoder`, without slot_dim and image_size
         mask_source: str = "decoder",  # masks of the "decoder" (official evaluation) or of the "attention"

@@ -96,7 +96,7 @@ def slot_diffusion_preset(
         "coco": _published(7, 224, 256, DINO),
         "voc": _published(6, 224, 192, DINO),
         "tiny_clips": moving_encoder(32, 5, stride=1) | dict(denoiser_config=tiny_unet),
-        "moving": moving_encoder() | noisy | dict(patch_size=4, denoiser_config=shapes_unet),
+        "moving": moving_encoder() | _NEAR_NOISE | dict(patch_size=4, denoiser_config=shapes_unet),
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex", "physion"):
         presets[video] = video_encoder(video) | dict(denoiser_config=slot_diffusion_denoiser(32))

@@ -80,7 +80,7 @@ class StableLSD(FrozenUNetSlotModel):
         self,
         foundation: str = "stabilityai/stable-diffusion-2-1",  # pipeline, by hub name or folder
         encoder_config: dict | None = None,  # of `build_encoder`; None: DINOv2 ViT-B/14 at 448 pixels
-        slots_config: dict | None = None,  # of `SlotAttention`; None: the published COCO setting (7 slots of 768)
+        slots_config: dict | None = None,  # of `build_slots`; None: the published COCO setting (7 slots of 768)
         image_size: int = 256,  # side of the pictures that the denoiser draws
         timestep_sampling: str = "uniform",
         timestep_strength: float = 1.0,

@@ -28,7 +28,7 @@ class STEVE(TokenSlotModel):
         self,
         image_size: int = 64,  # side of the frames
         encoder_config: dict | None = None,  # of `build_encoder`
-        slots_config: dict | None = None,  # of `SlotAttention`
+        slots_config: dict | None = None,  # of `build_slots`
         tracking_config: dict | None = None,  # of `Tracker`: predictor, start, losses over time
         decoder_config: dict | None = None,  # of the transformer: vocabulary, dim, n_layers, n_heads, dropout
         dvae_path: str | None = None,  # folder of a `DVAE`: a saved one, or a run directory
