@@ -79,7 +79,7 @@ def open_weights(path: Path) -> Any:
     "What a safetensors or PyTorch file holds; a `ValueError` says what any other file is"
     kind = kind_of_file(path)
     if kind not in ("safetensors", "torch", ""):
-        raise ValueError(f"{path} is no weight file but {kind}")
+        raise ValueError(f"{path} cannot be read: it is no weight file but {kind}")
     try:
         if kind == "safetensors":
             from safetensors.torch import load_file
