@@ -133,7 +133,7 @@ def test_run_directory_from_before_there_were_plans(tmp_path):
     del record["precision"]
     (run.path / "config.json").write_text(json.dumps(record))
     _, resumed = train(tmp_path / "cut", model=Slower(), resume="auto", mixed_precision="auto")
-    assert resumed.config["precision"]["chosen"] == "no" and resumed.config["precision"]["why"] == "as this run began"
+    assert resumed.latest["precision"]["chosen"] == "no" and resumed.latest["precision"]["why"] == "as this run began"
     assert rows(whole, "train") == rows(resumed, "train")
 
 

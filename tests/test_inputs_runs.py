@@ -135,7 +135,8 @@ def hold_until_killed(folder):
     reader, writer = os.pipe()
 
     def work():
-        WriterLock(folder).acquire()
+        lock = WriterLock(folder)  # kept: a lock ends with the object that holds its file open
+        lock.acquire()
         os.write(writer, b"x")
         signal.pause()
     pid = child(work)
@@ -146,8 +147,10 @@ def hold_until_killed(folder):
 def test_the_second_writer_is_refused_with_one_sentence(tmp_path):
     begin(tmp_path / "run")
     first = hold_until_killed(tmp_path / "run")
-    with pytest.raises(BlockingIOError) as refused: train(tmp_path / "run", data=Named(), quiet=True, max_steps=6, resume="auto")
-    os.kill(first, signal.SIGKILL)
+    try:
+        with pytest.raises(BlockingIOError) as refused: train(tmp_path / "run", data=Named(), quiet=True, max_steps=6, resume="auto")
+    finally:
+        os.kill(first, signal.SIGKILL)
     assert code_of(first) == -signal.SIGKILL
     said = str(refused.value)
     assert f"process {first} on " in said and "out_dir: run is being written" in said and "\n" not in said
@@ -218,10 +221,11 @@ def test_a_notebook_writes_its_results_before_it_draws(name):
 
 def test_a_stop_in_the_middle_then_other_settings_then_the_recorded_ones(tmp_path):
     "What people do at night: stop, try another learning rate in the same folder, and go on after all"
-    _, whole = train(tmp_path / "whole", max_steps=9)
+    torch.manual_seed(0)
+    _, whole = train(tmp_path / "whole", model=Slower(), max_steps=9)
+    torch.manual_seed(0)
     cut = Slower()
     cut.at = 5
-    torch.manual_seed(0)
     with pytest.raises(SystemExit): train(tmp_path / "cut", model=cut, max_steps=9)
     with pytest.raises(ValueError, match="learning_rate"): train(tmp_path / "cut", model=Slower(), max_steps=9, learning_rate=0.3, resume="auto")
     _, resumed = train(tmp_path / "cut", model=Slower(), max_steps=9, resume="auto")

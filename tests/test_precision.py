@@ -95,7 +95,7 @@ def test_resumed_run_keeps_its_choice(tmp_path, machine):
     stopped(tmp_path / "run", mixed_precision="auto")
     machine(seconds=(0.001, 0.001))                                  # today the trial would say otherwise
     _, resumed = train(tmp_path / "run", model=Slower(), mixed_precision="auto", resume="auto")
-    assert resumed.config["precision"]["chosen"] == "bf16" and resumed.config["precision"]["why"] == "as this run began"
+    assert resumed.latest["precision"]["chosen"] == "bf16" and resumed.latest["precision"]["why"] == "as this run began"
     assert_same_run(train(tmp_path / "whole", model=None, mixed_precision="bf16")[1], resumed)
 
 
@@ -104,7 +104,7 @@ def test_on_another_machine_it_chooses_again(tmp_path, machine, capsys):
     stopped(tmp_path / "run", mixed_precision="auto")
     machine(native=False, name="an older processor")
     _, resumed = train(tmp_path / "run", model=Slower(), mixed_precision="auto", resume="auto")
-    assert resumed.config["precision"]["chosen"] == "no" and resumed.config["precision"]["machine"] == "an older processor"
+    assert resumed.latest["precision"]["chosen"] == "no" and resumed.latest["precision"]["machine"] == "an older processor"
     assert "float32: chosen anew, this processor has no instructions for bfloat16 (the run began in bfloat16 on a processor)" in capsys.readouterr().out
 
 
