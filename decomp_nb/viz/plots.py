@@ -245,6 +245,8 @@ def bars(
         options = {"color": colours, "xerr": stds, "ecolor": _tint(INK), "tick_label": list(values)}
         drawn = axes.barh(range(len(means)), means, 0.62, **options)
         axes.bar_label(drawn, notes, padding=4)
+        if means.min() < 0:
+            axes.margins(x=0.15)  # room for the numbers of bars that point to the left
         _bare(axes)
     words = ", ".join(f"{name} {note}" for name, note in zip(values, notes))
     alt = alt or f"{title}: {words}"
