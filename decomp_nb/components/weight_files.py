@@ -35,6 +35,8 @@ SIGNATURES = {  # first bytes → what such a file is, with a remedy
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
 }
+
+
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # magic number of PyTorch before 1.6
 
 
@@ -50,7 +52,7 @@ def kind_of_zip(path: Path) -> str:
     numpy = names and all(name.endswith(".npy") for name in names)
     return "a NumPy archive; give safetensors or a PyTorch file" if numpy else "a zip archive; unpack it first"
 
-
+# %% ../../nbs/components/weight_files.ipynb #kind-of-file-export
 def kind_of_file(path: Path) -> str:
     "'safetensors', 'torch', what the file is instead, or an empty text where its bytes say nothing"
     with path.open("rb") as file:

@@ -65,7 +65,7 @@ def embeddings_file(folder: str | Path, prefix: str = "") -> Path:
         raise FileNotFoundError(f"no {' or '.join(names)} in {folder}: expected the folder of an official training, or a file")
     return found
 
-
+# %% ../../nbs/official/concepts.ipynb #read-official-export
 def read_official(folder: str | Path, prefix: str = "") -> tuple[list[str], Tensor, Tensor | None]:
     "Tokens, rows `(M,v·d)`, and weights `(N,M)` or None; prefix \"test_\" for the files of --test"
     tokens, vectors = read_embeddings(embeddings_file(folder, prefix))
@@ -83,7 +83,7 @@ def _official_weights(file: Path, words: int) -> Tensor:
         raise ValueError(f"{file.name}: {weights.shape[1]} weights per image for {words} tokens")
     return weights
 
-
+# %% ../../nbs/official/concepts.ipynb #load-export
 def load_official_concepts(folder: str | Path, foundation: str, *, prefix: str = "", **options) -> Concepts:
     "Words of an official training, or of diffusers, as a model on `foundation`, with free weights; options as `Concepts`"
     tokens, rows, weights = read_official(folder, prefix)
