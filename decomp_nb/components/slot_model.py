@@ -72,7 +72,7 @@ def build_slots(in_dim: int, config: dict) -> SlotAttention | ClusterSlots:
         raise ValueError(f"slots_config: kind={kind!r}, choose one of {', '.join(map(repr, SLOTS))}")
     return SLOTS[kind](in_dim, **options)
 
-
+# %% ../../nbs/components/slot_model.ipynb #finder-export
 class SlotFinder(Decomposer):
     "Encoder and slot attention, and what they find"
     renamed = {"merge_twins": "merge_threshold", "merge_above": "merge_threshold"}

@@ -42,7 +42,8 @@ def long_prompts(tokenizer: Any, prompts: Sequence[str], n: int) -> list[tuple[s
 
 def describe_length(prompt: str, tokens: int, n: int) -> str:
     "`the prompt 'a photo of …' has 92 tokens, and this text encoder reads 77`"
-    return f"the prompt {textwrap.shorten(prompt, 60, placeholder=' …')!r} has {tokens} tokens, and this text encoder reads {n}"
+    short = textwrap.shorten(prompt, 60, placeholder=" …")
+    return f"the prompt {short!r} has {tokens} tokens, and this text encoder reads {n}"
 
 
 def warn_of_cut(tokenizer: Any, prompts: Sequence[str], n: int) -> None:

@@ -28,7 +28,7 @@ class SAVi(MixtureSlotModel):
         tracking_config: dict | None = None,  # of `Tracker`: predictor, start, losses over time
         decoder_config: dict | None = None,  # of `BroadcastDecoder`, without slot_dim and image_size
         mask_source: str = "decoder",  # masks of the "decoder" (official evaluation) or of the "attention"
-        target: str = "image",  # key of the batch that is drawn: "image", or "flow" `(b,t,3,h,w)` as in the paper
+        target: str = "image",  # key of the batch that is drawn: "image", or "flow" `(b,t,3,h,w)`
         slot_dropout: float = 0.0,
         keep_slots: int = 0,
         merge_threshold: float = 0.0,
@@ -41,7 +41,7 @@ class SAVi(MixtureSlotModel):
         )
 
     def forward(self, batch: dict) -> dict:
-        "One training step on clips: squared error of the frames' mixtures; reads `image`, the target, `boxes`"
+        "One training step on clips: squared error of the mixtures; reads `image`, the target, `boxes`"
         target = batch.get(self.config.target)
         if target is None:
             raise ValueError(f"the batch has no {self.config.target!r}, which this model draws: change target")
@@ -56,9 +56,10 @@ def savi_preset(
 ) -> dict:
     "Arguments of `SAVi` for a known setting"
     original = _original()
+    tiny = dict(channels=[24, 24], start=8, kernel=5)
     boxes = dict(tracking_config=original["tracking_config"] | dict(condition="boxes"), target="flow")
     presets = {
-        "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=dict(channels=[24, 24], start=8, kernel=5)),
+        "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=dict(channels=[32, 32, 32], start=8)),
         "savi_small": original,
         "savi_boxes": original | boxes,

@@ -20,7 +20,7 @@ class SLATE(TokenSlotModel):
     "Slots → an autoregressive transformer over the tokens of a discrete VAE (Singh et al., ICLR 2022)"
 
     def forward(self, batch: dict) -> dict:
-        "One training step: cross-entropy per token, in nats; `tokens` `(b,h/4,w/4)` of the batch replace the VAE"
+        "One training step: nats per token; `tokens` `(b,h/4,w/4)` of the batch replace the VAE"
         tokens, logits, losses = self.predict_tokens(batch)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
         return add_losses("tokens", loss, losses)

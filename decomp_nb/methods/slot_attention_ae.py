@@ -16,7 +16,7 @@ __all__ = ['SlotAttentionAE', 'slot_attention_preset']
 
 # %% ../../nbs/methods/slot_attention_ae.ipynb #model-export
 class SlotAttentionAE(MixtureSlotModel):
-    "Slot Attention autoencoder: encoder → slots → a layer each → their mixture (Locatello et al., NeurIPS 2020)"
+    "Slot Attention: encoder → slots → a layer each → their mixture (Locatello et al., NeurIPS 2020)"
 
     def forward(self, batch: dict) -> dict:
         "One training step: mean squared error of the mixture"
@@ -30,9 +30,10 @@ def slot_attention_preset(
     **changes,  # keys of `SlotAttentionAE`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SlotAttentionAE` for a known setting"
+    tiny = dict(channels=[24, 24], start=8, kernel=5)
     published = dict(decoder_config=dict(channels=[128, 128, 128, 128]))
     presets = {
-        "tiny": small_encoder(32, 5, stride=1) | dict(decoder_config=dict(channels=[24, 24], start=8, kernel=5)),
+        "tiny": small_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "shapes": small_encoder() | dict(zoom=2.0, decoder_config=dict(channels=[32, 32, 32], start=8)),
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,

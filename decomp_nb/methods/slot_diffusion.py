@@ -65,7 +65,7 @@ class SlotDiffusion(DiffusionSlotModel):
 
     @property
     def sampler(self) -> SinglestepSolver:
-        "Single-step DPM-Solver++ of order 3; where there is a codebook, every predicted clean latent is moved onto it"
+        "Single-step DPM-Solver++ of order 3; predicted clean latents are moved onto the codebook, if there is one"
         project = self.latents.quantise if isinstance(self.latents, VQLatents) else None
         return SinglestepSolver(self.scheduler, project=project)
 
@@ -83,7 +83,7 @@ def slot_diffusion_preset(
     name: str = "shapes",  # "shapes", of clips "moving" (CPU), "tiny", "tiny_clips"; published: "clevrtex", "movi_d" …
     **changes,  # keys of `SlotDiffusion`, replacing the preset's; dicts are merged
 ) -> dict:
-    "Arguments of `SlotDiffusion` for a known setting; the published ones need `latents_path`, a VQ-VAE trained before"
+    "Arguments of `SlotDiffusion` for a known setting; the published ones need `latents_path`, a trained VQ-VAE"
     small = dict(layers_per_block=1, slot_dim=64, groups=8, dropout=0.0)
     tiny_unet = slot_diffusion_denoiser(8, channels=(32, 48), head_dim=16, in_channels=4, **small)
     shapes_unet = slot_diffusion_denoiser(16, channels=(64, 96), in_channels=48, **small)

@@ -52,7 +52,8 @@ def read_embeddings(file: str | Path) -> tuple[list[str], Tensor]:
         return tokens, rows[:, None]
     shapes = {tuple(torch.atleast_2d(value).shape) for value in learned.values()}
     if len(shapes) > 1:
-        raise ValueError(f"{name}: words of different sizes, {', '.join(map(str, sorted(shapes)))}: load them one by one")
+        sizes = ", ".join(map(str, sorted(shapes)))
+        raise ValueError(f"{name}: words of different sizes, {sizes}: load them one by one")
     return list(learned), torch.stack([torch.atleast_2d(value) for value in learned.values()])
 
 
@@ -62,10 +63,11 @@ def embeddings_file(folder: str | Path, prefix: str = "") -> Path:
     names = [f"{prefix}learned_embeds{end}" for end in (".bin", ".safetensors")]
     found = next((file for file in (place, *(place / name for name in names)) if file.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"no {' or '.join(names)} in {folder}: expected the folder of an official training, or a file")
+        wanted = " or ".join(names)
+        raise FileNotFoundError(f"no {wanted} in {folder}: expected the folder of an official training, or a file")
     return found
 
-
+# %% ../../nbs/official/concepts.ipynb #read-official-export
 def read_official(folder: str | Path, prefix: str = "") -> tuple[list[str], Tensor, Tensor | None]:
     "Tokens, rows `(M,v·d)`, and weights `(N,M)` or None; prefix \"test_\" for the files of --test"
     tokens, vectors = read_embeddings(embeddings_file(folder, prefix))
@@ -83,9 +85,9 @@ def _official_weights(file: Path, words: int) -> Tensor:
         raise ValueError(f"{file.name}: {weights.shape[1]} weights per image for {words} tokens")
     return weights
 
-
+# %% ../../nbs/official/concepts.ipynb #load-export
 def load_official_concepts(folder: str | Path, foundation: str, *, prefix: str = "", **options) -> Concepts:
-    "Words of an official training, or of diffusers, as a model on `foundation`, with free weights; options as `Concepts`"
+    "Words of an official training, or of diffusers, on `foundation`, with free weights; options as `Concepts`"
     tokens, rows, weights = read_official(folder, prefix)
     options = {"n_vectors": read_embeddings(embeddings_file(folder, prefix))[1].shape[1], **options}
     n = 0 if weights is None else len(weights)

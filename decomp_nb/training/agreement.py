@@ -115,4 +115,5 @@ def check_agreement(name: str, recorded: Mapping[str, Any], asked: Mapping[str, 
             "Go on with the recorded settings and data, or begin anew in another out_dir "
             "(there, resume: 'FOLDER/checkpoints/step-…' goes on from this training with other settings)"
         )
-        raise ValueError("\n  ".join([f"out_dir: {name} holds a training that differs from what is asked:", *lines]) + f"\n{ways}")
+        first = f"out_dir: {name} holds a training that differs from what is asked:"
+        raise ValueError("\n  ".join([first, *lines]) + f"\n{ways}")

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from .config import TrainConfig, check_range, describe, nearest, typed
 
 # %% auto #0
-__all__ = ['Parameter', 'Parameters', 'read_cells', 'parameters_source', 'parse_parameters', 'parameters', 'allowed_types',
-           'read_text', 'not_finite', 'may_be_empty', 'coerce', 'check_values', 'check_parameters_cell',
-           'check_together', 'check_trackers', 'read_yaml', 'read_recipe', 'gather_values']
+__all__ = ['Parameter', 'Parameters', 'read_cells', 'parameters_source', 'parse_parameters', 'parameters', 'read_yaml',
+           'allowed_types', 'read_text', 'not_finite', 'may_be_empty', 'coerce', 'check_values',
+           'check_parameters_cell', 'check_together', 'check_trackers', 'read_recipe', 'gather_values']
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parameter
 class Parameter(NamedTuple):
@@ -105,6 +105,38 @@ def parse_parameters(source: str) -> Parameters:
 def parameters(notebook: str | Path) -> Parameters:
     "The parameters that a notebook declares"
     return parse_parameters(parameters_source(notebook))
+
+# %% ../../nbs/training/parameters.ipynb #parameters-yaml
+_YAML_12 = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+
+
+def _yaml_loader() -> type:
+    "PyYAML's safe loader with the types of YAML 1.2"
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict = {}
+
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.YAMLError(f"{name!r} is set twice")
+            return super().construct_mapping(node, deep)
+    for name, pattern in _YAML_12.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"), None)
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    return Loader
+
+
+def read_yaml(text: str) -> Any:
+    "The value of a YAML text, by the rules of YAML 1.2; nothing but plain values is built"
+    return _yaml_loader()(text).get_single_data()
 
 # %% ../../nbs/training/parameters.ipynb #parameters-allowed-types
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict,
@@ -274,38 +306,6 @@ def check_trackers(trackers: str) -> None:
     for name in re.split(r"[,\s]+", trackers):
         if name and ("." in name or importlib.util.find_spec(name) is None):
             raise ValueError(f"trackers: {name!r} is not installed; install it (pip install {name}) or leave it out")
-
-# %% ../../nbs/training/parameters.ipynb #parameters-yaml
-_YAML_12 = {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+",
-    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}
-
-
-def _yaml_loader() -> type:
-    "PyYAML's safe loader with the types of YAML 1.2"
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict = {}
-
-        def construct_mapping(self, node, deep=False):
-            names = [key.value for key, _ in node.value]
-            for name in names:
-                if names.count(name) > 1:
-                    raise yaml.YAMLError(f"{name!r} is set twice")
-            return super().construct_mapping(node, deep)
-    for name, pattern in _YAML_12.items():
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"), None)
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-    return Loader
-
-
-def read_yaml(text: str) -> Any:
-    "The value of a YAML text, by the rules of YAML 1.2; nothing but plain values is built"
-    return _yaml_loader()(text).get_single_data()
 
 # %% ../../nbs/training/parameters.ipynb #parameters-read-recipe
 def read_recipe(path: str | Path) -> dict:

@@ -93,7 +93,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             rows.append(dict(row, step=int(row["step"])))
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is damaged: delete that line, or restore the file from a copy") from None
+                remedy = "delete that line, or restore the file from a copy"
+                raise ValueError(f"{path}, line {number} is damaged: {remedy}") from None
     return rows
 
 

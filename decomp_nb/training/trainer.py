@@ -403,7 +403,8 @@ def open_loop(trainer: Trainer) -> Iterator[Loop]:
             raise FileExistsError(f"out_dir: {run.path.name} was begun by another process meanwhile: start again")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _write_beginning(trainer, accelerator, record | circumstances(accelerator), progress["step"] if checkpoint else None)
+            step = progress["step"] if checkpoint else None
+            _write_beginning(trainer, accelerator, record | circumstances(accelerator), step)
         accelerator.wait_for_everyone()
         session = trainer.session = Session(engine, run, config, progress)
         loop = trainer.loop(session, engine, trainer.data, trainer.hook)

@@ -243,8 +243,9 @@ def bars(
     fig, axes = figure(width, 46 + 24 * len(means) + (18 if title else 0), title)
     with _style():
         options = {"color": colours, "xerr": stds, "ecolor": _tint(INK), "tick_label": list(values)}
-        drawn = axes.barh(range(len(means)), means, 0.62, **options)
-        axes.bar_label(drawn, notes, padding=4)
+        axes.barh(range(len(means)), means, 0.62, **options)
+        for place, end, note in zip(range(len(means)), (means + stds).clip(0), notes):
+            axes.annotate(note, (end, place), (4, 0), textcoords="offset points", va="center")
         _bare(axes)
     words = ", ".join(f"{name} {note}" for name, note in zip(values, notes))
     alt = alt or f"{title}: {words}"
