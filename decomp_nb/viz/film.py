@@ -66,8 +66,9 @@ def clip_film(
         masks = clips.new_zeros(clips.shape[0], clips.shape[1], *clips.shape[-2:], dtype=torch.long)
     masks = masks if len(masks) == len(clips) and masks.dim() > 3 else masks[None]
     _check_clips(clips, masks)
-    for scale, step in [*((s, 1) for s in range(scale, 0, -1)), (1, 2), (1, 4)]:
-        drawn = [outline(clip[::step], mask[::step], scale=scale) for clip, mask in zip(clips, masks)]
+    sizes = [(enlarged, 1) for enlarged in range(scale, 0, -1)]
+    for enlarged, step in [*sizes, (1, 2), (1, 4)]:
+        drawn = [outline(clip[::step], mask[::step], scale=enlarged) for clip, mask in zip(clips, masks)]
         made = film(torch.stack(drawn), fps / step, titles, scale=1, ncol=len(clips), alt=alt)
         if len(made._repr_png_()) <= limit:
             break
