@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from decomp_nb.data.catalog import open_dataset, validate_dataset
+from decomp_nb.data.catalog import detect_format, open_dataset, validate_dataset
 from decomp_nb.data.video import (CLIPS, VideoClips, VideoFile, check_numbers, cut_videos, find_videos, first_frames, frame_times, jpeg_clips,
                                   renumber_objects, write_mp4)
+from decomp_nb.viz.film import clip_film, outline
 from decomp_nb.worlds.moving import MovingShapes, bounce
 from decomp_nb.worlds.scenes import Scenes
 
@@ -315,3 +316,27 @@ def test_cut_videos_of_nothing_but_frames():
         def __len__(self): return 7
     index, n = cut_videos([Blank(), Blank()], 3, 2, "every")
     assert n == 3 and index.tolist() == [[v, s] for v in (0, 1) for s in (0, 1, 2)]
+
+
+# -- films ----------------------------------------------------------------------------------
+
+
+def test_outlines_lie_on_their_objects_and_films_stay_small(drawn):
+    frames, masks = drawn["image"][0], drawn["masks"][0]
+    drawn_over = outline(frames, masks, scale=2, width=1)
+    changed = ((drawn_over - frames.repeat_interleave(2, -1).repeat_interleave(2, -2)).abs() > 0.02).any(1)
+    large = masks.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert changed.any() and not changed[large == 0].any()
+    film = clip_film(drawn["image"], drawn["masks"], limit=60_000)
+    assert len(film._repr_png_()) <= 60_000 and len(film.pages) in (T, 5, 3)
+    assert len(clip_film(frames).pages) == T
+    with pytest.raises(ValueError, match="expected clips .* with masks"): clip_film(frames, masks[1:])
+
+
+def test_a_folder_of_pictures_with_a_stray_video_stays_one_of_pictures(tmp_path, drawn):
+    root = write_folder(tmp_path / "a", drawn)
+    (root / "0000/preview.mp4").write_bytes(b"")
+    assert detect_format(root) == "images"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/x.mp4").write_bytes(b"")
+    assert detect_format(tmp_path / "b") == detect_format(tmp_path / "b/x.mp4") == "video"

@@ -84,21 +84,21 @@ _H5_MARKS = {"jpeg": "h5_photos", "edited_object": "h5_edits", "image": "h5_scen
 
 
 def _format_of_folder(path):
-    "By its lists or MATLAB files, else by the first sub-folder that holds pictures"
+    "By its lists or MATLAB files, else by the first sub-folder that holds pictures or videos"
     for mark, kind in _FOLDER_MARKS:
         if any(path.glob(mark)):
             return kind
     for _, _, files in walk_folders(path):
         patterns = ("CLEVRTEX_*_??????.png", "*_image.png", "*_mask.png", "*.png", "*.jpg")
         seen = {p for p in patterns if fnmatch.filter(files, p)}
-        if any(Path(file).suffix.lower() in VIDEO_SUFFIXES for file in files):
-            return "video"
         if "CLEVRTEX_*_??????.png" in seen:
             return "clevrtex"
         if "*_image.png" in seen or {"*.jpg", "*_mask.png"} <= seen:
             return "movi"
         if seen:
             break
+        if any(Path(file).suffix.lower() in VIDEO_SUFFIXES for file in files):
+            return "video"
     return "images"
 
 

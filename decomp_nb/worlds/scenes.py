@@ -171,9 +171,9 @@ def to_levels(image: Tensor) -> Tensor:
     return (image * 255).round() / 127.5 - 1
 
 # %% ../../nbs/worlds/scenes.ipynb #scenes-labels
-def _label_table(scene_type, factors, masks, size):
+def _label_table(scene_type, factors, size):
     "Labels of the objects, `(b,k,…)`, with 0 in the rows of objects that do not exist"
-    source = factors | scene_type.derive(factors, size) | scene_type.count(masks)
+    source = factors | scene_type.derive(factors, size)
     seen = factors["visibility"] > 0
     labels = {}
     for name in scene_type.labels:
@@ -185,7 +185,7 @@ def _label_table(scene_type, factors, masks, size):
 def _draw_scenes(scene_type, factors, size):
     "Pictures in [−1,1], masks, labels and captions of factors"
     image, masks = scene_type.render(factors, size)
-    labels = _label_table(scene_type, factors, masks, size)
+    labels = _label_table(scene_type, factors | scene_type.count(masks), size)
     return {
         "image": to_levels(image),
         "masks": masks,
