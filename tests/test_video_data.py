@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from decomp_nb.data.catalog import detect_format, open_dataset, validate_dataset
-from decomp_nb.data.video import (CLIPS, VideoClips, VideoFile, check_numbers, cut_videos, find_videos, first_frames, frame_times, jpeg_clips,
-                                  renumber_objects, write_mp4)
+from decomp_nb.data.mp4 import frame_times, write_mp4
+from decomp_nb.data.video import CLIPS, VideoClips, VideoFile, check_numbers, cut_videos, find_videos, first_frames, jpeg_clips, renumber_objects
 from decomp_nb.viz.film import clip_film, outline
 from decomp_nb.worlds.moving import MovingShapes, bounce
 from decomp_nb.worlds.scenes import Scenes

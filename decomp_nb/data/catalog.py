@@ -24,13 +24,14 @@ from .hdf5 import H5Photos, open_h5
 from .home import data_home, find_data
 from .images import ImageFolder, walk_folders
 from .movi import MoviDump
+from .mp4 import VIDEO_SUFFIXES
 from .natural import CocoScenes, VocScenes
 from .official_folders import FOLDERS, OfficialFolder
 from .reader import evenly, name_words, split_in_name, split_name
 from .records import RECORD_LAYOUTS, ClevrWithMasks, ObjectRecords
 from .scenes_h5 import H5Edits, H5Scenes
 from .shapes3d import Shapes3D
-from .video import VIDEO_SUFFIXES, VideoClips, default_clips
+from .video import VideoClips, default_clips
 
 # %% auto #0
 __all__ = ['READERS', 'GENERATORS', 'detect_format', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import Protocol
@@ -22,16 +21,16 @@ from torch import Tensor
 from ..checks import printable, reading
 from .hdf5 import LazyH5, h5_dataset, open_h5, stored_split
 from .images import crop_box, image_suffixes, read_image, walk_folders
+from .mp4 import VIDEO_SUFFIXES, frame_times, read_frames
 from .movi import MOVI_CLASSES, DumpVideo, dump_videos, most_objects, read_frame, read_instances, stack_frames
 from .reader import choose_split, split_name, subsample
 from .scene_item import SceneReader, object_ids, scene_item, split_by_position
 from .scenes_h5 import SceneFile, read_scene
 
 # %% auto #0
-__all__ = ['CLIPS', 'Frames', 'VIDEO_SUFFIXES', 'default_clips', 'first_frames', 'Video', 'frame_number', 'check_numbers',
-           'FrameFolder', 'frame_folders', 'DumpClips', 'dump_clips', 'SceneClip', 'JpegClip', 'jpeg_clips',
-           'frame_times', 'VideoFile', 'write_mp4', 'find_videos', 'cut_videos', 'renumber_objects', 'resize_bilinear',
-           'VideoClips']
+__all__ = ['CLIPS', 'Frames', 'default_clips', 'first_frames', 'Video', 'frame_number', 'check_numbers', 'FrameFolder',
+           'frame_folders', 'DumpClips', 'dump_clips', 'SceneClip', 'JpegClip', 'jpeg_clips', 'VideoFile',
+           'find_videos', 'cut_videos', 'renumber_objects', 'resize_bilinear', 'VideoClips']
 
 # %% ../../nbs/data/video.ipynb #starts-export
 CLIPS = ("every", "windows", "first")
@@ -232,32 +231,6 @@ def jpeg_clips(path: Path | str) -> list[JpegClip]:
     return found
 
 # %% ../../nbs/data/video.ipynb #mp4-export
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-
-
-def _pyav():
-    try:
-        import av
-    except ImportError:
-        remedy = "pip install \"decomp_nb[video]\", or extract the frames into folders"
-        raise ImportError(f"reading video files needs PyAV: {remedy}") from None
-    return av
-
-
-def frame_times(path: Path | str) -> np.ndarray:
-    "Time stamps of all frames of a video file, ascending int64; ValueError for a damaged file or one cut short"
-    av = _pyav()
-    with reading(f"video {path}", "Copy or download it again"), av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("it has no pictures")
-        stream = container.streams.video[0]
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        stamps = [packet.pts for packet in packets if not packet.is_corrupt and packet.pts is not None]
-        if not stamps or len(stamps) < max(len(packets), stream.frames):
-            raise ValueError(f"it is cut short: {len(stamps)} of {max(len(packets), stream.frames)} frames are there")
-    return np.sort(np.array(stamps, np.int64))
-
-# %% ../../nbs/data/video.ipynb #mp4-read-export
 @dataclass(frozen=True, eq=False)
 class VideoFile:
     "A video file"
@@ -269,59 +242,8 @@ class VideoFile:
         return len(self.stamps)
 
     def read(self, times: range) -> Frames:
-        "The decoded frames; ValueError where one cannot be"
-        wanted = self.stamps[times.start:times.stop:times.step].tolist()
-        with reading(f"video {self.path}", "Copy or download it again"):
-            found = _decode(self.path, wanted, seek=times.start > 0)
-            if len(found) < len(wanted):  # what follows a key frame may be shown before it
-                found = _decode(self.path, wanted, seek=False)
-            if len(found) < len(wanted):
-                raise ValueError(f"{len(wanted) - len(found)} of its frames cannot be decoded")
-            return np.stack([found[stamp] for stamp in wanted]), None, [], {}
-
-
-def _decode(path, stamps, seek):
-    "Time stamp → picture of those that were found"
-    missing = set(stamps)
-    found = {}
-    with _pyav().open(path) as container:
-        stream = container.streams.video[0]
-        if seek:
-            container.seek(stamps[0], stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts in missing:
-                found[frame.pts] = _upright(frame)
-            if len(found) == len(missing):
-                break
-    return found
-
-
-def _upright(frame):
-    if frame.rotation:
-        raise ValueError(f"its pictures are stored turned by {frame.rotation}°: write it again upright")
-    return frame.to_ndarray(format="rgb24")
-
-# %% ../../nbs/data/video.ipynb #mp4-write-export
-def write_mp4(
-    frames: Tensor,             # `(t,3,h,w)` in [−1,1], sides even
-    path: Path | str,
-    fps: float = 12,
-    quality: int = 12,          # 0 = lossless … 51 = worst
-) -> Path:
-    "Write a clip as an H.264 video"
-    pixels = ((frames.movedim(1, -1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    if pixels.shape[1] % 2 or pixels.shape[2] % 2:
-        raise ValueError(f"frames are {pixels.shape[1]}×{pixels.shape[2]}: H.264 needs even sides")
-    av = _pyav()
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(quality)}
-        for picture in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        container.mux(stream.encode())
-    return Path(path)
+        "The decoded frames"
+        return read_frames(self.path, self.stamps[times.start:times.stop:times.step]), None, [], {}
 
 # %% ../../nbs/data/video.ipynb #find-export
 def find_videos(path: Path | str) -> list[Video]:
@@ -428,6 +350,8 @@ def resize_bilinear(item: dict, size: int) -> dict:
 class VideoClips(SceneReader):
     "Clips of videos: MOVi dumps, folders of frames, HDF5 files, mp4; splits keep videos whole"
 
+    single = False
+
     def __init__(
         self,
         path: Path | str,  # a folder of videos, or of split folders; an .h5 or video file
@@ -442,14 +366,11 @@ class VideoClips(SceneReader):
         crop: int | Sequence[int] | None = None,  # see `crop_box`
         renumber: bool = False, resample: str = "area",  # or "bilinear": official habits, see above
     ):
-        if resample not in ("area", "bilinear"):
-            raise ValueError(f"resample={resample!r} is unknown: use 'area' or 'bilinear'")
         super().__init__(path, size or 128, max_objects or 0, split, crop)
-        self._find(size, max_objects, videos)
-        self.frame_offset, self.renumber, self.resample = frame_offset, renumber, resample
+        self.frame_offset, self.renumber, self.resample = frame_offset, renumber, _checked(resample)
+        _find(self, size, max_objects, videos)
         clips = clips or default_clips(split)
         index, self.n_frames = cut_videos(self.videos, n_frames, frame_offset, clips, max_frames)
-        self.single = False
         self.items = f"clips of {self.n_frames}"
         self.index = index if n is None else np.array(subsample(index, n, seed))
         self.taken = f"{len(self.index):,} {self.items} of {len(self.videos):,} videos; {self.how}"
@@ -458,37 +379,53 @@ class VideoClips(SceneReader):
         v, start = self.index[i].tolist()
         video = self.videos[v]
         stop = start + (self.n_frames - 1) * self.frame_offset + 1
-        image, mask, ids, factors = video.read(range(start, stop, self.frame_offset))
-        ids = object_ids(mask, self.max_objects) if ids is None else ids
-        name = f"{video.name}/{start:06d}"
-        side = crop_box(*image.shape[1:3], self.crop)[2] if self.resample == "bilinear" else self.size
-        sizes = {"size": side, "max_objects": self.max_objects, "crop": self.crop}
-        item = scene_item(image, mask, ids, factors, **sizes, image_id=name, void=self.has_void)
-        item = {"image": item.pop("video")} | {key: item[key] for key in item if key != "image"}
-        item = item if side == self.size else resize_bilinear(item, self.size)
-        if not self.has_masks:
-            item.pop("labels")
-        return renumber_objects(item) if self.renumber and self.has_masks else item
+        frames = video.read(range(start, stop, self.frame_offset))
+        return _clip_item(self, frames, f"{video.name}/{start:06d}")
 
-    def _find(self, size, max_objects, names):
-        "Set `videos`, how they were chosen, and what is known of all"
-        self.factor_names = {}
-        if self.path.suffix in (".h5", ".hdf5"):
-            file = _scene_file(self.path)
-            self.videos, self.how = _videos_of_h5(file, self.path, self.split)
-            if file is not None:
-                self.size, self.max_objects = file.defaults(size, max_objects)
-                self.factor_names, self.has_void = file.layout.classes, file.has_void
-            self.has_masks = file is not None and file.has_masks
-            return
-        self.videos, self.how = _videos_of_folder(self.path, self.split, names)
-        first = self.videos[0]
-        self.has_masks = isinstance(first, DumpClips) and first.video.has_masks
-        if self.has_masks:
-            self.max_objects = max_objects or most_objects([video.video for video in self.videos], self.path)
-            self.factor_names = _dump_classes(first.video)
+# %% ../../nbs/data/video.ipynb #reader-item-export
+def _checked(resample):
+    if resample not in ("area", "bilinear"):
+        raise ValueError(f"resample={resample!r} is unknown: use 'area' or 'bilinear'")
+    return resample
+
+
+def _clip_item(clips, frames, name):
+    "The item of some frames, in the size of the reader"
+    image, mask, ids, factors = frames
+    ids = object_ids(mask, clips.max_objects) if ids is None else ids
+    side = crop_box(*image.shape[1:3], clips.crop)[2] if clips.resample == "bilinear" else clips.size
+    sizes = {"size": side, "max_objects": clips.max_objects, "crop": clips.crop}
+    item = scene_item(image, mask, ids, factors, **sizes, image_id=name, void=clips.has_void)
+    item = {"image": item.pop("video")} | {key: item[key] for key in item if key != "image"}
+    item = item if side == clips.size else resize_bilinear(item, clips.size)
+    if not clips.has_masks:
+        item.pop("labels")
+    return renumber_objects(item) if clips.renumber and clips.has_masks else item
 
 # %% ../../nbs/data/video.ipynb #reader-parts-export
+def _find(clips, size, max_objects, names):
+    "Set the videos of a reader, how they were chosen, and what is known of all of them"
+    clips.factor_names = {}
+    if clips.path.suffix in (".h5", ".hdf5"):
+        return _find_h5(clips, size, max_objects)
+    clips.videos, clips.how = _videos_of_folder(clips.path, clips.split, names)
+    first = clips.videos[0]
+    clips.has_masks = isinstance(first, DumpClips) and first.video.has_masks
+    if clips.has_masks:
+        dumped = [video.video for video in clips.videos]
+        clips.max_objects = max_objects or most_objects(dumped, clips.path)
+        clips.factor_names = _dump_classes(first.video)
+
+
+def _find_h5(clips, size, max_objects):
+    file = _scene_file(clips.path)
+    clips.videos, clips.how = _videos_of_h5(file, clips.path, clips.split)
+    clips.has_masks = file is not None and file.has_masks
+    if file is not None:
+        clips.size, clips.max_objects = file.defaults(size, max_objects)
+        clips.factor_names, clips.has_void = file.layout.classes, file.has_void
+
+
 def _scene_file(path):
     "The file of scenes, None for one of JPEGs; ValueError where its scenes are no clips"
     with open_h5(path) as f:
