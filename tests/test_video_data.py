@@ -242,7 +242,7 @@ def test_a_video_file_cut_short(tmp_path, drawn, options):
     data = path.read_bytes()
     assert len(frame_times(path)) == 4 * T
     path.write_bytes(data[:len(data) * 3 // 4])
-    with pytest.raises(ValueError, match="cannot read video .*a.mp4: .*Copy or download it again"): open_dataset(path, split="all", n_frames=3)
+    with pytest.raises(ValueError, match="cannot read video .*a.mp4: .*It is damaged or cut short: copy or download it again"): open_dataset(path, split="all", n_frames=3)
     path.write_bytes(b"no video at all")
     with pytest.raises(ValueError, match="cannot read video .*a.mp4"): frame_times(path)
     with pytest.raises(ValueError, match="even sides"): write_mp4(torch.zeros(1, 3, 9, 9), path)

@@ -21,6 +21,9 @@ __all__ = ['VIDEO_SUFFIXES', 'frame_times', 'read_frames', 'write_mp4']
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
+_REMEDY = "It is damaged or cut short: copy or download it again"
+
+
 def _pyav():
     try:
         import av
@@ -33,21 +36,21 @@ def _pyav():
 def frame_times(path: Path | str) -> np.ndarray:
     "Time stamps of all frames of a video file, ascending int64; ValueError for a damaged file or one cut short"
     av = _pyav()
-    with reading(f"video {path}", "Copy or download it again"), av.open(str(path)) as container:
+    with reading(f"video {path}", _REMEDY), av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError("it has no pictures")
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
         stamps = [packet.pts for packet in packets if not packet.is_corrupt and packet.pts is not None]
         if not stamps or len(stamps) < max(len(packets), stream.frames):
-            raise ValueError(f"it is cut short: {len(stamps)} of {max(len(packets), stream.frames)} frames are there")
+            raise ValueError(f"{len(stamps)} of its {max(len(packets), stream.frames)} frames are there")
     return np.sort(np.array(stamps, np.int64))
 
 # %% ../../nbs/data/mp4.ipynb #mp4-read-export
 def read_frames(path: Path | str, stamps: Sequence[int]) -> np.ndarray:
     "The frames with these time stamps, ascending, uint8 `(t,h,w,3)`; ValueError where one cannot be decoded"
     wanted = [int(stamp) for stamp in stamps]
-    with reading(f"video {path}", "Copy or download it again"):
+    with reading(f"video {path}", _REMEDY):
         found = _decode(path, wanted, seek=True)
         if len(found) < len(wanted):  # what follows a key frame may be shown before it
             found = _decode(path, wanted, seek=False)

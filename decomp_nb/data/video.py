@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,14 +37,14 @@ CLIPS = ("every", "windows", "first")
 
 
 def default_clips(split: str) -> str:
-    "How the published loaders cut the videos of a split: every start for training, windows, the first clip for tests"
+    "How the published loaders cut a split: every start for training, windows for validation, first clips for tests"
     return {"train": "every", "test": "first"}.get(split_name(split), "windows")
 
 
 def first_frames(
     length: int,            # frames of the video
     n_frames: int,          # of a clip
-    frame_offset: int = 1,  # take every so-manieth frame
+    frame_offset: int = 1,  # distance of two frames that are taken
     clips: str = "every",   # one of `CLIPS`
 ) -> list[int]:             # empty where the video is too short
     "First frames of the clips of a video"
@@ -65,6 +65,7 @@ def first_frames(
 Frames = tuple[np.ndarray, np.ndarray | None, list[int] | None, dict[str, np.ndarray]]
 
 
+@runtime_checkable
 class Video(Protocol):
     "What a video can do"
     name: str  # unique in its set
@@ -339,7 +340,7 @@ def renumber_objects(item: dict) -> dict:
 
 
 def resize_bilinear(item: dict, size: int) -> dict:
-    "An item whose frames are resized as SlotDiffusion's loaders do it: bilinear, without anti-aliasing; masks nearest"
+    "An item resized as SlotDiffusion's loaders do it: frames bilinear without anti-aliasing, masks nearest"
     frames = F.interpolate(item["image"], size, mode="bilinear", align_corners=False)
     if "masks" not in item:
         return item | {"image": frames}
@@ -349,8 +350,6 @@ def resize_bilinear(item: dict, size: int) -> dict:
 # %% ../../nbs/data/video.ipynb #reader-export
 class VideoClips(SceneReader):
     "Clips of videos: MOVi dumps, folders of frames, HDF5 files, mp4; splits keep videos whole"
-
-    single = False
 
     def __init__(
         self,
@@ -362,8 +361,7 @@ class VideoClips(SceneReader):
         max_frames: int | None = None,  # of a video, only so many are used
         videos: Sequence[str] | None = None,  # only these, in this order, such as those of a split file
         n: int | None = None, seed: int = 0,  # see `subsample`
-        max_objects: int | None = None,  # rows of labels; None = as many as there can be
-        crop: int | Sequence[int] | None = None,  # see `crop_box`
+        max_objects: int | None = None, crop: int | Sequence[int] | None = None,  # rows of labels; see `crop_box`
         renumber: bool = False, resample: str = "area",  # or "bilinear": official habits, see above
     ):
         super().__init__(path, size or 128, max_objects or 0, split, crop)
@@ -405,6 +403,7 @@ def _clip_item(clips, frames, name):
 # %% ../../nbs/data/video.ipynb #reader-parts-export
 def _find(clips, size, max_objects, names):
     "Set the videos of a reader, how they were chosen, and what is known of all of them"
+    clips.single = False
     clips.factor_names = {}
     if clips.path.suffix in (".h5", ".hdf5"):
         return _find_h5(clips, size, max_objects)
