@@ -71,9 +71,10 @@ def clip_film(
     for enlarged, step in [*sizes, (1, 2), (1, 4)]:
         drawn = [outline(clip[::step], mask[::step], scale=enlarged) for clip, mask in zip(clips, masks)]
         plain = film(torch.stack(drawn), fps / step, titles, scale=1, ncol=len(clips), alt=alt)
-        made = Film(_one_palette(plain.pages), fps / step, plain.alt, plain.stills)
-        if len(made._repr_png_()) <= limit:
-            break
+        few_colours = Film(_one_palette(plain.pages), fps / step, plain.alt, plain.stills)
+        for made in (plain, few_colours):
+            if len(made._repr_png_()) <= limit:
+                return made
     return made
 
 

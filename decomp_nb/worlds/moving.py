@@ -186,6 +186,6 @@ def render_clips(
 # %% ../../nbs/worlds/moving.ipynb #textured-export
 @dataclass(frozen=True)
 class MovingTextured(MovingShapes):
-    "The same with patterned objects on textured grounds: only motion, not colour, tells what belongs together"
+    "The same with patterned objects on textured grounds"
     background: str = "textures"
     foreground: str = "textured"
