@@ -24,12 +24,14 @@ from .hdf5 import H5Photos, open_h5
 from .home import data_home, find_data
 from .images import ImageFolder, walk_folders
 from .movi import MoviDump
+from .mp4 import VIDEO_SUFFIXES
 from .natural import CocoScenes, VocScenes
 from .official_folders import FOLDERS, OfficialFolder
 from .reader import evenly, name_words, split_in_name, split_name
 from .records import RECORD_LAYOUTS, ClevrWithMasks, ObjectRecords
 from .scenes_h5 import H5Edits, H5Scenes
 from .shapes3d import Shapes3D
+from .video import VideoClips, default_clips
 
 # %% auto #0
 __all__ = ['READERS', 'GENERATORS', 'detect_format', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',
@@ -42,6 +44,7 @@ READERS = {
     "coco": CocoScenes, "voc": VocScenes, "shapes3d": Shapes3D, "dsprites": DSprites, "mpi3d": MPI3D,
     "cars3d": Cars3D, "smallnorb": SmallNORB, "celeba": CelebA,
     **{kind: partial(OfficialFolder, kind=kind) for kind in FOLDERS}, "falcor3d": Falcor3D,
+    "video": VideoClips,
 }
 GENERATORS = {
     "shapes3d": Shapes3D,
@@ -64,7 +67,9 @@ def detect_format(path: Path | str) -> str:
         return _format_of_npz(path)
     if path.suffix in _H5:
         return _format_of_h5(path)
-    known = ".h5, .hdf5, .npz, .tfrecords or a folder"
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return "video"
+    known = ".h5, .hdf5, .npz, .tfrecords, a video or a folder"
     raise ValueError(f"{path} is no data set: expected {known}; put a single picture into a folder")
 
 # %% ../../nbs/data/catalog.ipynb #formats-export
@@ -80,7 +85,7 @@ _H5_MARKS = {"jpeg": "h5_photos", "edited_object": "h5_edits", "image": "h5_scen
 
 
 def _format_of_folder(path):
-    "By its lists or MATLAB files, else by the first sub-folder that holds pictures"
+    "By its lists or MATLAB files, else by the first sub-folder that holds pictures or videos"
     for mark, kind in _FOLDER_MARKS:
         if any(path.glob(mark)):
             return kind
@@ -93,6 +98,8 @@ def _format_of_folder(path):
             return "movi"
         if seen:
             break
+        if any(Path(file).suffix.lower() in VIDEO_SUFFIXES for file in files):
+            return "video"
     return "images"
 
 
@@ -219,7 +226,7 @@ def open_dataset(
     seed: int = 0,  # generators: which scenes; files: which items `n` draws
     kind: str | None = None,  # a key of `READERS`; None = found out, see `detect_format`
     home: Path | str | None = None,  # the data folder; None: see `data_home`
-    **options,  # what the reader takes besides, e.g. max_objects=6
+    **options,  # what the reader takes besides, e.g. max_objects=6; n_frames=6 gives clips, see `VideoClips`
 ) -> Dataset:
     "Open a data set by name or path; whatever does not fit is one clear error that names it"
     from decomp_nb.worlds.scenes import KINDS, Scenes
@@ -233,8 +240,12 @@ def open_dataset(
     path = _existing(name, [*KINDS, *GENERATORS], home)
     if kind not in (None, *READERS):
         raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(READERS)}")
+    kind = "video" if kind is None and "n_frames" in options else kind
+    wanted = split
     path, split = _file_of_split(path, split, kind in _WHOLE)
     kind = kind or detect_format(path)
+    if kind == "video":  # of a file that is a split, all is read, but cut as for that split
+        options = {"clips": default_clips(wanted), **options}
     if kind == "records":
         options = {"layout": _record_layout(path), **options}
     check_options(READERS[kind], options)
@@ -242,12 +253,13 @@ def open_dataset(
 
 # %% ../../nbs/data/catalog.ipynb #check-image-export
 def check_image(item: dict, size: int, name: str = "the data set") -> None:
-    "ValueError unless `image` is float `(3,size,size)` with finite values in [−1,1]"
+    "ValueError unless `image` is float `(3,size,size)`, of clips `(t,3,size,size)`, with finite values in [−1,1]"
     image = item.get("image") if isinstance(item, dict) else None
     if not isinstance(image, Tensor):
         has = list(item) if isinstance(item, dict) else type(item).__name__
         raise ValueError(f"an item of {name} has to be a dict with a tensor 'image', it is or has {has}")
-    if not image.is_floating_point() or tuple(image.shape) != (3, size, size):
+    fits = image.dim() in (3, 4) and tuple(image.shape[-3:]) == (3, size, size)
+    if not image.is_floating_point() or not fits:
         found = f"{image.dtype} {tuple(image.shape)}"
         raise ValueError(f"'image' of {name} is {found}, it has to be float (3,{size},{size}) as .size says")
     low, high = image.min().item(), image.max().item()

@@ -81,6 +81,10 @@ class SceneType:
         "Labels that follow from the factors"
         return {}
 
+    def count(self, masks: Tensor) -> SceneFactors:
+        "Labels that are counted in the label maps"
+        return {}
+
     def phrase(self, row: dict[str, str]) -> str:
         "Class names of an object → what the caption calls it"
         raise NotImplementedError

@@ -14,6 +14,7 @@ from torch import Tensor
 from .blocks import Tetrominoes, ToySquares
 from .clevr import Clevr
 from .colours import COLORS
+from .moving import MovingShapes, MovingTextured
 from .random import scene_keys
 from .scene_type import SceneFactors, SceneType
 from .shapes import Shapes, TexturedObjects, TexturedShapes
@@ -30,6 +31,8 @@ KINDS: dict[str, type[SceneType]] = {
     "tetrominoes": Tetrominoes,
     "toy_squares": ToySquares,
     "clevr_scenes": Clevr,
+    "moving_shapes": MovingShapes,
+    "moving_textured": MovingTextured,
 }
 
 _DSPRITES = {"shapes": ("square", "ellipse", "heart"), "side": (0.15, 0.3), "position": (0.25, 0.75)}
@@ -182,7 +185,7 @@ def _label_table(scene_type, factors, size):
 def _draw_scenes(scene_type, factors, size):
     "Pictures in [−1,1], masks, labels and captions of factors"
     image, masks = scene_type.render(factors, size)
-    labels = _label_table(scene_type, factors, size)
+    labels = _label_table(scene_type, factors | scene_type.count(masks), size)
     return {
         "image": to_levels(image),
         "masks": masks,
