@@ -15,8 +15,8 @@ from .seeding import choose_places
 from .slots import SlotResult
 
 # %% auto #0
-__all__ = ['assign_to_means', 'cluster', 'draw_places', 'co_occurrence_loss', 'centre_and_size', 'gaussian_bumps', 'own_window',
-           'ClusterKeys', 'mean_under', 'SlotContent', 'ClusterSlots']
+__all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'centre_and_size', 'gaussian_bumps',
+           'own_window', 'ClusterKeys', 'ClusterStart', 'mean_under', 'SlotContent', 'ClusterLayers', 'ClusterSlots']
 
 # %% ../../nbs/components/clusters.ipynb #assign-export
 def assign_to_means(
@@ -59,6 +59,17 @@ def draw_places(
     columns = torch.randint(width, (len(like), n), generator=generator, device=where)
     return rows.to(like.device), columns.to(like.device)
 
+
+def draw_near(
+    row: Tensor, column: Tensor, radius: int, height: int, width: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    "For each place `(b, n)` another one, at most `radius` rows and columns away; at the border it stays inside"
+    side = 2 * radius + 1
+    down, right = draw_places(row, row.shape[1], side, side, generator)
+    near_row = (row + down - radius).clamp(0, height - 1)
+    near_column = (column + right - radius).clamp(0, width - 1)
+    return near_row, near_column
+
 # %% ../../nbs/components/clusters.ipynb #loss-export
 def co_occurrence_loss(
     keys: Tensor,  # `(b, h, w, d)`, unit vectors
@@ -73,13 +84,11 @@ def co_occurrence_loss(
     b, h, w, _ = keys.shape
     picture = torch.arange(b, device=keys.device)[:, None]
     row, column = draw_places(keys, n_anchors, h, w, generator)
-    down, right = draw_places(keys, n_anchors, 2 * radius + 1, 2 * radius + 1, generator)
-    near_row = (row + down - radius).clamp(0, h - 1)
-    near_column = (column + right - radius).clamp(0, w - 1)
     anchors = keys[picture, row, column]
-    near = keys[picture, near_row, near_column]
+    near = keys[picture, *draw_near(row, column, radius, h, w, generator)]
     anywhere = keys[picture, *draw_places(keys, n_anchors, h, w, generator)]
-    foreign = anywhere.flatten(0, 1)[torch.randperm(b * n_anchors, device=keys.device)[:n_foreign]]
+    own_too = torch.randperm(b * n_anchors, generator=generator)[:n_foreign]
+    foreign = anywhere.flatten(0, 1)[own_too.to(keys.device)]
     agreement = [(anchors * near).sum(-1, keepdim=True), anchors @ anywhere.mT, anchors @ foreign.mT]
     logits = torch.cat(agreement, -1).flatten(0, 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=keys.device))
@@ -114,7 +123,7 @@ def gaussian_bumps(
     bumps = (-0.5 * ((pixels - points[..., None]) / width).square()).exp()
     return bumps / (bumps.sum(-1, keepdim=True) + 1e-6)
 
-
+# %% ../../nbs/components/clusters.ipynb #window-export
 def own_window(shares: Tensor, n_points: int = 7) -> Tensor:
     "Shares `(b, s, h, w)` of every slot in a window of its own, `(b, s, n_points, n_points)`"
     row, column, size = centre_and_size(shares)
@@ -125,8 +134,7 @@ def own_window(shares: Tensor, n_points: int = 7) -> Tensor:
 
 # %% ../../nbs/components/clusters.ipynb #layers-export
 class ClusterKeys(nn.Module):
-    "Keys of the places of a feature map, and where slots begin among them"
-    init = "kmeans++"  # slots are exchangeable, and another number of them may be asked for
+    "Keys of the places of a feature map, and the part of a slot that is compared with them"
 
     def __init__(self, in_dim: int, n_slots: int, slot_dim: int, key_dim: int, sharpness: float):
         super().__init__()
@@ -138,9 +146,10 @@ class ClusterKeys(nn.Module):
         self.to_k = nn.Sequential(nn.Linear(in_dim, 2 * in_dim), nn.SiLU(), nn.Linear(2 * in_dim, key_dim, bias=False))
 
     def keys(self, features: Tensor) -> Tensor:
-        "Unit vectors `(b, n, key_dim)` of a feature map `(b, c, h, w)`, row by row"
-        places = rearrange(features, "b c h w -> b (h w) c")
-        return F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1)
+        "Unit vectors `(b, n, key_dim)` of a feature map `(b, c, h, w)`, row by row, always in float32"
+        with torch.autocast(features.device.type, enabled=False):
+            places = rearrange(features.to(self.norm_keys.weight.dtype), "b c h w -> b (h w) c")
+            return F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1)
 
     def means(self, slots: Tensor) -> Tensor:
         "The part of slots `(…, s, d)` that competes, `(…, s, key_dim)`"
@@ -155,6 +164,11 @@ class ClusterKeys(nn.Module):
         keys = self.keys(features).unflatten(1, features.shape[-2:])
         return co_occurrence_loss(keys, **options)
 
+# %% ../../nbs/components/clusters.ipynb #start-export
+class ClusterStart(ClusterKeys):
+    "Where slots begin, and which places they win"
+    init = "kmeans++"  # slots are exchangeable, and another number of them may be asked for
+
     def start_on(
         self,
         features: Tensor,  # `(b, c, h, w)`
@@ -164,11 +178,14 @@ class ClusterKeys(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         "Slots before the first round `(b, s, d)`: keys of places that differ, and no content"
-        if n_slots is not None and n_slots < 1:
-            raise ValueError(f"n_slots={n_slots}: must be at least 1")
         if noise is not None:
             raise ValueError("noise: these slots start at drawn places; pass a seeded generator")
-        keys = self.keys(features).detach()
+        return self.start_among(self.keys(features).detach(), n_slots, generator)
+
+    def start_among(self, keys: Tensor, n_slots: int | None, generator: torch.Generator | None) -> Tensor:
+        "The same for keys `(b, n, key_dim)` that are known"
+        if n_slots is not None and n_slots < 1:
+            raise ValueError(f"n_slots={n_slots}: must be at least 1")
         chosen = choose_places(keys, n_slots or self.n_slots, candidates=8, generator=generator)
         means = torch.take_along_dim(keys, chosen[..., None], 1)
         return F.pad(means, (0, self.slot_dim - self.key_dim))
@@ -177,13 +194,13 @@ class ClusterKeys(nn.Module):
         "Shares `(b, 1, n, s)` of the places of any feature map `(b, c, h, w)` that slots `(b, s, d)` win"
         return assign_to_means(self.keys(features), self.means(slots).float(), self.sharpness, slot_mask)[:, None]
 
-# %% ../../nbs/components/clusters.ipynb #content-export
+# %% ../../nbs/components/clusters.ipynb #mean-export
 def mean_under(features: Tensor, shares: Tensor) -> Tensor:
     "Mean `(b, s, c)` of features `(b, c, h, w)` over the places of every slot, weighted by its shares `(b, s, h, w)`"
     weights = shares / (shares.sum((-2, -1), keepdim=True) + 1e-6)
     return torch.einsum("bshw,bchw->bsc", weights, features.float())
 
-
+# %% ../../nbs/components/clusters.ipynb #content-export
 class SlotContent(nn.Module):
     "What slots say about the pixels that they won"
 
@@ -215,9 +232,9 @@ class SlotContent(nn.Module):
         content = self.norm(self.skip(inputs) + self.layers(inputs))
         return torch.cat([place, outline, content.float()], -1)
 
-# %% ../../nbs/components/clusters.ipynb #module-export
-class ClusterSlots(ClusterKeys):
-    "Features → slots: means of keys by soft k-means, then place, size and content of what each won"
+# %% ../../nbs/components/clusters.ipynb #sizes-export
+class ClusterLayers(ClusterStart):
+    "All that is learned: keys, content, and the layer that the decoder reads slots through"
 
     def __init__(
         self,
@@ -251,6 +268,10 @@ class ClusterSlots(ClusterKeys):
         means = self.means(slots) * self.key_dim**0.5  # of unit variance, as the rest
         return self.to_out(torch.cat([means, slots[..., self.key_dim:]], -1))
 
+# %% ../../nbs/components/clusters.ipynb #module-export
+class ClusterSlots(ClusterLayers):
+    "Features → slots: means of keys by soft k-means, then place, size, outline and content of what each won"
+
     def forward(
         self,
         features: Tensor,  # `(b, c, h, w)`
@@ -268,10 +289,12 @@ class ClusterSlots(ClusterKeys):
         rounds = self.n_iterations if n_iterations is None else n_iterations
         if rounds < 1:
             raise ValueError(f"n_iterations={rounds}: at least one iteration is needed")
+        if noise is not None:
+            raise ValueError("noise: these slots start at drawn places; pass a seeded generator")
+        keys = self.keys(features).detach()
         if slots is None:
-            slots = self.start_on(features, n_slots=n_slots, noise=noise, generator=generator)
+            slots = self.start_among(keys, n_slots, generator)
         with torch.autocast(features.device.type, enabled=False):
-            keys = self.keys(features.float()).detach()
             found = cluster(keys, self.means(slots).float(), rounds, self.sharpness, slot_mask)
             means, shares = found[-1]
         maps = rearrange(shares, "b (h w) s -> b s h w", h=features.shape[-2])

@@ -68,7 +68,8 @@ def kind_of_file(path: Path) -> str:
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    return next((words for start, words in SIGNATURES.items() if text.startswith(start)), "")
+    unknown = "" if head.startswith(b"\x80") else f"something unknown that begins with {ascii(text[:16])}"
+    return next((words for start, words in SIGNATURES.items() if text.startswith(start)), unknown)
 
 # %% ../../nbs/components/weight_files.ipynb #open-export
 def foreign(error: Exception) -> str:

@@ -89,10 +89,13 @@ def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: in
     for points in polygons:
         if len(points) < 6 or len(points) % 2:
             raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
-        if max(points[::2]) > width + 1 or max(points[1::2]) > height + 1 or min(points) < -1:
+        corners = rearrange(np.asarray(points, float), "(n xy) -> n xy", xy=2)
+        sides = np.array([width, height])
+        beyond = np.maximum(corners - sides, -corners)
+        if (beyond > sides / 4).any():  # some tools draw a little over the edge
             found = f"a polygon leaves the picture of {height}×{width} (height×width)"
-            raise ValueError(f"{found}: one of them was resized")
-        mask |= _inside(rearrange(np.asarray(points, float), "(n xy) -> n xy", xy=2) - 0.5, height, width)
+            raise ValueError(f"{found} by more than a quarter: one of them was resized")
+        mask |= _inside(corners - 0.5, height, width)
     return mask
 
 

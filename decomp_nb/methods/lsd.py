@@ -16,40 +16,11 @@ __all__ = ['SMALL_SCHEDULE', 'LSD', 'lsd_preset']
 class LSD(DiffusionSlotModel):
     "Latent Slot Diffusion: encoder → slots → a denoiser that cross-attends to them (Jiang et al., NeurIPS 2023)"
 
-# %% ../../nbs/methods/lsd.ipynb #preset-export
+# %% ../../nbs/methods/lsd.ipynb #small-export
 SMALL_SCHEDULE = dict(
     num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False,
     timestep_spacing="trailing",
 )
-
-
-def lsd_preset(
-    name: str = "shapes",  # "shapes", "clevr", of clips "moving" (64 pixels, CPU), "movi_e" (published), "tiny"
-    **changes,  # keys of `LSD`, replacing the preset's; dicts are merged
-) -> dict:
-    "Arguments of `LSD` for a known setting"
-    presets = {
-        "shapes": _in_latents(80, cluster_encoder()) | dict(zoom=2.0, merge_threshold=0.95),
-        "moving": _in_patches(80, moving_encoder()),
-        "clevr": _in_patches(64, small_encoder(n_blocks=1, position_in="both")),
-        "tiny": dict(
-            image_size=16,
-            encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=2, kernel=3, groups=4),
-            slots_config=dict(n_slots=4, slot_dim=16, out_dim=16),
-            denoiser_config=denoiser_config(
-                16, slot_dim=16, channels=(8, 16), layers_per_block=1, n_heads=2, groups=4, in_channels=3
-            ),
-            scheduler_config=SMALL_SCHEDULE,
-        ),
-        "movi_e": dict(
-            image_size=256,
-            encoder_config=dict(kind="unet", image_size=256, sample_size=64),
-            latents_path="stabilityai/stable-diffusion-2-1",
-            slots_config=dict(n_slots=24, slot_dim=192, hidden_dim=192, out_dim=192, n_iterations=3),
-            denoiser_config=denoiser_config(32, slot_dim=192),
-        ),
-    }
-    return from_preset(LSD, presets, name, changes)
 
 
 def _one_level(width: int, in_channels: int) -> dict:
@@ -78,3 +49,31 @@ def _in_latents(width: int, encoder: dict) -> dict:
         scheduler_config=SMALL_SCHEDULE, denoiser_config=_one_level(width, 8),
     )
 
+# %% ../../nbs/methods/lsd.ipynb #preset-export
+def lsd_preset(
+    name: str = "shapes",  # "shapes", "clevr", of clips "moving" (64 pixels, CPU), "movi_e" (published), "tiny"
+    **changes,  # keys of `LSD`, replacing the preset's; dicts are merged
+) -> dict:
+    "Arguments of `LSD` for a known setting"
+    presets = {
+        "shapes": _in_latents(80, cluster_encoder()) | dict(zoom=2.0, merge_threshold=0.95),
+        "moving": _in_patches(80, moving_encoder()),
+        "clevr": _in_patches(64, small_encoder(n_blocks=1, position_in="both")),
+        "tiny": dict(
+            image_size=16,
+            encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=2, kernel=3, groups=4),
+            slots_config=dict(n_slots=4, slot_dim=16, out_dim=16),
+            denoiser_config=denoiser_config(
+                16, slot_dim=16, channels=(8, 16), layers_per_block=1, n_heads=2, groups=4, in_channels=3
+            ),
+            scheduler_config=SMALL_SCHEDULE,
+        ),
+        "movi_e": dict(
+            image_size=256,
+            encoder_config=dict(kind="unet", image_size=256, sample_size=64),
+            latents_path="stabilityai/stable-diffusion-2-1",
+            slots_config=dict(n_slots=24, slot_dim=192, hidden_dim=192, out_dim=192, n_iterations=3),
+            denoiser_config=denoiser_config(32, slot_dim=192),
+        ),
+    }
+    return from_preset(LSD, presets, name, changes)

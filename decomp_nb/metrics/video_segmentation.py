@@ -14,8 +14,11 @@ from .segmentation import SceneScores, contingency, iou_of_table, scene_scores, 
 __all__ = ['video_labels', 'frame_tables', 'video_scores', 'frame_scores', 'identity_switches', 'VideoScores']
 
 # %% ../../nbs/metrics/video_segmentation.ipynb #video-tables-export
-def video_labels(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    "Labels `(b,t,h,w)` from soft masks `(b,t,k,h',w')`, enlarged to `size` before the argmax; integers pass unchanged"
+def video_labels(
+    masks: Tensor,  # soft masks `(b,t,k,h',w')`, or labels `(b,t,h,w)`, which pass unchanged
+    size: tuple[int, int] | None = None,  # soft masks are enlarged to this before the argmax
+) -> Tensor:
+    "Labels `(b,t,h,w)` of videos"
     if not masks.is_floating_point():
         return masks
     if masks.dim() != 5:
@@ -23,8 +26,12 @@ def video_labels(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     return segmentation(masks.flatten(0, 1), size).unflatten(0, masks.shape[:2])
 
 
-def frame_tables(true: Tensor, pred: Tensor, ignore: Tensor | None = None) -> Tensor:
-    "Contingency table of every frame of videos `(b,t,h,w)`, `(b,t,m,n)`; that of a video is their sum over t"
+def frame_tables(
+    true: Tensor,  # labels `(b,t,h,w)`
+    pred: Tensor,  # labels or soft masks, see `video_labels`
+    ignore: Tensor | None = None,  # `(b,t,h,w)`, pixels that count nowhere
+) -> Tensor:
+    "Contingency table of every frame, `(b,t,m,n)`; that of a video is their sum over t"
     if true.dim() != 4:
         raise ValueError(f"true labels of videos must be (b,t,h,w), got {tuple(true.shape)}")
     labels = video_labels(pred, true.shape[-2:])
@@ -33,22 +40,41 @@ def frame_tables(true: Tensor, pred: Tensor, ignore: Tensor | None = None) -> Te
     return table.unflatten(0, true.shape[:2])
 
 # %% ../../nbs/metrics/video_segmentation.ipynb #video-scores-export
-def video_scores(true: Tensor, pred: Tensor, *, ignore: Tensor | None = None, **conventions) -> SceneScores:
-    "Scores of whole videos: `true` `(b,t,h,w)`, `pred` labels or soft masks `(b,t,k,h',w')`; as `scene_scores`"
+def video_scores(
+    true: Tensor,  # labels `(b,t,h,w)`
+    pred: Tensor,  # labels or soft masks, see `video_labels`
+    *,
+    ignore: Tensor | None = None,  # `(b,t,h,w)`
+    **conventions,  # of `scene_scores`
+) -> SceneScores:
+    "Scores of whole videos, in which a slot has to stay with its object"
     if true.dim() != 4:
         raise ValueError(f"true labels of videos must be (b,t,h,w), got {tuple(true.shape)}")
     return scene_scores(true, video_labels(pred, true.shape[-2:]), ignore=ignore, **conventions)
 
 
-def frame_scores(true: Tensor, pred: Tensor, *, ignore: Tensor | None = None, **conventions) -> dict[str, Tensor]:
+def frame_scores(
+    true: Tensor,  # as `video_scores`
+    pred: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    **conventions,
+) -> dict[str, Tensor]:
     "Means over the frames of each video, `(b,)`: ari, fg_ari, miou, mbo; frames that say nothing are left out"
     labels = video_labels(pred, true.shape[-2:])
     ignored = None if ignore is None else ignore.flatten(0, 1)
     frames = scene_scores(true.flatten(0, 1), labels.flatten(0, 1), ignore=ignored, **conventions)
-    each = dict(
-        ari=frames.ari, fg_ari=frames.fg_ari, miou=frames.per_image("iou"), mbo=frames.per_image("best")
+    of_frames = _columns(frames)
+    return {name: values.unflatten(0, true.shape[:2]).nanmean(1) for name, values in of_frames.items()}
+
+
+def _columns(scores: SceneScores) -> dict[str, Tensor]:
+    return dict(
+        ari=scores.ari,
+        fg_ari=scores.fg_ari,
+        miou=scores.per_image("iou"),
+        mbo=scores.per_image("best"),
     )
-    return {name: values.unflatten(0, true.shape[:2]).nanmean(1) for name, values in each.items()}
 
 # %% ../../nbs/metrics/video_segmentation.ipynb #switches-export
 def identity_switches(true: Tensor, pred: Tensor, *, ignore: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -80,11 +106,8 @@ class VideoScores:
         videos = video_scores(true, pred, ignore=ignore, **self.conventions)
         frames = frame_scores(true, pred, ignore=ignore, **self.conventions)
         switches, chances = identity_switches(true, pred, ignore=ignore)
-        columns = dict(
-            ari=videos.ari, fg_ari=videos.fg_ari, miou=videos.per_image("iou"), mbo=videos.per_image("best"),
-            **{f"frame_{name}": values for name, values in frames.items()},
-            switches=switches, chances=chances,
-        )
+        of_frames = {f"frame_{name}": values for name, values in frames.items()}
+        columns = _columns(videos) | of_frames | dict(switches=switches, chances=chances)
         self.batches.append({name: values.detach().double().cpu() for name, values in columns.items()})
         return columns
 
@@ -93,6 +116,8 @@ class VideoScores:
         if not self.batches:
             raise ValueError("no videos: call update() first")
         columns = {name: torch.cat([batch[name] for batch in self.batches]) for name in self.batches[0]}
-        switches, chances = columns.pop("switches"), columns.pop("chances")
+        switches = columns.pop("switches")
+        chances = columns.pop("chances")
         means = {name: float(values.nanmean()) for name, values in columns.items()}
-        return means | dict(switches=float(switches.sum() / chances.sum()), n_videos=len(chances))
+        share = float(switches.sum() / chances.sum())
+        return means | dict(switches=share, n_videos=len(chances))

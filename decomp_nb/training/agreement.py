@@ -97,14 +97,14 @@ def run_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> li
     "How the record of a run differs from what is asked for now: settings, data, model; a line each"
     asked = json.loads(json.dumps(asked, default=str))
     pictures = data_differences(recorded.get("data_set", {}), asked.get("data_set", {}))
-    about = {key: value for key, value in asked.get("data", {}).items() if key in recorded.get("data", {})}
-    about.pop("n", None)
+    before = recorded.get("data", {})
+    now = {key: value for key, value in asked.get("data", {}).items() if key in before}
+    now.pop("n", None)
     if not pictures and recorded.get("data_set"):  # the same pictures at another place are no other data
-        about.pop("data", None)
-    pairs = {"": tuple(settings_that_count(record.get("train", {})) for record in (recorded, asked)),
-             "data.": ({key: recorded["data"][key] for key in about} if about else {}, about)}
-    lines = [line for name, pair in pairs.items() for line in differences(*pair, name)]
-    return lines + pictures
+        now.pop("data", None)
+    before = {key: before[key] for key in now}
+    settings = [settings_that_count(record.get("train", {})) for record in (recorded, asked)]
+    return [*differences(*settings, ""), *differences(before, now, "data."), *pictures]
 
 # %% ../../nbs/training/agreement.ipynb #check-export
 def check_agreement(name: str, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ from .weights import load_weights, restorable, trainable
 __all__ = ['CIRCUMSTANCES', 'describe_start', 'RunFiles', 'Run', 'summary', 'run_of_weights', 'load_run', 'find_resume',
            'check_writable', 'display_path']
 
-# %% ../../nbs/training/run_directory.ipynb #run-export
+# %% ../../nbs/training/run_directory.ipynb #start-export
 CIRCUMSTANCES = ("precision", "versions", "hardware", "git")  # of a record: may be others at every start
 
 
@@ -49,7 +49,7 @@ def describe_start(
     own = {name: asked[name] for name in CIRCUMSTANCES if name in asked}
     return {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "changed": changed, **own}
 
-
+# %% ../../nbs/training/run_directory.ipynb #run-export
 class RunFiles:
     "The files of a run directory: what was configured, how it went"
 
