@@ -11,12 +11,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .context import Surroundings
+from .layout import find_layout, layout_dim, write_layout
 from .seeding import choose_places
 from .slots import SlotResult
 
 # %% auto #0
-__all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'centre_and_size', 'gaussian_bumps',
-           'own_window', 'ClusterKeys', 'ClusterStart', 'mean_under', 'SlotContent', 'ClusterLayers', 'ClusterSlots']
+__all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'ClusterKeys', 'ClusterStart',
+           'mean_under', 'SlotContent', 'ClusterLayers', 'ClusterSlots']
 
 # %% ../../nbs/components/clusters.ipynb #assign-export
 def assign_to_means(
@@ -92,45 +93,6 @@ def co_occurrence_loss(
     agreement = [(anchors * near).sum(-1, keepdim=True), anchors @ anywhere.mT, anchors @ foreign.mT]
     logits = torch.cat(agreement, -1).flatten(0, 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=keys.device))
-
-# %% ../../nbs/components/clusters.ipynb #place-export
-def centre_and_size(shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Rows, columns and sizes `(b, s)` of slots with shares `(b, s, h, w)`, in sides of the picture"
-    h, w = shares.shape[-2:]
-    weights = shares.square()
-    total = weights.sum((-2, -1)) + 1e-6
-    rows = (torch.arange(h, device=shares.device) + 0.5) / h
-    columns = (torch.arange(w, device=shares.device) + 0.5) / w
-    row = (weights.sum(-1) * rows).sum(-1) / total
-    column = (weights.sum(-2) * columns).sum(-1) / total
-    size = (shares.mean((-2, -1)) + 1e-4).sqrt()
-    return row, column, size
-
-# %% ../../nbs/components/clusters.ipynb #bumps-export
-def gaussian_bumps(
-    centre: Tensor,  # `(b, s)`, in sides of the picture
-    size: Tensor,  # `(b, s)`
-    n_pixels: int,  # along this axis
-    n_points: int = 7,
-    reach: float = 0.8,  # distance of the outermost points from the centre, in sizes
-) -> Tensor:
-    "Weights `(b, s, n_points, n_pixels)` with which points around the centre read an axis; each sums to one"
-    offsets = torch.linspace(-reach, reach, n_points, device=centre.device)
-    points = centre[..., None] + size[..., None] * offsets
-    spacing = 2 * reach / max(n_points - 1, 1)
-    width = (0.6 * spacing * size).clamp_min(0.6 / n_pixels)[..., None, None]
-    pixels = (torch.arange(n_pixels, device=centre.device) + 0.5) / n_pixels
-    bumps = (-0.5 * ((pixels - points[..., None]) / width).square()).exp()
-    return bumps / (bumps.sum(-1, keepdim=True) + 1e-6)
-
-# %% ../../nbs/components/clusters.ipynb #window-export
-def own_window(shares: Tensor, n_points: int = 7) -> Tensor:
-    "Shares `(b, s, h, w)` of every slot in a window of its own, `(b, s, n_points, n_points)`"
-    row, column, size = centre_and_size(shares)
-    h, w = shares.shape[-2:]
-    vertical = gaussian_bumps(row, size, h, n_points)
-    horizontal = gaussian_bumps(column, size, w, n_points)
-    return torch.einsum("bshw,bsih,bsjw->bsij", shares, vertical, horizontal)
 
 # %% ../../nbs/components/clusters.ipynb #layers-export
 class ClusterKeys(nn.Module):
@@ -208,7 +170,7 @@ class SlotContent(nn.Module):
         super().__init__()
         self.window = window
         self.surroundings = Surroundings(in_dim, context)
-        n_inputs = 2 * in_dim + window**2 + 3
+        n_inputs = 2 * in_dim + layout_dim(window)
         self.norm_here = nn.LayerNorm(in_dim)
         self.skip = nn.Linear(n_inputs, content_dim)
         self.layers = nn.Sequential(
@@ -221,16 +183,14 @@ class SlotContent(nn.Module):
         self.norm = nn.LayerNorm(content_dim)
 
     def forward(self, features: Tensor, shares: Tensor) -> Tensor:
-        "Feature map `(b, c, h, w)`, shares `(b, s, h, w)` → place and size, outline, content, side by side `(b, s, …)`"
+        "Feature map `(b, c, h, w)`, shares `(b, s, h, w)` → layout and content, side by side `(b, s, …)`"
         around = self.surroundings(features)
         here = self.norm_here(mean_under(features, shares))
         there = mean_under(around, F.adaptive_avg_pool2d(shares, around.shape[-2:]))
-        row, column, size = centre_and_size(shares)
-        place = torch.stack([4 * row - 2, 4 * column - 2, 1.5 * size.log() + 2], -1)  # of about unit variance
-        outline = 2 * own_window(shares, self.window).flatten(-2) - 1
-        inputs = torch.cat([here, there, place, outline], -1)
+        layout = write_layout(find_layout(shares, self.window))
+        inputs = torch.cat([here, there, layout], -1)
         content = self.norm(self.skip(inputs) + self.layers(inputs))
-        return torch.cat([place, outline, content.float()], -1)
+        return torch.cat([layout, content.float()], -1)
 
 # %% ../../nbs/components/clusters.ipynb #sizes-export
 class ClusterLayers(ClusterStart):
@@ -241,32 +201,38 @@ class ClusterLayers(ClusterStart):
         in_dim: int,  # channels c of the feature map
         *,
         n_slots: int = 7,
-        slot_dim: int = 128,  # d: key_dim + 3 + window² + content
+        slot_dim: int = 192,  # d: key_dim, layout (3 + window²), content
         key_dim: int = 16,
-        out_dim: int | None = None,  # width of `out`; None: slot_dim
+        out_dim: int | None = None,  # width of `out`, which begins with the layout; None: slot_dim
         hidden_dim: int = 128,  # of the layers that make the content
         n_iterations: int = 3,
         sharpness: float = 64.0,  # β of the competition
         context: int = 2,  # blocks of the view of the surroundings (`Surroundings`)
-        window: int = 7,  # points along each side of the slot's own window
+        window: int = 11,  # points along each side of the slot's own window
         key_weight: float = 0.05,  # of the keys' loss beside the decoder's (they share no parameters)
     ):
         super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness)
         self.n_iterations = n_iterations
         self.key_weight = key_weight
-        content_dim = slot_dim - key_dim - 3 - window**2
+        self.window = window
+        content_dim = slot_dim - key_dim - layout_dim(window)
         if content_dim < 1:
             raise ValueError(
-                f"slot_dim={slot_dim}: must be above {slot_dim - content_dim}, the numbers of key_dim={key_dim}, "
-                f"of place and size, and of window={window}"
+                f"slot_dim={slot_dim}: must be above {slot_dim - content_dim}, the numbers of key_dim={key_dim} "
+                f"and of the layout with window={window}"
             )
+        out_dim = out_dim or slot_dim
+        if out_dim <= layout_dim(window):
+            raise ValueError(f"out_dim={out_dim}: must be above {layout_dim(window)}, the layout with window={window}")
         self.content = SlotContent(in_dim, content_dim, hidden_dim, context, window)
-        self.to_out = nn.Linear(slot_dim, out_dim or slot_dim)
+        self.to_out = nn.Linear(slot_dim, out_dim - layout_dim(window))
 
     def project(self, slots: Tensor) -> Tensor:
-        "Slots `(…, s, d)` as the decoder reads them `(…, s, out_dim)`"
+        "Slots `(…, s, d)` as the decoder reads them `(…, s, out_dim)`: the layout as it is, then all that they say"
         means = self.means(slots) * self.key_dim**0.5  # of unit variance, as the rest
-        return self.to_out(torch.cat([means, slots[..., self.key_dim:]], -1))
+        said = slots[..., self.key_dim:]
+        layout = said[..., :layout_dim(self.window)]
+        return torch.cat([layout, self.to_out(torch.cat([means, said], -1))], -1)
 
 # %% ../../nbs/components/clusters.ipynb #module-export
 class ClusterSlots(ClusterLayers):

@@ -261,12 +261,12 @@ class LatentSpace:
     def latent_shape(self) -> tuple[int, int, int]:
         "Shape `(c,h,w)` of x_t, that of the denoiser"
         unet = self.denoiser.config
-        return unet.in_channels, unet.sample_size, unet.sample_size
+        return unet.out_channels, unet.sample_size, unet.sample_size
 
     def latents_fit(self, shape: tuple[int, int, int]) -> bool:
         "Whether the denoiser was built for latents of this shape"
         unet = self.denoiser.config
-        return shape == (unet.in_channels, unet.sample_size, unet.sample_size)
+        return shape == (unet.out_channels, unet.sample_size, unet.sample_size)
 
     def check_latents(self, space: nn.Module) -> None:
         "ValueError where the latents of this space have another shape than the denoiser's"
@@ -276,7 +276,7 @@ class LatentSpace:
             unet = self.denoiser.config
             raise ValueError(
                 f"the latents of a {size}-pixel picture are {shape}, but the denoiser was built for "
-                f"{unet.in_channels} channels of side {unet.sample_size}: "
+                f"{unet.out_channels} channels of side {unet.sample_size}: "
                 "change denoiser_config (in_channels, sample_size), image_size, latents_path or patch_size"
             )
 

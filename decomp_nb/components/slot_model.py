@@ -26,6 +26,7 @@ from decomp_nb.components.diffusion import (
 )
 from .encoders import build_encoder
 from .latents import LatentSpace
+from .layout import LayoutMaps
 from .slot_sets import drop_slots, keep_largest, merge_duplicates, swap_slots, token_mask
 from .slots import SlotAttention, SlotResult, masks_from_attention, slot_diagnostics
 from .tracking import Tracker, TrackResult, join_time, track
@@ -35,8 +36,8 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['SLOTS', 'require', 'refuse_unknown', 'add_losses', 'build_slots', 'SlotFinder', 'ChunkFinder', 'SlotEncoder',
-           'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder',
-           'video_encoder', 'moving_encoder']
+           'SlotModel', 'fixed_denoiser', 'SlotReading', 'SlotPredicting', 'SlotDenoising', 'DiffusionSlotModel',
+           'small_encoder', 'cluster_encoder', 'published_encoder', 'video_encoder', 'moving_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -254,8 +255,14 @@ class SlotModel(SlotEncoder):
         return slot_diagnostics(found)
 
     def parameter_groups(self) -> list[dict]:
-        "Two groups, so that `encoder_lr_scale` can slow down the first: encoder, slots, tracker; and the decoder"
-        parts = [self.encoder, self.slot_attention] + ([] if self.tracker is None else [self.tracker])
+        """Two groups, so that `encoder_lr_scale` can slow down the first: encoder, slots, tracker; and the decoder.
+
+        Of slots that are clusters, the first holds what the keys' loss trains, the second what the decoder's does."""
+        parts = [self.encoder] + ([] if self.tracker is None else [self.tracker])
+        if isinstance(self.slot_attention, ClusterSlots):
+            parts += [self.slot_attention.norm_keys, self.slot_attention.to_k]
+        else:
+            parts.append(self.slot_attention)
         first = {id(p) for part in parts for p in part.parameters()}
         groups = {"encoder": [], "decoder": []}
         for p in self.parameters():
@@ -271,8 +278,130 @@ def fixed_denoiser(denoiser: nn.Module, x_t: Tensor, t: Tensor, factors: Factors
     options = dict(encoder_hidden_states=codes, encoder_attention_mask=token_mask(factors.weights))
     return torch.func.functional_call(denoiser, weights, (x_t, t), options).sample
 
+# %% ../../nbs/components/slot_model.ipynb #reading-export
+class SlotReading(LatentSpace, SlotModel):
+    "How a denoiser reads slots: through cross-attention, and as maps that draw them where they lie"
+
+    def build_denoiser(self, config: dict | None) -> None:
+        "Set `denoiser`, a UNet with cross-attention that takes noisy latents and the maps of the layout"
+        require(denoiser_config=config)
+        entrance = config.get("in_channels", 4) + self.config.layout_channels
+        self.denoiser = slot_denoiser(config | dict(in_channels=entrance))
+
+    def build_layout(self, channels: int) -> None:
+        "Set `layout`, which draws the slots' layout as so many maps; 0: None"
+        self.layout = None
+        if not channels:
+            return
+        if not isinstance(self.slot_attention, ClusterSlots):
+            raise ValueError("layout_channels: only slots of kind 'clusters' say where they lie (slots_config)")
+        self.layout = LayoutMaps(self.factor_dim, self.slot_attention.window, channels)
+
+    def build_tokens(self, n_registers: int, with_null: bool) -> None:
+        "Set `registers` and the `null_code`, tokens that are learned besides the slots"
+        width = self.denoiser.config.cross_attention_dim
+        if width != self.factor_dim:
+            raise ValueError(
+                f"slots_config: the slots are {self.factor_dim} wide (out_dim or slot_dim), "
+                f"but the denoiser's cross_attention_dim is {width}"
+            )
+        self.null_code = nn.Parameter(torch.zeros(1, 1, width)) if with_null else None
+        self.registers = nn.Parameter(torch.randn(1, n_registers, width)) if n_registers else None
+
+# %% ../../nbs/components/slot_model.ipynb #predicting-export
+class SlotPredicting(SlotReading):
+    "One call of the denoiser"
+
+    def tokens(self, factors: Factors) -> Factors:
+        "The set as the denoiser reads it: slots, then registers"
+        if self.registers is None:
+            return factors
+        registers = Factors(self.registers.to(factors.codes.dtype).expand(len(factors.codes), -1, -1))
+        return Factors(factors.codes, factors.weights).cat(registers)
+
+    def entrance(self, x_t: Tensor, factors: Factors) -> Tensor:
+        "What enters the denoiser: noisy latents, and the maps of the layout beside them"
+        if self.layout is None:
+            return x_t
+        return torch.cat([x_t, self.layout(factors, x_t.shape[-1]).to(x_t.dtype)], 1)
+
+    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
+        "The denoiser's answer when it reads all slots; a dropped one is simply not in the sequence"
+        read = self.tokens(factors)
+        codes = read.codes.to(x_t.dtype)
+        return self.denoiser(
+            self.entrance(x_t, factors), t, encoder_hidden_states=codes,
+            encoder_attention_mask=token_mask(read.weights),
+        ).sample
+
+    def predict_fixed(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
+        "`predict`, but neither denoiser nor registers get gradients"
+        read = self.tokens(factors.detach())
+        codes = torch.cat([factors.codes, read.codes[:, factors.n_factors:].detach()], 1)
+        return fixed_denoiser(self.denoiser, self.entrance(x_t, factors), t, read._replace(codes=codes))
+
+    def null_factors(self, factors: Factors) -> Factors:
+        "k copies of one learned token: to an attention layer the same as a single token"
+        if self.null_code is None:
+            return super().null_factors(factors)
+        return factors._replace(codes=self.null_code.expand_as(factors.codes))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        "Shape `(c,h,w)` of x_t, that of the latents"
+        return self.latents.shape(self.config.image_size)
+
+    def enable_gradient_checkpointing(self) -> None:
+        "Recompute the denoiser's activations in the backward pass: less memory, about a third more time"
+        self.denoiser.enable_gradient_checkpointing()
+
+# %% ../../nbs/components/slot_model.ipynb #step-export
+class SlotDenoising(SlotPredicting):
+    "One training step"
+
+    def add_noise(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        "x_t, t and the target; `noise`, `timesteps` of the batch replace random draws, `latent_mean` the autoencoder"
+        config = self.config
+        x0 = self.latents.from_batch(batch)
+        noise = batch.get("noise")
+        if noise is None:
+            noise = torch.randn_like(x0)
+            noise = offset_noise(noise, config.offset_noise) if config.offset_noise else noise
+        t = batch.get("timesteps")
+        if t is None:
+            how = dict(how=config.timestep_sampling, strength=config.timestep_strength)
+            t = sample_timesteps(len(x0), self.scheduler, device=x0.device, **how)
+        return noise_at(self.scheduler, x0, noise, t), t, diffusion_target(self.scheduler, x0, noise, t)
+
+    def drop_condition(self, factors: Factors) -> Factors:
+        "Training only: with chance `null_dropout` the empty set replaces the whole set (classifier-free guidance)"
+        if not self.training or not self.config.null_dropout:
+            return factors
+        codes = factors.codes
+        chance = torch.rand(len(codes), *[1] * (codes.ndim - 1), device=codes.device)
+        empty = self.null_factors(factors).codes.to(codes.dtype)
+        return factors._replace(codes=torch.where(chance < self.config.null_dropout, empty, codes))
+
+    def forward(self, batch: dict) -> dict:
+        """One training step: mean squared error of the denoiser. Frames of clips count as pictures.
+
+        Reads `image`, or also `latent_mean`, `latent_logvar` and `features` from a cache;
+        `noise`, `timesteps`, `slot_noise` replace random draws."""
+        x_t, t, target = self.add_noise(fold_batch(batch))
+        factors, losses = self.encode_to_learn(batch)
+        factors = self.drop_condition(factors)
+        gamma = self.config.min_snr_gamma
+        weight = min_snr_weight(self.scheduler, t, gamma) if gamma else None
+        loss = diffusion_loss(self.predict(x_t, t, factors.fold_time()), target, weight)
+        if not (self.training and self.config.contrast_weight):
+            return add_losses("denoising", loss, losses)
+        swapped = swap_slots(factors, self.config.contrast_rate).fold_time()
+        wrong = diffusion_loss(self.predict_fixed(x_t, t, swapped), target, weight)
+        out = add_losses("denoising", loss, losses | {"swapped": -self.config.contrast_weight * wrong})
+        return out | {"swapped": wrong.detach()}
+
 # %% ../../nbs/components/slot_model.ipynb #painting-export
-class DiffusionSlotModel(LatentSpace, SlotModel):
+class DiffusionSlotModel(SlotDenoising):
     "A slot model whose slots are read by a denoiser"
 
     schedule: dict | None = None  # scheduler config where none is given; None: LSD's published one
@@ -296,6 +425,7 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         n_registers: int = 0,  # learned tokens that the denoiser reads besides the slots (CODA)
         contrast_weight: float = 0.0,  # of the error with swapped slots (CODA: 0.03 to 0.05); 0: off
         contrast_rate: float = 0.5,  # share of the slots that are swapped for it
+        layout_channels: int = 0,  # maps at the denoiser's entrance that draw slots where they lie (`LayoutMaps`)
         keep_slots: int = 0,  # how many slots the denoiser reads, the largest masks first; 0: all
         merge_threshold: float = 0.0,  # outside training, slots whose codes have a cosine above are one; 0: never
         zoom: float = 1.0,  # outside training, masks on pictures enlarged this many times: finer borders
@@ -309,103 +439,15 @@ class DiffusionSlotModel(LatentSpace, SlotModel):
         if not 0 < contrast_rate <= 1:
             raise ValueError(f"contrast_rate={contrast_rate}: must be above 0 and at most 1")
         self.build_denoiser(denoiser_config)
+        self.build_layout(layout_channels)
+        self.build_tokens(n_registers, with_null=bool(null_dropout))
         self.scheduler = make_scheduler("ddpm", self.schedule if scheduler_config is None else scheduler_config)
         prediction_type_of(self.scheduler)  # refuses a target that no loss is known for
-        width = self.denoiser.config.cross_attention_dim
-        if width != self.factor_dim:
-            raise ValueError(
-                f"slots_config: the slots are {self.factor_dim} wide (out_dim or slot_dim), "
-                f"but the denoiser's cross_attention_dim is {width}"
-            )
-        self.null_code = nn.Parameter(torch.zeros(1, 1, width)) if null_dropout else None
-        self.registers = nn.Parameter(torch.randn(1, n_registers, width)) if n_registers else None
-
-    def build_denoiser(self, config: dict | None) -> None:
-        "Set `denoiser`, a UNet with cross-attention"
-        require(denoiser_config=config)
-        self.denoiser = slot_denoiser(config)
 
     @property
     def sampler(self) -> SchedulerMixin:
         "The solver that draws pictures: DPM-Solver++, starting from pure noise"
         return make_scheduler("dpm", self.scheduler, timestep_spacing="trailing")
-
-    def tokens(self, factors: Factors) -> Factors:
-        "The set as the denoiser reads it: slots, then registers"
-        if self.registers is None:
-            return factors
-        registers = Factors(self.registers.to(factors.codes.dtype).expand(len(factors.codes), -1, -1))
-        return Factors(factors.codes, factors.weights).cat(registers)
-
-    def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "One call of the denoiser that reads all slots; a dropped one is simply not in the sequence"
-        read = self.tokens(factors)
-        codes = read.codes.to(x_t.dtype)
-        return self.denoiser(
-            x_t, t, encoder_hidden_states=codes, encoder_attention_mask=token_mask(read.weights)
-        ).sample
-
-    def add_noise(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        "x_t, t and the target; `noise`, `timesteps` of the batch replace random draws, `latent_mean` the autoencoder"
-        config = self.config
-        x0 = self.latents.from_batch(batch)
-        noise = batch.get("noise")
-        if noise is None:
-            noise = torch.randn_like(x0)
-            noise = offset_noise(noise, config.offset_noise) if config.offset_noise else noise
-        t = batch.get("timesteps")
-        if t is None:
-            how = dict(how=config.timestep_sampling, strength=config.timestep_strength)
-            t = sample_timesteps(len(x0), self.scheduler, device=x0.device, **how)
-        return noise_at(self.scheduler, x0, noise, t), t, diffusion_target(self.scheduler, x0, noise, t)
-
-    def forward(self, batch: dict) -> dict:
-        """One training step: mean squared error of the denoiser. Frames of clips count as pictures.
-
-        Reads `image`, or also `latent_mean`, `latent_logvar` and `features` from a cache;
-        `noise`, `timesteps`, `slot_noise` replace random draws."""
-        x_t, t, target = self.add_noise(fold_batch(batch))
-        factors, losses = self.encode_to_learn(batch)
-        factors = self.drop_condition(factors)
-        gamma = self.config.min_snr_gamma
-        weight = min_snr_weight(self.scheduler, t, gamma) if gamma else None
-        loss = diffusion_loss(self.predict(x_t, t, factors.fold_time()), target, weight)
-        if not (self.training and self.config.contrast_weight):
-            return add_losses("denoising", loss, losses)
-        swapped = swap_slots(factors, self.config.contrast_rate).fold_time()
-        wrong = diffusion_loss(self.predict_fixed(x_t, t, swapped), target, weight)
-        out = add_losses("denoising", loss, losses | {"swapped": -self.config.contrast_weight * wrong})
-        return out | {"swapped": wrong.detach()}
-
-    def predict_fixed(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "`predict`, but neither denoiser nor registers get gradients"
-        read = self.tokens(factors.detach())
-        codes = torch.cat([factors.codes, read.codes[:, factors.n_factors:].detach()], 1)
-        return fixed_denoiser(self.denoiser, x_t, t, read._replace(codes=codes))
-
-    def drop_condition(self, factors: Factors) -> Factors:
-        "Training only: with chance `null_dropout` the empty set replaces the whole set (classifier-free guidance)"
-        if not self.training or not self.config.null_dropout:
-            return factors
-        codes = factors.codes
-        chance = torch.rand(len(codes), *[1] * (codes.ndim - 1), device=codes.device)
-        empty = self.null_factors(factors).codes.to(codes.dtype)
-        return factors._replace(codes=torch.where(chance < self.config.null_dropout, empty, codes))
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "Shape `(c,h,w)` of x_t, that of the latents"
-        return self.latents.shape(self.config.image_size)
-
-    def null_factors(self, factors: Factors) -> Factors:
-        "k copies of one learned token: to an attention layer the same as a single token"
-        if self.null_code is None:
-            return super().null_factors(factors)
-        return factors._replace(codes=self.null_code.expand_as(factors.codes))
-
-    def enable_gradient_checkpointing(self) -> None:
-        "Recompute the denoiser's activations in the backward pass: less memory, about a third more time"
-        self.denoiser.enable_gradient_checkpointing()
 
 # %% ../../nbs/components/slot_model.ipynb #eyes-export
 def small_encoder(
@@ -427,7 +469,7 @@ def small_encoder(
 def cluster_encoder(image_size: int = 64, n_slots: int = 7, *, stride: int = 2, n_blocks: int = 0) -> dict:
     "`image_size`, `encoder_config`, `slots_config` of small presets whose slots are `ClusterSlots`"
     encoder = small_encoder(image_size, n_slots, stride=stride, n_blocks=n_blocks)
-    return encoder | dict(slots_config=dict(kind="clusters", n_slots=n_slots, slot_dim=128, out_dim=64))
+    return encoder | dict(slots_config=dict(kind="clusters", n_slots=n_slots, slot_dim=192))
 
 
 def published_encoder(

@@ -23,10 +23,10 @@ SMALL_SCHEDULE = dict(
 )
 
 
-def _one_level(width: int, in_channels: int) -> dict:
+def _one_level(width: int, in_channels: int, slot_dim: int = 64) -> dict:
     "A denoiser of one level at 8×8 places, whose attention begins sharp: see the log"
     unet = denoiser_config(
-        8, slot_dim=64, channels=(width,), layers_per_block=1, n_heads=2, groups=8, in_channels=in_channels
+        8, slot_dim=slot_dim, channels=(width,), layers_per_block=1, n_heads=2, groups=8, in_channels=in_channels
     )
     return unet | dict(
         down_block_types=["CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D"], mid_block_type=None,
@@ -44,9 +44,10 @@ def _in_patches(width: int, encoder: dict) -> dict:
 
 def _in_latents(width: int, encoder: dict) -> dict:
     "The denoiser works in the latents of the autoencoder that comes with the package, 8 channels, side / 8"
+    slot_dim = encoder["slots_config"]["slot_dim"]
     return encoder | dict(
         latents_path="drawn_dc", timestep_sampling="near_noise", timestep_strength=2.0,
-        scheduler_config=SMALL_SCHEDULE, denoiser_config=_one_level(width, 8),
+        scheduler_config=SMALL_SCHEDULE, denoiser_config=_one_level(width, 8, slot_dim), layout_channels=32,
     )
 
 # %% ../../nbs/methods/lsd.ipynb #preset-export
