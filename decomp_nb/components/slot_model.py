@@ -36,8 +36,9 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['SLOTS', 'require', 'refuse_unknown', 'add_losses', 'build_slots', 'SlotFinder', 'ChunkFinder', 'SlotEncoder',
-           'SlotModel', 'fixed_denoiser', 'SlotReading', 'SlotPredicting', 'SlotDenoising', 'DiffusionSlotModel',
-           'small_encoder', 'cluster_encoder', 'published_encoder', 'video_encoder', 'moving_encoder']
+           'SlotModel', 'call_fixed', 'fixed_denoiser', 'SlotReading', 'SlotPredicting', 'SlotDenoising',
+           'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder', 'video_encoder',
+           'moving_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -271,12 +272,17 @@ class SlotModel(SlotEncoder):
         return [dict(name=name, params=params, lr_scale=1.0) for name, params in groups.items() if params]
 
 # %% ../../nbs/components/slot_model.ipynb #contrast-export
+def call_fixed(module: nn.Module, *inputs, **options):
+    "What a module returns whose weights are constants: gradients reach its inputs, not its weights"
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    return torch.func.functional_call(module, weights, inputs, options)
+
+
 def fixed_denoiser(denoiser: nn.Module, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-    "The output of a diffusers UNet whose weights are constants: gradients reach the factors, not the weights"
-    weights = {name: p.detach() for name, p in denoiser.named_parameters()}
+    "The output of a diffusers UNet by `call_fixed`: gradients reach the factors and `x_t`"
     codes = factors.codes.to(x_t.dtype)
-    options = dict(encoder_hidden_states=codes, encoder_attention_mask=token_mask(factors.weights))
-    return torch.func.functional_call(denoiser, weights, (x_t, t), options).sample
+    mask = token_mask(factors.weights)
+    return call_fixed(denoiser, x_t, t, encoder_hidden_states=codes, encoder_attention_mask=mask).sample
 
 # %% ../../nbs/components/slot_model.ipynb #reading-export
 class SlotReading(LatentSpace, SlotModel):
@@ -319,11 +325,13 @@ class SlotPredicting(SlotReading):
         registers = Factors(self.registers.to(factors.codes.dtype).expand(len(factors.codes), -1, -1))
         return Factors(factors.codes, factors.weights).cat(registers)
 
-    def entrance(self, x_t: Tensor, factors: Factors) -> Tensor:
-        "What enters the denoiser: noisy latents, and the maps of the layout beside them"
+    def entrance(self, x_t: Tensor, factors: Factors, fixed: bool = False) -> Tensor:
+        "What enters the denoiser: noisy latents, and the maps of the layout, whose weights may be `fixed`"
         if self.layout is None:
             return x_t
-        return torch.cat([x_t, self.layout(factors, x_t.shape[-1]).to(x_t.dtype)], 1)
+        side = x_t.shape[-1]
+        maps = call_fixed(self.layout, factors, side) if fixed else self.layout(factors, side)
+        return torch.cat([x_t, maps.to(x_t.dtype)], 1)
 
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
         "The denoiser's answer when it reads all slots; a dropped one is simply not in the sequence"
@@ -335,10 +343,10 @@ class SlotPredicting(SlotReading):
         ).sample
 
     def predict_fixed(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
-        "`predict`, but neither denoiser nor registers get gradients"
+        "`predict`, but neither denoiser nor layout nor registers get gradients"
         read = self.tokens(factors.detach())
         codes = torch.cat([factors.codes, read.codes[:, factors.n_factors:].detach()], 1)
-        return fixed_denoiser(self.denoiser, self.entrance(x_t, factors), t, read._replace(codes=codes))
+        return fixed_denoiser(self.denoiser, self.entrance(x_t, factors, fixed=True), t, read._replace(codes=codes))
 
     def null_factors(self, factors: Factors) -> Factors:
         "k copies of one learned token: to an attention layer the same as a single token"
