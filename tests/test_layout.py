@@ -24,7 +24,7 @@ from decomp_nb.worlds.scenes import Scenes
 SMALL = dict(
     image_size=16, patch_size=4, layout_channels=6,
     encoder_config=dict(kind="conv", image_size=16, channels=[8, 8], stride=1, kernel=3, groups=4),
-    slots_config=dict(kind="clusters", n_slots=4, slot_dim=48, window=5, out_dim=40, key_dim=8, hidden_dim=16),
+    slots_config=dict(kind="clusters", n_slots=4, slot_dim=48, window=5, out_dim=40, key_dim=8, hidden_dim=16, show_layout=True),
 )
 
 
@@ -106,7 +106,7 @@ def test_the_denoiser_sees_a_set():
 
 
 def test_slots_that_do_not_say_where_they_lie_have_no_layout():
-    with pytest.raises(ValueError, match="layout_channels.*clusters"):
+    with pytest.raises(ValueError, match="layout_channels.*show_layout"):
         LSD(**lsd_preset("tiny", layout_channels=4))
     with pytest.raises(ValueError, match="a layout takes 28"):
         LayoutMaps(28, 5, 4)

@@ -201,38 +201,41 @@ class ClusterLayers(ClusterStart):
         in_dim: int,  # channels c of the feature map
         *,
         n_slots: int = 7,
-        slot_dim: int = 192,  # d: key_dim, layout (3 + window²), content
+        slot_dim: int = 128,  # d: key_dim, layout (3 + window²), content
         key_dim: int = 16,
-        out_dim: int | None = None,  # width of `out`, which begins with the layout; None: slot_dim
+        out_dim: int | None = None,  # width of `out`; None: slot_dim
         hidden_dim: int = 128,  # of the layers that make the content
         n_iterations: int = 3,
         sharpness: float = 64.0,  # β of the competition
         context: int = 2,  # blocks of the view of the surroundings (`Surroundings`)
-        window: int = 11,  # points along each side of the slot's own window
+        window: int = 7,  # points along each side of the slot's own window
+        show_layout: bool = False,  # `out` begins with the layout as it is, for `LayoutMaps` to read
         key_weight: float = 0.05,  # of the keys' loss beside the decoder's (they share no parameters)
     ):
         super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness)
         self.n_iterations = n_iterations
         self.key_weight = key_weight
         self.window = window
+        self.show_layout = show_layout
         content_dim = slot_dim - key_dim - layout_dim(window)
         if content_dim < 1:
             raise ValueError(
                 f"slot_dim={slot_dim}: must be above {slot_dim - content_dim}, the numbers of key_dim={key_dim} "
                 f"and of the layout with window={window}"
             )
+        shown = layout_dim(window) if show_layout else 0
         out_dim = out_dim or slot_dim
-        if out_dim <= layout_dim(window):
-            raise ValueError(f"out_dim={out_dim}: must be above {layout_dim(window)}, the layout with window={window}")
+        if out_dim <= shown:
+            raise ValueError(f"out_dim={out_dim}: must be above {shown}, the layout with window={window}")
         self.content = SlotContent(in_dim, content_dim, hidden_dim, context, window)
-        self.to_out = nn.Linear(slot_dim, out_dim - layout_dim(window))
+        self.to_out = nn.Linear(slot_dim, out_dim - shown)
 
     def project(self, slots: Tensor) -> Tensor:
-        "Slots `(…, s, d)` as the decoder reads them `(…, s, out_dim)`: the layout as it is, then all that they say"
+        "Slots `(…, s, d)` as the decoder reads them `(…, s, out_dim)`: perhaps the layout, then all that they say"
         means = self.means(slots) * self.key_dim**0.5  # of unit variance, as the rest
         said = slots[..., self.key_dim:]
-        layout = said[..., :layout_dim(self.window)]
-        return torch.cat([layout, self.to_out(torch.cat([means, said], -1))], -1)
+        out = self.to_out(torch.cat([means, said], -1))
+        return torch.cat([said[..., :layout_dim(self.window)], out], -1) if self.show_layout else out
 
 # %% ../../nbs/components/clusters.ipynb #module-export
 class ClusterSlots(ClusterLayers):

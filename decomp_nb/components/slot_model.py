@@ -299,8 +299,11 @@ class SlotReading(LatentSpace, SlotModel):
         self.layout = None
         if not channels:
             return
-        if not isinstance(self.slot_attention, ClusterSlots):
-            raise ValueError("layout_channels: only slots of kind 'clusters' say where they lie (slots_config)")
+        if not getattr(self.slot_attention, "show_layout", False):
+            raise ValueError(
+                "layout_channels: only slots that say where they lie can be drawn; "
+                "slots_config needs kind='clusters' and show_layout=True"
+            )
         self.layout = LayoutMaps(self.factor_dim, self.slot_attention.window, channels)
 
     def build_tokens(self, n_registers: int, with_null: bool) -> None:
@@ -474,10 +477,13 @@ def small_encoder(
     )
 
 
-def cluster_encoder(image_size: int = 64, n_slots: int = 7, *, stride: int = 2, n_blocks: int = 0) -> dict:
-    "`image_size`, `encoder_config`, `slots_config` of small presets whose slots are `ClusterSlots`"
+def cluster_encoder(
+    image_size: int = 64, n_slots: int = 7, *, stride: int = 2, n_blocks: int = 0, layout: bool = False
+) -> dict:
+    "`image_size`, `encoder_config`, `slots_config` of small presets whose slots are `ClusterSlots`; `layout`: and say it"
     encoder = small_encoder(image_size, n_slots, stride=stride, n_blocks=n_blocks)
-    return encoder | dict(slots_config=dict(kind="clusters", n_slots=n_slots, slot_dim=192))
+    sizes = dict(slot_dim=192, window=11, show_layout=True) if layout else dict(slot_dim=128, out_dim=64)
+    return encoder | dict(slots_config=dict(kind="clusters", n_slots=n_slots, **sizes))
 
 
 def published_encoder(

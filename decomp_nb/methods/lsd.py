@@ -57,7 +57,7 @@ def lsd_preset(
 ) -> dict:
     "Arguments of `LSD` for a known setting"
     presets = {
-        "shapes": _in_latents(80, cluster_encoder()) | dict(zoom=2.0, merge_threshold=0.95),
+        "shapes": _in_latents(80, cluster_encoder(layout=True)) | dict(zoom=2.0, merge_threshold=0.95),
         "moving": _in_patches(80, moving_encoder()),
         "clevr": _in_patches(64, small_encoder(n_blocks=1, position_in="both")),
         "tiny": dict(

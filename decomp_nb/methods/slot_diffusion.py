@@ -86,7 +86,7 @@ def _drawn() -> dict:
         8, channels=(96,), attention_levels=(0,), layers_per_block=1, slot_dim=192, in_channels=8, groups=8, dropout=0.0
     )
     options = dict(latents_path="drawn_dc", timestep_strength=2.0, denoiser_config=unet, layout_channels=32)
-    return cluster_encoder() | _NEAR_NOISE | dict(zoom=2.0, merge_threshold=0.95) | options
+    return cluster_encoder(layout=True) | _NEAR_NOISE | dict(zoom=2.0, merge_threshold=0.95) | options
 
 
 def slot_diffusion_preset(
