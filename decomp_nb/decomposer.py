@@ -453,13 +453,15 @@ def weights_folder() -> Path:
     return Path(__file__).parent / "weights"
 
 
-def shipped(name: str) -> Path:
-    "Folder of small trained weights that come with the package"
+def shipped(name: str | None = None) -> Path | dict[str, dict[str, str]]:
+    "Folder of small trained weights that come with the package; without a name all of them: what, made by, data, scores"
+    cards = sorted(weights_folder().glob("*/card.json"))
+    if name is None:
+        return {card.parent.name: json.loads(card.read_text()) for card in cards}
     folder = weights_folder() / name
     if folder.is_dir():
         return folder
-    there = sorted(p.name for p in weights_folder().glob("*") if p.is_dir())
-    known = ", ".join(there) or "none"
+    known = ", ".join(card.parent.name for card in cards) or "none"
     raise FileNotFoundError(f"no weights named '{name}' come with the package; there are {known}")
 
 

@@ -167,3 +167,13 @@ def test_noise_of_other_pictures_is_refused(shape):
     model = LSD(**lsd_preset("tiny"))
     with pytest.raises(ValueError, match=r"noise of 2 pictures is \(2,c,h,w\)"):
         model.decode(Factors(torch.randn(2, 4, 16)), steps=2, noise=torch.randn(shape))
+
+
+def test_weights_that_come_with_the_package_are_listed_with_their_scores():
+    cards = shipped()
+    folder = shipped("lsd_shapes").parent
+    assert set(cards) == {path.name for path in folder.iterdir() if path.is_dir()}
+    page = (folder / "README.md").read_text().replace("`", "")
+    for name, card in cards.items():
+        assert set(card) == {"what", "made_by", "data", "scores"}
+        assert f"| {card['made_by']} | {card['data']} | {card['scores']} |" in page, f"README.md tells something else of {name}"
