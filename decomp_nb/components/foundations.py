@@ -19,8 +19,8 @@ from .diffusion import diffusion_target, make_scheduler, noise_at, sample_timest
 from .samplers import invert
 
 # %% auto #0
-__all__ = ['Prompts', 'WordTable', 'check_words', 'token_names', 'expand_words', 'FrozenDenoiser', 'Foundation', 'random_codes',
-           'codes_of', 'nearest_words']
+__all__ = ['Prompts', 'WordTable', 'check_words', 'unknown_words', 'token_names', 'expand_words', 'FrozenDenoiser', 'Foundation',
+           'random_codes', 'codes_of', 'nearest_words']
 
 # %% ../../nbs/components/foundations.ipynb #prompts-export
 class Prompts(NamedTuple):
@@ -99,6 +99,13 @@ def check_words(words: str | Sequence[str], known: Callable[[str], bool]) -> lis
                 raise ValueError(f"placeholder {word!r} is a part of {other!r}: choose names that do not "
                                  "contain one another")
     return words
+
+
+def unknown_words(prompts: Sequence[str], words: Sequence[str], known: Callable[[str], bool]) -> list[str]:
+    "What stands in <…> and is neither known nor a new word: it would be read letter by letter"
+    found = re.findall(r"<[^<>\s]+>", " ".join(prompts))
+    strange = [word for word in found if not known(word)]
+    return [word for word in strange if not any(word in new or new in word for new in words)]
 
 
 def token_names(words: Sequence[str], n_vectors: int) -> list[str]:
@@ -190,11 +197,10 @@ class Foundation(FrozenDenoiser):
         return self.read_prompts(prompts, codes)
 
     def refuse_unknown(self, prompts: Sequence[str]) -> None:
-        "`ValueError` for something in <…> that is neither a new word nor known: it would be read letter by letter"
-        for word in re.findall(r"<[^<>\s]+>", " ".join(prompts)):
-            if not self.knows(word) and not any(word in new or new in word for new in self.words):
-                there = f"the new words are {', '.join(self.words)}" if self.words else "no words were added"
-                raise ValueError(f"the prompt uses {word!r}, but {there}")
+        "`ValueError` for something in <…> that is neither a new word nor known"
+        for word in unknown_words(prompts, self.words, self.knows):
+            there = f"the new words are {', '.join(self.words)}" if self.words else "no words were added"
+            raise ValueError(f"the prompt uses {word!r}, but {there}")
 
     def check_length(self, prompts: Sequence[str]) -> None:
         "Sub-classes raise a `ValueError` where a new word lies behind what they read"

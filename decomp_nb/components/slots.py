@@ -19,9 +19,9 @@ from .seeding import choose_places
 
 # %% auto #0
 __all__ = ['GRADIENTS', 'CHOICES', 'EXCHANGEABLE', 'compete', 'attend', 'start_noise', 'cut_gradient', 'check_slot_config',
-           'two_layers', 'start_parameter', 'SlotResult', 'SlotLayers', 'SlotStart', 'SlotReader', 'SlotAttention',
-           'start_as_clusters', 'masks_from_attention', 'slot_entropy', 'slot_cosine', 'empty_slot_rate',
-           'slot_diagnostics']
+           'two_layers', 'start_parameter', 'SlotResult', 'SlotLayers', 'slot_count', 'SlotStart', 'SlotReader',
+           'SlotRound', 'SlotLoop', 'SlotAttention', 'start_as_clusters', 'masks_from_attention', 'slot_entropy',
+           'slot_cosine', 'empty_slot_rate', 'slot_diagnostics']
 
 # %% ../../nbs/components/slots.ipynb #compete-export
 def compete(
@@ -151,6 +151,9 @@ class SlotLayers(nn.Module):
         context: int = 0,  # blocks of a view of the surroundings, which only the values get (`Context`); 0: none
     ):
         super().__init__()
+        self.n_slots = n_slots
+        self.slot_dim = slot_dim
+        self.init = init
         dim = (input_dim or in_dim) if input_mlp else in_dim
         self.position = positions.position_projection(in_dim, position_std) if position else None
         self.context = Context(in_dim, context) if context else None
@@ -171,6 +174,18 @@ class SlotLayers(nn.Module):
         self.slot_log_sigma = start_parameter(init, n_slots, slot_dim) if drawn else None
         self.from_place = nn.Linear(dim, slot_dim) if init == "kmeans++" else None
 
+# %% ../../nbs/components/slots.ipynb #count-export
+def slot_count(n_slots: int | None, built: int, init: str) -> int:
+    "How many slots start: `n_slots`, or as many as were built; ValueError for a number that cannot be had"
+    if n_slots is None or n_slots == built:
+        return built
+    if n_slots < 1:
+        raise ValueError(f"n_slots={n_slots}: must be at least 1")
+    if init not in EXCHANGEABLE:
+        fixed = f"slots with init={init!r} are learned one by one, there are {built}"
+        raise ValueError(f"n_slots={n_slots}: {fixed}; only init='gaussian' and 'kmeans++' take another number")
+    return n_slots
+
 # %% ../../nbs/components/slots.ipynb #start-export
 class SlotStart(SlotLayers):
     "Where slots begin"
@@ -188,14 +203,9 @@ class SlotStart(SlotLayers):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         "Slots before the first iteration `(b, s, d)`"
-        if self.init not in EXCHANGEABLE and n_slots not in (None, self.n_slots):
-            raise ValueError(
-                f"n_slots={n_slots}: slots with init={self.init!r} are learned one by one, there are {self.n_slots}; "
-                "only init='gaussian' and 'kmeans++' take another number"
-            )
         if self.init == "kmeans++":
             raise ValueError("init='kmeans++': these slots start at places of a feature map; use start_on(features)")
-        shape = (batch, n_slots or self.n_slots, self.slot_dim)
+        shape = (batch, slot_count(n_slots, self.n_slots, self.init), self.slot_dim)
         if self.init == "learned":
             return self.slot_mean.expand(shape)
         return self.slot_mean + self.slot_log_sigma.exp() * start_noise(shape, self.slot_mean, noise, generator)
@@ -209,23 +219,26 @@ class SlotStart(SlotLayers):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         "Slots before the first iteration `(b, s, d)`, as `start`, or at places of the features that differ"
-        if n_slots is not None and n_slots < 1:
-            raise ValueError(f"n_slots={n_slots}: must be at least 1")
         if self.init != "kmeans++":
             return self.start(len(features), n_slots=n_slots, noise=noise, generator=generator)
         if noise is not None:
             raise ValueError("noise: slots with init='kmeans++' start at drawn places; pass a seeded generator")
         places = self.prepare(rearrange(features, "b c h w -> b (h w) c"))
-        chosen = choose_places(self.to_k(places), n_slots or self.n_slots, generator=generator)
+        number = slot_count(n_slots, self.n_slots, self.init)
+        chosen = choose_places(self.to_k(places), number, generator=generator)
         return self.slot_mean + self.from_place(torch.take_along_dim(places, chosen[..., None], 1))
 
 # %% ../../nbs/components/slots.ipynb #read-export
 class SlotReader(SlotStart):
     "Keys and values that slots read from a feature map"
 
+    n_heads = 1
+    ends = False  # the grid ends at the centres of the outer places, see `coordinate_grid`
+    position_in = "both"  # or "values"
+
     def split_heads(self, x: Tensor) -> Tensor:
         "`(b, n, d)` → `(b, heads, n, d/heads)`"
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.n_heads)
 
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
         "Keys and values `(b, heads, n, d/heads)` of a feature map `(b, c, h, w)`; places run row by row"
@@ -242,8 +255,70 @@ class SlotReader(SlotStart):
         k = self.to_k(plain) * self.slot_dim ** -0.5  # the full width, with several heads too
         return self.split_heads(k), self.split_heads(self.to_v(placed))
 
+# %% ../../nbs/components/slots.ipynb #round-export
+class SlotRound(SlotReader):
+    "One round of the competition"
+
+    epsilon = 1e-6
+    temperature = 1.0
+
+    def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        "One iteration: new slots `(b, s, d)` and the attention `(b, heads, n, s)` that made them"
+        q = self.split_heads(self.to_q(self.norm_slots(slots)))
+        hardness = dict(epsilon=self.epsilon, temperature=self.temperature)
+        attention, update = attend(q, k, v, slot_mask=slot_mask, **hardness)
+        update = rearrange(update, "b heads s d -> (b s) (heads d)").to(slots.dtype)
+        slots = self.gru(update, slots.flatten(0, 1)).view_as(slots)
+        return slots + self.mlp(self.norm_mlp(slots)), attention
+
+    def assign(self, slots: Tensor, features: Tensor, slot_mask: Tensor | None = None) -> Tensor:
+        "Shares `(b, heads, n, s)` of the places of any feature map `(b, c, h, w)` that slots `(b, s, d)` win"
+        keys, _ = self.read(features)
+        with torch.autocast(features.device.type, enabled=False):
+            q = self.split_heads(self.to_q(self.norm_slots(slots.to(self.slot_mean.dtype))))
+            return compete(keys.float() @ q.float().mT, self.temperature, slot_mask)
+
+# %% ../../nbs/components/slots.ipynb #loop-export
+class SlotLoop(SlotRound):
+    "Rounds, again and again"
+
+    n_iterations = 3
+    gradient = "full"
+
+    def forward(
+        self,
+        features: Tensor,  # `(b, c, h, w)`
+        *,
+        noise: Tensor | float | None = None,  # start noise `(b, s, d)`
+        generator: torch.Generator | None = None,
+        slots: Tensor | None = None,  # start from these slots instead `(b, s, d)`
+        slot_mask: Tensor | None = None,  # `(b, s)`, False where a slot does not exist
+        n_slots: int | None = None,
+        n_iterations: int | None = None,
+        origin: Tensor | None = None,  # gets the straight-through gradient of "bi_level" `(b, s, d)`; None: the start
+        record: bool = False,  # keep every iteration in `history`
+    ) -> SlotResult:
+        "Slots, projected slots and attention of a batch of pictures; `components.tracking.track` takes clips"
+        steps = self.n_iterations if n_iterations is None else n_iterations
+        if steps < 1:
+            raise ValueError(f"n_iterations={steps}: at least one iteration is needed")
+        k, v = [part.float() for part in self.read(features)]  # once, not in every iteration
+        if slots is None:
+            slots = self.start_on(features, n_slots=n_slots, noise=noise, generator=generator)
+        history = [] if record else None
+        with torch.autocast(features.device.type, enabled=False):  # the competition needs float32
+            slots = slots.to(self.slot_mean.dtype)
+            origin = slots if origin is None else origin
+            for i in range(steps):
+                if i == steps - 1:
+                    slots = cut_gradient(slots, origin, self.gradient)
+                slots, attention = self.step(slots, k, v, slot_mask)
+                if record:
+                    history.append((slots, attention))
+        return SlotResult(slots, self.to_out(self.norm_out(slots)), attention, history)
+
 # %% ../../nbs/components/slots.ipynb #attention-export
-class SlotAttention(SlotReader):
+class SlotAttention(SlotLoop):
     "Features → slots, by iterated competition (Locatello et al. 2020; LSD's multi-head form)"
 
     def __init__(
@@ -266,11 +341,8 @@ class SlotAttention(SlotReader):
         choices = dict(init=init, gradient=gradient, position=position, position_in=position_in, start_as=start_as)
         check_slot_config(n_slots, slot_dim, n_heads, n_iterations, choices)
         super().__init__(in_dim, n_slots, slot_dim, init, position is not None, **layers)
-        self.n_slots = n_slots
-        self.slot_dim = slot_dim
         self.n_heads = n_heads
         self.n_iterations = n_iterations
-        self.init = init
         self.gradient = gradient
         self.epsilon = epsilon
         self.temperature = temperature
@@ -279,59 +351,9 @@ class SlotAttention(SlotReader):
         if start_as == "clusters":
             start_as_clusters(self)
 
-    def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        "One iteration: new slots `(b, s, d)` and the attention `(b, heads, n, s)` that made them"
-        q = self.split_heads(self.to_q(self.norm_slots(slots)))
-        attention, update = attend(
-            q, k, v, epsilon=self.epsilon, temperature=self.temperature, slot_mask=slot_mask
-        )
-        update = update.transpose(1, 2).flatten(2).to(slots.dtype)  # heads side by side again
-        slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-        return slots + self.mlp(self.norm_mlp(slots)), attention
-
     def likeness(self, slots: Tensor) -> Tensor | None:
         "What duplicates are recognised by; None: the codes that the decoder reads"
         return None
-
-    def assign(self, slots: Tensor, features: Tensor, slot_mask: Tensor | None = None) -> Tensor:
-        "Shares `(b, heads, n, s)` of the places of any feature map `(b, c, h, w)` that slots `(b, s, d)` win"
-        keys, _ = self.read(features)
-        with torch.autocast(features.device.type, enabled=False):
-            q = self.split_heads(self.to_q(self.norm_slots(slots.to(self.slot_mean.dtype))))
-            return compete(keys.float() @ q.float().mT, self.temperature, slot_mask)
-
-    def forward(
-        self,
-        features: Tensor,  # `(b, c, h, w)`
-        *,
-        noise: Tensor | float | None = None,  # start noise `(b, s, d)`
-        generator: torch.Generator | None = None,
-        slots: Tensor | None = None,  # start from these slots instead `(b, s, d)`
-        slot_mask: Tensor | None = None,  # `(b, s)`, False where a slot does not exist
-        n_slots: int | None = None,
-        n_iterations: int | None = None,
-        origin: Tensor | None = None,  # gets the straight-through gradient of "bi_level" `(b, s, d)`; None: the start
-        record: bool = False,  # keep every iteration in `history`
-    ) -> SlotResult:
-        "Slots, projected slots and attention of a batch of pictures; `components.tracking.track` takes clips"
-        steps = self.n_iterations if n_iterations is None else n_iterations
-        if steps < 1:
-            raise ValueError(f"n_iterations={steps}: at least one iteration is needed")
-        k, v = self.read(features)
-        k, v = k.float(), v.float()  # once, not in every iteration
-        if slots is None:
-            slots = self.start_on(features, n_slots=n_slots, noise=noise, generator=generator)
-        history = [] if record else None
-        with torch.autocast(features.device.type, enabled=False):  # the competition needs float32
-            slots = slots.to(self.slot_mean.dtype)
-            origin = slots if origin is None else origin
-            for i in range(steps):
-                if i == steps - 1:
-                    slots = cut_gradient(slots, origin, self.gradient)
-                slots, attention = self.step(slots, k, v, slot_mask)
-                if record:
-                    history.append((slots, attention))
-        return SlotResult(slots, self.to_out(self.norm_out(slots)), attention, history)
 
 # %% ../../nbs/components/slots.ipynb #clusters-export
 @torch.no_grad()

@@ -18,8 +18,8 @@ from .predictors import Memory, build_predictor, predict_slots
 from .slots import SlotAttention, SlotResult, two_layers
 
 # %% auto #0
-__all__ = ['TrackState', 'TrackResult', 'start_of_frame', 'join_time', 'GaussianStart', 'track', 'boxes_of_labels',
-           'CoordinateStart', 'temporal_contrast', 'Tracker']
+__all__ = ['TrackState', 'TrackResult', 'start_of_frame', 'join_time', 'GaussianStart', 'draw_start', 'track', 'boxes_of_labels',
+           'CoordinateStart', 'given_start', 'temporal_contrast', 'losses_over_time', 'Tracker']
 
 # %% ../../nbs/components/tracking.ipynb #state-export
 class TrackState(NamedTuple):
@@ -64,7 +64,22 @@ def start_of_frame(
         state = state.detach()
     return predict_slots(predictor, state.slots, state.memory, slot_mask)
 
+
+def _correct(
+    slot_attention: SlotAttention, frame: Tensor, slots: Tensor, origin: Tensor, recompute: bool, options: dict
+) -> SlotResult:
+    "A frame's slots; with `recompute` its inside is forgotten, and computed again in the backward pass"
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(slot_attention, frame, slots=slots, origin=origin, use_reentrant=False, **options)
+    return slot_attention(frame, slots=slots, origin=origin, **options)
+
 # %% ../../nbs/components/tracking.ipynb #join-export
+def _with_time(found: SlotResult, state: TrackState, gaussian: Tensor | None) -> TrackResult:
+    "The result of a frame as that of a clip of one frame"
+    parts = [value[:, None] for value in found[:3]]
+    return TrackResult(*parts, found.history, state, None if gaussian is None else gaussian[:, None])
+
+
 def join_time(results: list[TrackResult]) -> TrackResult:
     "Results of consecutive chunks as one; the state is that of the last"
     if len(results) == 1:
@@ -116,6 +131,20 @@ class GaussianStart(nn.Module):
         ratio = logvar.exp() / self.variance
         return (0.5 * (ratio - 1 - ratio.log())).sum(-1).mean()
 
+# %% ../../nbs/components/tracking.ipynb #draw-start-export
+def draw_start(
+    gaussian: GaussianStart | None,  # None: nothing is drawn
+    slots: Tensor,  # predicted `(b, s, d)`
+    frame: int,  # number of the frame in its clip
+    frame_noise: Tensor | None = None,  # `(b, t, s, d)`; None: drawn
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    "The start of a frame `(b, s, d)`, and `(b, s, 2d)` what it was drawn from"
+    if gaussian is None:
+        return slots, None
+    noise = None if frame_noise is None else frame_noise[:, frame]
+    return gaussian(slots, noise, generator)
+
 # %% ../../nbs/components/tracking.ipynb #track-export
 def track(
     slot_attention: SlotAttention,
@@ -142,28 +171,12 @@ def track(
     frames = []
     for frame in features.unbind(1):
         start, memory = start_of_frame(state, predictor, truncate, options.get("slot_mask"))
-        spread = None
-        if gaussian is not None:
-            given = None if frame_noise is None else frame_noise[:, state.n_frames]
-            start, spread = gaussian(start, given, generator)
+        start, drawn_from = draw_start(gaussian, start, state.n_frames, frame_noise, generator)
         more = {} if state.n_frames or first_iterations is None else dict(n_iterations=first_iterations)
         found = _correct(slot_attention, frame, start, state.origin, recompute, options | more)
         state = TrackState(found.slots, memory, state.origin, state.n_frames + 1)
-        frames.append(_with_time(found, state, spread))
+        frames.append(_with_time(found, state, drawn_from))
     return join_time(frames)
-
-
-def _correct(
-    slot_attention: SlotAttention, frame: Tensor, slots: Tensor, origin: Tensor, recompute: bool, options: dict
-) -> SlotResult:
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(slot_attention, frame, slots=slots, origin=origin, use_reentrant=False, **options)
-    return slot_attention(frame, slots=slots, origin=origin, **options)
-
-
-def _with_time(found: SlotResult, state: TrackState, gaussian: Tensor | None) -> TrackResult:
-    parts = [value[:, None] for value in found[:3]]
-    return TrackResult(*parts, found.history, state, None if gaussian is None else gaussian[:, None])
 
 # %% ../../nbs/components/tracking.ipynb #boxes-export
 def boxes_of_labels(labels: Tensor, n_objects: int) -> Tensor:
@@ -207,6 +220,17 @@ class CoordinateStart(nn.Module):
             padded = (padded[..., :2] + padded[..., 2:]) / 2
         return self.mlp(padded.to(self.mlp[0].weight))
 
+
+def given_start(condition: CoordinateStart | None, boxes: Tensor | None, begins: bool) -> dict[str, Tensor]:
+    "`slots` for `track`, where a clip begins and the model was built with `condition`; else nothing"
+    if boxes is not None and condition is None:
+        raise ValueError("boxes: this model was not built to start from them (tracking_config condition)")
+    if condition is None or not begins:
+        return {}
+    if boxes is None:
+        raise ValueError("this model starts from boxes `(b, n, 4)` of the first frame: pass boxes=")
+    return {"slots": condition(boxes)}
+
 # %% ../../nbs/components/tracking.ipynb #contrast-export
 def temporal_contrast(slots: Tensor, temperature: float = 0.1) -> Tensor:
     "InfoNCE of slots `(b, t, s, d)` of consecutive frames over the whole batch (SlotContrast), in nats"
@@ -215,6 +239,23 @@ def temporal_contrast(slots: Tensor, temperature: float = 0.1) -> Tensor:
     logits = frames[:-1] @ frames[1:].mT / temperature
     same = torch.arange(frames.shape[1], device=slots.device).expand(logits.shape[:2])
     return F.cross_entropy(logits.flatten(0, 1), same.flatten())
+
+# %% ../../nbs/components/tracking.ipynb #losses-export
+def losses_over_time(
+    found: TrackResult,
+    gaussian: GaussianStart | None = None,  # what drew the starts; None: nothing was drawn
+    *,
+    kld_weight: float = 1e-4,  # of the divergence of random starts (StoSAVi)
+    contrast_weight: float = 0.0,  # of `temporal_contrast` (SlotContrast: 0.5)
+    temperature: float = 0.1,  # of that contrast
+) -> dict[str, Tensor]:
+    "Weighted losses that concern time: `kld`, `contrast`; none where their options are off"
+    out = {}
+    if gaussian is not None:
+        out["kld"] = kld_weight * gaussian.kld(found.gaussians)
+    if contrast_weight and found.slots.ndim == 4 and found.slots.shape[1] > 1:
+        out["contrast"] = contrast_weight * temporal_contrast(found.slots, temperature)
+    return out
 
 # %% ../../nbs/components/tracking.ipynb #tracker-export
 class Tracker(nn.Module):
@@ -241,9 +282,7 @@ class Tracker(nn.Module):
         self.gaussian = None if gaussian is None else GaussianStart(dim, **gaussian)
         self.condition = None if condition is None else CoordinateStart(dim, n_slots, condition, hidden=condition_dim)
         self.over_time = dict(first_iterations=first_iterations, truncate=truncate, recompute=recompute)
-        self.kld_weight = kld_weight
-        self.contrast_weight = contrast_weight
-        self.contrast_temperature = contrast_temperature
+        self.weights = dict(kld_weight=kld_weight, contrast_weight=contrast_weight, temperature=contrast_temperature)
 
     def forward(
         self,
@@ -255,21 +294,10 @@ class Tracker(nn.Module):
     ) -> TrackResult:
         "`track` with what this module holds"
         begins = options.get("slots") is None and options.get("state") is None
-        if boxes is not None and self.condition is None:
-            raise ValueError("boxes: this model was not built to start from them (tracking_config condition)")
-        if begins and self.condition is not None:
-            if boxes is None:
-                raise ValueError("this model starts from boxes `(b, n, 4)` of the first frame: pass boxes=")
-            options["slots"] = self.condition(boxes)
+        options |= given_start(self.condition, boxes, begins)
         options = dict(predictor=self.predictor, gaussian=self.gaussian) | self.over_time | options
         return track(slot_attention, features, **options)
 
     def losses(self, found: TrackResult) -> dict[str, Tensor]:
-        "Weighted losses of a training step that concern time: `kld`, `contrast`; none where their options are off"
-        out = {}
-        if self.gaussian is not None:
-            out["kld"] = self.kld_weight * self.gaussian.kld(found.gaussians)
-        if self.contrast_weight and found.slots.ndim == 4 and found.slots.shape[1] > 1:
-            contrast = temporal_contrast(found.slots, self.contrast_temperature)
-            out["contrast"] = self.contrast_weight * contrast
-        return out
+        "Weighted losses of a training step that concern time, see `losses_over_time`"
+        return losses_over_time(found, self.gaussian, **self.weights)

@@ -164,10 +164,8 @@ class H5Photos(Reader):
             self._names, groups = _photo_names(f)
             self.class_names = _class_names(f)
             self._subjects, self._class = _photo_subjects(f, self.class_names)
-            chosen = stored_split(f, split)
-        self.index = subsample(split_by_group(groups, split) if chosen is None else chosen, n, seed)
-        how = "split by hash of clips or names" if chosen is None else "split as stored in the file"
-        how = "all" if self.split == "all" else how
+            chosen, how = _choose_photos(f, groups, self.split)
+        self.index = subsample(chosen, n, seed)
         self.taken = f"{len(self.index):,} of {len(self._names):,} pictures; {how}"
 
     def __getitem__(self, i: int) -> dict:
@@ -188,6 +186,14 @@ class H5Photos(Reader):
 def _texts(file, key):
     "The strings of a dataset; None where there is none"
     return [value.decode() for value in h5_dataset(file, key, numbers=False)[:]] if key in file else None
+
+
+def _choose_photos(file, groups, split):
+    "Rows of a split, and how they were chosen"
+    chosen = stored_split(file, split)
+    if chosen is None:
+        return split_by_group(groups, split), "all" if split == "all" else "split by hash of clips or names"
+    return chosen, "all" if split == "all" else "split as stored in the file"
 
 
 def _photo(photos, row, at_least):

@@ -24,8 +24,8 @@ from .reader import Reader, choose_split, evenly, name_words, split_name, subsam
 
 # %% auto #0
 __all__ = ['turn_upright', 'to_rgb', 'grey_levels', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'read_annotated',
-           'square_image', 'image_suffixes', 'walk_folders', 'FoundImages', 'find_images', 'list_images', 'counted',
-           'taken_of', 'image_groups', 'ImageFolder']
+           'square_image', 'image_suffixes', 'walk_folders', 'FoundImages', 'find_images', 'counted', 'taken_of',
+           'list_images', 'image_groups', 'choose_images', 'ImageFolder']
 
 # %% ../../nbs/data/images.ipynb #to-rgb-export
 _TURNS = {
@@ -253,7 +253,7 @@ def find_images(path: Path | str, pattern: str = "*") -> FoundImages:
     taken = sorted(file.relative_to(path).as_posix() for file in files + new)
     return FoundImages(taken, +skipped)
 
-
+# %% ../../nbs/data/images.ipynb #find-images-parts
 def _new_targets(files, links):
     "Links to files that are not there already"
     targets = {file.resolve() for file in files} if links else set()
@@ -277,21 +277,6 @@ def _why_not(file, pattern, known):
         return None
     return "broken links" if file.is_symlink() else "no files"
 
-# %% ../../nbs/data/images.ipynb #some-images-export
-def list_images(path: Path | str, pattern: str = "*") -> list[str]:
-    "Sorted relative paths of all pictures below `path` whose file name matches; an error where there are none"
-    return _some_images(find_images(path, pattern), path, pattern).files
-
-
-def _some_images(found, path, pattern):
-    if not found.files:
-        wanted = "" if pattern == "*" else f" that match {pattern!r}"
-        known = " ".join(sorted(image_suffixes()))
-        there = f"; there are {counted(found.skipped)}" if found.skipped else ""
-        expected = f"expected {known} files, there or in sub-folders{there}"
-        raise ValueError(f"no images{wanted} in folder {path}: {expected}")
-    return found
-
 # %% ../../nbs/data/images.ipynb #taken-export
 def counted(kinds: Counter) -> str:
     "`178 .heic, 2 broken links`"
@@ -312,6 +297,21 @@ def taken_of(
     skipped = f", {counted(found.skipped)} skipped" if found.skipped else ""
     return f"{line}{skipped}; {how}"
 
+# %% ../../nbs/data/images.ipynb #some-images-export
+def list_images(path: Path | str, pattern: str = "*") -> list[str]:
+    "Sorted relative paths of all pictures below `path` whose file name matches; an error where there are none"
+    return _some_images(find_images(path, pattern), path, pattern).files
+
+
+def _some_images(found, path, pattern):
+    if not found.files:
+        wanted = "" if pattern == "*" else f" that match {pattern!r}"
+        known = " ".join(sorted(image_suffixes()))
+        there = f"; there are {counted(found.skipped)}" if found.skipped else ""
+        expected = f"expected {known} files, there or in sub-folders{there}"
+        raise ValueError(f"no images{wanted} in folder {path}: {expected}")
+    return found
+
 # %% ../../nbs/data/images.ipynb #group-export
 _VIDEO_WORDS = set("clip clips video videos vid sequence sequences seq frames shot take episode".split())
 
@@ -325,6 +325,15 @@ def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]
     if group_by == "file":
         return list(paths)
     return [Path(p).parent.as_posix() for p in paths]
+
+
+def choose_images(files: Sequence[str], split: str, path: Path, group_by: str | None = None) -> tuple[list[str], str]:
+    "Those of the pictures below `path` that belong to a split, and how they were chosen"
+    groups = image_groups(files, group_by)
+    chosen, how = choose_split(files, split, path, groups)
+    if groups != list(files) and how.startswith("split by hash"):
+        how = "split by hash of folders, whose numbered pictures are taken for frames of a video"
+    return [files[i] for i in chosen], how
 
 
 def _are_frames(paths):
@@ -360,18 +369,13 @@ class ImageFolder(Reader):
         self.split = split_name(split)
         self.levels = levels
         found = _some_images(find_images(path, pattern), path, pattern)
-        groups = image_groups(found.files, group_by)
-        chosen, how = choose_split(found.files, split, self.path, groups)
-        if groups != found.files and how.startswith("split by hash"):
-            how = "split by hash of folders, whose numbered pictures are taken for frames of a video"
-        self.index = self.files = subsample([found.files[i] for i in chosen], n, seed)
+        chosen, how = choose_images(found.files, split, self.path, group_by)
+        self.index = self.files = subsample(chosen, n, seed)
         self.taken = taken_of(len(self.files), found, how, len(chosen))
 
     def __getitem__(self, i: int) -> dict:
         at_least = 2 * self.size if self.crop is None else None  # a box names pixels of the full picture
-        options = {"min_size": self.min_size, "levels": self.levels}
-        picture = read_image(self.path / self.files[i], at_least=at_least, **options)
-        image = square_image(picture, self.size, self.crop, self.flip)
+        image = square_image(_picture(self, i, at_least), self.size, self.crop, self.flip)
         return {"image": image, "image_id": printable(self.files[i])}
 
     def check(self, n: int | None = None) -> int:
@@ -384,10 +388,15 @@ class ImageFolder(Reader):
         return len(chosen)
 
 # %% ../../nbs/data/images.ipynb #complaint-export
+def _picture(folder, i, at_least):
+    "The decoded picture of item `i`"
+    file = folder.path / folder.files[i]
+    return read_image(file, at_least=at_least, min_size=folder.min_size, levels=folder.levels)
+
+
 def _complaint(folder, i):
     "Why a picture cannot be read; None if it can"
     try:
-        options = {"min_size": folder.min_size, "levels": folder.levels}
-        read_image(folder.path / folder.files[i], at_least=32, **options)
+        _picture(folder, i, at_least=32)
     except (ValueError, FileNotFoundError) as error:
         return str(error)

@@ -21,8 +21,8 @@ from .reader import Reader, split_name, subsample
 from .scene_item import read_json, read_labels
 
 # %% auto #0
-__all__ = ['VOC_CLASSES', 'cut_alike', 'unpack_runs', 'mask_of_runs', 'mask_of_polygons', 'mask_of', 'CocoScenes',
-           'instance_labels', 'VocScenes']
+__all__ = ['VOC_CLASSES', 'cut_alike', 'unpack_runs', 'mask_of_runs', 'mask_of_polygons', 'mask_of', 'InstanceFile', 'label_maps',
+           'instance_labels', 'CocoScenes', 'VocScenes']
 
 # %% ../../nbs/data/natural.ipynb #square-export
 def cut_alike(
@@ -122,6 +122,85 @@ def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     runs = segmentation["counts"]
     return mask_of_runs(unpack_runs(runs) if isinstance(runs, str) else runs, height, width)
 
+# %% ../../nbs/data/natural.ipynb #instances-export
+class InstanceFile:
+    "A COCO instance file: its pictures, and what is annotated in each of them"
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        with reading(path, "It is no COCO instance file, or damaged"):
+            content = _read_instances(self.path)
+            self.pictures = sorted(content["images"], key=_id)
+            self.names = [p["file_name"] for p in self.pictures]
+            categories = sorted(content["categories"], key=_id)
+            self.class_of = {c["id"]: i for i, c in enumerate(categories, 1)}
+            self.class_names = ["none", *(str(c["name"]) for c in categories)]
+            self.annotations = defaultdict(list)  # of each picture, by its id
+            for annotation in content["annotations"]:
+                self.annotations[annotation["image_id"]].append(annotation)
+            self.counts = [_count_instances(self.annotations[p["id"]]) for p in self.pictures]
+
+    def instances(self, picture: dict, height: int, width: int) -> tuple[list[tuple[int, np.ndarray]], np.ndarray]:
+        "Class and mask `(h,w)` of every instance of a picture, and the pixels of its crowds `(h,w)`"
+        found = []
+        crowd = np.zeros((height, width), bool)
+        for a in self.annotations[picture["id"]]:
+            try:
+                mask = mask_of(a["segmentation"], height, width)
+                kind = None if a.get("iscrowd") else _class_of(a, self.class_of)
+            except Exception as error:  # whatever stands there instead of a polygon
+                raise ValueError(f"{picture['file_name']}, annotation {a.get('id')}: {error}") from None
+            if kind is None:
+                crowd |= mask
+            else:
+                found.append((kind, mask))
+        return found, crowd
+
+# %% ../../nbs/data/natural.ipynb #instances-parts-export
+def _read_instances(file):
+    "Content of an instance file; ValueError if it is none"
+    content = read_json(file)
+    missing = [k for k in ("images", "annotations", "categories") if k not in content]
+    if missing:
+        raise ValueError(f"{file} has no {', '.join(missing)}: it is no COCO instance file")
+    return content
+
+
+def _id(entry):
+    return entry["id"]
+
+
+def _count_instances(annotations):
+    return sum(not a.get("iscrowd") for a in annotations)
+
+
+def _class_of(annotation, class_of):
+    "The class of an instance, from 1; ValueError for a category that the file does not list"
+    if annotation["category_id"] not in class_of:
+        raise ValueError(f"category_id {annotation['category_id']} is not in 'categories'")
+    return class_of[annotation["category_id"]]
+
+# %% ../../nbs/data/natural.ipynb #coco-pictures-export
+def label_maps(
+    instances: Sequence[tuple[int, np.ndarray]],  # class and mask `(h,w)` of each, in order
+    crowd: np.ndarray,  # bool `(h,w)`
+) -> dict[str, np.ndarray]:
+    "Maps `(h,w)` of instances and classes, and the pixels to ignore: overlaps, and crowds with no instance on them"
+    masks, classes, count = np.zeros((3, *crowd.shape), np.int64)
+    for number, (kind, mask) in enumerate(instances, 1):
+        masks[mask] = number
+        classes[mask] = kind
+        count += mask
+    ignore = (count > 1) | (crowd & (count == 0))
+    return {"masks": masks, "class_masks": classes, "ignore": ignore}
+
+
+def instance_labels(masks: Tensor, classes: Sequence[int], max_objects: int) -> dict:
+    "`labels` of the contract: class of every instance, and whether it shows in the square"
+    seen = torch.bincount(masks.flatten(), minlength=max_objects + 1)[1:max_objects + 1] > 0
+    padded = torch.tensor([*classes, *[0] * (max_objects - len(classes))])
+    return {"labels": {"visibility": seen.float(), "class": padded}}
+
 # %% ../../nbs/data/natural.ipynb #coco-export
 class CocoScenes(Reader):
     "COCO 2017: `{train,val}2017/*.jpg`, also below `images`, and `annotations/instances_{train,val}2017.json`"
@@ -146,85 +225,28 @@ class CocoScenes(Reader):
         self.split = split_name(split)
         self.flip = flip
         self.slide = slide
-        self.file = _instance_file(self.path, split)
-        with reading(self.file, "It is no COCO instance file, or damaged"):
-            content = _read_instances(self.file)
-            categories = sorted(content["categories"], key=_id)
-            self.class_of = {c["id"]: i for i, c in enumerate(categories, 1)}
-            self.factor_names = {"class": ["none", *(str(c["name"]) for c in categories)]}
-            self.annotations = _by_picture(content["annotations"])
-            pictures = sorted(content["images"], key=_id)
-            counts = [_count_instances(self.annotations[p["id"]]) for p in pictures]
-            self.folder = _coco_folder(self.path, self.split, [p["file_name"] for p in pictures])
-        self.max_objects = max_objects or max([1, *counts])
+        self.file = InstanceFile(_instance_file(self.path, self.split))
+        self.folder = _coco_folder(self.path, self.split, self.file.names)
+        self.factor_names = {"class": self.file.class_names}
+        self.max_objects = max_objects or max([1, *self.file.counts])
         self.limit = f", ≤ {self.max_objects} instances"
-        keep_empty = self.split == "val" if keep_empty is None else keep_empty
-        suitable = _suitable(pictures, counts, self.max_objects, keep_empty)
+        self.keep_empty = self.split == "val" if keep_empty is None else keep_empty
+        suitable = _suitable(self.file, self.max_objects, self.keep_empty)
         self.index = subsample(suitable, n, seed)
-        empty = f" ({len(pictures) - len(suitable):,} without an instance left out)" if not keep_empty else ""
-        self.taken = f"{len(self.index):,} of {len(pictures):,} pictures{empty}; split by {self.file.name}"
+        self.taken = _taken(self, len(suitable))
 
     def __getitem__(self, i: int) -> dict:
         entry = self.index[i]
-        name = entry["file_name"]
-        with reading(f"{self.file}: {name}", "Mend its entries"):
-            if not (self.folder / name).is_file():
-                missing = f"there is no picture {self.folder / name}, which {self.file.name} lists"
-                raise FileNotFoundError(f"{missing}: unpack all pictures there")
-            picture = read_annotated(self.folder / name, _size_of(entry))
-            maps, kinds = _coco_maps(self.annotations[entry["id"]], self.class_of, *picture.size, name)
-        item = cut_alike(picture, maps, self.size, slide=self.slide, flip=self.flip, name=name)
-        return item | instance_labels(item["masks"], kinds, self.max_objects) | {"image_id": Path(name).stem}
+        with reading(f"{self.file.path}: {entry['file_name']}", "Mend its entries"):
+            picture = _coco_picture(self.folder, entry)
+            instances, crowd = self.file.instances(entry, picture.height, picture.width)
+        return _coco_item(self, entry["file_name"], picture, instances, crowd)
 
-# %% ../../nbs/data/natural.ipynb #coco-pictures-export
-def _by_picture(annotations):
-    "The annotations of each picture, by its number; an empty list for a picture without any"
-    found = defaultdict(list)
-    for a in annotations:
-        found[a["image_id"]].append(a)
-    return found
-
-
-def _count_instances(annotations):
-    return sum(not a.get("iscrowd") for a in annotations)
-
-
-def _suitable(pictures, counts, max_objects, keep_empty):
-    "Pictures with enough instances and not too many"
-    for p, count in zip(pictures, counts):
-        if count > max_objects:
-            raise ValueError(f"{p['file_name']} has more than max_objects={max_objects} instances: raise it")
-    return [p for p, count in zip(pictures, counts) if count or keep_empty]
-
-
-def _coco_maps(annotations, class_of, w, h, name):
-    "Label maps of instances and classes, pixels to ignore (crowds, overlaps), and the class of every instance"
-    masks, classes, count = np.zeros((3, h, w), np.int64)
-    crowd = np.zeros((h, w), bool)
-    kinds = []
-    for a in annotations:
-        here = _annotated(a, h, w, name)
-        if a.get("iscrowd"):
-            crowd |= here
-            continue
-        if a["category_id"] not in class_of:
-            missing = f"category_id {a['category_id']} is not in 'categories'"
-            raise ValueError(f"{name}, annotation {a.get('id')}: {missing}")
-        kinds.append(class_of[a["category_id"]])
-        masks[here] = len(kinds)
-        classes[here] = kinds[-1]
-        count += here
-    ignore = (count > 1) | (crowd & (count == 0))
-    return {"masks": masks, "class_masks": classes, "ignore": ignore}, kinds
-
-# %% ../../nbs/data/natural.ipynb #instances-export
-def _id(entry):
-    return entry["id"]
-
-
-def _size_of(entry):
-    "Height and width that a picture had when it was annotated; None where the file does not say"
-    return (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
+# %% ../../nbs/data/natural.ipynb #coco-choice-export
+def _instance_file(path, split):
+    if split not in ("train", "val"):
+        raise ValueError(f"split={split!r}: COCO has annotations for 'train' and 'val' only")
+    return path / "annotations" / f"instances_{split}2017.json"
 
 
 def _coco_folder(path, split, names):
@@ -238,34 +260,41 @@ def _coco_folder(path, split, names):
     return (holding or found)[0]
 
 
-def _instance_file(path, split):
-    if split_name(split) not in ("train", "val"):
-        raise ValueError(f"split={split!r}: COCO has annotations for 'train' and 'val' only")
-    return path / "annotations" / f"instances_{split_name(split)}2017.json"
+def _suitable(file, max_objects, keep_empty):
+    "Pictures with enough instances; ValueError for one that has too many"
+    for name, count in zip(file.names, file.counts):
+        if count > max_objects:
+            raise ValueError(f"{name} has more than max_objects={max_objects} instances: raise it")
+    return [p for p, count in zip(file.pictures, file.counts) if count or keep_empty]
 
 
-def _read_instances(file):
-    "Content of an instance file; ValueError if it is none"
-    content = read_json(file)
-    missing = [k for k in ("images", "annotations", "categories") if k not in content]
-    if missing:
-        raise ValueError(f"{file} has no {', '.join(missing)}: it is no COCO instance file")
-    return content
+def _taken(coco, suitable):
+    "How many of the pictures are read, and why not all"
+    total = len(coco.file.pictures)
+    empty = "" if coco.keep_empty else f" ({total - suitable:,} without an instance left out)"
+    return f"{len(coco.index):,} of {total:,} pictures{empty}; split by {coco.file.path.name}"
+
+# %% ../../nbs/data/natural.ipynb #coco-item-export
+def _size_of(entry):
+    "Height and width that a picture had when it was annotated; None where the file does not say"
+    return (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
 
 
-def _annotated(annotation, h, w, name):
-    "Mask of an annotation; ValueError naming it"
-    try:
-        return mask_of(annotation["segmentation"], h, w)
-    except Exception as error:  # whatever stands there instead of a polygon
-        raise ValueError(f"{name}, annotation {annotation.get('id')}: {error}") from None
+def _coco_picture(folder, entry):
+    "The picture of an entry, as it was annotated"
+    file = folder / entry["file_name"]
+    if not file.is_file():
+        missing = f"there is no picture {file}, which the instance file lists"
+        raise FileNotFoundError(f"{missing}: unpack all pictures there")
+    return read_annotated(file, _size_of(entry))
 
 
-def instance_labels(masks: Tensor, classes: Sequence[int], max_objects: int) -> dict:
-    "`labels` of the contract: class of every instance, and whether it shows in the square"
-    seen = torch.bincount(masks.flatten(), minlength=max_objects + 1)[1:max_objects + 1] > 0
-    padded = torch.tensor([*classes, *[0] * (max_objects - len(classes))])
-    return {"labels": {"visibility": seen.float(), "class": padded}}
+def _coco_item(coco, name, picture, instances, crowd):
+    "The item of a picture, cut to the square of its reader"
+    maps = label_maps(instances, crowd)
+    item = cut_alike(picture, maps, coco.size, slide=coco.slide, flip=coco.flip, name=name)
+    classes = [kind for kind, _ in instances]
+    return item | instance_labels(item["masks"], classes, coco.max_objects) | {"image_id": Path(name).stem}
 
 # %% ../../nbs/data/natural.ipynb #voc-export
 VOC_CLASSES = [

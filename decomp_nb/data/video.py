@@ -110,12 +110,12 @@ class FrameFolder:
 
     def read(self, times: range) -> Frames:
         "The pictures; ValueError naming one of another size than the first"
-        paths = [Path(self.folder, self.files[t]) for t in times]
-        frames = [np.asarray(read_image(path)) for path in paths]
-        for path, frame in zip(paths, frames):
+        files = [self.files[t] for t in times]
+        frames = [np.asarray(read_image(Path(self.folder, file))) for file in files]
+        for file, frame in zip(files, frames):
             if frame.shape != frames[0].shape:
-                sizes = " and ".join("×".join(map(str, f.shape[:2])) for f in (frames[0], frame))
-                raise ValueError(f"frames of {self.folder} are {sizes}, the latter in {path.name}: a video has one size")
+                sizes = f"{_sides(frames[0])} and {_sides(frame)}, the latter in {file}"
+                raise ValueError(f"frames of {self.folder} are {sizes}: a video has one size")
         return np.stack(frames), None, [], {}
 
 
@@ -130,6 +130,10 @@ def frame_folders(path: Path | str) -> list[FrameFolder]:
             check_numbers([frame_number(f) for f in pictures], place)
             found.append(FrameFolder(_name_below(place, path), str(place), tuple(pictures)))
     return found
+
+
+def _sides(frame):
+    return "×".join(map(str, frame.shape[:2]))
 
 
 def _name_below(place, path):
@@ -195,7 +199,7 @@ class SceneClip:
         "Frames, label maps, objects and factors, see `read_scene`"
         return read_scene(self.file, self.scene, slice(times.start, times.stop, times.step))
 
-
+# %% ../../nbs/data/video.ipynb #jpeg-export
 @dataclass(frozen=True, eq=False)
 class JpegClip:
     "A video whose frames are JPEGs in an HDF5 file"
@@ -355,17 +359,24 @@ class VideoClips(SceneReader):
         self,
         path: Path | str,  # a folder of videos, or of split folders; an .h5 or video file
         size: int | None = None,  # side of the square that is returned; None = as stored in HDF5, else 128
-        *, split: str = "all",  # a split folder, what the file says, else whole videos by hash
-        n_frames: int | None = None, frame_offset: int = 1,  # of a clip; None: whole videos
+        *,
+        split: str = "all",  # a split folder, what the file says, else whole videos by hash
+        n_frames: int | None = None,  # of a clip; None: whole videos
+        frame_offset: int = 1,  # distance of two frames that are taken
         clips: str | None = None,  # see `first_frames`; None: see `default_clips`
         max_frames: int | None = None,  # of a video, only so many are used
         videos: Sequence[str] | None = None,  # only these, in this order, such as those of a split file
-        n: int | None = None, seed: int = 0,  # see `subsample`
-        max_objects: int | None = None, crop: int | Sequence[int] | None = None,  # rows of labels; see `crop_box`
-        renumber: bool = False, resample: str = "area",  # or "bilinear": official habits, see above
+        n: int | None = None,  # at most so many clips of the split
+        seed: int = 0,  # which ones `n` draws
+        max_objects: int | None = None,  # rows that labels are padded to; None: the most in the set
+        crop: int | Sequence[int] | None = None,  # see `crop_box`
+        renumber: bool = False,  # objects of every clip anew, an official habit, see above
+        resample: str = "area",  # or "bilinear", the other habit
     ):
         super().__init__(path, size or 128, max_objects or 0, split, crop)
-        self.frame_offset, self.renumber, self.resample = frame_offset, renumber, _checked(resample)
+        self.frame_offset = frame_offset
+        self.renumber = renumber
+        self.resample = _checked(resample)
         _find(self, size, max_objects, videos)
         clips = clips or default_clips(split)
         index, self.n_frames = cut_videos(self.videos, n_frames, frame_offset, clips, max_frames)

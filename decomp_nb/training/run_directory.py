@@ -31,8 +31,8 @@ from .record import read_record
 from .weights import load_weights, restorable, trainable
 
 # %% auto #0
-__all__ = ['CIRCUMSTANCES', 'describe_start', 'RunFiles', 'Run', 'summary', 'run_of_weights', 'load_run', 'find_resume',
-           'check_writable', 'display_path']
+__all__ = ['CIRCUMSTANCES', 'describe_start', 'RunRecord', 'RunFiles', 'Run', 'summary', 'run_of_weights', 'load_run',
+           'find_resume', 'check_writable', 'display_path']
 
 # %% ../../nbs/training/run_directory.ipynb #start-export
 CIRCUMSTANCES = ("precision", "versions", "hardware", "git")  # of a record: may be others at every start
@@ -49,17 +49,48 @@ def describe_start(
     own = {name: asked[name] for name in CIRCUMSTANCES if name in asked}
     return {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "changed": changed, **own}
 
-# %% ../../nbs/training/run_directory.ipynb #run-export
-class RunFiles:
-    "The files of a run directory: what was configured, how it went"
+# %% ../../nbs/training/run_directory.ipynb #record-export
+class RunRecord:
+    "What a run was asked to do, and when it was started"
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.starts_file = self.path / "starts.jsonl"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        "`config.json`, as the run began: name, train, model, data, versions, hardware, git"
+        return read_record(self.config_file)
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        "Every start of the run: step, time, changed settings, precision, versions, hardware, git"
+        return read_metrics(self.starts_file)
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        "`config.json` with the precision, versions and machine of the newest start"
+        last = self.starts[-1] if self.starts else {}
+        return {**self.config, **{name: last[name] for name in CIRCUMSTANCES if name in last}}
+
+    def note_start(self, record: Mapping[str, Any], step: int, goes_on: bool) -> None:
+        "Add a line to `starts.jsonl`; unless the run goes on, write `config.json` first and drop earlier lines"
+        if not goes_on:
+            write_text(self.config_file, json.dumps(record, indent=1, default=str))
+        before = self.starts if goes_on else []
+        starts = [*before, describe_start(record, self.config, step)]
+        write_text(self.starts_file, "".join(json.dumps(start, default=str) + "\n" for start in starts))
+
+# %% ../../nbs/training/run_directory.ipynb #run-export
+class RunFiles(RunRecord):
+    "The files of a run directory: what was asked for, how it went"
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / "pictures"
         self.metrics_file = self.path / "metrics.jsonl"
-        self.config_file = self.path / "config.json"
-        self.starts_file = self.path / "starts.jsonl"
 
     @property
     def started(self) -> bool:
@@ -76,38 +107,18 @@ class RunFiles:
         "Make the folders, write `config.json` unless it tells of a training, note the start, drop later metrics"
         self.checkpoints.mkdir(exist_ok=True)
         self.pictures.mkdir(exist_ok=True)
-        begun = self.trained and self.config_file.exists()
-        if not begun:
-            write_text(self.config_file, json.dumps(record, indent=1, default=str))
-        starts = [*(self.starts if begun else []), describe_start(record, self.config, step)]
-        write_text(self.starts_file, "".join(json.dumps(start, default=str) + "\n" for start in starts))
+        self.note_start(record, step, goes_on=self.trained and self.config_file.exists())
         rewind_metrics(self.metrics_file, step)
-
-    @property
-    def starts(self) -> list[dict[str, Any]]:
-        "Every start of the run: step, time, changed settings, precision, versions, hardware, git"
-        return read_metrics(self.starts_file)
-
-    def last_step(self, kind: str) -> int:
-        "Step of the last line of metrics of this kind; 0 where there is none"
-        rows = self.metrics(kind)
-        return rows[-1]["step"] if rows else 0
-
-    @property
-    def config(self) -> dict[str, Any]:
-        "`config.json`, as the run began: name, train, model, data, versions, hardware, git"
-        return read_record(self.config_file)
-
-    @property
-    def latest(self) -> dict[str, Any]:
-        "`config.json` with the precision, versions and machine of the newest start"
-        last = self.starts[-1] if self.starts else {}
-        return {**self.config, **{name: last[name] for name in CIRCUMSTANCES if name in last}}
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         "Lines of `metrics.jsonl`: `kind` 'train', 'eval' or all"
         rows = read_metrics(self.metrics_file)
         return rows if kind is None else [row for row in rows if any(map(_is_score, row)) == (kind == "eval")]
+
+    def last_step(self, kind: str) -> int:
+        "Step of the last line of metrics of this kind; 0 where there is none"
+        rows = self.metrics(kind)
+        return rows[-1]["step"] if rows else 0
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         "Steps and values of one quantity, such as `loss` or `eval/fg_ari`"
@@ -116,6 +127,10 @@ class RunFiles:
             there = sorted(set().union(*self.metrics()) - {"step"})
             raise KeyError(f"no {name!r} in {self.metrics_file.name}; there are {', '.join(there)}")
         return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def _is_score(name):
+    return name.startswith("eval/")
 
 # %% ../../nbs/training/run_directory.ipynb #trained-export
 class Run(RunFiles):
@@ -157,10 +172,6 @@ class Run(RunFiles):
         return "\n".join(["| | |", "|---|---|", *rows])
 
 # %% ../../nbs/training/run_directory.ipynb #summary-export
-def _is_score(name):
-    return name.startswith("eval/")
-
-
 def summary(run: Run) -> dict[str, str]:
     "The run in a few words: name, model, steps, loss, time, speed, last scores"
     train = run.metrics("train")
