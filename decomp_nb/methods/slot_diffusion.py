@@ -10,6 +10,7 @@ from ..components.samplers import SinglestepSolver
 from ..components.presets import from_preset
 from decomp_nb.components.slot_model import (
     DiffusionSlotModel,
+    clip_encoder,
     moving_encoder,
     published_encoder,
     small_encoder,
@@ -80,7 +81,7 @@ _NEAR_NOISE = dict(
 
 
 def slot_diffusion_preset(
-    name: str = "shapes",  # "shapes", of clips "moving" (CPU), "tiny", "tiny_clips"; published: "clevrtex", "movi_d" …
+    name: str = "shapes",  # "shapes", of clips "moving", "clusters" (CPU), "tiny", "tiny_clips"; published: "clevrtex", "movi_d" …
     **changes,  # keys of `SlotDiffusion`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SlotDiffusion` for a known setting; the published ones need `latents_path`, a trained VQ-VAE"
@@ -97,6 +98,7 @@ def slot_diffusion_preset(
         "voc": _published(6, 224, 192, DINO),
         "tiny_clips": moving_encoder(32, 5, stride=1) | dict(denoiser_config=tiny_unet),
         "moving": moving_encoder() | _NEAR_NOISE | dict(patch_size=4, denoiser_config=shapes_unet),
+        "clusters": clip_encoder() | _NEAR_NOISE | dict(patch_size=4, denoiser_config=shapes_unet),
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex", "physion"):
         presets[video] = video_encoder(video) | dict(denoiser_config=slot_diffusion_denoiser(32))
