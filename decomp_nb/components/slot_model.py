@@ -467,6 +467,6 @@ def moving_encoder(image_size: int = 64, n_slots: int = 7, *, stride: int = 2) -
 
 def clip_encoder(image_size: int = 64, n_slots: int = 8, *, stride: int = 2) -> dict:
     "The same with slots that are clusters of whole clips (`ClipClusters`): nothing has to be predicted"
-    config = small_encoder(image_size, n_slots, stride=stride)
     slots = dict(kind="clip_clusters", n_slots=n_slots, slot_dim=128, out_dim=64, sharpness=128.0)
-    return config | dict(slots_config=slots, tracking_config={}, zoom=2.0)
+    eyes = small_encoder(image_size, n_slots, stride=stride)
+    return eyes | dict(slots_config=slots, tracking_config={}, zoom=2.0)
