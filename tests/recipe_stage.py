@@ -20,6 +20,7 @@ from small_data import (
     write_cars,
     write_celeba,
     write_clevrtex,
+    write_clips,
     write_coco,
     write_dump,
     write_places,
@@ -158,8 +159,13 @@ def write_data(data: Path) -> None:
     write_coco(data / "coco", train=(8, 9, 10))
     write_voc(data / "voc", train=("2008_000002", "2008_000003"))
     write_clevrtex(data / "clevrtex")
-    for split, videos in {"train": range(3), "validation": range(3, 5)}.items():
-        write_dump(data / "movi-e" / f"movi-e-{split}-with-label", "lsd", videos, 2)
+    for split, videos, frames in (("train", range(3), 3), ("validation", range(3, 5), 24)):
+        write_dump(data / "movi-e" / f"movi-e-{split}-with-label", "lsd", videos, frames)
+        write_dump(data / "movi-d" / split, "slot_diffusion", videos, frames)
+    for name in ("movi-solid", "movi-tex"):  # no split folders: whole videos by hash
+        write_dump(data / name, "steve", range(12), 24)
+    for split in ("train", "val"):
+        write_clips(data / "clevr_video" / f"clevr_video_{split}.h5", 3, 8, 64)
     write_shapes(data / "3dshapes.h5", Shapes3D(sizes=(2, 3, 2, 2, 4, 3), size=64))
     np.savez(
         data / "mpi3d_toy.npz", images=np.random.default_rng(0).integers(0, 255, (96, 64, 64, 3), np.uint8)

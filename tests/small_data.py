@@ -145,6 +145,17 @@ def write_dump(root: Path, layout: str, videos: range, frames: int = 4) -> Path:
     return root
 
 
+def write_clips(path: Path, n: int = 3, frames: int = 8, size: int = 64) -> Path:
+    "Clips in the layout of rendered videos: squares that move to the right and come back on the left"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scenes = [draw(i, size, size, 2 + i % 3) for i in range(n)]
+    moved = {key: np.stack([[np.roll(s[key], t, 1) for t in range(frames)] for s in scenes]) for key in ("image", "mask")}
+    with h5py.File(path, "w") as f:
+        f["video"], f["mask"] = moved["image"], moved["mask"][..., None]
+        f["visibility"] = np.stack([[1.0] + [1.0] * s["k"] + [0.0] * (4 - s["k"]) for s in scenes]).astype(np.float32)
+    return path
+
+
 # -- photographs ------------------------------------------------------------------------
 
 

@@ -166,7 +166,8 @@ def track(
     "Slots, projected slots and attention of every frame: an axis t stands after b"
     if state is None:
         if slots is None:
-            slots = slot_attention.start_on(features[:, 0], n_slots=n_slots, noise=noise, generator=generator)
+            seen = features if getattr(slot_attention, "whole_clip", False) else features[:, 0]
+            slots = slot_attention.start_on(seen, n_slots=n_slots, noise=noise, generator=generator)
         state = TrackState(slots, origin=slots, n_frames=0)
     frames = []
     for frame in features.unbind(1):

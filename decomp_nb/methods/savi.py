@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 
 from ..components.mixture_model import MixtureSlotModel
 from ..components.presets import from_preset
-from ..components.slot_model import add_losses, moving_encoder, video_encoder
+from ..components.slot_model import add_losses, clip_encoder, moving_encoder, video_encoder
 
 # %% auto #0
 __all__ = ['SAVi', 'savi_preset']
@@ -51,7 +51,7 @@ class SAVi(MixtureSlotModel):
 
 # %% ../../nbs/methods/savi.ipynb #preset-export
 def savi_preset(
-    name: str = "moving",  # "moving" (64 pixels, CPU), "tiny"; published: "movi_d" …, "savi_small", "savi_boxes"
+    name: str = "moving",  # "moving", "clusters" (CPU), "tiny"; published: "movi_d" …, "savi_small", "savi_boxes"
     **changes,  # keys of `SAVi`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SAVi` for a known setting"
@@ -61,6 +61,9 @@ def savi_preset(
     presets = {
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=dict(channels=[32, 32, 32], start=8)),
+        "clusters": clip_encoder() | dict(
+            decoder_config=dict(channels=[32, 24, 16], start=8), mask_source="attention"
+        ),
         "savi_small": original,
         "savi_boxes": original | boxes,
     }

@@ -10,6 +10,7 @@ from ..components.samplers import SinglestepSolver
 from ..components.presets import from_preset
 from decomp_nb.components.slot_model import (
     DiffusionSlotModel,
+    clip_encoder,
     cluster_encoder,
     moving_encoder,
     published_encoder,
@@ -80,17 +81,17 @@ _NEAR_NOISE = dict(
 )
 
 
-def _drawn() -> dict:
+def _drawn(encoder: dict) -> dict:
     "Slots that say where they lie, in the latents of the autoencoder that comes with the package"
     unet = slot_diffusion_denoiser(
         8, channels=(96,), attention_levels=(0,), layers_per_block=1, slot_dim=192, in_channels=8, groups=8, dropout=0.0
     )
     options = dict(latents_path="drawn_dc", timestep_strength=2.0, denoiser_config=unet, layout_channels=32)
-    return cluster_encoder(layout=True) | _NEAR_NOISE | dict(zoom=2.0, merge_threshold=0.95) | options
+    return encoder | _NEAR_NOISE | dict(zoom=2.0, merge_threshold=0.95) | options
 
 
 def slot_diffusion_preset(
-    name: str = "shapes",  # "shapes", "drawn", of clips "moving" (CPU), "tiny", "tiny_clips"; published: "clevrtex", "movi_d" …
+    name: str = "shapes",  # "shapes", "drawn", of clips "moving", "clusters" (CPU), "tiny", "tiny_clips", published ones
     **changes,  # keys of `SlotDiffusion`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SlotDiffusion` for a known setting; the published ones need `latents_path`, a trained VQ-VAE"
@@ -100,7 +101,7 @@ def slot_diffusion_preset(
     presets = {
         "tiny": small_encoder(32, 5, stride=1) | dict(denoiser_config=tiny_unet),
         "shapes": small_encoder() | _NEAR_NOISE | dict(patch_size=4, zoom=2.0, denoiser_config=shapes_unet),
-        "drawn": _drawn(),
+        "drawn": _drawn(cluster_encoder(layout=True)),
         "clevrtex": _published(11),
         "celeba": _published(4),
         "movi": _published(15),
@@ -108,6 +109,7 @@ def slot_diffusion_preset(
         "voc": _published(6, 224, 192, DINO),
         "tiny_clips": moving_encoder(32, 5, stride=1) | dict(denoiser_config=tiny_unet),
         "moving": moving_encoder() | _NEAR_NOISE | dict(patch_size=4, denoiser_config=shapes_unet),
+        "clusters": _drawn(clip_encoder(layout=True)),
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex", "physion"):
         presets[video] = video_encoder(video) | dict(denoiser_config=slot_diffusion_denoiser(32))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..components.dvae import gumbel_softmax
 from ..components.presets import from_preset
-from ..components.slot_model import add_losses, moving_encoder, video_encoder
+from ..components.slot_model import add_losses, clip_encoder, moving_encoder, video_encoder
 from ..components.token_model import TokenSlotModel
 from ..decomposer import fold_batch
 
@@ -61,7 +61,7 @@ class STEVE(TokenSlotModel):
 
 # %% ../../nbs/methods/steve.ipynb #preset-export
 def steve_preset(
-    name: str = "moving",  # "moving" (64 pixels, CPU), "tiny"; published (128 pixels): "movi_d", "movi_tex" …
+    name: str = "moving",  # "moving", "clusters" (64 pixels, CPU), "tiny"; published (128 pixels): "movi_d" …
     **changes,  # keys of `STEVE`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `STEVE` for a known setting"
@@ -71,6 +71,7 @@ def steve_preset(
     presets = {
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=moving),
+        "clusters": clip_encoder() | dict(decoder_config=moving),
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex"):
         presets[video] = video_encoder(video) | dict(decoder_config=published)

@@ -17,7 +17,7 @@ from ..checks import check_pictures
 
 # %% auto #0
 __all__ = ['FeatureExtractor', 'extract', 'damage', 'ConvExtractor', 'OwnExtractor', 'train_extractor', 'SceneExtractor',
-           'scene_extractor', 'ScriptExtractor', 'load_extractor']
+           'scene_extractor', 'ScriptExtractor', 'load_script', 'load_extractor']
 
 # %% ../../nbs/metrics/extractors.ipynb #features-export
 class FeatureExtractor(Protocol):
@@ -217,8 +217,8 @@ class ScriptExtractor:
         return self.network(integers, **self.options).flatten(1)
 
 
-def load_extractor(path: str | Path, name: str | None = None) -> ScriptExtractor:
-    "An extractor from a local TorchScript file, named after it; errors say what is wrong with the file"
+def load_script(path: str | Path) -> torch.jit.ScriptModule:
+    "A network from a local TorchScript file; errors say what is wrong with the file"
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a TorchScript file or use train_extractor()")
@@ -228,4 +228,9 @@ def load_extractor(path: str | Path, name: str | None = None) -> ScriptExtractor
     except (RuntimeError, ValueError) as error:
         message = f"{path.name} is not a TorchScript file (a state dict cannot be used: it has no network)"
         raise ValueError(message) from error
-    return ScriptExtractor(network.eval(), name or path.stem)
+    return network.eval()
+
+
+def load_extractor(path: str | Path, name: str | None = None) -> ScriptExtractor:
+    "An extractor from a local TorchScript file, named after it"
+    return ScriptExtractor(load_script(path), name or Path(path).stem)

@@ -6,12 +6,22 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from .segmentation import SceneScores, contingency, iou_of_table, scene_scores, segmentation
+from decomp_nb.metrics.segmentation import (
+    SceneScores,
+    colour_partition,
+    contingency,
+    iou_of_table,
+    match,
+    scene_scores,
+    segmentation,
+)
 
 # %% auto #0
-__all__ = ['video_labels', 'frame_tables', 'video_scores', 'frame_scores', 'identity_switches', 'VideoScores']
+__all__ = ['video_labels', 'frame_tables', 'video_scores', 'frame_scores', 'identity_switches', 'VideoScores', 'link_labels',
+           'colour_clips']
 
 # %% ../../nbs/metrics/video_segmentation.ipynb #video-tables-export
 def video_labels(
@@ -121,3 +131,31 @@ class VideoScores:
         means = {name: float(values.nanmean()) for name, values in columns.items()}
         share = float(switches.sum() / chances.sum())
         return means | dict(switches=share, n_videos=len(chances))
+
+# %% ../../nbs/metrics/video_segmentation.ipynb #link-export
+def link_labels(
+    labels: Tensor,  # `(b,t,h,w)`, each frame taken apart by itself
+    k: int,  # labels are 0 … k−1
+) -> Tensor:
+    "The same segments with the numbers of those that they overlap most with in the frame before"
+    linked = [labels[:, 0]]
+    for frame in labels.unbind(1)[1:]:
+        overlap = iou_of_table(contingency(frame, linked[-1], n_true=k, n_pred=k))
+        number = match(overlap)
+        linked.append(torch.take_along_dim(number, frame.flatten(1), 1).view_as(frame))
+    return torch.stack(linked, 1)
+
+# %% ../../nbs/metrics/video_segmentation.ipynb #colours-export
+def colour_clips(
+    clips: Tensor,  # `(b,t,3,h,w)`
+    k: int,
+    seed: int = 0,
+    *,
+    whole: bool = True,  # clusters of all frames together; False: of each frame, then see `link_labels`
+) -> Tensor:
+    "Labels `(b,t,h,w)`: the pixels in k clusters of colour"
+    b, t = clips.shape[:2]
+    if not whole:
+        return colour_partition(clips.flatten(0, 1), k, seed).unflatten(0, (b, t))
+    stacked = rearrange(clips, "b t c h w -> b c (t h) w")
+    return rearrange(colour_partition(stacked, k, seed), "b (t h) w -> b t h w", t=t)

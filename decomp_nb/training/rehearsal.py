@@ -37,6 +37,9 @@ _SMALLER = {  # the most that a rehearsal takes of what makes a run long
     "held_out": 1,
     "located": 2,
     # repetitions
+    "eval_clips": 4,
+    "n_clips": 4,
+    "draw_clips": 2,
     "eval_seeds": 1,
     "seeds": 1,
     "n_evaluations": 1,
