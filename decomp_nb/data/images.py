@@ -25,7 +25,7 @@ from .reader import Reader, choose_split, evenly, name_words, split_name, subsam
 # %% auto #0
 __all__ = ['turn_upright', 'to_rgb', 'grey_levels', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'read_annotated',
            'square_image', 'image_suffixes', 'walk_folders', 'FoundImages', 'find_images', 'list_images', 'counted',
-           'taken_of', 'image_groups', 'ImageFolder']
+           'taken_of', 'has_frames', 'frames_note', 'image_groups', 'ImageFolder']
 
 # %% ../../nbs/data/images.ipynb #to-rgb-export
 _TURNS = {
@@ -312,6 +312,30 @@ def taken_of(
     skipped = f", {counted(found.skipped)} skipped" if found.skipped else ""
     return f"{line}{skipped}; {how}"
 
+# %% ../../nbs/data/images.ipynb #frames-export
+_MAY_HOLD_FRAMES = {".gif", ".tif", ".tiff", ".webp", ".apng", ".avif"}
+
+
+def has_frames(file: Path | str) -> bool:
+    "Whether a picture file holds more than one frame; False for one that cannot be read"
+    try:
+        with Image.open(file) as picture:
+            picture.seek(1)
+    except Exception:  # the end of the frames, or whatever a decoder raises
+        return False
+    return True
+
+
+def frames_note(folder: Path, files: Sequence[str]) -> str:
+    "`, of several frames in 3 of 5 .gif the first is read`, or nothing; looks at up to 500 files"
+    possible = [file for file in files if Path(file).suffix.lower() in _MAY_HOLD_FRAMES]
+    looked_at = [possible[i] for i in evenly(len(possible), 500)] if possible else []
+    count = sum(has_frames(folder / file) for file in looked_at)
+    if not count:
+        return ""
+    kinds = " and ".join(sorted({Path(file).suffix.lower() for file in looked_at}))
+    return f", of several frames in {count:,} of {len(looked_at):,} {kinds} the first is read"
+
 # %% ../../nbs/data/images.ipynb #group-export
 _VIDEO_WORDS = set("clip clips video videos vid sequence sequences seq frames shot take episode".split())
 
@@ -365,7 +389,7 @@ class ImageFolder(Reader):
         if groups != found.files and how.startswith("split by hash"):
             how = "split by hash of folders, whose numbered pictures are taken for frames of a video"
         self.index = self.files = subsample([found.files[i] for i in chosen], n, seed)
-        self.taken = taken_of(len(self.files), found, how, len(chosen))
+        self.taken = taken_of(len(self.files), found, how, len(chosen)) + frames_note(self.path, self.files)
 
     def __getitem__(self, i: int) -> dict:
         at_least = 2 * self.size if self.crop is None else None  # a box names pixels of the full picture
