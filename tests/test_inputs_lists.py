@@ -150,7 +150,7 @@ def test_of_several_frames_the_first_is_read_and_the_line_says_so(tmp_path, suff
     data = ImageFolder(tmp_path, 16)
     for i in range(3): torch.testing.assert_close(data[i]["image"], data[2]["image"], atol=0.02, rtol=0)
     assert len(data) == 3
-    assert f"of several frames in 1 of 2 .{suffix.lower()} the first is read" in data.taken
+    assert f"several frames in 1 of 2 .{suffix.lower()}: the first is read" in data.taken
     validate_dataset(data)
     assert "the first is read" in capsys.readouterr().out
 

@@ -327,14 +327,14 @@ def has_frames(file: Path | str) -> bool:
 
 
 def frames_note(folder: Path, files: Sequence[str]) -> str:
-    "`, of several frames in 3 of 5 .gif the first is read`, or nothing; looks at up to 500 files"
+    "`; several frames in 3 of 5 .gif: the first is read`, or nothing; looks at up to 500 files"
     possible = [file for file in files if Path(file).suffix.lower() in _MAY_HOLD_FRAMES]
     looked_at = [possible[i] for i in evenly(len(possible), 500)] if possible else []
     count = sum(has_frames(folder / file) for file in looked_at)
     if not count:
         return ""
     kinds = " and ".join(sorted({Path(file).suffix.lower() for file in looked_at}))
-    return f", of several frames in {count:,} of {len(looked_at):,} {kinds} the first is read"
+    return f"; several frames in {count:,} of {len(looked_at):,} {kinds}: the first is read"
 
 # %% ../../nbs/data/images.ipynb #group-export
 _VIDEO_WORDS = set("clip clips video videos vid sequence sequences seq frames shot take episode".split())
