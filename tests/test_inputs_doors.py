@@ -1,5 +1,6 @@
 "What people hand to `encode`, the scores and the verbs of factors: ranges, shapes, types and numbers that do not fit"
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,11 +8,15 @@ import torch
 
 from decomp_nb import Factors, load_decomposer, shipped
 from decomp_nb.checks import UnitRangeWarning, check_pictures
+from decomp_nb.components.library import build_library
+from decomp_nb.components.slot_sets import repaint
 from decomp_nb.data.catalog import validate_dataset
 from decomp_nb.decomposer import Method
 from decomp_nb.metrics import segmentation as seg
 from decomp_nb.metrics.extractors import extract
 from decomp_nb.metrics.generation import mse, psnr, reconstruction_scores, ssim
+from decomp_nb.training.config import TrainConfig
+from decomp_nb.training.trainer import Trainer
 from decomp_nb.worlds.scenes import Scenes
 
 
@@ -120,6 +125,32 @@ def test_the_check_costs_one_minimum_and_maximum(images, monkeypatch):
     assert calls == [images.shape]
 
 
+def test_repainting_looks_at_its_pictures(images, model):
+    factors = model.encode(images)
+    with pytest.raises(ValueError, match="/ 127.5 - 1"): repaint(model, (images + 1) * 127.5, factors, torch.ones(4, 1, 64, 64), steps=1)
+
+
+class Painter(Method):
+    "Learns the mean colour; what it is called says whether it belongs to this library"
+
+    def __init__(self):
+        super().__init__()
+        self.colour = torch.nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+    def forward(self, batch): return {"loss": (self.colour - batch["image"].float()).square().mean()}
+
+
+@pytest.mark.parametrize("change, match", [(lambda x: (x + 1) * 127.5, "training pictures have values from .*/ 127.5 - 1"), (lambda x: ((x + 1) * 127.5).byte(), "training pictures are torch.uint8"),
+                                           (lambda x: x.masked_fill(x > 0.5, torch.nan), "training pictures.*NaN"), (lambda x: x / 0, "infinite")])
+def test_a_training_looks_at_its_pictures(tmp_path, images, monkeypatch, change, match):
+    options = TrainConfig(out_dir=str(tmp_path / "run"), max_steps=1, batch_size=2, trackers="", cpu=True)
+    if "NaN" not in match and "infinite" not in match: Trainer(Painter(), Pictures(change(images)), options).fit()  # a model from elsewhere knows what it takes
+    monkeypatch.setattr(Painter, "__module__", "decomp_nb.methods.painter")
+    with pytest.raises(ValueError, match=match): Trainer(Painter(), Pictures(change(images)), replace(options, out_dir=str(tmp_path / "own"))).fit()
+    assert not (tmp_path / "own").exists()
+    with pytest.warns(UnitRangeWarning, match="training pictures"): Trainer(Painter(), Pictures((images + 1) / 2), replace(options, out_dir=str(tmp_path / "unit"))).fit()
+
+
 # -- row 9: shapes of label maps --------------------------------------------------------------------------------------
 
 TRUE = torch.arange(4).repeat_interleave(16).reshape(1, 8, 8).repeat(3, 1, 1)
@@ -169,6 +200,22 @@ def test_factors_that_do_not_exist_are_refused_by_all_verbs(index):
     for verb in (SEVEN.pick, SEVEN.drop, lambda i: SEVEN.replace(i, SEVEN), lambda i: SEVEN.replace(0, SEVEN, i), lambda i: SEVEN.replace(i, SEVEN, 0)):
         with pytest.raises((IndexError, ValueError), match="factor|donors") as error: verb(index)
         assert error.type in (IndexError, ValueError)
+
+
+@pytest.mark.parametrize("index", [True, torch.tensor([[True]])], ids=str)
+def test_yes_is_no_number_of_a_factor(index):
+    with pytest.raises(IndexError, match="factors.*numbers|integers"): SEVEN.pick(index)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert SEVEN.pick(np.int64(3)).codes[0, :, 0].tolist() == [3] and SEVEN.drop(np.array([0, 6])).codes[0, :, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("number", [4, -1, 99])
+def test_a_library_refuses_concepts_and_pictures_that_it_does_not_have(number):
+    library = build_library(Factors(torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))), 4)
+    for ask in (library.nearest, library.recipe, lambda i: library.compose([i])):
+        with pytest.raises((IndexError, ValueError), match=f"{number} (was named|is empty or unknown)"): ask(number)
 
 
 def test_negative_numbers_count_from_the_end_in_every_picture():

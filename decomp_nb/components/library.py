@@ -18,6 +18,11 @@ from ..factors import Factors
 __all__ = ['ConceptLibrary', 'build_library', 'cutouts']
 
 # %% ../../nbs/components/library.ipynb #library-export
+def _check_number(what, number, count):
+    if not 0 <= number < count:
+        raise IndexError(f"{what} {number} was named, but the library has {count}: 0 to {count - 1}")
+
+
 @dataclass
 class ConceptLibrary:
     "Codes of many pictures sorted into `c` concepts"
@@ -38,6 +43,7 @@ class ConceptLibrary:
 
     def nearest(self, concept: int, n: int = 8) -> Tensor:
         "Entries `(n,)` nearest to a centre, best first, at most one per picture"
+        _check_number("concept", concept, self.n_concepts)
         distance = (self._placed(self.codes) - self.centers[concept]).norm(dim=-1)
         first = {}
         for i in distance.argsort().tolist():
@@ -50,6 +56,7 @@ class ConceptLibrary:
 
     def recipe(self, picture: int) -> list[int]:
         "Which concepts a picture of the library is made of"
+        _check_number("picture", picture, int(self.origin[:, 0].max()) + 1)
         return self.labels[self.origin[:, 0] == picture].tolist()
 
     def compose(self, recipe: Sequence[int], n: int = 1, *, generator: torch.Generator | None = None) -> Factors:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,12 +40,17 @@ _TURNS = {
 }
 
 
+def _turn_of(picture):
+    "How a picture is to be turned, None where EXIF is missing or broken"
+    try:
+        return _TURNS.get(picture.getexif().get(0x0112))
+    except Exception:  # EXIF is written by everybody; its decoder raises anything
+        return None
+
+
 def turn_upright(picture: Image.Image) -> Image.Image:
     "The picture as its EXIF orientation says it is to be seen; as it is where EXIF is missing or broken"
-    try:
-        turn = _TURNS.get(picture.getexif().get(0x0112))
-    except Exception:  # EXIF is written by everybody; its decoder raises anything
-        turn = None
+    turn = _turn_of(picture)
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -69,10 +75,11 @@ def to_rgb(
 def grey_levels(grey: np.ndarray, mode: str, is_png: bool = False) -> tuple[float, float]:
     "The numbers of black and white in a PIL picture of mode I or F; ValueError where nothing says so"
     low, high = float(grey.min()), float(grey.max())
-    white = 1 if mode == "F" and high <= 1 else 255
+    white = 1 if mode == "F" and high <= 1.001 else 255  # some were computed, and are a little above 1
     if mode.startswith("I;16") or is_png or high > 255:
         white = 65535  # PNG keeps greys above 8 bits as 16
-    if low < 0 or high > 65535 or white == 65535 and 0 < high < 4096:
+    unlikely = {255: high < 32, 65535: high < 4096}.get(white, False)  # next to black
+    if low < 0 or high > 65535 or high > 0 and unlikely:
         need = "pass levels=(black, white), such as (0, 4095) for 12 bits, or save it with 8 bits"
         seen = f"its greys go from {low:g} to {high:g}, and nothing says which numbers are black and white"
         raise ValueError(f"{seen}: {need}")
@@ -175,6 +182,7 @@ def read_annotated(
     "The picture whose pixels an annotation counts, as stored or upright; ValueError where neither has its size"
     stored = read_image(file, upright=False)
     if hw is None or stored.size == (hw[1], hw[0]):
+        _warn_of_turn(file, hw)
         return stored
     turned = read_image(file)
     if turned.size == (hw[1], hw[0]):
@@ -182,6 +190,19 @@ def read_annotated(
     found = f"image {printable(str(file))} is {stored.height}×{stored.width}"
     wanted = f"its annotation is for {hw[0]}×{hw[1]} (height×width)"
     raise ValueError(f"{found}, but {wanted}: one of them was resized")
+
+# %% ../../nbs/data/images.ipynb #annotated-unsure-export
+def _warn_of_turn(file, hw):
+    "UserWarning where a picture is to be turned, and its size does not tell whether its annotation knew that"
+    with reading(f"image {file}"), Image.open(file) as picture:
+        turn = _turn_of(picture)
+    if turn is None:
+        return
+    keeps_size = turn in (_TURNS[2], _TURNS[3], _TURNS[4]) or hw is None or hw[0] == hw[1]
+    if keeps_size:
+        seen = f"image {printable(str(file))} says that it is to be turned or mirrored"
+        unsure = "its size does not tell whether its annotation was made before or after that"
+        warnings.warn(f"{seen}, and {unsure}: it is taken as stored; save it without the note", stacklevel=2)
 
 # %% ../../nbs/data/images.ipynb #square-export
 def square_image(
@@ -352,8 +373,8 @@ def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]
 
 
 def _are_frames(paths):
-    "Whether all files are numbered and lie in folders such as `clip7`; a class `7` is no video"
-    numbered = all(Path(p).stem.split("_")[0].isdigit() for p in paths)
+    "Whether all files have numbers and lie in folders such as `clip7`; a class `7` is no video"
+    numbered = all(any(map(str.isdigit, Path(p).stem)) for p in paths)
     parents = {Path(p).parent for p in paths}
     return numbered and all(_VIDEO_WORDS & set(name_words(parent.as_posix())) for parent in parents)
 

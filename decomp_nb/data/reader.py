@@ -64,7 +64,8 @@ def _shuffled(name):
 
 # %% ../../nbs/data/reader.ipynb #folder-names-export
 _SPLIT_OF = {spelling: short for short, spellings in SPLIT_NAMES.items() for spelling in spellings}
-_SPLIT_OF |= {"trainval": "train", "trainset": "train", "valset": "val", "testset": "test", "eval": "val"}
+_SPLIT_OF |= {"trainval": "train", "trainset": "train", "valset": "val", "testset": "test", "devset": "val"}
+_SPLIT_OF |= {"eval": "val", "evaluation": "val"}
 
 
 def name_words(name: str) -> list[str]:
