@@ -40,7 +40,7 @@ def check_range(low: float, high: float, name: str, limit: float = 1.001) -> Non
         raise ValueError(f"{seen}: they hold NaN or infinite values")
     if low < -limit or high > limit:
         are_bytes = low > -0.5 and high > 2  # some were computed, and are a little below 0
-        how = f"{name} / 127.5 - 1" if are_bytes else "them scaled or clamped"
+        how = "x / 127.5 - 1" if are_bytes else "them scaled or clamped"
         raise ValueError(f"{seen}: pass {how}")
     if in_unit_range(low, high):
         _warn_of_unit_range(name)
@@ -66,7 +66,7 @@ def check_pictures(
         hint = ": add a batch axis with [None]" if images.dim() == 3 else ""
         raise ValueError(f"{found}, expected are pictures (b,3,h,w) or clips (b,t,3,h,w){hint}")
     if not images.is_floating_point():
-        raise ValueError(f"{found}, expected are floats in [−1,1]: pass {name} / 127.5 - 1")
+        raise ValueError(f"{found}, expected are floats in [−1,1]: pass x / 127.5 - 1")
     if images.numel() and images.device.type != "meta":
         check_range(*value_range(images), name, limit)
 
