@@ -212,9 +212,9 @@ def test_numbers_of_numpy_are_numbers():
 
 
 @pytest.mark.parametrize("number", [4, -1, 99])
-def test_a_library_refuses_concepts_and_pictures_that_it_does_not_have(number):
+def test_a_library_refuses_concepts_that_it_does_not_have(number):
     library = build_library(Factors(torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))), 4)
-    for ask in (library.nearest, library.recipe, lambda i: library.compose([i])):
+    for ask in (library.nearest, lambda i: library.compose([i])):
         with pytest.raises((IndexError, ValueError), match=f"{number} (was named|is empty or unknown)"): ask(number)
 
 

@@ -165,7 +165,8 @@ def test_levels_say_which_numbers_are_black_and_white(tmp_path, name, levels):
                                     np.zeros((16, 16), np.uint16)])
 def test_usual_greys_need_no_levels(tmp_path, values):
     image = to_image_tensor(read_image(grey(tmp_path / "a.tiff", values)))
-    assert image.min() == -1 and image.max() == (1 if values.any() else -1)
+    expected = RAMP * 2 - 1 if values.any() else np.full((16, 16), -1.0)
+    torch.testing.assert_close(image.double(), torch.from_numpy(expected).expand(3, -1, -1), atol=0.01, rtol=0)
 
 
 def test_a_set_that_shows_nothing_is_refused(tmp_path):
@@ -211,6 +212,7 @@ def test_orientation_is_followed_once_in_all_formats(tmp_path, suffix):
     half().save(tmp_path / f"a.{suffix}", exif=tagged(6))
     picture = read_image(tmp_path / f"a.{suffix}")
     assert picture.size == (20, 40) and to_rgb(picture).size == (20, 40)
+    assert picture.getpixel((10, 5))[0] > 200 > 60 > picture.getpixel((10, 35))[0]  # red came to lie above blue
     if suffix == "tiff": return  # Pillow turns those while it loads
     stored = read_image(tmp_path / f"a.{suffix}", upright=False)
     assert stored.size == (40, 20) and to_rgb(stored).size == (40, 20)

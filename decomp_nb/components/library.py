@@ -18,11 +18,6 @@ from ..factors import Factors
 __all__ = ['ConceptLibrary', 'build_library', 'cutouts']
 
 # %% ../../nbs/components/library.ipynb #library-export
-def _check_number(what, number, count):
-    if not 0 <= number < count:
-        raise IndexError(f"{what} {number} was named, but the library has {count}: 0 to {count - 1}")
-
-
 @dataclass
 class ConceptLibrary:
     "Codes of many pictures sorted into `c` concepts"
@@ -43,7 +38,7 @@ class ConceptLibrary:
 
     def nearest(self, concept: int, n: int = 8) -> Tensor:
         "Entries `(n,)` nearest to a centre, best first, at most one per picture"
-        _check_number("concept", concept, self.n_concepts)
+        _check_concept(concept, self.n_concepts)
         distance = (self._placed(self.codes) - self.centers[concept]).norm(dim=-1)
         first = {}
         for i in distance.argsort().tolist():
@@ -56,7 +51,6 @@ class ConceptLibrary:
 
     def recipe(self, picture: int) -> list[int]:
         "Which concepts a picture of the library is made of"
-        _check_number("picture", picture, int(self.origin[:, 0].max()) + 1)
         return self.labels[self.origin[:, 0] == picture].tolist()
 
     def compose(self, recipe: Sequence[int], n: int = 1, *, generator: torch.Generator | None = None) -> Factors:
@@ -69,9 +63,14 @@ class ConceptLibrary:
         pictures, counts = self.origin[:, 0].unique(return_counts=True)
         fit = pictures[counts == counts.mode().values]
         chosen = fit[torch.randint(len(fit), (n,), generator=generator)]
-        recipes = [self.recipe(picture) for picture in chosen.tolist()]
-        sets = [self.compose(recipe, generator=generator).codes for recipe in recipes]
+        sets = [self.compose(self.recipe(i), generator=generator).codes for i in chosen.tolist()]
         return Factors(torch.cat(sets))
+
+# %% ../../nbs/components/library.ipynb #library-number-export
+def _check_concept(concept: int, count: int) -> None:
+    "IndexError for a concept that the library does not have"
+    if not 0 <= concept < count:
+        raise IndexError(f"concept {concept} was named, but the library has {count}: 0 to {count - 1}")
 
 # %% ../../nbs/components/library.ipynb #build-export
 def build_library(

@@ -27,6 +27,23 @@ def read_list(file: Path | str) -> list[str]:
     lines = [line.strip() for line in re.split("[\r\n]", text)]
     return [line for line in lines if line]
 
+# %% ../../nbs/data/lists.ipynb #readings-export
+def _without_ending(path):
+    folder, slash, file = path.rpartition("/")
+    stem, dot, _ = file.rpartition(".")
+    return folder + slash + (stem if stem else file)
+
+
+def _names_in(line):
+    "Readings of a line, the longest first"
+    fields = [
+        line,
+        re.split(r"\s#|[\t,;]", line)[0],  # before a comment, or in a table
+        line.rsplit(maxsplit=1)[0],
+        line.split()[0],
+    ]
+    return [field.strip().strip("'\"") for field in fields]
+
 # %% ../../nbs/data/lists.ipynb #index-export
 class NameIndex:
     "Finds names of a list among the paths of a set"
@@ -48,10 +65,15 @@ class NameIndex:
         wanted = "/".join(parts)
         if wanted in self.whole:
             return self.whole[wanted]
-        if below := [i for i in self.last.get(parts[-1], []) if self._ends(i, "/" + wanted)]:
+        same_file = self.last.get(parts[-1], [])
+        below = [i for i in same_file if self._ends(i, "/" + wanted)]
+        if below:
             return below
-        tails = ("/".join(parts[k:]) for k in range(1, len(parts)))
-        return next((self.whole[tail] for tail in tails if tail in self.whole), [])
+        for k in range(1, len(parts)):
+            tail = "/".join(parts[k:])
+            if tail in self.whole:
+                return self.whole[tail]
+        return []
 
     def _ends(self, i, end):
         return self.paths[i].endswith(end) or _without_ending(self.paths[i]).endswith(end)
@@ -60,18 +82,6 @@ class NameIndex:
         "Positions of the paths that a line names: as a whole, or by what stands before a label or a comment"
         found = (self.find(name) for name in _names_in(line))
         return next(filter(None, found), [])
-
-
-def _without_ending(path):
-    folder, slash, file = path.rpartition("/")
-    stem, dot, _ = file.rpartition(".")
-    return folder + slash + (stem if stem else file)
-
-
-def _names_in(line):
-    "Readings of a line, the longest first"
-    fields = [line, re.split(r"\s#|[\t,;]", line)[0], line.rsplit(maxsplit=1)[0], line.split()[0]]
-    return [field.strip().strip("'\"") for field in fields]
 
 # %% ../../nbs/data/lists.ipynb #listed-export
 def listed(

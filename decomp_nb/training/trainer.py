@@ -394,7 +394,8 @@ def open_loop(trainer: Trainer) -> Iterator[Loop]:
         accelerator, precision = prepare(trainer.model, trainer.data, config, run, checkpoint)
         record = make_record(trainer, precision, checkpoint)
         if run.trained:
-            check_agreement(run.path.name, _recorded(run), record)
+            recorded = run.config if run.config_file.exists() else None
+            check_agreement(run.path.name, recorded, record)
         engine = Engine(trainer.model, config, accelerator)
         progress = load_state(engine, checkpoint) if checkpoint else BEGINNING
         check_writable(run.path)
@@ -442,12 +443,3 @@ def _write_beginning(trainer: Trainer, accelerator: Any, record: Mapping[str, An
     open_trackers(accelerator, config, trainer.name or run.path.name, begun)
     lines = first_lines(config, images_per_step(config, accelerator), Precision(**record["precision"]), begun)
     print("\n".join([f"run directory: {display_path(run.path)}", *lines]), flush=True)
-
-
-def _recorded(run: Run) -> dict:
-    "The record of a training; ValueError where it is gone, and nobody knows what was trained"
-    if not run.config_file.exists():
-        gone = f"out_dir: {run.path.name} holds a training, but its config.json is gone"
-        ways = "restore it from a copy, or begin anew in another out_dir"
-        raise ValueError(f"{gone}: {ways} (there, resume: 'FOLDER/checkpoints/step-…' goes on from this training)")
-    return run.config
