@@ -5,6 +5,7 @@
 # %% ../nbs/checks.ipynb #imports-export
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,9 +14,14 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['value_range', 'in_unit_range', 'check_range', 'check_pictures', 'as_labels', 'check_finite', 'reading', 'printable']
+__all__ = ['UnitRangeWarning', 'value_range', 'in_unit_range', 'check_range', 'check_pictures', 'as_labels', 'check_finite',
+           'reading', 'printable']
 
 # %% ../nbs/checks.ipynb #pictures-export
+class UnitRangeWarning(UserWarning):
+    "Pictures that may be in [0,1] where [−1,1] is expected; ignore this category where they are right"
+
+
 def value_range(values: Tensor) -> tuple[float, float]:
     "Smallest and largest value; NaN where there is a NaN"
     low, high = values.detach().aminmax()
@@ -23,20 +29,28 @@ def value_range(values: Tensor) -> tuple[float, float]:
 
 
 def in_unit_range(low: float, high: float) -> bool:
-    "Whether values from `low` to `high` look like pictures in [0,1] instead of [−1,1]"
-    return 0 <= low < 0.2 and 0.5 < high <= 1.001
+    "Whether values from `low` to `high` look like pictures in [0,1], perhaps resized, instead of [−1,1]"
+    return -0.1 <= low < 0.2 and 0.5 < high <= 1.1
 
 
 def check_range(low: float, high: float, name: str, limit: float = 1.001) -> None:
-    "ValueError unless values from `low` to `high` may be pictures in [−1,1]"
+    "ValueError unless values from `low` to `high` may be pictures in [−1,1]; UnitRangeWarning where it is unlikely"
     seen = f"{name} have values from {low:g} to {high:g}, expected are pictures in [−1,1]"
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{seen}: they hold NaN or infinite values")
-    if in_unit_range(low, high):
-        raise ValueError(f"{seen}: these look like [0,1], pass 2 * {name} - 1")
     if low < -limit or high > limit:
-        how = f"{name} / 127.5 - 1" if low >= 0 else "them scaled or clamped"
+        are_bytes = low > -0.5 and high > 2  # some were computed, and are a little below 0
+        how = "x / 127.5 - 1" if are_bytes else "them scaled or clamped"
         raise ValueError(f"{seen}: pass {how}")
+    if in_unit_range(low, high):
+        _warn_of_unit_range(name)
+
+
+def _warn_of_unit_range(name):
+    "The text holds no number, so that Python shows it once"
+    seen = f"{name} have nothing darker than middle grey, so they look like [0,1]; expected are pictures in [−1,1]"
+    right = "warnings.simplefilter('ignore', decomp_nb.checks.UnitRangeWarning)"
+    warnings.warn(f"{seen}: pass 2 * x - 1, or say that they are right with {right}", UnitRangeWarning, 2)
 
 # %% ../nbs/checks.ipynb #check-pictures-export
 def check_pictures(
@@ -44,7 +58,7 @@ def check_pictures(
     name: str = "images",  # how to call them in the error
     limit: float = 1.5,  # largest value: enlarged and generated pictures overshoot a little
 ) -> None:
-    "ValueError unless these are float pictures or clips with finite values in [−1,1]"
+    "ValueError unless these are float pictures or clips in [−1,1]; see `check_range` for those that look like [0,1]"
     if not isinstance(images, Tensor):
         raise ValueError(f"{name} are {type(images).__name__}, expected is a tensor (b,3,h,w) in [−1,1]")
     found = f"{name} are {images.dtype} {tuple(images.shape)}"
@@ -52,7 +66,7 @@ def check_pictures(
         hint = ": add a batch axis with [None]" if images.dim() == 3 else ""
         raise ValueError(f"{found}, expected are pictures (b,3,h,w) or clips (b,t,3,h,w){hint}")
     if not images.is_floating_point():
-        raise ValueError(f"{found}, expected are floats in [−1,1]: pass {name} / 127.5 - 1")
+        raise ValueError(f"{found}, expected are floats in [−1,1]: pass x / 127.5 - 1")
     if images.numel() and images.device.type != "meta":
         check_range(*value_range(images), name, limit)
 

@@ -84,7 +84,10 @@ _AXES = FactorTensors(-2, -1, -3)  # where k lives, counted from the right, so t
 
 def _positions(index: Index, k: int) -> Tensor:
     "Numbers of factors as a tensor `(n,)`, none of them negative; `(b,n)` stays as it is"
-    if isinstance(index, Tensor):
+    if isinstance(index, bool):
+        raise IndexError(f"factors are named by numbers, not {index}")
+    if hasattr(index, "__array__"):  # also NumPy's numbers and arrays
+        index = torch.as_tensor(index)
         if index.dim() > 1:
             return _check_positions(index, k)
         index = index.cpu()

@@ -1,15 +1,22 @@
 "What people hand to `encode`, the scores and the verbs of factors: ranges, shapes, types and numbers that do not fit"
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from decomp_nb import Factors, load_decomposer, shipped
-from decomp_nb.checks import check_pictures
+from decomp_nb.checks import UnitRangeWarning, check_pictures
+from decomp_nb.components.library import build_library
+from decomp_nb.components.slot_sets import repaint
 from decomp_nb.data.catalog import validate_dataset
 from decomp_nb.decomposer import Method
 from decomp_nb.metrics import segmentation as seg
 from decomp_nb.metrics.extractors import extract
 from decomp_nb.metrics.generation import mse, psnr, reconstruction_scores, ssim
+from decomp_nb.training.config import TrainConfig
+from decomp_nb.training.trainer import Trainer
 from decomp_nb.worlds.scenes import Scenes
 
 
@@ -26,8 +33,8 @@ def images():
 # -- row 8: range of pictures -----------------------------------------------------------------------------------------
 
 WRONG = {
-    "unit": (lambda x: (x + 1) / 2, r"from 0\S* to (1|0\S*), .*expected are pictures in \[−1,1\].*2 \* "),
     "bytes": (lambda x: (x + 1) * 127.5, r"from \d+ to 2\d\d, .*/ 127.5 - 1"),
+    "computed bytes": (lambda x: (x + 1) * 127.5 - 1e-4, r"expected are pictures in \[−1,1\].*/ 127.5 - 1"),
     "uint8": (lambda x: ((x + 1) * 127.5).byte(), "uint8.*expected are floats"),
     "nan": (lambda x: torch.where(x > 0.5, torch.nan, x), "NaN"),
     "infinite": (lambda x: torch.where(x > 0.5, torch.inf, x), "infinite"),
@@ -47,31 +54,10 @@ def test_pictures_in_another_range_or_shape_are_refused_at_every_door(wrong, ima
         with pytest.raises(ValueError, match=match): door(bad)
 
 
-def test_usual_pictures_pass(images, model):
-    small = torch.nn.functional.interpolate(images, model.config.image_size)
-    assert model.encode(small).codes.shape[0] == 4 and torch.isfinite(psnr(small, small * 0.9)).all()
-    for pictures in (torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), -1.0), torch.rand(1, 3, 8, 8) * 0.3 + 0.5): check_pictures(pictures)
-    assert psnr(torch.randn(2, 3, 16, 16) * 2, images[:2, :, :16, :16]).isfinite().all()  # drawings of an untrained model may overshoot
+class Mean(Method):
+    "A method that knows colours only"
 
-
-def test_other_methods_look_too(images):
-    class Mean(Method):
-        def encode(self, images): return Factors(images.mean((2, 3))[:, None])
-    with pytest.raises(ValueError, match="look like"): Mean().eval().encode((images + 1) / 2)
-    with pytest.raises(ValueError, match="look like"): Mean().eval().encode((images[:, None] + 1) / 2)  # clips
-
-
-def test_the_check_costs_one_minimum_and_maximum(images, monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.Tensor, "aminmax", lambda x, _do=torch.Tensor.aminmax: calls.append(x.shape) or _do(x))
-    check_pictures(images)
-    assert calls == [images.shape]
-
-
-def test_features_look_at_their_pictures(images):
-    def mean(pictures): return pictures.mean((2, 3))
-    assert extract(mean, images).shape == (4, 3)
-    with pytest.raises(ValueError, match="look like"): extract(mean, (images + 1) / 2)
+    def encode(self, images): return Factors(images.mean((2, 3))[:, None])
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -82,9 +68,87 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i): return {"image": self.images[i]}
 
 
-def test_a_data_set_in_another_range_is_refused(images):
-    validate_dataset(Pictures(images))
-    with pytest.raises(ValueError, match="look like"): validate_dataset(Pictures((images + 1) / 2))
+def doors(model, images):
+    "Everything that takes pictures, as functions of pictures"
+    return {
+        "encode": model.encode, "other methods": Mean().eval().encode, "clips": lambda x: Mean().eval().encode(x[:, None]),
+        "psnr": lambda x: psnr(x, x), "reference": lambda x: psnr(images, x), "mse": lambda x: mse(x, images), "ssim": lambda x: ssim(x, x),
+        "scores": lambda x: reconstruction_scores(x, x), "features": lambda x: extract(lambda y: y.mean((2, 3)), x),
+        "data set": lambda x: validate_dataset(Pictures(x)),
+    }
+
+
+DOORS = list(doors(Mean(), None))
+BRIGHT = {"unit": lambda x: (x + 1) / 2, "resized": lambda x: torch.nn.functional.interpolate((x + 1) / 2, 48, mode="bicubic").clamp(max=1).repeat_interleave(2, -1)[..., :64].repeat_interleave(2, -2)[..., :64, :]}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("bright", BRIGHT)
+def test_pictures_that_may_be_in_0_1_warn_at_every_door(door, bright, images, model):
+    with pytest.warns(UnitRangeWarning, match=r"darker than middle grey.*pass 2 \* x - 1, or say that they are right"): doors(model, images)[door](BRIGHT[bright](images))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_bright_pictures_that_are_right_pass_once_one_says_so(door, images, model):
+    "The line that the warning names is all that it takes, and the same category can be made an error"
+    bright = (images + 1) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", UnitRangeWarning)
+        doors(model, images)[door](bright)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnitRangeWarning)
+        with pytest.raises(UnitRangeWarning): doors(model, images)[door](bright)
+        doors(model, images)[door](images)  # as dark as pictures are
+
+
+def test_the_warning_comes_once_and_not_with_every_batch(images):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("default")
+        for scale in (0.9, 0.95, 1): check_pictures((images + 1) / 2 * scale)
+    assert [w.category for w in heard] == [UnitRangeWarning]
+
+
+def test_usual_pictures_pass(images, model):
+    small = torch.nn.functional.interpolate(images, model.config.image_size)
+    assert model.encode(small).codes.shape[0] == 4 and torch.isfinite(psnr(small, small * 0.9)).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pictures in (torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), -1.0), torch.rand(1, 3, 8, 8) * 0.3 + 0.5): check_pictures(pictures)
+    assert psnr(torch.randn(2, 3, 16, 16) * 2, images[:2, :, :16, :16]).isfinite().all()  # drawings of an untrained model may overshoot
+
+
+def test_the_check_costs_one_minimum_and_maximum(images, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "aminmax", lambda x, _do=torch.Tensor.aminmax: calls.append(x.shape) or _do(x))
+    check_pictures(images)
+    assert calls == [images.shape]
+
+
+def test_repainting_looks_at_its_pictures(images, model):
+    factors = model.encode(images)
+    with pytest.raises(ValueError, match="/ 127.5 - 1"): repaint(model, (images + 1) * 127.5, factors, torch.ones(4, 1, 64, 64), steps=1)
+
+
+class Painter(Method):
+    "Learns the mean colour; what it is called says whether it belongs to this library"
+
+    def __init__(self):
+        super().__init__()
+        self.colour = torch.nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+    def forward(self, batch): return {"loss": (self.colour - batch["image"].float()).square().mean()}
+
+
+@pytest.mark.parametrize("change, match", [(lambda x: (x + 1) * 127.5, "training pictures have values from .*/ 127.5 - 1"), (lambda x: ((x + 1) * 127.5).byte(), "training pictures are torch.uint8"),
+                                           (lambda x: x.masked_fill(x > 0.5, torch.nan), "training pictures.*NaN"), (lambda x: x / 0, "infinite")])
+def test_a_training_looks_at_its_pictures(tmp_path, images, monkeypatch, change, match):
+    options = TrainConfig(out_dir=str(tmp_path / "run"), max_steps=1, batch_size=2, trackers="", cpu=True)
+    if "NaN" not in match and "infinite" not in match: Trainer(Painter(), Pictures(change(images)), options).fit()  # a model from elsewhere knows what it takes
+    monkeypatch.setattr(Painter, "__module__", "decomp_nb.methods.painter")
+    with pytest.raises(ValueError, match=match): Trainer(Painter(), Pictures(change(images)), replace(options, out_dir=str(tmp_path / "own"))).fit()
+    assert not (tmp_path / "own").exists()
+    with pytest.warns(UnitRangeWarning, match="training pictures"): Trainer(Painter(), Pictures((images + 1) / 2), replace(options, out_dir=str(tmp_path / "unit"))).fit()
 
 
 # -- row 9: shapes of label maps --------------------------------------------------------------------------------------
@@ -136,6 +200,22 @@ def test_factors_that_do_not_exist_are_refused_by_all_verbs(index):
     for verb in (SEVEN.pick, SEVEN.drop, lambda i: SEVEN.replace(i, SEVEN), lambda i: SEVEN.replace(0, SEVEN, i), lambda i: SEVEN.replace(i, SEVEN, 0)):
         with pytest.raises((IndexError, ValueError), match="factor|donors") as error: verb(index)
         assert error.type in (IndexError, ValueError)
+
+
+@pytest.mark.parametrize("index", [True, torch.tensor([[True]])], ids=str)
+def test_yes_is_no_number_of_a_factor(index):
+    with pytest.raises(IndexError, match="factors.*numbers|integers"): SEVEN.pick(index)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert SEVEN.pick(np.int64(3)).codes[0, :, 0].tolist() == [3] and SEVEN.drop(np.array([0, 6])).codes[0, :, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("number", [4, -1, 99])
+def test_a_library_refuses_concepts_that_it_does_not_have(number):
+    library = build_library(Factors(torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))), 4)
+    for ask in (library.nearest, lambda i: library.compose([i])):
+        with pytest.raises((IndexError, ValueError), match=f"{number} (was named|is empty or unknown)"): ask(number)
 
 
 def test_negative_numbers_count_from_the_end_in_every_picture():

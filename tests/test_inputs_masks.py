@@ -1,5 +1,6 @@
 "What people feed in as masks: label maps of all kinds, annotations that belong to other pixels, HDF5 files with everything in them"
 import json
+import warnings
 
 import h5py
 import numpy as np
@@ -65,12 +66,25 @@ def overlap(item):
     return float((white & mask).sum() / (white | mask).sum())
 
 
-@pytest.mark.parametrize("annotated", ["stored", "upright"])
-@pytest.mark.parametrize("orientation", [None, 6])
+@pytest.mark.parametrize("orientation, annotated", [(None, "stored"), (6, "stored"), (6, "upright")])
 def test_the_mask_fits_whichever_way_the_picture_lay_when_it_was_annotated(tmp_path, orientation, annotated):
-    if orientation is None and annotated == "upright": annotated = "stored"
     item = CocoScenes(coco_of_boxes(tmp_path, orientation=orientation, annotated=annotated), 40)[0]
     assert overlap(item) > 0.9
+
+
+@pytest.mark.parametrize("orientation, size, sized", [(3, (64, 40), True), (2, (64, 40), True), (6, (40, 40), True), (8, (64, 40), False)], ids=["on its head", "mirrored", "square", "no size"])
+def test_where_the_size_does_not_tell_how_a_picture_lay_a_warning_names_it(tmp_path, orientation, size, sized):
+    coco_of_boxes(tmp_path, size=size, orientation=orientation)
+    if not sized: edit_json(tmp_path / "annotations/instances_val2017.json", lambda c: [c["images"][0].pop(key) for key in ("width", "height")])
+    with pytest.warns(UserWarning, match="000000000003.jpg says that it is to be turned.*taken as stored; save it without the note"): item = CocoScenes(tmp_path, 40)[0]
+    assert overlap(item) > 0.9
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 6])
+def test_where_the_size_tells_nothing_is_said(tmp_path, orientation):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CocoScenes(coco_of_boxes(tmp_path, orientation=orientation), 40)[0]
 
 
 def test_pictures_that_were_resized_beside_their_polygons_are_named(tmp_path):

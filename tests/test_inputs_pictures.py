@@ -47,7 +47,7 @@ def half(size=(40, 20)):
 
 LAYOUTS = [
     ("images/train", "images/val"), ("Train", "Val"), ("train2017", "val2017"), ("images/train2017", "images/val2017"),
-    ("data/a/TRAIN", "data/a/VALID"), ("ILSVRC2012_img_train", "ILSVRC2012_img_val"), ("training_set", "validation_set"),
+    ("data/a/TRAIN", "data/a/VALID"), ("training", "evaluation"), ("Train Images", "Validation Set"), ("ILSVRC2012_img_train", "ILSVRC2012_img_val"), ("training_set", "validation_set"),
 ]
 
 
@@ -123,6 +123,15 @@ def test_folders_that_call_themselves_clips_are_kept_whole_and_the_run_says_so(t
     assert len(ImageFolder(tmp_path, split="train", group_by="file")) == 16
 
 
+@pytest.mark.parametrize("frame", ["frame_{:04d}.png", "img{:05d}.jpg", "{:05d}_rgb.png", "shot7-{}.png"])
+def test_frames_of_clips_stay_together_however_they_are_numbered(tmp_path, frame):
+    for v in range(6):
+        for t in range(4): save(tmp_path / f"clip{v}" / frame.format(t))
+    parts = [ImageFolder(tmp_path, split=s) for s in ("train", "val", "test")]
+    assert [len(p) for p in parts] == [16, 4, 4] and "frames of a video" in parts[0].taken
+    assert all(len({f.split("/")[0] for f in p.files}) == len(p) // 4 for p in parts)
+
+
 # -- row 11: pictures with unusual numbers ----------------------------------------------------------------------------
 
 def grey(path, values):
@@ -134,6 +143,7 @@ RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 UNUSUAL = {
     "nan": np.where(RAMP > 0.9, np.nan, RAMP).astype(np.float32), "infinite": np.where(RAMP > 0.9, np.inf, RAMP).astype(np.float32),
     "thousand": (RAMP * 1000).astype(np.float32), "signed": (RAMP * 2 - 1).astype(np.float32), "int32": (RAMP * 2e6).astype(np.int32),
+    "a little above one": (RAMP * 3).astype(np.float32), "small numbers": (RAMP * 10).astype(np.int32), "zero and one": (RAMP > 0.5).astype(np.int32),
     "negative": (RAMP * 100 - 50).astype(np.int32), "twelve": (RAMP * 4095).astype(np.uint16), "ten": (RAMP * 1023).astype(np.uint16),
 }
 
@@ -151,11 +161,20 @@ def test_levels_say_which_numbers_are_black_and_white(tmp_path, name, levels):
     torch.testing.assert_close(image[0].double(), torch.from_numpy(RAMP * 2 - 1), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("values", [RAMP.astype(np.float32), (RAMP * 255).astype(np.float32), (RAMP * 65535).astype(np.uint16), (RAMP * 255).astype(np.int32),
+@pytest.mark.parametrize("values", [RAMP.astype(np.float32), (RAMP * 1.0000002).astype(np.float32), (RAMP * 255).astype(np.float32), (RAMP * 65535).astype(np.uint16), (RAMP * 255).astype(np.int32),
                                     np.zeros((16, 16), np.uint16)])
 def test_usual_greys_need_no_levels(tmp_path, values):
     image = to_image_tensor(read_image(grey(tmp_path / "a.tiff", values)))
-    assert image.min() == -1 and image.max() == (1 if values.any() else -1)
+    expected = RAMP * 2 - 1 if values.any() else np.full((16, 16), -1.0)
+    torch.testing.assert_close(image.double(), torch.from_numpy(expected).expand(3, -1, -1), atol=0.01, rtol=0)
+
+
+def test_a_set_that_shows_nothing_is_refused(tmp_path):
+    "Masks of 0 and 1, saved as pictures, are black"
+    for i in range(4): grey(tmp_path / f"{i}.png", (np.random.default_rng(i).random((16, 16)) > 0.5).astype(np.uint8))
+    with pytest.raises(ValueError, match="show nothing: all values lie between -1 and -0.992"): validate_dataset(ImageFolder(tmp_path, 16))
+    grey(tmp_path / "0.png", (RAMP * 255).astype(np.uint8))
+    validate_dataset(ImageFolder(tmp_path, 16))  # one picture is enough
 
 
 # -- row 12: errors without a file's name -----------------------------------------------------------------------------
@@ -193,6 +212,7 @@ def test_orientation_is_followed_once_in_all_formats(tmp_path, suffix):
     half().save(tmp_path / f"a.{suffix}", exif=tagged(6))
     picture = read_image(tmp_path / f"a.{suffix}")
     assert picture.size == (20, 40) and to_rgb(picture).size == (20, 40)
+    assert picture.getpixel((10, 5))[0] > 200 > 60 > picture.getpixel((10, 35))[0]  # red came to lie above blue
     if suffix == "tiff": return  # Pillow turns those while it loads
     stored = read_image(tmp_path / f"a.{suffix}", upright=False)
     assert stored.size == (40, 20) and to_rgb(stored).size == (40, 20)

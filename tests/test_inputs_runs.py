@@ -53,6 +53,15 @@ def test_every_setting_either_may_change_or_is_compared(name):
     assert len(run_differences(recorded, {"train": TrainConfig(**{name: other}).to_dict()})) == 1
 
 
+def test_a_training_whose_record_is_gone_is_not_given_a_new_one(tmp_path):
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ValueError, match="run holds a training, but its config.json is gone.*restore it"): train(tmp_path / "run", data=Named(), quiet=True, max_steps=6, seed=9, resume="auto")
+    assert not (tmp_path / "run" / "config.json").exists()
+    train(tmp_path / "new", data=Named(), quiet=True, max_steps=6, resume=str(tmp_path / "run" / "checkpoints" / "step-00000004"))
+    assert Run(tmp_path / "new").last_step("train") == 6
+
+
 def test_what_may_change_may_change_and_the_record_stays(tmp_path):
     before = begin(tmp_path / "run")
     train(tmp_path / "run", data=Named(), quiet=True, max_steps=6, batch_size=2, grad_accumulation=2, num_workers=0, log_every=2, eval_every=3,

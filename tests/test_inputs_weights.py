@@ -67,6 +67,7 @@ def under(prefix, state): return {prefix + key: value for key, value in state.it
 WRAPPED = {
     "module.": lambda s: under("module.", s), "_orig_mod.": lambda s: under("_orig_mod.", s), "both": lambda s: under("module._orig_mod.", s), "state_dict": lambda s: {"state_dict": s},
     "model and optimizer": lambda s: {"model": s, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 3, "args": None}, "all at once": lambda s: {"model": {"state_dict": under("module.", s)}},
+    "averages": lambda s: {"ema": {"shadow": s, "decay": 0.99}, "step": 3}, "checkpoint": lambda s: {"checkpoint": {"params_ema": s}}, "beside averages": lambda s: {"ema": {}, "model": s},
     "half compiled": lambda s: {key.replace(".", "._orig_mod.", 1): value for key, value in s.items()},
 }
 

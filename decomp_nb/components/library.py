@@ -38,6 +38,7 @@ class ConceptLibrary:
 
     def nearest(self, concept: int, n: int = 8) -> Tensor:
         "Entries `(n,)` nearest to a centre, best first, at most one per picture"
+        _check_concept(concept, self.n_concepts)
         distance = (self._placed(self.codes) - self.centers[concept]).norm(dim=-1)
         first = {}
         for i in distance.argsort().tolist():
@@ -62,9 +63,14 @@ class ConceptLibrary:
         pictures, counts = self.origin[:, 0].unique(return_counts=True)
         fit = pictures[counts == counts.mode().values]
         chosen = fit[torch.randint(len(fit), (n,), generator=generator)]
-        recipes = [self.recipe(picture) for picture in chosen.tolist()]
-        sets = [self.compose(recipe, generator=generator).codes for recipe in recipes]
+        sets = [self.compose(self.recipe(i), generator=generator).codes for i in chosen.tolist()]
         return Factors(torch.cat(sets))
+
+# %% ../../nbs/components/library.ipynb #library-number-export
+def _check_concept(concept: int, count: int) -> None:
+    "IndexError for a concept that the library does not have"
+    if not 0 <= concept < count:
+        raise IndexError(f"concept {concept} was named, but the library has {count}: 0 to {count - 1}")
 
 # %% ../../nbs/components/library.ipynb #build-export
 def build_library(

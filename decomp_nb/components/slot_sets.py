@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_pictures
 from .diffusion import noise_at
 from ..decomposer import Decomposer, renamed_arguments
 from ..factors import Factors
@@ -160,6 +161,7 @@ def repaint(
     "Draw `factors`, but keep the picture outside `region`: the rest of x_t is the picture at that noise level"
     if model.scheduler is None:
         raise ValueError(f"{type(model).__name__} has no denoiser: repaint changes a picture while it is denoised")
+    check_pictures(images)
     x0 = model.latents.encode(images)
     keep = 1 - F.adaptive_max_pool2d(region.to(x0), x0.shape[-2:])
     scheduler = copy.deepcopy(options.get("scheduler") or model.sampler or model.scheduler)

@@ -103,7 +103,10 @@ def open_weights(path: Path) -> Any:
         ) from None
 
 # %% ../../nbs/components/weight_files.ipynb #unwrap-export
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "string_to_param")
+WRAPPERS = (  # the first that is there counts
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "params", "string_to_param",
+    "checkpoint", "weights", "ema", "params_ema", "shadow",
+)
 
 
 def unwrapped(found: Any) -> Any:

@@ -315,11 +315,15 @@ def _check_has_masks(item, ds, need_masks, name):
 
 # %% ../../nbs/data/catalog.ipynb #check-together-export
 def _check_together(items, name):
-    "What one item alone cannot tell: whether pictures are in [0,1]"
+    "What one item alone cannot tell: whether pictures are in [0,1], or show nothing"
     ranges = [value_range(item["image"]) for item in items]
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-    if len(items) > 1:
-        check_range(low, high, f"the pictures of {name}")
+    if len(items) < 2:
+        return
+    check_range(low, high, f"the pictures of {name}")
+    if high - low < 0.02:  # two of 256 greys
+        seen = f"the pictures of {name} show nothing: all values lie between {low:.3g} and {high:.3g} in [−1,1]"
+        raise ValueError(f"{seen}. If the files hold numbers such as 0 and 1, spread them to 0…255")
 
 
 def _check_objects(ds, items, name):

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..checks import reading
 from .images import read_annotated, walk_folders
-from .reader import choose_split, evenly, split_folders, subsample
+from .reader import choose_split, evenly, split_folders, split_lists, subsample
 from .scene_item import SceneReader, label_names, read_json, read_labels
 
 # %% auto #0
@@ -123,8 +123,8 @@ class ClevrTex(SceneReader):
 
 # %% ../../nbs/data/clevrtex.ipynb #clevrtex-split-export
 def _clevrtex_split(files, split, path):
-    "Positions of a split's files: by folders that are splits, else by tenths of the numbers; and how"
-    if any(split_folders(files)):
+    "Positions of a split's files: by lists or folders that are splits, else by tenths of the numbers; and how"
+    if split_lists(path, files) or any(split_folders(files)):
         return choose_split(files, split, path)
     start, stop = (int(len(files) * share) for share in _TENTHS[split])
     by_position = "split by position: the first tenth is test, the second val"

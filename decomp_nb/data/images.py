@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from .reader import Reader, choose_split, evenly, name_words, split_name, subsam
 # %% auto #0
 __all__ = ['turn_upright', 'to_rgb', 'grey_levels', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'read_annotated',
            'square_image', 'image_suffixes', 'walk_folders', 'FoundImages', 'find_images', 'counted', 'taken_of',
-           'list_images', 'image_groups', 'choose_images', 'ImageFolder']
+           'has_frames', 'frames_note', 'list_images', 'image_groups', 'choose_images', 'ImageFolder']
 
 # %% ../../nbs/data/images.ipynb #to-rgb-export
 _TURNS = {
@@ -39,12 +40,17 @@ _TURNS = {
 }
 
 
+def _turn_of(picture):
+    "How a picture is to be turned, None where EXIF is missing or broken"
+    try:
+        return _TURNS.get(picture.getexif().get(0x0112))
+    except Exception:  # EXIF is written by everybody; its decoder raises anything
+        return None
+
+
 def turn_upright(picture: Image.Image) -> Image.Image:
     "The picture as its EXIF orientation says it is to be seen; as it is where EXIF is missing or broken"
-    try:
-        turn = _TURNS.get(picture.getexif().get(0x0112))
-    except Exception:  # EXIF is written by everybody; its decoder raises anything
-        turn = None
+    turn = _turn_of(picture)
     return picture if turn is None else picture.transpose(turn)
 
 
@@ -69,10 +75,11 @@ def to_rgb(
 def grey_levels(grey: np.ndarray, mode: str, is_png: bool = False) -> tuple[float, float]:
     "The numbers of black and white in a PIL picture of mode I or F; ValueError where nothing says so"
     low, high = float(grey.min()), float(grey.max())
-    white = 1 if mode == "F" and high <= 1 else 255
+    white = 1 if mode == "F" and high <= 1.001 else 255  # some were computed, and are a little above 1
     if mode.startswith("I;16") or is_png or high > 255:
         white = 65535  # PNG keeps greys above 8 bits as 16
-    if low < 0 or high > 65535 or white == 65535 and 0 < high < 4096:
+    unlikely = {255: high < 32, 65535: high < 4096}.get(white, False)  # next to black
+    if low < 0 or high > 65535 or high > 0 and unlikely:
         need = "pass levels=(black, white), such as (0, 4095) for 12 bits, or save it with 8 bits"
         seen = f"its greys go from {low:g} to {high:g}, and nothing says which numbers are black and white"
         raise ValueError(f"{seen}: {need}")
@@ -175,6 +182,7 @@ def read_annotated(
     "The picture whose pixels an annotation counts, as stored or upright; ValueError where neither has its size"
     stored = read_image(file, upright=False)
     if hw is None or stored.size == (hw[1], hw[0]):
+        _warn_of_turn(file, hw)
         return stored
     turned = read_image(file)
     if turned.size == (hw[1], hw[0]):
@@ -182,6 +190,19 @@ def read_annotated(
     found = f"image {printable(str(file))} is {stored.height}×{stored.width}"
     wanted = f"its annotation is for {hw[0]}×{hw[1]} (height×width)"
     raise ValueError(f"{found}, but {wanted}: one of them was resized")
+
+# %% ../../nbs/data/images.ipynb #annotated-unsure-export
+def _warn_of_turn(file, hw):
+    "UserWarning where a picture is to be turned, and its size does not tell whether its annotation knew that"
+    with reading(f"image {file}"), Image.open(file) as picture:
+        turn = _turn_of(picture)
+    if turn is None:
+        return
+    keeps_size = turn in (_TURNS[2], _TURNS[3], _TURNS[4]) or hw is None or hw[0] == hw[1]
+    if keeps_size:
+        seen = f"image {printable(str(file))} says that it is to be turned or mirrored"
+        unsure = "its size does not tell whether its annotation was made before or after that"
+        warnings.warn(f"{seen}, and {unsure}: it is taken as stored; save it without the note", stacklevel=2)
 
 # %% ../../nbs/data/images.ipynb #square-export
 def square_image(
@@ -297,6 +318,30 @@ def taken_of(
     skipped = f", {counted(found.skipped)} skipped" if found.skipped else ""
     return f"{line}{skipped}; {how}"
 
+# %% ../../nbs/data/images.ipynb #frames-export
+_MAY_HOLD_FRAMES = {".gif", ".tif", ".tiff", ".webp", ".apng", ".avif"}
+
+
+def has_frames(file: Path | str) -> bool:
+    "Whether a picture file holds more than one frame; False for one that cannot be read"
+    try:
+        with Image.open(file) as picture:
+            picture.seek(1)
+    except Exception:  # the end of the frames, or whatever a decoder raises
+        return False
+    return True
+
+
+def frames_note(folder: Path, files: Sequence[str]) -> str:
+    "`; several frames in 3 of 5 .gif: the first is read`, or nothing; looks at up to 500 files"
+    possible = [file for file in files if Path(file).suffix.lower() in _MAY_HOLD_FRAMES]
+    looked_at = [possible[i] for i in evenly(len(possible), 500)] if possible else []
+    count = sum(has_frames(folder / file) for file in looked_at)
+    if not count:
+        return ""
+    kinds = " and ".join(sorted({Path(file).suffix.lower() for file in looked_at}))
+    return f"; several frames in {count:,} of {len(looked_at):,} {kinds}: the first is read"
+
 # %% ../../nbs/data/images.ipynb #some-images-export
 def list_images(path: Path | str, pattern: str = "*") -> list[str]:
     "Sorted relative paths of all pictures below `path` whose file name matches; an error where there are none"
@@ -337,8 +382,8 @@ def choose_images(files: Sequence[str], split: str, path: Path, group_by: str | 
 
 
 def _are_frames(paths):
-    "Whether all files are numbered and lie in folders such as `clip7`; a class `7` is no video"
-    numbered = all(Path(p).stem.split("_")[0].isdigit() for p in paths)
+    "Whether all files have numbers and lie in folders such as `clip7`; a class `7` is no video"
+    numbered = all(any(map(str.isdigit, Path(p).stem)) for p in paths)
     parents = {Path(p).parent for p in paths}
     return numbered and all(_VIDEO_WORDS & set(name_words(parent.as_posix())) for parent in parents)
 
@@ -371,7 +416,7 @@ class ImageFolder(Reader):
         found = _some_images(find_images(path, pattern), path, pattern)
         chosen, how = choose_images(found.files, split, self.path, group_by)
         self.index = self.files = subsample(chosen, n, seed)
-        self.taken = taken_of(len(self.files), found, how, len(chosen))
+        self.taken = taken_of(len(self.files), found, how, len(chosen)) + frames_note(self.path, self.files)
 
     def __getitem__(self, i: int) -> dict:
         at_least = 2 * self.size if self.crop is None else None  # a box names pixels of the full picture

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checks import reading
 from .images import read_annotated, resize_crop, to_image_tensor
+from .lists import NameIndex, listed
 from .reader import Reader, split_name, subsample
 from .scene_item import read_json, read_labels
 
@@ -325,9 +326,7 @@ class VocScenes(Reader):
         self.max_objects = max_objects
         self.folder, lists = _voc_folders(self.path)
         self.split = _voc_list(lists, split)
-        names = (lists / f"{self.split}.txt").read_text().split()
-        if not names:
-            raise ValueError(f"{lists / self.split}.txt is empty")
+        names = _voc_names(lists / f"{self.split}.txt", self.folder)
         self.index = subsample(names, n, seed)
         self.has_objects = self.split != "trainaug"
         self.taken = f"{len(self.index):,} of {len(names):,} pictures; split by list {self.split}.txt"
@@ -392,3 +391,12 @@ def _voc_list(lists, split):
     files = " or ".join(f"{name}.txt" for name in wanted)
     there = ", ".join(sorted(p.stem for p in lists.glob("*.txt")))
     raise ValueError(f"split={split!r}: {lists} has no list {files}; there are {there}")
+
+
+def _voc_names(file, folder):
+    "Names of the pictures of a list, without endings"
+    index = NameIndex(sorted(picture.name for picture in folder.glob("*.jpg")))
+    positions = listed(file, index)
+    if not positions:
+        raise ValueError(f"{file} names no picture in {folder}: it is empty, or of another set")
+    return [Path(index.paths[i]).stem for i in positions]

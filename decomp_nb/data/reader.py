@@ -13,9 +13,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from .lists import NameIndex, listed
+
 # %% auto #0
-__all__ = ['SPLIT_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'choose_split',
-           'subsample', 'evenly', 'Reader']
+__all__ = ['SPLIT_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'split_lists',
+           'choose_split', 'subsample', 'evenly', 'Reader']
 
 # %% ../../nbs/data/reader.ipynb #split-name-export
 SPLIT_NAMES = {
@@ -62,7 +64,8 @@ def _shuffled(name):
 
 # %% ../../nbs/data/reader.ipynb #folder-names-export
 _SPLIT_OF = {spelling: short for short, spellings in SPLIT_NAMES.items() for spelling in spellings}
-_SPLIT_OF |= {"trainval": "train", "trainset": "train", "valset": "val", "testset": "test", "eval": "val"}
+_SPLIT_OF |= {"trainval": "train", "trainset": "train", "valset": "val", "testset": "test", "devset": "val"}
+_SPLIT_OF |= {"eval": "val", "evaluation": "val"}
 
 
 def name_words(name: str) -> list[str]:
@@ -100,26 +103,92 @@ def _split_of_path(parts, levels):
             return split_in_name(name), name
     return None
 
+# %% ../../nbs/data/reader.ipynb #lists-export
+_LIST_FOLDERS = ("splits", "lists", "sets", "ImageSets")
+_LIST_WORDS = set("list lists set split splits file files image images img names ids".split())
+
+
+def _is_list_name(file):
+    "Whether a file calls itself the list of a split, as `train.txt` and `list_val2012.txt` do"
+    words = [word for word in name_words(file.stem) if not word.isdigit()]
+    own = [word for word in words if word in _SPLIT_OF]
+    return file.suffix.lower() in (".txt", ".lst") and len(own) == 1 and set(words) <= {*own, *_LIST_WORDS}
+
+
+def _list_places(folder):
+    "Folders where lists lie: the set's own, those that are named so, and one level below"
+    named = [folder / name for name in _LIST_FOLDERS if (folder / name).is_dir()]
+    below = [inner for place in named for inner in sorted(place.iterdir()) if inner.is_dir()]
+    return [folder, *named, *below]
+
+
+def split_lists(folder: Path | str, paths: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
+    "The list of each split that lies in a folder, as its name and the positions of the paths; {} for none"
+    if not Path(folder).is_dir():
+        return {}
+    for place in _list_places(Path(folder)):
+        files = [file for file in sorted(place.iterdir()) if _is_list_name(file) and file.is_file()]
+        if found := _lists_of(files, paths, folder):
+            return found
+    return {}
+
+
+def _lists_of(files, paths, folder):
+    "Those of the files that are lists; of two for the same split, the one with the shorter name"
+    names = NameIndex(paths) if files else None
+    found = {}
+    for file in sorted(files, key=lambda file: -len(file.name)):
+        if positions := listed(file, names):
+            found[split_in_name(file.stem)] = file.relative_to(folder).as_posix(), positions
+    return found
+
 # %% ../../nbs/data/reader.ipynb #choose-split-export
 def choose_split(
     paths: Sequence[str],  # relative to the set's folder
     split: str,  # train, val, test or all
-    where: object,  # the set's folder, for errors
-    groups: Sequence[str] | None = None,  # what stays together where no folder is a split; None: each path
+    where: object,  # the set's folder, for lists and errors
+    groups: Sequence[str] | None = None,  # what stays together where neither lists nor folders tell; None: each path
 ) -> tuple[list[int], str]:
     "Positions of the paths in `split`, and how they were chosen; ValueError where there are none"
     wanted = split_name(split)
+    if wanted == "all":
+        return list(range(len(paths))), "all"
+    if lists := split_lists(str(where), paths) or _lists_of_groups(where, groups or paths):
+        return _split_by_lists(lists, wanted, len(paths), where)
     told = split_folders(paths)
     if not any(told):
-        by = "all" if wanted == "all" else "split by hash of names"
-        return split_by_group(groups or paths, wanted), by
+        return split_by_group(groups or paths, wanted), "split by hash of names"
     counts = Counter(its[1] if its else "no split" for its in told)
     how = "split by folder names " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-    chosen = [i for i, its in enumerate(told) if wanted == "all" or its and its[0] == wanted]
+    chosen = [i for i, its in enumerate(told) if its and its[0] == wanted]
     if not chosen:
         names = sorted({its[1] for its in told if its})
         raise ValueError(f"{where} has split folders {names} but none for split={split!r}")
     return chosen, how
+
+# %% ../../nbs/data/reader.ipynb #choose-list-export
+def _lists_of_groups(where, groups):
+    "Lists that name groups, such as videos, as positions of what belongs to them"
+    names = list(dict.fromkeys(groups))
+    chosen = {}
+    for split, (file, positions) in split_lists(str(where), names).items():
+        own = {names[i] for i in positions}
+        chosen[split] = file, [i for i, group in enumerate(groups) if group in own]
+    return chosen
+
+
+def _split_by_lists(lists, wanted, n_paths, where):
+    "Positions of a split, and what the lists say of all"
+    if wanted not in lists:
+        there = sorted(name for name, _ in lists.values())
+        raise ValueError(f"{where} has lists {there} but none for split={wanted!r}: add {wanted}.txt")
+    counts = Counter(i for _, positions in lists.values() for i in positions)
+    parts = [f"{name} {len(positions):,}" for name, positions in lists.values()]
+    if twice := sum(count > 1 for count in counts.values()):
+        parts.append(f"{twice:,} in several of them")
+    if rest := n_paths - len(counts):
+        parts.append(f"{rest:,} in none")
+    return sorted(lists[wanted][1]), "split by lists " + ", ".join(parts)
 
 # %% ../../nbs/data/reader.ipynb #subsample-export
 def subsample(index: Sequence, n: int | None, seed: int = 0) -> list:

@@ -107,8 +107,16 @@ def run_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> li
     return [*differences(*settings, ""), *differences(before, now, "data."), *pictures]
 
 # %% ../../nbs/training/agreement.ipynb #check-export
-def check_agreement(name: str, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    "`ValueError` with all differences where a run of this record cannot go on as asked"
+def check_agreement(
+    name: str,  # of the run
+    recorded: Mapping[str, Any] | None,  # its record; None where that is gone
+    asked: Mapping[str, Any],  # the record of this start
+) -> None:
+    "`ValueError` with all differences where a run of this record cannot go on as asked, or has no record"
+    if recorded is None:
+        gone = f"out_dir: {name} holds a training, but its config.json is gone, so nobody knows what was trained"
+        ways = "restore it from a copy, or begin anew in another out_dir"
+        raise ValueError(f"{gone}: {ways} (there, resume: 'FOLDER/checkpoints/step-…' goes on from this training)")
     lines = run_differences(recorded, asked)
     if lines:
         ways = (

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..checks import check_range, value_range
 from .accelerator import agree_on_precision, gather_states, make_accelerator
 from .config import TrainConfig
 from .engine import Engine
@@ -20,10 +22,18 @@ from .precision import Precision
 from .record import check_model
 from .reporting import Meter, Stopwatch
 from .run_directory import Run
-from .stream import check_data, mix_seeds, random_state, seed_everything, set_random_state
+from decomp_nb.training.stream import (
+    check_data,
+    mix_seeds,
+    preserve_random_state,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
 
 # %% auto #0
-__all__ = ['BEGINNING', 'first_lines', 'make_forecast', 'prepare', 'images_per_step', 'open_trackers', 'Session']
+__all__ = ['BEGINNING', 'first_lines', 'make_forecast', 'check_training_pictures', 'prepare', 'images_per_step', 'open_trackers',
+           'Session']
 
 # %% ../../nbs/training/session.ipynb #first-export
 def first_lines(
@@ -49,6 +59,23 @@ def make_forecast(config: TrainConfig, plan: Mapping[str, Any] | None = None, st
     load_plan(forecast, plan, step)
     return forecast
 
+# %% ../../nbs/training/session.ipynb #pictures-export
+def check_training_pictures(data: Any, n: int = 4) -> None:
+    "ValueError where some of the pictures hold bytes or NaN; a warning where they look like [0,1]"
+    ranges = []
+    for i in sorted({k * (len(data) - 1) // (n - 1) for k in range(n)}):
+        with preserve_random_state():
+            item = data[i]
+        image = item.get("image") if isinstance(item, Mapping) else None
+        if isinstance(image, Tensor) and image.numel():
+            if not image.is_floating_point():
+                found = f"training pictures are {image.dtype}, expected are floats in [−1,1]"
+                raise ValueError(f"{found}: give image / 127.5 - 1")
+            ranges.append(value_range(image))
+    if ranges:
+        found = torch.tensor(ranges)  # torch's smallest and largest value of NaN is NaN
+        check_range(found[:, 0].min().item(), found[:, 1].max().item(), "training pictures", limit=20)
+
 # %% ../../nbs/training/session.ipynb #prepare-export
 def prepare(
     model: nn.Module,
@@ -67,6 +94,8 @@ def prepare(
     if checkpoint or run.trained:
         check_model(origin, model)
     check_data(data, config, accelerator.num_processes)
+    if type(model).__module__.startswith("decomp_nb."):  # what others take, they know
+        check_training_pictures(data)
     return accelerator, precision
 
 

@@ -393,8 +393,9 @@ def open_loop(trainer: Trainer) -> Iterator[Loop]:
         checkpoint = find_resume(run, config.resume)
         accelerator, precision = prepare(trainer.model, trainer.data, config, run, checkpoint)
         record = make_record(trainer, precision, checkpoint)
-        if run.trained and run.config_file.exists():
-            check_agreement(run.path.name, run.config, record)
+        if run.trained:
+            recorded = run.config if run.config_file.exists() else None
+            check_agreement(run.path.name, recorded, record)
         engine = Engine(trainer.model, config, accelerator)
         progress = load_state(engine, checkpoint) if checkpoint else BEGINNING
         check_writable(run.path)

@@ -1,0 +1,167 @@
+"Splits as text lists, written on any system and in any spelling; and files that hold several frames"
+import pytest
+import torch
+from PIL import Image
+from small_data import write_clevrtex, write_dump, write_voc
+
+from decomp_nb.data.catalog import open_dataset, validate_dataset
+from decomp_nb.data.class_folders import class_folders
+from decomp_nb.data.clevrtex import ClevrTex
+from decomp_nb.data.images import ImageFolder
+from decomp_nb.data.lists import read_list
+from decomp_nb.data.movi import MoviDump
+from decomp_nb.data.natural import VocScenes
+
+NAMES = [f"{animal}/my {animal} {i}.png" for animal in ("cat", "dog") for i in range(4)]
+VAL = ["cat/my cat 3.png", "dog/my dog 0.png"]
+TRAIN = [name for name in NAMES if name not in VAL]
+
+
+def pictures(folder, names=NAMES):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (20 * i, 0, 0)).save(folder / name)
+    return folder
+
+
+def write_lists(folder, write=str, join="\n", encoding="utf-8", place=".", **others):
+    "Lists of both splits, each line written by `write`"
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    for split, names in {"train": TRAIN, "val": VAL, **others}.items():
+        (folder / place / f"{split}.txt").write_bytes((join.join(map(write, names)) + join).encode(encoding))
+
+
+LINES = {
+    "relative": str, "with a point": lambda n: f"./{n}", "backslashes": lambda n: n.replace("/", "\\"), "absolute here": "{folder}/{name}".format, "absolute elsewhere": lambda n: f"/home/ada/animals/{n}",
+    "drive": lambda n: "D:\\animals\\" + n.replace("/", "\\"), "without ending": lambda n: n.removesuffix(".png"), "names only": lambda n: n.split("/")[1].removesuffix(".png"),
+    "label": lambda n: f"{n} 3", "table": lambda n: f"{n}\tcat\t3", "csv": lambda n: f'"{n}", cat', "comment behind": lambda n: f"{n}  # blurred",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lists_are_read_however_they_name_pictures(tmp_path, line):
+    pictures(tmp_path)
+    write = LINES[line] if line != "absolute here" else lambda name: f"{tmp_path}/{name}"
+    write_lists(tmp_path, write)
+    parts = {split: ImageFolder(tmp_path, split=split) for split in ("train", "val", "all")}
+    assert parts["train"].files == TRAIN and parts["val"].files == VAL and parts["all"].files == NAMES
+    assert "split by lists" in parts["val"].taken and "train.txt 6" in parts["val"].taken and "val.txt 2" in parts["val"].taken
+    with pytest.raises(ValueError, match="none for split='test': add test.txt"): ImageFolder(tmp_path, split="test")
+
+
+@pytest.mark.parametrize("join, encoding", [("\r\n", "utf-8"), ("\n", "utf-8-sig"), ("\r\n", "utf-16"), ("\r", "utf-8"), ("\n\n  \n", "utf-8"), ("\n# a comment\n", "utf-8")], ids=["crlf", "mark", "powershell", "old mac", "blank", "comments"])
+def test_lists_of_all_systems_are_read(tmp_path, join, encoding):
+    write_lists(pictures(tmp_path), join=join, encoding=encoding)
+    assert [ImageFolder(tmp_path, split=s).files for s in ("train", "val")] == [TRAIN, VAL]
+
+
+@pytest.mark.parametrize("place", ["splits", "lists", "ImageSets/Main"])
+def test_lists_lie_in_folders_of_their_own(tmp_path, place):
+    write_lists(pictures(tmp_path), place=place, trainval=NAMES, train_aug=VAL)
+    assert [ImageFolder(tmp_path, split=s).files for s in ("train", "val")] == [TRAIN, VAL]
+
+
+def test_lists_count_more_than_folders(tmp_path):
+    names = [f"{split}/{i}.png" for split in ("train", "val") for i in range(4)]
+    pictures(tmp_path, names)
+    (tmp_path / "train.txt").write_text("\n".join(names[:2]))
+    (tmp_path / "val.txt").write_text("\n".join(names[2:5]))
+    train = ImageFolder(tmp_path, split="train")
+    assert train.files == names[:2] and train.taken.endswith("split by lists train.txt 2, val.txt 3, 3 in none")
+
+
+def test_what_is_in_both_lists_is_said(tmp_path):
+    write_lists(pictures(tmp_path), test=[*VAL, VAL[0], TRAIN[0]])
+    assert "2 test.txt" not in ImageFolder(tmp_path, split="test").taken and ImageFolder(tmp_path, split="test").taken.endswith("3 in several of them")
+    assert len(ImageFolder(tmp_path, split="test")) == 3  # a name that stands there twice counts once
+
+
+@pytest.mark.parametrize("extra, match", [("cat/gone.png", "1 of the 7 pictures that .*train.txt names are not there: cat/gone.png. Put them there"), ("/data/gone.jpg 3", "train.txt names.*gone.jpg"), ("gone", "train.txt.*gone")])
+def test_missing_pictures_are_named_with_their_list(tmp_path, extra, match):
+    write_lists(pictures(tmp_path), train=[*TRAIN, extra])
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=match): open_dataset(tmp_path, split=split, size=16)
+
+
+def test_a_list_of_another_set_is_refused_and_not_passed_over(tmp_path):
+    write_lists(pictures(tmp_path), train=["bird/0.png", "bird/1.png"])
+    with pytest.raises(ValueError, match="2 of the 2 pictures that .*train.txt names are not there"): ImageFolder(tmp_path, split="train")
+
+
+def test_a_name_that_two_pictures_have_is_refused(tmp_path):
+    pictures(tmp_path, ["a/0.png", "b/0.png", "a/1.png"])
+    (tmp_path / "train.txt").write_text("0\n")
+    with pytest.raises(ValueError, match="train.txt: '0' may be a/0.png or b/0.png"): ImageFolder(tmp_path, split="train")
+
+
+@pytest.mark.parametrize("name, text", [("train.txt", "Dear diary,\nwe went by train.\n"), ("train.txt", ""), ("notes.txt", "0.png\n"), ("train_log.txt", "0.png loss 0.3\n"), ("train_captions.txt", "0.png a red disc\n")])
+def test_texts_that_are_no_lists_change_nothing(tmp_path, name, text):
+    pictures(tmp_path, [f"{i}.png" for i in range(20)])
+    before = [ImageFolder(tmp_path, split=s).files for s in ("train", "val", "test")]
+    (tmp_path / name).write_text(text)
+    assert [ImageFolder(tmp_path, split=s).files for s in ("train", "val", "test")] == before
+
+
+def test_file_names_that_look_like_comments_or_are_no_utf8(tmp_path):
+    pictures(tmp_path, ["#1.png", "2.png", "größe.png"])
+    (tmp_path / "train.txt").write_text("#1.png\n# 2.png\ngröße.png", encoding="utf-8")
+    assert ImageFolder(tmp_path, split="train").files == ["#1.png", "2.png", "größe.png"][::2]
+    (tmp_path / "latin.txt").write_bytes("größe.png\n".encode("latin-1"))
+    assert len(read_list(tmp_path / "latin.txt")) == 1
+
+
+def test_every_reader_that_makes_splits_follows_lists(tmp_path):
+    write_clevrtex(tmp_path / "tex", 4)
+    write_dump(tmp_path / "movi", "slot_diffusion", range(4), 1)
+    for root, train, val in (("tex", ["CLEVRTEX_full_000000", "CLEVRTEX_full_000002"], ["CLEVRTEX_full_000001"]), ("movi", ["00000000", "00000003"], ["00000001"])):
+        for name, lines in (("train", train), ("val", val)): (tmp_path / root / f"{name}.txt").write_text("\n".join(lines))
+    for reader in (lambda s: ClevrTex(tmp_path / "tex", split=s), lambda s: MoviDump(tmp_path / "movi", split=s, max_objects=9)):
+        assert [len(reader(s)) for s in ("train", "val")] == [2, 1]
+
+
+# -- the lists of VOC -------------------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+def test_voc_lists_in_other_spellings(tmp_path):
+    voc = write_voc(tmp_path, "original")
+    file = voc / "ImageSets/Segmentation/val.txt"
+    names = file.read_text().split()
+    for write in ("{}.jpg", "JPEGImages/{}.jpg", "/home/ada/VOC2012/JPEGImages/{}.jpg", "{}  1", "{} -1\r"):
+        file.write_bytes(("# of 2012\r\n\r\n" + "\n".join(write.format(name) for name in names)).encode("utf-8-sig"))
+        assert VocScenes(voc, 24).index == names and VocScenes(voc, 24).check() == len(names)
+    file.write_text("\n".join([*names, "2007_000000"]))
+    with pytest.raises(ValueError, match="val.txt names are not there: 2007_000000"): VocScenes(voc, 24)
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="val.txt"): VocScenes(voc, 24)
+
+
+# -- several frames in a file -----------------------------------------------------------------------------------------
+
+def film(path, colours=("red", "blue", "green"), **options):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in colours]
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tiff", "TIF", "webp"])
+def test_of_several_frames_the_first_is_read_and_the_line_says_so(tmp_path, suffix, capsys):
+    film(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / f"b.{suffix}")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "c.png")
+    data = ImageFolder(tmp_path, 16)
+    for i in range(3): torch.testing.assert_close(data[i]["image"], data[2]["image"], atol=0.02, rtol=0)
+    assert len(data) == 3
+    assert f"several frames in 1 of 2 .{suffix.lower()}: the first is read" in data.taken
+    validate_dataset(data)
+    assert "the first is read" in capsys.readouterr().out
+
+
+def test_files_of_one_frame_are_not_spoken_of(tmp_path):
+    for suffix in ("gif", "tiff", "webp"): Image.new("RGB", (16, 16)).save(tmp_path / f"a.{suffix}")
+    (tmp_path / "b.gif").write_bytes(b"GIF89a")  # damaged: named by check()
+    assert "frames" not in ImageFolder(tmp_path, 16).taken
+
+
+def test_class_folders_take_the_first_frame_too(tmp_path):
+    (tmp_path / "cats").mkdir()
+    film(tmp_path / "cats" / "a.gif")
+    assert class_folders(tmp_path, n_per_class=-1, size=16)["image"][0, :, 8, 8].tolist() == [1, -1, -1]
