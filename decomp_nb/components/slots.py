@@ -238,7 +238,7 @@ class SlotReader(SlotStart):
 
     def split_heads(self, x: Tensor) -> Tensor:
         "`(b, n, d)` → `(b, heads, n, d/heads)`"
-        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.n_heads)
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
         "Keys and values `(b, heads, n, d/heads)` of a feature map `(b, c, h, w)`; places run row by row"
@@ -267,8 +267,8 @@ class SlotRound(SlotReader):
         q = self.split_heads(self.to_q(self.norm_slots(slots)))
         hardness = dict(epsilon=self.epsilon, temperature=self.temperature)
         attention, update = attend(q, k, v, slot_mask=slot_mask, **hardness)
-        update = rearrange(update, "b heads s d -> (b s) (heads d)").to(slots.dtype)
-        slots = self.gru(update, slots.flatten(0, 1)).view_as(slots)
+        update = update.transpose(1, 2).flatten(2).to(slots.dtype)  # heads side by side again
+        slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + self.mlp(self.norm_mlp(slots)), attention
 
     def assign(self, slots: Tensor, features: Tensor, slot_mask: Tensor | None = None) -> Tensor:
