@@ -149,8 +149,11 @@ class DecoderBlock(nn.Module):
             x = normed
         keys, values = self.over_words.keys_and_values(normed)
         if cache is not None:
-            cache[..., position:position + 1, :] = torch.stack([keys, values])
-            keys, values = cache[..., :position + 1, :]
+            end = position + 1
+            all_keys, all_values = cache
+            all_keys[:, :, position:end] = keys
+            all_values[:, :, position:end] = values
+            keys, values = all_keys[:, :, :end], all_values[:, :, :end]
         x = x + self.over_words.attend(normed, keys, values, causal=cache is None)
         x = x + self.over_slots.attend(self.norm_slots(x), *slots, bias=bias)
         return x + self.mlp(self.norm_mlp(x))
@@ -239,7 +242,7 @@ class AutoregressiveDecoder(TokenTransformer):
         return [slots.new_empty(2, len(slots), heads, self.length, head_dim) for _ in self.blocks]
 
     def _next_logits(self, token: Tensor, position: int, slots: list, bias: Tensor | None, caches: list) -> Tensor:
-        x = self.words(token[:, None]) + self.places[:, position:position + 1]
+        x = self.words(token) + self.places[:, position:position + 1]
         for block, slot, cache in zip(self.blocks, slots, caches):
             x = block(x, slot, bias, cache, position)
         return self.head(self.norm(x))[:, 0]
@@ -257,11 +260,15 @@ class AutoregressiveDecoder(TokenTransformer):
         "Token after token: `(b,n)`, with `return_logits` also the logits `(b,n,V)`"
         read, bias = self._slots(slots, weights)
         caches = self._caches(slots)
-        tokens = torch.full((len(slots), self.length + 1), self.vocabulary, device=slots.device)  # the first: begin
+        token = torch.full((len(slots), 1), self.vocabulary, device=slots.device)  # begin
         n_given = 0 if prefix is None else prefix.shape[1]
-        all_logits = []
+        tokens = []
+        kept = []
         for i in range(self.length):
-            logits = self._next_logits(tokens[:, i], i, read, bias, caches)
-            tokens[:, i + 1] = prefix[:, i] if i < n_given else sample_token(logits, **sampling)
-            all_logits.append(logits)
-        return (tokens[:, 1:], torch.stack(all_logits, 1)) if return_logits else tokens[:, 1:]
+            logits = self._next_logits(token, i, read, bias, caches)
+            token = prefix[:, i:i + 1] if i < n_given else sample_token(logits, **sampling)[:, None]
+            tokens.append(token)
+            if return_logits:
+                kept.append(logits)
+        tokens = torch.cat(tokens, 1)
+        return (tokens, torch.stack(kept, 1)) if return_logits else tokens

@@ -63,7 +63,10 @@ class ConceptLibrary:
         pictures, counts = self.origin[:, 0].unique(return_counts=True)
         fit = pictures[counts == counts.mode().values]
         chosen = fit[torch.randint(len(fit), (n,), generator=generator)]
-        sets = [self.compose(self.recipe(i), generator=generator).codes for i in chosen.tolist()]
+        sets = []
+        for picture in chosen.tolist():
+            like = self.compose(self.recipe(picture), generator=generator)
+            sets.append(like.codes)
         return Factors(torch.cat(sets))
 
 # %% ../../nbs/components/library.ipynb #library-number-export
@@ -100,7 +103,8 @@ def _large_enough(factors: Factors, min_area: float) -> Tensor:
     if factors.masks is None:
         return torch.ones(factors.codes.shape[:2], dtype=torch.bool)
     owner = F.one_hot(factors.segmentation(), factors.n_factors)
-    return (owner.float().mean((1, 2)) >= min_area).cpu()
+    area = owner.float().mean((1, 2))
+    return (area >= min_area).cpu()
 
 
 def _draw_codes(library: ConceptLibrary, concept: int, n: int, generator: torch.Generator | None) -> Tensor:
@@ -109,7 +113,8 @@ def _draw_codes(library: ConceptLibrary, concept: int, n: int, generator: torch.
     if not len(members):
         known = f"the library has concepts 0 to {library.n_concepts - 1}"
         raise ValueError(f"concept {concept} is empty or unknown: {known}")
-    return library.codes[members[torch.randint(len(members), (n,), generator=generator)]]
+    drawn = torch.randint(len(members), (n,), generator=generator)
+    return library.codes[members[drawn]]
 
 # %% ../../nbs/components/library.ipynb #cutouts-export
 def cutouts(images: Tensor, factors: Factors, origin: Tensor, *, ground: float = 0.85) -> Tensor:

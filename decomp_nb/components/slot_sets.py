@@ -27,7 +27,8 @@ def token_mask(weights: Tensor | None) -> Tensor | None:
     diffusers adds (1 − mask) · −10⁴ to the logits; the mask 1 + log(w) / 10⁴ makes that log(w)."""
     if weights is None:
         return None
-    return 1 + weights.float().clamp_min(0).log().clamp_min(-1e4) / 1e4
+    log_weights = weights.float().clamp_min(0).log()
+    return 1 + log_weights.clamp_min(-1e4) / 1e4
 
 # %% ../../nbs/components/slot_sets.ipynb #drop-export
 def random_order(factors: Factors, generator: torch.Generator | None = None) -> Tensor:
@@ -104,8 +105,8 @@ def mix_slots(factors: Factors, *, official: bool = False) -> Factors:
         shift = shift.where(shift < b, 0)
     mixed = []
     for k, s in enumerate(shift):
-        donors = factors.rows((torch.arange(b) + s) % b)
-        mixed.append(donors.pick(k))
+        donors = (torch.arange(b) + s) % b
+        mixed.append(factors.rows(donors).pick(k))
     return mixed[0].cat(*mixed[1:])
 
 # %% ../../nbs/components/slot_sets.ipynb #swap-export
@@ -147,7 +148,8 @@ def changed_region(before: Factors, after: Factors, size: int, grow: int = 2) ->
     region = unmatched_pixels(before, after, size)
     if after.masks is not None:
         region = region | unmatched_pixels(after, before, size)
-    return F.max_pool2d(region[:, None].float(), 2 * grow + 1, 1, grow)
+    side = 2 * grow + 1
+    return F.max_pool2d(region[:, None].float(), side, stride=1, padding=grow)
 
 # %% ../../nbs/components/slot_sets.ipynb #repaint-export
 @torch.no_grad()
@@ -164,8 +166,10 @@ def repaint(
     check_pictures(images)
     x0 = model.latents.encode(images)
     keep = 1 - F.adaptive_max_pool2d(region.to(x0), x0.shape[-2:])
-    scheduler = copy.deepcopy(options.get("scheduler") or model.sampler or model.scheduler)
-    scheduler.set_timesteps(options.get("steps", 25), device=x0.device)
+    scheduler = options.get("scheduler") or model.sampler or model.scheduler
+    scheduler = copy.deepcopy(scheduler)
+    steps = options.get("steps", 25)
+    scheduler.set_timesteps(steps, device=x0.device)
     noise = options.pop("noise", None)
     if noise is None:
         noise = torch.randn(x0.shape, generator=options.get("generator")).to(x0)

@@ -238,7 +238,7 @@ class SlotReader(SlotStart):
 
     def split_heads(self, x: Tensor) -> Tensor:
         "`(b, n, d)` → `(b, heads, n, d/heads)`"
-        return rearrange(x, "b n (heads d) -> b heads n d", heads=self.n_heads)
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
     def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
         "Keys and values `(b, heads, n, d/heads)` of a feature map `(b, c, h, w)`; places run row by row"
@@ -267,8 +267,8 @@ class SlotRound(SlotReader):
         q = self.split_heads(self.to_q(self.norm_slots(slots)))
         hardness = dict(epsilon=self.epsilon, temperature=self.temperature)
         attention, update = attend(q, k, v, slot_mask=slot_mask, **hardness)
-        update = rearrange(update, "b heads s d -> (b s) (heads d)").to(slots.dtype)
-        slots = self.gru(update, slots.flatten(0, 1)).view_as(slots)
+        update = update.transpose(1, 2).flatten(2).to(slots.dtype)  # heads side by side again
+        slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + self.mlp(self.norm_mlp(slots)), attention
 
     def assign(self, slots: Tensor, features: Tensor, slot_mask: Tensor | None = None) -> Tensor:
@@ -363,33 +363,64 @@ def start_as_clusters(
     side_channels: int = 8,  # channels at the end that carry the position, and that the competition ignores
 ) -> SlotAttention:
     "Give a slot attention weights with which its first pass is soft k-means of the features"
+    _check_widths(slots)
+    _collect_features(slots)
+    _compare_content(slots, sharpness, side_channels)
+    _move_half_way(slots)
+    _store_place(slots, side_channels)
+    if slots.from_place is not None:
+        _begin_at_features(slots)
+    return slots
+
+
+def _check_widths(slots: SlotAttention) -> None:
+    "ValueError where a feature cannot be a slot"
     d = slots.slot_dim
-    place = slice(-side_channels, None)
     fits = slots.position is not None and slots.to_k.weight.shape == (d, d) and slots.position.out_features == d
     if not fits or isinstance(slots.input_mlp, nn.Identity):
-        raise ValueError(
-            "start_as='clusters' needs positions, the input MLP, and features as wide as the slots: "
-            f"slot_dim={d}, features {slots.to_k.in_features}"
-        )
-    for layer in (slots.input_mlp[0], slots.input_mlp[2], slots.to_v):
+        needs = "start_as='clusters' needs positions, the input MLP, and features as wide as the slots"
+        raise ValueError(f"{needs}: slot_dim={d}, features {slots.to_k.in_features}")
+
+# %% ../../nbs/components/slots.ipynb #clusters-weights-export
+def _collect_features(slots: SlotAttention) -> None:
+    "What is collected is the feature itself"
+    first, _, last = slots.input_mlp
+    for layer in (first, last, slots.to_v):
         nn.init.eye_(layer.weight)
-    for bias in (slots.input_mlp[0].bias, slots.input_mlp[2].bias, slots.gru.bias_ih, slots.gru.bias_hh):
-        bias.zero_()
+    first.bias.zero_()
+    last.bias.zero_()
+
+
+def _compare_content(slots: SlotAttention, sharpness: float, side_channels: int) -> None:
+    "Logits are sharpened inner products of slot and feature, without the channels of the position"
     nn.init.orthogonal_(slots.to_k.weight)
-    slots.to_k.weight[:, place] = 0
+    slots.to_k.weight[:, -side_channels:] = 0
     slots.to_q.weight.copy_(sharpness * slots.to_k.weight)
+
+
+def _move_half_way(slots: SlotAttention) -> None:
+    "The GRU's candidate is the mean that was collected, and the MLP changes little"
+    d = slots.slot_dim
+    slots.gru.bias_ih.zero_()
+    slots.gru.bias_hh.zero_()
     slots.gru.weight_ih[2 * d:] = torch.eye(d)  # the third block is the candidate
     slots.gru.weight_hh[2 * d:] *= 0.1
     slots.mlp[-1].weight *= 0.1
-    direction = F.normalize(torch.randn(side_channels, 2), dim=1) / 2  # in the plane, centred: w · (p − ½)
+
+
+def _store_place(slots: SlotAttention, side_channels: int) -> None:
+    "Each of the last channels gets the place along one random direction of the plane, centred: w · (p − ½)"
+    direction = F.normalize(torch.randn(side_channels, 2), dim=1) / 2
     slots.position.weight.zero_()
     slots.position.bias.zero_()
-    slots.position.weight[place] = torch.cat([direction, -direction], 1)
-    if slots.from_place is not None:  # a slot begins as the feature of its place
-        nn.init.eye_(slots.from_place.weight)
-        slots.from_place.bias.zero_()
-        slots.slot_mean.zero_()
-    return slots
+    slots.position.weight[-side_channels:] = torch.cat([direction, -direction], 1)
+
+
+def _begin_at_features(slots: SlotAttention) -> None:
+    "With init='kmeans++' a slot begins as the feature of its place"
+    nn.init.eye_(slots.from_place.weight)
+    slots.from_place.bias.zero_()
+    slots.slot_mean.zero_()
 
 # %% ../../nbs/components/slots.ipynb #masks-export
 def masks_from_attention(

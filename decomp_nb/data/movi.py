@@ -165,12 +165,21 @@ def read_frame(video: DumpVideo, t: int, has_masks: bool, has_factors: bool) -> 
     "Picture, label map, labels of the objects and their factors, as `scene_item` takes them"
     mask = read_mask(video, t) if has_masks else None
     picture = read_annotated(video.image(t), mask.shape) if has_masks else read_image(video.image(t))
-    ids, factors = read_instances(video, t) if has_factors else (label_names(mask) if has_masks else [], {})
-    if has_factors and has_masks and (strange := set(label_names(mask)) - set(ids)):
-        file = video.beside(t, _MASKS[video.layout])
-        found = f"label map {file} has labels {sorted(strange)[:5]}"
-        raise ValueError(f"{found}, its instances.json lists objects {ids}")
+    ids, factors = [], {}
+    if has_factors:
+        ids, factors = read_instances(video, t)
+    elif has_masks:
+        ids = label_names(mask)
+    if has_factors and has_masks:
+        _check_labels(mask, ids, video.beside(t, _MASKS[video.layout]))
     return np.asarray(picture), mask, ids, factors
+
+
+def _check_labels(mask, ids, file):
+    "ValueError where a label map has a label that no object has"
+    strange = sorted(set(label_names(mask)) - set(ids))
+    if strange:
+        raise ValueError(f"label map {file} has labels {strange[:5]}, its instances.json lists objects {ids}")
 
 
 def stack_frames(frames: list[tuple], timeless: Collection[str]) -> tuple:

@@ -19,15 +19,20 @@ __all__ = ['LIGHTNING', 'read_flat', 'read_lightning', 'rename', 'part_of', 'tak
 # %% ../../nbs/official/reading.ipynb #flat-export
 def read_flat(path: str | Path) -> dict[str, Tensor]:
     "The tensors of a file, in float32"
-    halves = (torch.float16, torch.bfloat16)
-    return {key: value.float() if value.dtype in halves else value for key, value in read_weights(path).items()}
+    state = read_weights(path)
+    for key, value in state.items():
+        if value.dtype in (torch.float16, torch.bfloat16):
+            state[key] = value.float()
+    return state
 
 # %% ../../nbs/official/reading.ipynb #lightning-export
-LIGHTNING = tuple(
-    f"{home}.callbacks.{name}"
-    for home in ("pytorch_lightning", "lightning.pytorch")
-    for name in ("model_checkpoint.ModelCheckpoint", "lr_monitor.LearningRateMonitor", "early_stopping.EarlyStopping")
+_CALLBACKS = (
+    "model_checkpoint.ModelCheckpoint",
+    "lr_monitor.LearningRateMonitor",
+    "early_stopping.EarlyStopping",
 )
+_HOMES = ("pytorch_lightning.callbacks", "lightning.pytorch.callbacks")
+LIGHTNING = tuple(f"{home}.{name}" for home in _HOMES for name in _CALLBACKS)
 
 
 def read_lightning(path: str | Path) -> dict[str, Tensor]:
@@ -35,17 +40,24 @@ def read_lightning(path: str | Path) -> dict[str, Tensor]:
     stand_in = type("Callback", (), {})
     with torch.serialization.safe_globals([(stand_in, name) for name in LIGHTNING]):
         state = read_flat(path)
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    for key, value in state.items():
+        if value.is_floating_point():
+            state[key] = value.float()
+    return state
 
 # %% ../../nbs/official/reading.ipynb #names-export
 def rename(key: str, names: dict[str, str]) -> str:
     "Key with the first matching prefix exchanged"
-    return next((new + key[len(old):] for old, new in names.items() if key.startswith(old)), key)
+    for old, new in names.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "What begins with `prefix`, without it"
-    return {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    own = [key for key in state if key.startswith(prefix)]
+    return {key.removeprefix(prefix): state[key] for key in own}
 
 
 def take(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
@@ -78,8 +90,11 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> nn.Mo
 
 
 def _other_shapes(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
-    return [f"{key} is {found}, expected {wanted}" for key, (found, wanted) in shapes.items() if found != wanted]
+    other = []
+    for key in own:
+        if key in state and state[key].shape != own[key].shape:
+            other.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}")
+    return other
 
 
 def _first(names: list[str], n: int = 8) -> str:
@@ -91,7 +106,8 @@ def add_rest(converted: dict[str, Tensor | None], official: dict[str, Tensor]) -
     "What diffusers' converter returned, plus the official tensors that it dropped, under their own names"
     found = {key: value for key, value in converted.items() if value is not None}
     used = {value.data_ptr() for value in found.values()}
-    return found | {key: value for key, value in official.items() if value.data_ptr() not in used}
+    dropped = {key: value for key, value in official.items() if value.data_ptr() not in used}
+    return found | dropped
 
 
 def refuse_rest(state: dict[str, Tensor], path: str | Path) -> dict:

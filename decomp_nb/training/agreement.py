@@ -40,14 +40,21 @@ def sketch_item(item: Any) -> dict[str, list[float]]:
     "Mean and standard deviation of every tensor of an item"
     if not isinstance(item, Mapping):
         item = {"item": item}
-    tensors = {key: value.double() for key, value in item.items() if isinstance(value, torch.Tensor) and value.numel()}
-    return {key: [value.mean().item(), value.std(correction=0).item()] for key, value in tensors.items()}
+    sketch = {}
+    for key, value in item.items():
+        if isinstance(value, torch.Tensor) and value.numel():
+            value = value.double()
+            sketch[key] = [value.mean().item(), value.std(correction=0).item()]
+    return sketch
 
 
 def alike(one: Mapping[str, list], other: Mapping[str, list]) -> bool:
     "Whether two sketches can be of the same item; what only one of them has is not compared"
-    pairs = [pair for key in one.keys() & other.keys() for pair in zip(one[key], other[key])]
-    return all(math.isclose(a, b, rel_tol=0.02, abs_tol=0.02) for a, b in pairs)
+    for key in one.keys() & other.keys():
+        for a, b in zip(one[key], other[key]):
+            if not math.isclose(a, b, rel_tol=0.02, abs_tol=0.02):
+                return False
+    return True
 
 # %% ../../nbs/training/agreement.ipynb #data-export
 SKETCHED = 6  # items, spread over the whole data set
@@ -75,9 +82,13 @@ def data_record(data: Any) -> dict[str, Any]:
     sketches = {}
     for i in sorted({k * (n - 1) // (SKETCHED - 1) for k in range(SKETCHED)}):
         first = read_item(data, i)
-        if all(map(math.isfinite, sum(first.values(), []))) and alike(first, read_item(data, i)):
+        if _is_finite(first) and alike(first, read_item(data, i)):
             sketches[str(i)] = first
     return {"n": n, "names": checksum_of_names(data), "sketches": sketches}
+
+
+def _is_finite(sketch: Mapping[str, list]) -> bool:
+    return all(map(math.isfinite, sum(sketch.values(), [])))
 
 # %% ../../nbs/training/agreement.ipynb #compare-export
 def data_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
@@ -89,22 +100,28 @@ def data_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> l
     if None not in (recorded["names"], asked["names"]) and recorded["names"] != asked["names"]:
         return ["pictures: as many as recorded, but some file names are others"]
     one, other = recorded["sketches"], asked["sketches"]
-    changed = [i for i in one if i in other and not alike(one[i], other[i])]
-    return [f"pictures: number {', '.join(changed)} are others than recorded"] if changed else []
+    common = [i for i in one if i in other]
+    changed = [i for i in common if not alike(one[i], other[i])]
+    if not changed:
+        return []
+    return [f"pictures: number {', '.join(changed)} are others than recorded"]
 
 
 def run_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     "How the record of a run differs from what is asked for now: settings, data, model; a line each"
     asked = json.loads(json.dumps(asked, default=str))
     pictures = data_differences(recorded.get("data_set", {}), asked.get("data_set", {}))
-    before = recorded.get("data", {})
-    now = {key: value for key, value in asked.get("data", {}).items() if key in before}
-    now.pop("n", None)
-    if not pictures and recorded.get("data_set"):  # the same pictures at another place are no other data
-        now.pop("data", None)
-    before = {key: before[key] for key in now}
+    same_pictures = not pictures and bool(recorded.get("data_set"))
     settings = [settings_that_count(record.get("train", {})) for record in (recorded, asked)]
-    return [*differences(*settings, ""), *differences(before, now, "data."), *pictures]
+    data = _data_settings(recorded.get("data", {}), asked.get("data", {}), same_pictures)
+    return [*differences(*settings, ""), *differences(*data, "data."), *pictures]
+
+
+def _data_settings(before: dict, now: dict, same_pictures: bool) -> tuple[dict, dict]:
+    "The settings of the data that both have and that have to agree; the same pictures may lie at another place"
+    free = {"n", "data"} if same_pictures else {"n"}
+    names = [name for name in now if name in before and name not in free]
+    return {name: before[name] for name in names}, {name: now[name] for name in names}
 
 # %% ../../nbs/training/agreement.ipynb #check-export
 def check_agreement(

@@ -237,19 +237,29 @@ def bars(
     if best not in ("", "high", "low"):
         raise ValueError(f"best: expected '', 'high' or 'low', got {best!r}")
     means, stds = np.array([v if isinstance(v, tuple) else (v, 0) for v in values.values()], dtype=float).T
-    winner = {"high": means.argmax(), "low": means.argmin()}.get(best)
-    colours = [_tint(palette(1)[0], 1 if winner in (None, i) else 0.45) for i in range(len(means))]
     notes = [_note(mean, std, digits) + unit for mean, std in zip(means, stds)]
     fig, axes = figure(width, 46 + 24 * len(means) + (18 if title else 0), title)
     with _style():
-        options = {"color": colours, "xerr": stds, "ecolor": _tint(INK), "tick_label": list(values)}
+        options = {"color": _emphasis(means, best), "xerr": stds, "ecolor": _tint(INK), "tick_label": list(values)}
         axes.barh(range(len(means)), means, 0.62, **options)
-        for place, end, note in zip(range(len(means)), (means + stds).clip(0), notes):
-            axes.annotate(note, (end, place), (4, 0), textcoords="offset points", va="center")
+        _write_beside(axes, (means + stds).clip(0), notes)
         _bare(axes)
     words = ", ".join(f"{name} {note}" for name, note in zip(values, notes))
     alt = alt or f"{title}: {words}"
     return plotted(fig, alt=alt)
+
+
+def _emphasis(means, best):
+    "Colours of bars: the best one full, the others pale; all full where none is to be best"
+    winner = {"high": means.argmax(), "low": means.argmin()}.get(best)
+    full = [winner in (None, i) for i in range(len(means))]
+    return [_tint(palette(1)[0], 1 if strong else 0.45) for strong in full]
+
+
+def _write_beside(axes, ends, notes):
+    "A note behind the end of each bar"
+    for place, (end, note) in enumerate(zip(ends, notes)):
+        axes.annotate(note, (end, place), (4, 0), textcoords="offset points", va="center")
 
 
 def _bare(axes):
@@ -283,9 +293,7 @@ def heat(
     _check_count("titles", names, maps.shape[1])
     low, high = limits or (min(0.0, maps.min().item()), maps.max().item())
     table = _colour_table(colours)
-    share = (maps - low) / max(high - low, 1e-12)
-    index = share.clamp(0, 1).mul(255).round().long()
-    hot = table[index]
+    hot = _coloured(maps, table, low, high)
     rows = list(hot)
     if images is not None:
         rows = _over(hot, _one_size(images))
@@ -296,6 +304,13 @@ def heat(
     return _page(block, title, alt or title or "heat maps")
 
 # %% ../../nbs/viz/plots.ipynb #plots-heat-parts-export
+def _coloured(maps, table, low, high):
+    "Numbers from `low` to `high` as colours of a table of 256"
+    share = (maps - low) / max(high - low, 1e-12)
+    index = share.clamp(0, 1).mul(255).round().long()
+    return table[index]
+
+
 def _checked_maps(maps):
     maps = torch.as_tensor(maps).detach().float().cpu()
     if maps.dim() not in (3, 4):

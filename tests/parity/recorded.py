@@ -5,6 +5,7 @@ A *check* is a function of `Recorded` that yields (key …, our value, tolerance
 import importlib.util
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -112,6 +113,14 @@ def once(check_of: Callable, kind: type[Recorded], close: Callable = close) -> C
     return finished
 
 
+@cache
+def scratch() -> Path:
+    "A folder for files that official programs would write; it lives as long as the process"
+    holder = tempfile.TemporaryDirectory()
+    scratch.holder = holder
+    return Path(holder.name)
+
+
 def keys_of(made: list[tuple]) -> set[tuple]: return {tuple(key) for *key, _, _ in made}
 
 
@@ -119,6 +128,17 @@ def compared_and_given(finished: Callable, groups, folder: Path) -> tuple[set, s
     "Keys of all groups together"
     done = [finished(group, folder) for group in groups]
     return set().union(*(keys_of(made) for made, _ in done)), set().union(*(used for _, used in done))
+
+
+def inputs_of_all(finished: Callable, groups, folder: Path, kind: type[Recorded], ending: str, elsewhere: set[str]) -> set[tuple]:
+    "Arrays that are inputs only. Fails unless each array of the folder's files is compared or an input, and its README lists these files"
+    compared, given = compared_and_given(finished, groups, folder)
+    files = {path.stem for path in folder.glob(f"*.{ending}")} - elsewhere
+    everything = {(file, name) for file in files for name in kind(folder).names(file)}
+    assert everything == compared | given, f"untouched: {sorted(everything - compared - given)}"
+    listed = set(re.findall(rf"^### (\w+)\.{ending}", (folder / "README.md").read_text(), flags=re.M)) - elsewhere
+    assert files == listed, f"files and README differ: {files ^ listed}"
+    return given - compared
 
 
 def every_alteration_fails(made: list[tuple], folder: Path, kind: type[Recorded], close: Callable = close) -> None:

@@ -22,7 +22,7 @@ from lsd_metrics import (  # noqa: F401 - pytest collects them here: one file pr
     test_metrics_match_official,
 )
 from recorded import Recorded as Arrays
-from recorded import close, compared_and_given, every_alteration_fails, keys_of, once, run
+from recorded import close, compared_and_given, every_alteration_fails, inputs_of_all, keys_of, once, run
 from safetensors.torch import save_file
 
 from decomp_nb.components import denoisers, diffusion
@@ -295,14 +295,8 @@ def test_matches_official(group, golden):
 
 def test_every_array_is_compared(golden):
     "No array of any file is left out: it is compared, or it is an input on which compared arrays depend"
-    folder = golden("lsd")
-    compared, given = compared_and_given(finished, CHECKS, folder)
-    files = {path.stem for path in folder.glob("*.safetensors")} - ELSEWHERE
-    everything = {(file, name) for file in files for name in Recorded(folder).names(file)}
-    assert everything == compared | given, f"untouched: {sorted(everything - compared - given)}"
-    listed = set(re.findall(r"^### (\w+)\.safetensors", (folder / "README.md").read_text(), flags=re.M)) - ELSEWHERE
-    assert files == listed, f"files and README differ: {files ^ listed}"
-    inputs = given - compared
+    inputs = inputs_of_all(finished, CHECKS, golden("lsd"), Recorded, "safetensors", ELSEWHERE)
+    compared, _ = compared_and_given(finished, CHECKS, golden("lsd"))
     assert len(inputs) < len(compared) and not any(name.startswith(("grad", "after", "act", "noise_pred", "slots_iter", "attn")) for _, name in inputs), inputs
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from recorded import Recorded as Arrays
-from recorded import compared_and_given, every_alteration_fails, once, run
+from recorded import every_alteration_fails, inputs_of_all, once, run, scratch
 from safetensors.torch import load_file
 
 from decomp_nb.components import codebooks, diffusion, solvers
@@ -62,14 +62,6 @@ def official_file(folder: Path, name: str, target: Path) -> Path:
     if name in parts: state |= {parts[name][1] + k: v.clone() for k, v in read_part(folder, parts[name][0]).items()}
     torch.save({"state_dict": state, "epoch": 1} if name == "slate" else state, target / f"{name}.pth")  # both forms are about
     return target / f"{name}.pth"
-
-
-@cache
-def scratch() -> Path:
-    import tempfile
-    holder = tempfile.TemporaryDirectory()
-    scratch.holder = holder  # lives as long as the process
-    return Path(holder.name)
 
 
 @cache
@@ -495,14 +487,7 @@ def test_matches_official(group, golden):
 
 def test_every_array_is_compared(golden):
     "No array of any image file is left out: it is compared, or it is an input on which compared arrays depend"
-    folder = golden("slotdiffusion")
-    compared, given = compared_and_given(finished, CHECKS, folder)
-    files = {path.stem for path in folder.glob("*.npz")} - VIDEO
-    everything = {(file, name) for file in files for name in Recorded(folder).names(file)}
-    assert everything == compared | given, f"untouched: {sorted(everything - compared - given)}"
-    listed = set(re.findall(r"^### (\w+)\.npz", (folder / "README.md").read_text(), flags=re.M)) - VIDEO
-    assert files == listed, f"files and README differ: {files ^ listed}"
-    inputs = given - compared
+    inputs = inputs_of_all(finished, CHECKS, golden("slotdiffusion"), Recorded, "npz", VIDEO)
     assert not any(name.startswith(("grad", "loss_", "pred_", "dpm", "recon", "gen_")) for _, name in inputs - {("slot_attention", "loss_weight"), ("metrics", "pred_video")}), inputs
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recorded import Recorded as Arrays
-from recorded import compared_and_given, every_alteration_fails, once, run
+from recorded import compared_and_given, every_alteration_fails, once, run, scratch
 from safetensors.torch import load_file
 
 from decomp_nb.components import diffusion
@@ -67,14 +67,6 @@ def folder_of(group: str) -> str: return "slotdiffusion" if group in OLDER else 
 
 def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in load_file(folder / f"{name}.safetensors").items()}
-
-
-@cache
-def scratch() -> Path:
-    import tempfile
-    holder = tempfile.TemporaryDirectory()
-    scratch.holder = holder  # lives as long as the process
-    return Path(holder.name)
 
 
 @cache
