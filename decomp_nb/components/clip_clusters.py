@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from .clusters import ClusterSlots, assign_to_means, cluster
 from .slots import SlotResult
@@ -28,11 +28,16 @@ class ClipClusters(ClusterSlots):
         clip_iterations: int = 5,  # rounds of k-means over a clip
         radius: int = 3,  # of `co_occurrence_loss`, in places
         temperature: float = 0.1,  # of the same
+        project_slots: bool = True,  # False: decoders read the parts of a slot as they are
         **options,  # of `ClusterSlots`
     ):
         super().__init__(in_dim, **options)
         self.clip_iterations = clip_iterations
         self.neighbourhood = dict(radius=radius, temperature=temperature)
+        if not project_slots:
+            if options.get("out_dim"):
+                raise ValueError("out_dim: slots that are not projected keep their width; leave it out")
+            self.to_out = nn.Identity()
 
     def key_loss(self, features: Tensor, **options) -> Tensor:
         "`co_occurrence_loss` of a feature map `(b, c, h, w)` with this module's radius and temperature"
