@@ -14,7 +14,7 @@ from .clusters import ClusterSlots, assign_to_means, cluster
 from .slots import SlotResult
 
 # %% auto #0
-__all__ = ['ClipClusters']
+__all__ = ['ClipClusters', 'clip_slots']
 
 # %% ../../nbs/components/clip_clusters.ipynb #module-export
 class ClipClusters(ClusterSlots):
@@ -67,3 +67,9 @@ class ClipClusters(ClusterSlots):
         found = torch.cat([means, self.content(features.detach(), maps)], -1)
         history = [(means, shares[:, None])] if options.get("record") else None
         return SlotResult(found, self.project(found), shares[:, None], history)
+
+# %% ../../nbs/components/clip_clusters.ipynb #preset-export
+def clip_slots(n_slots: int = 8) -> dict:
+    "`slots_config`, `tracking_config` and `zoom` of small presets whose slots are clusters of whole clips"
+    slots = dict(kind="clip_clusters", n_slots=n_slots, slot_dim=128, out_dim=64, sharpness=128.0)
+    return dict(slots_config=slots, tracking_config={}, zoom=2.0)

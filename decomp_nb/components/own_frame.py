@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 # %% auto #0
@@ -16,22 +16,25 @@ __all__ = ['own_coordinates', 'read_outline', 'OwnFrameDecoder']
 # %% ../../nbs/components/own_frame.ipynb #coordinates-export
 def own_coordinates(place: Tensor, image_size: int) -> Tensor:
     "Place and size `(b,k,3)` as in `ClusterSlots` → offsets (across, down) of all pixels, in sizes, `(b,k,h,w,2)`"
-    row = (place[..., 0] + 2) / 4
-    column = (place[..., 1] + 2) / 4
-    size = ((place[..., 2] - 2) / 1.5).exp()[..., None]
-    pixels = (torch.arange(image_size, device=place.device) + 0.5) / image_size
-    down = (pixels - row[..., None]) / size
-    across = (pixels - column[..., None]) / size
-    down = down[..., :, None].expand(*down.shape, image_size)
-    return torch.stack([across[..., None, :].expand_as(down), down], -1)
+    row, column, spread = place[..., None].unbind(-2)
+    centre_down = (row + 2) / 4
+    centre_across = (column + 2) / 4
+    size = ((spread - 2) / 1.5).exp()
+    pixels = torch.arange(image_size, device=place.device) + 0.5
+    pixels = pixels / image_size
+    down = (pixels - centre_down) / size
+    across = (pixels - centre_across) / size
+    down = repeat(down, "b k h -> b k h w", w=image_size)
+    across = repeat(across, "b k w -> b k h w", h=image_size)
+    return torch.stack([across, down], -1)
 
 
 def read_outline(window: Tensor, offsets: Tensor, reach: float = 0.8) -> Tensor:
-    "The map `(b,k,n,n)` of a slot, whose outermost points lie `reach` sizes away, at `offsets`; `(b,k,h,w)`, outside −1"
-    maps = rearrange(window, "b k i j -> (b k) 1 i j") + 1
-    places = rearrange(offsets, "b k h w xy -> (b k) h w xy") / reach
-    found = F.grid_sample(maps, places.to(maps), padding_mode="zeros", align_corners=True) - 1
-    return rearrange(found, "(b k) 1 h w -> b k h w", b=len(window))
+    "Maps `(b,k,n,n)` of slots, whose outermost points lie `reach` sizes away, at `offsets`: `(b,k,h,w)`, −1 outside"
+    maps = rearrange(window, "b k i j -> (b k) 1 i j")
+    places = rearrange(offsets, "b k h w xy -> (b k) h w xy").to(maps)
+    found = F.grid_sample(maps + 1, places / reach, align_corners=True)
+    return rearrange(found - 1, "(b k) 1 h w -> b k h w", b=len(window))
 
 # %% ../../nbs/components/own_frame.ipynb #decoder-export
 class OwnFrameDecoder(nn.Module):
@@ -60,26 +63,33 @@ class OwnFrameDecoder(nn.Module):
         self.from_slot = nn.Linear(slot_dim, hidden_dim)
         self.from_pixel = nn.Linear(7, hidden_dim)
         self.layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 4)
+            nn.SiLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.SiLU(),
+            nn.Linear(hidden_dim, 4),
         )
         self.to_colour = nn.Linear(slot_dim, 3)
 
     def pixels(self, place: Tensor, outline: Tensor) -> Tensor:
         "What the network sees of every pixel, `(b,k,h,w,7)`: outline, own coordinates and their squares, coordinates"
         offsets = own_coordinates(place, self.image_size)
-        here = read_outline(outline.unflatten(-1, (self.window, self.window)), offsets)
+        window = rearrange(outline, "b k (i j) -> b k i j", i=self.window)
+        here = read_outline(window, offsets)[..., None]
         near = offsets.clamp(-2, 2) / 2
         axis = torch.linspace(-1, 1, self.image_size, device=place.device)
-        corners = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)
-        return torch.cat([here[..., None], near, near.square(), corners.expand_as(near)], -1)
+        rows_and_columns = torch.meshgrid(axis, axis, indexing="ij")
+        picture = torch.stack(rows_and_columns, -1).expand_as(near)
+        return torch.cat([here, near, near.square(), picture], -1)
 
     def forward(self, slots: Tensor) -> Tensor:
         "`(b,k,d)` → layers `(b,k,4,h,w)` for `mix_layers`"
         _, place, outline, _ = slots.split(self.parts, -1)
         with torch.autocast(slots.device.type, enabled=False):
             seen = self.pixels(place.float(), outline.float())
-        hidden = self.from_pixel(seen) + self.from_slot(slots)[:, :, None, None]
+        everywhere = rearrange(slots, "b k d -> b k 1 1 d")
+        hidden = self.from_pixel(seen) + self.from_slot(everywhere)
         colours, logit = self.layers(hidden).split([3, 1], -1)
-        colours = colours + self.to_colour(slots)[:, :, None, None]
+        colours = colours + self.to_colour(everywhere)
         logit = logit + self.sharpness * seen[..., :1]
-        return rearrange(torch.cat([colours, logit], -1), "b k h w c -> b k c h w")
+        layers = torch.cat([colours, logit], -1)
+        return rearrange(layers, "b k h w c -> b k c h w")

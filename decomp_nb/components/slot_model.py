@@ -37,7 +37,7 @@ from ..factors import Factors
 # %% auto #0
 __all__ = ['SLOTS', 'require', 'refuse_unknown', 'add_losses', 'build_slots', 'SlotFinder', 'ChunkFinder', 'SlotEncoder',
            'SlotModel', 'fixed_denoiser', 'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder',
-           'video_encoder', 'moving_encoder', 'clip_encoder']
+           'video_encoder', 'moving_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -463,10 +463,3 @@ def moving_encoder(image_size: int = 64, n_slots: int = 7, *, stride: int = 2) -
     config["slots_config"]["n_iterations"] = 2
     predictor = dict(kind="transformer", n_layers=1, n_heads=4, hidden=128, dropout=0.0)
     return config | dict(tracking_config=dict(predictor=predictor, first_iterations=3))
-
-
-def clip_encoder(image_size: int = 64, n_slots: int = 8, *, stride: int = 2) -> dict:
-    "The same with slots that are clusters of whole clips (`ClipClusters`): nothing has to be predicted"
-    slots = dict(kind="clip_clusters", n_slots=n_slots, slot_dim=128, out_dim=64, sharpness=128.0)
-    eyes = small_encoder(image_size, n_slots, stride=stride)
-    return eyes | dict(slots_config=slots, tracking_config={}, zoom=2.0)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 
+from ..components.clip_clusters import clip_slots
 from ..components.mixture_model import MixtureSlotModel
 from ..components.presets import from_preset
-from ..components.slot_model import add_losses, clip_encoder, moving_encoder, video_encoder
+from ..components.slot_model import add_losses, moving_encoder, small_encoder, video_encoder
 
 # %% auto #0
 __all__ = ['SAVi', 'savi_preset']
@@ -61,7 +62,7 @@ def savi_preset(
     presets = {
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=dict(channels=[32, 32, 32], start=8)),
-        "clusters": _own_frame(clip_encoder()),
+        "clusters": _own_frame(small_encoder() | clip_slots()),
         "savi_small": original,
         "savi_boxes": original | boxes,
     }
