@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from .clusters import ClusterSlots, assign_to_means, cluster
 from .slots import SlotResult
 
 # %% auto #0
-__all__ = ['ClipClusters']
+__all__ = ['ClipClusters', 'clip_slots']
 
 # %% ../../nbs/components/clip_clusters.ipynb #module-export
 class ClipClusters(ClusterSlots):
@@ -28,11 +28,16 @@ class ClipClusters(ClusterSlots):
         clip_iterations: int = 5,  # rounds of k-means over a clip
         radius: int = 3,  # of `co_occurrence_loss`, in places
         temperature: float = 0.1,  # of the same
+        project_slots: bool = True,  # False: decoders read the parts of a slot as they are
         **options,  # of `ClusterSlots`
     ):
         super().__init__(in_dim, **options)
         self.clip_iterations = clip_iterations
         self.neighbourhood = dict(radius=radius, temperature=temperature)
+        if not project_slots:
+            if options.get("out_dim"):
+                raise ValueError("out_dim: slots that are not projected keep their width; leave it out")
+            self.to_out = nn.Identity()
 
     def key_loss(self, features: Tensor, **options) -> Tensor:
         "`co_occurrence_loss` of a feature map `(b, c, h, w)` with this module's radius and temperature"
@@ -62,3 +67,10 @@ class ClipClusters(ClusterSlots):
         found = torch.cat([means, self.content(features.detach(), maps)], -1)
         history = [(means, shares[:, None])] if options.get("record") else None
         return SlotResult(found, self.project(found), shares[:, None], history)
+
+# %% ../../nbs/components/clip_clusters.ipynb #preset-export
+def clip_slots(n_slots: int = 8, layout: bool = False) -> dict:
+    "`slots_config`, `tracking_config` and `zoom` of small presets whose slots are clusters of whole clips; `layout`: they say where they lie"
+    sizes = dict(slot_dim=192, window=11, show_layout=True) if layout else dict(slot_dim=128, out_dim=64)
+    slots = dict(kind="clip_clusters", n_slots=n_slots, sharpness=128.0, **sizes)
+    return dict(slots_config=slots, tracking_config={}, zoom=2.0)

@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decoders import BroadcastDecoder, mix_layers
+from .own_frame import OwnFrameDecoder
 from .slot_model import SlotModel, refuse_unknown
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['MixtureModel', 'MixtureSlotModel']
+__all__ = ['LAYERS', 'build_layers', 'MixtureModel', 'MixtureSlotModel']
+
+# %% ../../nbs/components/mixture_model.ipynb #layers-export
+LAYERS = dict(broadcast=BroadcastDecoder, own_frame=OwnFrameDecoder)
+
+
+def build_layers(slot_dim: int, image_size: int, config: dict | None) -> nn.Module:
+    "What draws a layer of each slot: `kind` is a key of `LAYERS`, the rest are its arguments"
+    options = dict(config or {})
+    kind = options.pop("kind", "broadcast")
+    if kind not in LAYERS:
+        raise ValueError(f"decoder_config: kind={kind!r}, choose one of {', '.join(map(repr, LAYERS))}")
+    return LAYERS[kind](slot_dim, image_size, **options)
 
 # %% ../../nbs/components/mixture_model.ipynb #model-export
 class MixtureModel(SlotModel):
@@ -26,7 +39,7 @@ class MixtureModel(SlotModel):
         image_size: int = 64,  # side of the pictures
         encoder_config: dict | None = None,  # of `build_encoder`
         slots_config: dict | None = None,  # of `build_slots`
-        decoder_config: dict | None = None,  # of `BroadcastDecoder`, without slot_dim and image_size
+        decoder_config: dict | None = None,  # of `build_layers`
         mask_source: str = "decoder",  # masks of the "decoder" (official evaluation) or of the "attention"
         slot_dropout: float = 0.0,
         keep_slots: int = 0,
@@ -41,7 +54,7 @@ class MixtureModel(SlotModel):
         )
         if mask_source not in ("decoder", "attention"):
             raise ValueError(f"mask_source={mask_source!r}: choose 'decoder' or 'attention'")
-        self.decoder = BroadcastDecoder(self.factor_dim, image_size, **(decoder_config or {}))
+        self.decoder = build_layers(self.factor_dim, image_size, decoder_config)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

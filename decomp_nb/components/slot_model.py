@@ -39,7 +39,7 @@ from ..factors import Factors
 __all__ = ['SLOTS', 'require', 'refuse_unknown', 'add_losses', 'build_slots', 'SlotFinder', 'ChunkFinder', 'SlotEncoder',
            'SlotModel', 'call_fixed', 'fixed_denoiser', 'SlotReading', 'SlotPredicting', 'SlotDenoising',
            'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder', 'video_encoder',
-           'moving_encoder', 'clip_encoder']
+           'moving_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -519,10 +519,3 @@ def moving_encoder(image_size: int = 64, n_slots: int = 7, *, stride: int = 2) -
     config["slots_config"]["n_iterations"] = 2
     predictor = dict(kind="transformer", n_layers=1, n_heads=4, hidden=128, dropout=0.0)
     return config | dict(tracking_config=dict(predictor=predictor, first_iterations=3))
-
-
-def clip_encoder(image_size: int = 64, n_slots: int = 8, *, stride: int = 2, layout: bool = False) -> dict:
-    "The same with slots that are clusters of whole clips (`ClipClusters`): nothing has to be predicted"
-    config = cluster_encoder(image_size, n_slots, stride=stride, layout=layout)
-    config["slots_config"] |= dict(kind="clip_clusters", sharpness=128.0)
-    return config | dict(tracking_config={}, zoom=2.0)

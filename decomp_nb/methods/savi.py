@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 
+from ..components.clip_clusters import clip_slots
 from ..components.mixture_model import MixtureSlotModel
 from ..components.presets import from_preset
-from ..components.slot_model import add_losses, clip_encoder, moving_encoder, video_encoder
+from ..components.slot_model import add_losses, moving_encoder, small_encoder, video_encoder
 
 # %% auto #0
 __all__ = ['SAVi', 'savi_preset']
@@ -26,7 +27,7 @@ class SAVi(MixtureSlotModel):
         encoder_config: dict | None = None,  # of `build_encoder`
         slots_config: dict | None = None,  # of `build_slots`
         tracking_config: dict | None = None,  # of `Tracker`: predictor, start, losses over time
-        decoder_config: dict | None = None,  # of `BroadcastDecoder`, without slot_dim and image_size
+        decoder_config: dict | None = None,  # of `build_layers`
         mask_source: str = "decoder",  # masks of the "decoder" (official evaluation) or of the "attention"
         target: str = "image",  # key of the batch that is drawn: "image", or "flow" `(b,t,3,h,w)`
         slot_dropout: float = 0.0,
@@ -61,15 +62,20 @@ def savi_preset(
     presets = {
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=dict(channels=[32, 32, 32], start=8)),
-        "clusters": clip_encoder() | dict(
-            decoder_config=dict(channels=[32, 24, 16], start=8), mask_source="attention"
-        ),
+        "clusters": _own_frame(small_encoder() | clip_slots()),
         "savi_small": original,
         "savi_boxes": original | boxes,
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex"):
         presets[video] = video_encoder(video) | dict(decoder_config=dict(channels=[64, 64, 64, 64]))
     return from_preset(SAVi, presets, name, changes)
+
+
+def _own_frame(config: dict) -> dict:
+    "The same with slots that a decoder in their own frame reads as they are"
+    slots = config["slots_config"] | dict(slot_dim=208, window=11, out_dim=None, project_slots=False)
+    decoder = dict(kind="own_frame", window=11)
+    return config | dict(slots_config=slots, decoder_config=decoder, mask_source="attention")
 
 
 def _original() -> dict:

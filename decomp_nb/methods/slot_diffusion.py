@@ -5,12 +5,12 @@
 # %% ../../nbs/methods/slot_diffusion.ipynb #imports-export
 from __future__ import annotations
 
+from ..components.clip_clusters import clip_slots
 from ..components.latents import VQLatents
 from ..components.samplers import SinglestepSolver
 from ..components.presets import from_preset
 from decomp_nb.components.slot_model import (
     DiffusionSlotModel,
-    clip_encoder,
     cluster_encoder,
     moving_encoder,
     published_encoder,
@@ -109,7 +109,7 @@ def slot_diffusion_preset(
         "voc": _published(6, 224, 192, DINO),
         "tiny_clips": moving_encoder(32, 5, stride=1) | dict(denoiser_config=tiny_unet),
         "moving": moving_encoder() | _NEAR_NOISE | dict(patch_size=4, denoiser_config=shapes_unet),
-        "clusters": _drawn(clip_encoder(layout=True)),
+        "clusters": _drawn(small_encoder() | clip_slots(layout=True)),
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex", "physion"):
         presets[video] = video_encoder(video) | dict(denoiser_config=slot_diffusion_denoiser(32))

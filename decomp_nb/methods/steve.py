@@ -10,9 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor
 
+from ..components.clip_clusters import clip_slots
 from ..components.dvae import gumbel_softmax
 from ..components.presets import from_preset
-from ..components.slot_model import add_losses, clip_encoder, moving_encoder, video_encoder
+from ..components.slot_model import add_losses, moving_encoder, small_encoder, video_encoder
 from ..components.token_model import TokenSlotModel
 from ..decomposer import fold_batch
 
@@ -71,7 +72,7 @@ def steve_preset(
     presets = {
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=moving),
-        "clusters": clip_encoder() | dict(decoder_config=moving),
+        "clusters": small_encoder() | clip_slots() | dict(decoder_config=moving),
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex"):
         presets[video] = video_encoder(video) | dict(decoder_config=published)
