@@ -63,10 +63,8 @@ class ConceptLibrary:
         pictures, counts = self.origin[:, 0].unique(return_counts=True)
         fit = pictures[counts == counts.mode().values]
         chosen = fit[torch.randint(len(fit), (n,), generator=generator)]
-        sets = []
-        for picture in chosen.tolist():
-            like = self.compose(self.recipe(picture), generator=generator)
-            sets.append(like.codes)
+        recipes = [self.recipe(picture) for picture in chosen.tolist()]
+        sets = [self.compose(recipe, generator=generator).codes for recipe in recipes]
         return Factors(torch.cat(sets))
 
 # %% ../../nbs/components/library.ipynb #library-number-export

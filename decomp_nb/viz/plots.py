@@ -248,7 +248,7 @@ def bars(
     alt = alt or f"{title}: {words}"
     return plotted(fig, alt=alt)
 
-
+# %% ../../nbs/viz/plots.ipynb #plots-bars-parts-export
 def _emphasis(means, best):
     "Colours of bars: the best one full, the others pale; all full where none is to be best"
     winner = {"high": means.argmax(), "low": means.argmin()}.get(best)
