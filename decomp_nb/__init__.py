@@ -14,6 +14,7 @@ _homes = {
     "methods.slate": "SLATE",
     "methods.savi": "SAVi",
     "methods.steve": "STEVE",
+    "methods.slot_former": "SlotFormer",
     "methods.slot_attention_ae": "SlotAttentionAE",
     "methods.concepts": "Concepts",
     "training.trainer": "Trainer",
