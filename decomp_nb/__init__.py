@@ -25,6 +25,7 @@ _homes = {
     "viz.figures": "show grid overlay strip",
     "viz.mixer": "mixer",
     "official.lsd": "load_official_lsd save_official_lsd",
+    "official.slot_former": "load_official_slot_former",
     "official.decomp_diffusion": "load_official_decomp_diffusion save_official_decomp_diffusion",
     "official.disdiff": "load_official_disdiff load_official_latent_diffusion",
     "official.autoencoders": "load_official_autoencoder",
