@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['sine_codes', 'RolloutTransformer', 'roll_out', 'interleaved_frames', 'roll_out_interleaved', 'frame_weights',
-           'squared_error', 'rollout_loss', 'decay_factor', 'curriculum_length']
+__all__ = ['sine_codes', 'RolloutLayers', 'RolloutTransformer', 'roll_out', 'interleaved_frames', 'roll_out_interleaved',
+           'frame_weights', 'squared_error', 'rollout_loss', 'decay_factor', 'curriculum_length']
 
 # %% ../../nbs/components/rollout.ipynb #codes-export
 def sine_codes(
@@ -26,9 +26,9 @@ def sine_codes(
     angle = position[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../../nbs/components/rollout.ipynb #transformer-export
-class RolloutTransformer(nn.Module):
-    "Slots of a few frames → slots of the next (SlotFormer, Wu et al., ICLR 2023, section 3.2)"
+# %% ../../nbs/components/rollout.ipynb #layers-export
+class RolloutLayers(nn.Module):
+    "What a `RolloutTransformer` consists of"
 
     def __init__(
         self,
@@ -61,6 +61,26 @@ class RolloutTransformer(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
         self.write = nn.Linear(dim, slot_dim)
 
+# %% ../../nbs/components/rollout.ipynb #layers-private-export
+def _check_sizes(history: int, observed: int, dim: int, n_heads: int) -> None:
+    if not 1 <= observed <= history:
+        raise ValueError(f"rollout: observed={observed} must lie in 1 … history={history}")
+    if dim % n_heads:
+        raise ValueError(f"rollout: dim={dim} cannot be split into n_heads={n_heads} equal heads")
+
+
+def _time_code(kind: str, history: int, dim: int) -> nn.Parameter:
+    "Codes `(history, dim)`, learned or not"
+    if kind == "learned":
+        return nn.Parameter(torch.zeros(history, dim))
+    if kind != "sine":
+        raise ValueError(f"rollout: time_code={kind!r}, choose 'sine' or 'learned'")
+    return nn.Parameter(sine_codes(history, dim), requires_grad=False)
+
+# %% ../../nbs/components/rollout.ipynb #transformer-export
+class RolloutTransformer(RolloutLayers):
+    "Slots of a few frames → slots of the next (SlotFormer, Wu et al., ICLR 2023, section 3.2)"
+
     def tokens(self, slots: Tensor) -> Tensor:
         "Slots `(…, k, d)` → tokens `(…, k, dim)`, not dated yet"
         found = self.read(slots)
@@ -78,22 +98,6 @@ class RolloutTransformer(nn.Module):
     def roll_out(self, past: Tensor, n_frames: int, present: Tensor | None = None) -> Tensor:
         "Slots `(b, n_frames, k, d)` after `past` `(b, t, k, d)`, see `roll_out`"
         return roll_out(self, past, n_frames, present)
-
-# %% ../../nbs/components/rollout.ipynb #transformer-private-export
-def _check_sizes(history: int, observed: int, dim: int, n_heads: int) -> None:
-    if not 1 <= observed <= history:
-        raise ValueError(f"rollout: observed={observed} must lie in 1 … history={history}")
-    if dim % n_heads:
-        raise ValueError(f"rollout: dim={dim} cannot be split into n_heads={n_heads} equal heads")
-
-
-def _time_code(kind: str, history: int, dim: int) -> nn.Parameter:
-    "Codes `(history, dim)`, learned or not"
-    if kind == "learned":
-        return nn.Parameter(torch.zeros(history, dim))
-    if kind != "sine":
-        raise ValueError(f"rollout: time_code={kind!r}, choose 'sine' or 'learned'")
-    return nn.Parameter(sine_codes(history, dim), requires_grad=False)
 
 # %% ../../nbs/components/rollout.ipynb #rollout-export
 def roll_out(

@@ -21,13 +21,23 @@ from .video import cut_videos
 from ..decomposer import fingerprint
 
 # %% auto #0
-__all__ = ['SlotCard', 'store_slots', 'SlotIndex', 'read_index', 'extract_slots', 'video_name', 'StoredVideo', 'stored_videos',
-           'SlotClips', 'import_slots']
+__all__ = ['FINDERS', 'finder_fingerprint', 'SlotCard', 'store_slots', 'SlotIndex', 'read_index', 'extract_slots', 'video_name',
+           'StoredVideo', 'stored_videos', 'SlotClips', 'import_slots']
+
+# %% ../../nbs/data/slot_files.ipynb #fingerprint-export
+FINDERS = ("encoder", "slot_attention", "tracker")
+
+
+def finder_fingerprint(model: nn.Module) -> str:
+    "Fingerprint of the parts of a slot model that find slots; of the whole, if it has no such parts"
+    parts = {name: getattr(model, name, None) for name in FINDERS}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    return fingerprint(nn.ModuleDict(found) if found else model)
 
 # %% ../../nbs/data/slot_files.ipynb #card-export
 class SlotCard(NamedTuple):
     "Whose slots a file holds"
-    fingerprint: str  # of the weights, see `decomposer.fingerprint`; empty: not known
+    fingerprint: str  # of the weights that find slots, see `finder_fingerprint`; empty: not known
     n_slots: int
     slot_dim: int
     model: str = ""  # class of the slot model
@@ -35,19 +45,20 @@ class SlotCard(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> SlotCard:
         "That of a slot model"
-        return cls(fingerprint(model), model.n_factors, model.factor_dim, type(model).__name__)
+        return cls(finder_fingerprint(model), model.n_factors, model.factor_dim, type(model).__name__)
 
     def check(self, wanted: SlotCard, where: object) -> None:
-        "ValueError unless the slots in `where`, which have this card, are those of the wanted weights, number and width"
-        remedy = "extract them again with this model, or take the model that they come from"
+        "ValueError unless the slots in `where`, whose card this is, are of the wanted weights, number and width"
         if self.n_slots != wanted.n_slots:
-            raise ValueError(f"{where} holds {self.n_slots} slots a frame, but the model has {wanted.n_slots}: {remedy}")
-        if self.slot_dim != wanted.slot_dim:
-            raise ValueError(f"{where} holds slots of {self.slot_dim} numbers, the model's have {wanted.slot_dim}: {remedy}")
-        if self.fingerprint and wanted.fingerprint and self.fingerprint != wanted.fingerprint:
-            raise ValueError(
-                f"{where} holds slots of the weights {self.fingerprint}, but the model has {wanted.fingerprint}: {remedy}"
-            )
+            holds = f"{self.n_slots} slots a frame, but the model has {wanted.n_slots}"
+        elif self.slot_dim != wanted.slot_dim:
+            holds = f"slots of {self.slot_dim} numbers, but the model's have {wanted.slot_dim}"
+        elif self.fingerprint and wanted.fingerprint and self.fingerprint != wanted.fingerprint:
+            holds = f"slots of the weights {self.fingerprint}, but the model has {wanted.fingerprint}"
+        else:
+            return
+        remedy = "extract them again with this model, or take the model that they come from"
+        raise ValueError(f"{where} holds {holds}: {remedy}")
 
 # %% ../../nbs/data/slot_files.ipynb #store-export
 def store_slots(
@@ -115,8 +126,8 @@ def read_index(path: str | Path) -> SlotIndex:
     path = Path(path)
     if path.suffix in _PICKLES and path.is_file():
         raise ValueError(
-            f"{path} is a pickle, which can run foreign code and is not opened. Where you trust it, save its dictionary "
-            "of arrays with safetensors.torch.save_file, then import_slots makes a file of it"
+            f"{path} is a pickle, which can run foreign code and is not opened. Where you trust it, save its "
+            "dictionary of arrays with safetensors.torch.save_file, then import_slots makes a file of it"
         )
     with reading(path, "extract_slots makes such files"), open_h5(path) as file:
         missing = [key for key in ("slots", "name", "length") if key not in file]
@@ -150,7 +161,8 @@ def extract_slots(
         there = read_index(path)
         there.card.check(card, path)
         if len(there.names) != len(data):
-            raise ValueError(f"{path} holds {len(there.names)} videos, but the data set has {len(data)}: choose another file")
+            held = f"{path} holds {len(there.names)} videos, but the data set has {len(data)}"
+            raise ValueError(f"{held}: choose another file")
         return path
     training = model.training
     model.eval()
@@ -206,7 +218,7 @@ def stored_videos(index: SlotIndex, names: Sequence[str] | None = None) -> list[
 
 # %% ../../nbs/data/slot_files.ipynb #reader-export
 class SlotClips(torch.utils.data.Dataset):
-    "Clips of stored slots: items `slots` `(t,k,d)` float32, `image_id`, with `images` also `image`, with `pad` `length`"
+    "Clips of stored slots: items `slots` `(t,k,d)`, `image_id`; with `images` also `image`, with `pad` `length`"
 
     def __init__(
         self,

@@ -9,25 +9,33 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..components.diffusion import diffusion_target, noise_at, sample_timesteps
 from ..components.mixture_model import MixtureModel
 from ..components.presets import from_preset
-from ..components.rollout import RolloutTransformer, curriculum_length, decay_factor, roll_out_interleaved, rollout_loss, squared_error
+from decomp_nb.components.rollout import (
+    RolloutTransformer,
+    curriculum_length,
+    decay_factor,
+    roll_out_interleaved,
+    rollout_loss,
+    squared_error,
+)
 from ..components.slot_model import DiffusionSlotModel, add_losses, require
 from ..components.token_model import TokenPredictor
-from ..decomposer import Decomposer, fingerprint, load_decomposer
+from ..data.slot_files import finder_fingerprint
+from ..decomposer import Decomposer, load_decomposer
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['load_slot_model', 'FrozenSlots', 'FrozenContract', 'drawing_errors', 'SlotRollouts', 'SlotFormer',
-           'slot_former_preset']
+__all__ = ['load_slot_model', 'FrozenSlots', 'FrozenParts', 'FrozenContract', 'drawing_errors', 'SlotRollouts', 'RolloutTraining',
+           'SlotFormer', 'slot_former_preset']
 
 # %% ../../nbs/methods/slot_former.ipynb #load-export
 def load_slot_model(path: str | None, base: str | Path | None = None) -> Decomposer:
-    "A saved slot model from a folder, its sub-folder slot_model/ or model/, or a run directory; looked for in `base` first"
+    "A saved slot model: a folder, its slot_model/ or model/, or a run directory; looked for in `base` first"
     if not path:
         raise ValueError(
             "slot_model_path: a trained slot model is needed; give its folder "
@@ -64,24 +72,40 @@ class FrozenSlots(Decomposer):
         kind, known = type(model).__name__, self.rollout
         if not getattr(model, "tracks", False):
             raise ValueError(f"slot_model: the factors of a {kind} do not follow objects through a clip")
-        for what, ours, theirs in (
-            ("slots", known.n_slots, model.n_factors), ("numbers a slot", known.slot_dim, model.factor_dim)
-        ):
-            if ours != theirs:
-                raise ValueError(f"slot_model: this {kind} has {theirs} {what}, but rollout_config says {ours}")
-        wanted = self.config.slot_fingerprint
-        if wanted and wanted != fingerprint(model):
+        if known.n_slots != model.n_factors:
             raise ValueError(
-                f"slot_model: trained on slots of the weights {wanted}, but this {kind} has {fingerprint(model)}"
+                f"slot_model: this {kind} has {model.n_factors} slots, but rollout_config says n_slots={known.n_slots}"
             )
+        if known.slot_dim != model.factor_dim:
+            raise ValueError(
+                f"slot_model: slots of this {kind} have {model.factor_dim} numbers, "
+                f"but rollout_config says slot_dim={known.slot_dim}"
+            )
+        wanted, found = self.config.slot_fingerprint, finder_fingerprint(model)
+        if wanted and wanted != found:
+            raise ValueError(f"slot_model: trained on slots of the weights {wanted}, but this {kind} has {found}")
+
+# %% ../../nbs/methods/slot_former.ipynb #frozen-parts-export
+class FrozenParts(FrozenSlots):
+    "What others ask a method for: all of it as the slot model has it"
 
     @property
-    def scheduler(self):
+    def n_factors(self) -> int:
+        "Number of slots"
+        return self.rollout.n_slots
+
+    @property
+    def factor_dim(self) -> int:
+        "Width of a slot"
+        return self.rollout.slot_dim
+
+    @property
+    def scheduler(self) -> SchedulerMixin | None:
         "That of the slot model"
         return self.slot_model.scheduler
 
     @property
-    def sampler(self):
+    def sampler(self) -> SchedulerMixin | None:
         "That of the slot model"
         return self.slot_model.sampler
 
@@ -96,7 +120,7 @@ class FrozenSlots(Decomposer):
         return self.slot_model.latent_shape
 
 # %% ../../nbs/methods/slot_former.ipynb #contract-export
-class FrozenContract(FrozenSlots):
+class FrozenContract(FrozenParts):
     "`encode`, `predict` and `decode`: those of the slot model"
 
     def encode(self, images: Tensor, **options) -> Factors:
@@ -171,16 +195,6 @@ class SlotRollouts(FrozenContract):
         if curriculum_steps or decay_steps:
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    @property
-    def n_factors(self) -> int:
-        "Number of slots"
-        return self.rollout.n_slots
-
-    @property
-    def factor_dim(self) -> int:
-        "Width of a slot"
-        return self.rollout.slot_dim
-
     @torch.no_grad()
     def roll_out(self, factors: Factors, n_frames: int, offset: int = 1) -> Factors:
         """What follows the given frames: factors of `n_frames` frames, without masks. Slots of weight 0 are not there.
@@ -193,30 +207,9 @@ class SlotRollouts(FrozenContract):
             weights = weights[:, -1:].expand(-1, n_frames, -1)
         return Factors(codes, weights)
 
-# %% ../../nbs/methods/slot_former.ipynb #model-export
-class SlotFormer(SlotRollouts):
-    "Slots of a video, rolled out into the future (Wu et al., ICLR 2023; with a denoiser: SlotDiffusion, NeurIPS 2023)"
-
-    def forward(self, batch: dict) -> dict:
-        """One training step: squared error of slots that are rolled out from the first frames.
-
-        Reads `slots` `(b,t,k,d)`, else finds them in `image` `(b,t,3,h,w)`, which the error of drawn frames needs too;
-        `length` `(b,)`: so many frames of each clip are real, later ones do not count."""
-        slots = self.slots_of(batch)
-        past, n = self.rollout.observed, self.next_length()
-        _check_length(slots, past, n)
-        true = slice(past, past + n)
-        found = self.rollout.roll_out(slots[:, :past], n)
-        weighting = self.weighting(batch, n)
-        errors = squared_error(found, slots[:, true])
-        loss, losses = rollout_loss(errors, **weighting), {}
-        if self.config.image_weight:
-            drawn = self.drawing_loss(batch, Factors(found), true, weighting)
-            losses["image"] = self.config.image_weight * drawn
-        if self.training and hasattr(self, "steps"):
-            self.steps += 1
-        out = add_losses("slots", loss, losses)
-        return out if self.training else out | _by_step(errors)
+# %% ../../nbs/methods/slot_former.ipynb #batches-export
+class RolloutTraining(SlotRollouts):
+    "What a training step reads of its batch and of the schedules"
 
     def slots_of(self, batch: dict) -> Tensor:
         "Slots `(b,t,k,d)` of a training batch: its own, or found by the frozen slot model"
@@ -247,10 +240,35 @@ class SlotFormer(SlotRollouts):
     def drawing_loss(self, batch: dict, factors: Factors, frames: slice, weighting: dict) -> Tensor:
         "Error of the drawn frames; `noise` and `timesteps` of the batch replace random draws of a denoiser"
         if "image" not in batch:
-            raise ValueError("image_weight: the batch has no 'image' beside its slots; give the frames, or image_weight=0")
+            raise ValueError("image_weight: the batch has no 'image' beside its slots; give frames, or image_weight=0")
         drawn = {name: batch.get(name) for name in ("noise", "timesteps")}
         errors = drawing_errors(self.slot_model, factors, batch["image"][:, frames], **drawn)
         return rollout_loss(errors, **weighting)
+
+# %% ../../nbs/methods/slot_former.ipynb #model-export
+class SlotFormer(RolloutTraining):
+    "Slots of a video, rolled out into the future (Wu et al., ICLR 2023; with a denoiser: SlotDiffusion, NeurIPS 2023)"
+
+    def forward(self, batch: dict) -> dict:
+        """One training step: squared error of slots that are rolled out from the first frames.
+
+        Reads `slots` `(b,t,k,d)`, else finds them in `image` `(b,t,3,h,w)`, which the error of drawn frames needs too;
+        `length` `(b,)`: so many frames of each clip are real, later ones do not count."""
+        slots = self.slots_of(batch)
+        past, n = self.rollout.observed, self.next_length()
+        _check_length(slots, past, n)
+        true = slice(past, past + n)
+        found = self.rollout.roll_out(slots[:, :past], n)
+        weighting = self.weighting(batch, n)
+        errors = squared_error(found, slots[:, true])
+        loss, losses = rollout_loss(errors, **weighting), {}
+        if self.config.image_weight:
+            drawn = self.drawing_loss(batch, Factors(found), true, weighting)
+            losses["image"] = self.config.image_weight * drawn
+        if self.training and hasattr(self, "steps"):
+            self.steps += 1
+        out = add_losses("slots", loss, losses)
+        return out if self.training else out | _by_step(errors)
 
 # %% ../../nbs/methods/slot_former.ipynb #model-private-export
 def _check_length(slots: Tensor, past: int, n: int) -> None:

@@ -101,10 +101,11 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], what: str) -> None:
 def check_same_decoder(ours: nn.Module, given: nn.Module, what: str) -> None:
     "ValueError where the decoders of two slot models differ"
     if type(ours) is not type(given):
-        raise ValueError(f"slot_model: {what} belongs to a {type(ours).__name__}, but a {type(given).__name__} was given")
+        kinds = f"belongs to a {type(ours).__name__}, but a {type(given).__name__} was given"
+        raise ValueError(f"slot_model: {what} {kinds}")
     part = "denoiser" if hasattr(ours, "denoiser") else "decoder"
     here, there = (getattr(model, part).state_dict() for model in (ours, given))
-    differing = [k for k in here if k not in there or here[k].shape != there[k].shape or not torch.equal(here[k], there[k])]
+    differing = [key for key in here if key not in there or not torch.equal(here[key], there[key])]
     if differing:
         raise ValueError(f"slot_model: its {part} is not that of {what} ({differing[0]}): it is of another training")
 
@@ -130,12 +131,12 @@ def load_official_slot_former(
     rollout = take_rollout(state)
     if not rollout:
         raise ValueError(f"{path} has no rollouter: it is no SlotFormer; load_official_slots reads slot models")
-    seen = dict(head_dim=head_dim, prediction_type=prediction_type, z_scale=z_scale, averaged=averaged)
+    unet = dict(head_dim=head_dim, prediction_type=prediction_type, z_scale=z_scale, averaged=averaged)
     if isinstance(slot_model, str | Path):
-        slot_model = load_official_slots(slot_model, image_size=image_size, n_heads=decoder_heads, **seen)
-    known = 0 if slot_model is None else slot_model.n_factors
-    sizes = rollout_sizes(rollout, n_slots or known or _published_slots(rollout), n_heads, observed)
-    decoder = _decoder_alone(state, path, image_size, sizes, decoder_heads=decoder_heads, **seen)
+        slot_model = load_official_slots(slot_model, image_size=image_size, n_heads=decoder_heads, **unet)
+    known = n_slots or (slot_model.n_factors if slot_model else _published_slots(rollout))
+    sizes = rollout_sizes(rollout, known, n_heads, observed)
+    decoder = _decoder_alone(state, path, image_size, sizes, decoder_heads=decoder_heads, **unet)
     refuse_rest(state, path)
     if slot_model is not None:
         check_same_decoder(decoder, slot_model, str(path))
@@ -143,7 +144,7 @@ def load_official_slot_former(
     load_strict(model.rollout, rollout, str(path))
     return model.attach(slot_model or decoder, "slot_model").eval()
 
-
+# %% ../../nbs/official/slot_former.ipynb #published-export
 def _published_slots(rollout: dict[str, Tensor]) -> int:
     "How many slots the published model of this shape has"
     history, dim = rollout["time_code"].shape
