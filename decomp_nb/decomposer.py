@@ -70,6 +70,7 @@ class Frozen:
     unet: nn.Module | None = None  # Decomp Diffusion: the UNet of a text-to-image model
     base: nn.Module | None = None  # DisDiff: the unconditional diffusion model
     foundation: nn.Module | None = None  # Concepts: the text-to-image model
+    slot_model: nn.Module | None = None  # SlotFormer: the model that finds the slots and draws them
 
 # %% ../nbs/decomposer.ipynb #arguments-export
 def current_names(options: Mapping[str, Any], renamed: Mapping[str, str], where: str) -> dict[str, Any]:

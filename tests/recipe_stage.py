@@ -353,7 +353,7 @@ def training_step(model: nn.Module, data, meta: bool = False, corner: int = 64) 
     "Loss of one small batch, with its gradients; without weights only their shapes"
     items = data.__getitems__([0, 1]) if hasattr(data, "__getitems__") else [data[0], data[1]]
     batch = torch.utils.data.default_collate(items)
-    if not meta:
+    if not meta and "image" in batch:  # SlotFormer reads slots
         batch["image"] = batch["image"][..., :corner, :corner]
     with weightless(meta):
         if meta:

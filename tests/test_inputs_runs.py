@@ -218,7 +218,7 @@ def test_scores_are_written_before_a_picture_fails(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train_autoencoder", "train_concepts", "train_decomp_diffusion", "train_disdiff", "train_latent_diffusion", "train_lsd", "train_slate",
-                                  "train_slot_attention_ae", "train_slot_diffusion", "train_text_to_image"])
+                                  "train_slot_attention_ae", "train_slot_diffusion", "train_slot_former", "train_text_to_image"])
 def test_a_notebook_writes_its_results_before_it_draws(name):
     from test_runs import ROOT
     cells = [cell for cell in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]

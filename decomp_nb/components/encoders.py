@@ -20,7 +20,7 @@ from .unets import build_with, check_choice, check_groups, check_halvings
 __all__ = ['LSD_UNET', 'NORMALISATIONS', 'VIT_S8', 'VIT_KEYS', 'ENCODERS', 'check_image', 'FeatureEncoder', 'ConvEncoder',
            'ResidualBlock', 'ResidualEncoder', 'UNetEncoder', 'normalisation', 'BasicBlock', 'ResNetEncoder',
            'normalise', 'PatchEncoder', 'read_transformer_config', 'DinoEncoder', 'VitEncoder', 'vit_state',
-           'build_encoder']
+           'NoEncoder', 'build_encoder']
 
 # %% ../../nbs/components/encoders.ipynb #check-export
 def check_image(images: Tensor, stride: int) -> None:
@@ -412,6 +412,17 @@ def vit_state(
             renamed[key] = value
     return renamed
 
+# %% ../../nbs/components/encoders.ipynb #none-export
+class NoEncoder(FeatureEncoder):
+    "Stands where weights have no encoder: their model can draw slots, but not find them"
+
+    def __init__(self, image_size: int = 64):
+        super().__init__(image_size, 1, 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        "ValueError: there is nothing that could"
+        raise ValueError("these weights hold a decoder only: to find slots in pictures, give the slot model they came from")
+
 # %% ../../nbs/components/encoders.ipynb #build-export
 ENCODERS = dict(
     conv=ConvEncoder,
@@ -420,6 +431,7 @@ ENCODERS = dict(
     unet=UNetEncoder,
     dino=DinoEncoder,
     vit=VitEncoder,
+    none=NoEncoder,
 )
 
 

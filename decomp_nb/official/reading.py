@@ -135,13 +135,16 @@ def noise_schedule(betas: Tensor) -> dict:
 
 # %% ../../nbs/official/reading.ipynb #keep-export
 def keep_with(model: nn.Module, folder: str | Path) -> Path:
-    "Save a method and its frozen networks (sub-folders vae/, dvae/ or base/) into one folder that loads by itself"
+    "Save a method and its frozen networks (sub-folders vae/, dvae/, base/, slot_model/) into one folder that loads by itself"
     model.latents  # noqa: B018 - loads what is not there yet
     folder = Path(folder)
     frozen = vars(model.frozen)
     if "base" in frozen:
         model.register_to_config(base_path="base", latents_path=None)
         keep_with(frozen["base"], folder / "base")
+    elif "slot_model" in frozen:
+        model.register_to_config(slot_model_path="slot_model")
+        keep_with(frozen["slot_model"], folder / "slot_model")
     elif "dvae" in frozen:
         model.register_to_config(dvae_path="dvae")
         frozen["dvae"].save_pretrained(folder / "dvae")

@@ -297,7 +297,7 @@ def load_official_slots(
     autoencoder it came with; or a `VQModel`, or a `DVAE`"""
     state = read_flat(path)
     if any(key.startswith("rollouter.") for key in state):
-        raise ValueError(f"{path} holds a SlotFormer (it has a rollouter), which is not read")
+        raise ValueError(f"{path} holds a SlotFormer (it has a rollouter): load_official_slot_former reads it")
     if "init_latents" not in state:
         return _autoencoder_alone(state, path, z_scale)
     encoder = family_encoder_config(state, image_size)

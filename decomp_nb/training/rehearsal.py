@@ -51,6 +51,7 @@ _SMALLER = {  # the most that a rehearsal takes of what makes a run long
     # steps of other trainings
     "begin_steps": 2,
     "vae_steps": 2,
+    "decoder_steps": 2,
     "judge_steps": 5,
     "extractor_steps": 2,
     "steps": 2,

@@ -1,0 +1,197 @@
+"SlotFormer on each kind of slot model; slots on disk; the training notebook from the drawn world, headless"
+import json
+
+import pytest
+import torch
+from test_runs import QUICK, execute
+from test_video_methods import CLIPS, METHODS
+
+from decomp_nb import load_decomposer
+from decomp_nb.components.rollout import RolloutTransformer, curriculum_length, roll_out_interleaved
+from decomp_nb.data.slot_files import SlotCard, SlotClips, import_slots, store_slots
+from decomp_nb.factors import Factors
+from decomp_nb.methods.slot_former import SlotFormer, drawing_errors, slot_former_preset
+from decomp_nb.official.reading import keep_with
+from decomp_nb.training.run_directory import Run
+
+SIZES = dict(slot_dim=16, n_slots=4, history=2, dim=16, n_layers=1, n_heads=2, dropout=0.0)
+
+
+def former(name, **options):
+    torch.manual_seed(0)
+    model = SlotFormer(**dict(rollout_config=SIZES, n_predicted=2) | options)
+    return model.attach(METHODS[name]().eval(), "slot_model").eval()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_roll_out_is_drawn_by_any_slot_model(name):
+    model = former(name)
+    factors = model.encode(CLIPS, frame_noise=torch.zeros(2, 5, 4, 16))
+    future = model.roll_out(factors, 3)
+    options = dict(steps=2, generator=torch.Generator().manual_seed(0)) if model.scheduler is not None else {}
+    assert future.masks is None and model.decode(future, **options).shape == (2, 3, 3, 16, 16)
+    masks = model.draw_masks(future, **options).masks
+    assert masks.shape[:3] == (2, 3, 4)
+    torch.testing.assert_close(masks.sum(2), torch.ones_like(masks[:, :, 0]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_drawn_frames_teach_the_roll_out_and_nothing_else(name):
+    model = former(name, image_weight=1.0).train()
+    assert not any(p.requires_grad for p in model.slot_model.parameters()) and not model.slot_model.training
+    for p in model.slot_model.parameters(): torch.nn.init.normal_(p, std=0.1)  # no layer is zero
+    slots = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(0))
+    out = model({"slots": slots, "image": CLIPS[:, :4]})
+    assert set(out) == {"loss", "slots", "image"}
+    (out["loss"] - out["slots"]).backward(retain_graph=True)
+    assert model.rollout.write.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.slot_model.parameters())
+    with pytest.raises(ValueError, match="image_weight: the batch has no 'image'"): model({"slots": slots})
+    errors = drawing_errors(model.slot_model, Factors(slots[:, 2:]), CLIPS[:, 2:4], *noise_of(model, 4))
+    assert errors.shape == (2, 2)
+
+
+def noise_of(model, n):
+    return (torch.zeros(n, *model.latent_shape), torch.full((n,), 3)) if model.scheduler is not None else ()
+
+
+def test_it_trains_on_pictures_where_there_are_no_slots():
+    model = former("savi").train()
+    model({"image": CLIPS})["loss"].backward()
+    assert model.rollout.read.weight.grad is not None
+    with pytest.raises(ValueError, match="neither 'slots' nor 'image'"): model({})
+
+
+def test_objects_are_taken_away_before_the_roll_out():
+    model = former("savi")
+    past = Factors(torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0)))
+    gone, absent = past.drop([1]), past * torch.tensor([1.0, 0, 1, 1])
+    here = model.roll_out(absent, 4)
+    torch.testing.assert_close(here.drop([1]).codes, model.roll_out(gone, 4).codes)
+    assert here.weights.shape == (2, 4, 4) and not here.weights[:, :, 1].any()
+    assert not torch.allclose(model.roll_out(past, 4).drop([1]).codes, here.drop([1]).codes)
+    coded = former("savi", rollout_config=SIZES | dict(slot_code=True))
+    with pytest.raises(ValueError, match="give those to leave out weight 0"): coded.roll_out(gone, 4)
+    assert coded.roll_out(absent, 4).codes.shape == (2, 4, 4, 16)
+    with pytest.raises(ValueError, match="a frame without any slot"): model.roll_out(past * 0.0, 4)
+
+
+def test_a_slot_model_that_does_not_fit_is_refused(tmp_path):
+    savi = METHODS["savi"]()
+    for changes, complaint in ((dict(n_slots=5), "has 4 slots, but rollout_config says n_slots=5"), (dict(slot_dim=8), "have 16 numbers, but rollout_config says slot_dim=8")):
+        with pytest.raises(ValueError, match=complaint): SlotFormer(rollout_config=SIZES | changes).attach(savi, "slot_model")
+    with pytest.raises(ValueError, match="trained on slots of the weights 12345678"): SlotFormer(rollout_config=SIZES, slot_fingerprint="12345678").attach(savi, "slot_model")
+    with pytest.raises(ValueError, match="do not follow objects"): SlotFormer(rollout_config=SIZES).attach(torch.nn.Linear(2, 2), "slot_model")
+    with pytest.raises(ValueError, match="rollout_config: not given"): SlotFormer()
+    with pytest.raises(ValueError, match="a trained slot model is needed"): SlotFormer(rollout_config=SIZES).encode(CLIPS)
+
+
+@pytest.mark.parametrize("name", ["savi", "steve", "diffusion"])
+def test_a_folder_keeps_it_with_its_slot_model(name, tmp_path):
+    model = former(name)
+    again = load_decomposer(keep_with(model, tmp_path / "whole")).eval()
+    options = dict(steps=2, noise=torch.zeros(2, 3, *model.latent_shape)) if model.scheduler is not None else {}
+    past = Factors(torch.randn(2, 3, 4, 16))
+    torch.testing.assert_close(again.decode(again.roll_out(past, 3), **options), model.decode(model.roll_out(past, 3), **options))
+
+
+def test_schedules_follow_the_training_and_are_kept(tmp_path):
+    model = former("savi", n_predicted=3, curriculum_steps=4, decay_steps=8).train()
+    slots = torch.randn(2, 5, 4, 16)
+    for _ in range(3): model({"slots": slots})
+    assert model.next_length() == curriculum_length(3, 4, 3) == 2
+    assert model.weighting({}, 2)["factor"] == pytest.approx(0.01 + 0.99 * 3 / 8)
+    model.save_pretrained(tmp_path)
+    again = SlotFormer.from_pretrained(tmp_path).train()
+    assert int(again.steps) == 3 and again.next_length() == 2
+    assert again.eval().next_length() == 3 and again.weighting({}, 2) == dict(factor=1.0)
+
+
+@pytest.mark.parametrize("offset, observed, n", [(1, 3, 5), (2, 7, 5), (3, 6, 7)])
+def test_interleaved_roll_outs_are_those_of_a_loop(offset, observed, n):
+    torch.manual_seed(0)
+    model, film = RolloutTransformer(**SIZES).eval(), torch.randn(2, observed, 4, 16)
+    with torch.no_grad():
+        found = roll_out_interleaved(model, film, n, offset)
+        for j in range(offset):
+            start = film[:, observed - 2 * offset + j::offset]
+            torch.testing.assert_close(found[:, j::offset], model.roll_out(start, n)[:, :found[:, j::offset].shape[1]])
+
+
+# slots on disk --------------------------------------------------------------------------------------------------------------------
+
+def test_stored_slots_of_another_kind_are_refused(tmp_path):
+    savi = METHODS["savi"]()
+    card, films = SlotCard.of(savi), [(f"film {i}", torch.randn(6 + i, 4, 16)) for i in range(3)]
+    path = store_slots(films, tmp_path / "slots.h5", card)
+    assert len(SlotClips(path, 3, model=savi)) == 4 + 5 + 6
+    for other, complaint in ((METHODS["savi"](), "slots of the weights"), (METHODS["savi"](slots_config=dict(n_slots=5, slot_dim=16, hidden_dim=32, init="learned", position="ends")), "4 slots a frame")):
+        with pytest.raises(ValueError, match=f"slots.h5 holds {complaint}"): SlotClips(path, 3, model=other)
+    with pytest.raises(ValueError, match="video film 0 has 6 frames, n_frames=7"): SlotClips(path, 7)
+    with pytest.raises(ValueError, match="whole videos of one length are needed"): SlotClips(path)
+    padded = SlotClips(path, 7, pad=True)
+    assert [int(padded[i]["length"]) for i in range(len(padded))] == [6, 7, 7, 7]
+
+
+def test_padded_frames_do_not_count():
+    model = former("savi", n_predicted=3)
+    slots, length = torch.randn(2, 5, 4, 16), torch.tensor([5, 3])
+    loss = model({"slots": slots, "length": length})["loss"]
+    slots[1, 3:] = 100.0
+    torch.testing.assert_close(model({"slots": slots, "length": length})["loss"], loss)
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda p: p.write_bytes(b"nothing"), "not an HDF5 file"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-200]), "damaged or cut short"),
+])
+def test_damaged_files_are_named(tmp_path, damage, complaint):
+    path = store_slots([("a", torch.randn(5, 4, 16))], tmp_path / "slots.h5", SlotCard("", 4, 16))
+    damage(path)
+    with pytest.raises(ValueError, match=complaint): SlotClips(path, 2)
+
+
+def test_official_slots_are_read_but_never_unpickled(tmp_path, golden_slots):
+    path = import_slots(golden_slots, tmp_path / "physion.h5", dtype="float32")
+    clips = SlotClips(path, 3, frame_offset=2)
+    from safetensors.torch import load_file
+    every = load_file(golden_slots)
+    name, start = clips[1]["image_id"].rsplit("/", 1)
+    assert torch.equal(clips[1]["slots"], every[name].float()[int(start):int(start) + 6:2])
+
+
+@pytest.fixture
+def golden_slots():
+    import os
+    from pathlib import Path
+    root = Path(os.environ.get("DECOMP_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden"))
+    path = root / "video" / "trees" / "Physion" / "slots.safetensors"
+    if not path.is_file(): pytest.skip(f"no parity data at {path}")
+    return path
+
+
+# presets and the notebook ---------------------------------------------------------------------------------------------------------
+
+def test_published_settings():
+    "Table of video.md, section 4.3: history + rolled, offset, slots, width / layers / heads / MLP"
+    rows = {"physion": (15, 10, 3, 8, 192, 256, 12, 1024), "physion_steve": (15, 10, 3, 6, 192, 256, 8, 1024), "obj3d": (6, 10, 1, 6, 128, 128, 4, 512),
+            "clevrer": (6, 10, 2, 7, 128, 256, 4, 1024), "phyre": (6, 10, 1, 8, 128, 256, 8, 1024)}
+    for name, row in rows.items():
+        preset = slot_former_preset(name)
+        sizes = preset["rollout_config"]
+        config = SlotFormer(**preset).config
+        assert row == (sizes["history"], config.n_predicted, config.frame_offset, *(sizes[k] for k in ("n_slots", "slot_dim", "dim", "n_layers", "hidden"))) and sizes["n_heads"] == 8
+        assert config.image_weight == (name in ("obj3d", "clevrer")) and not config.curriculum_steps and sizes["dropout"] == 0.1
+
+
+def test_train_slot_former(tmp_path):
+    small = dict(n_images=6, eval_scenes=3, preset="tiny", decoder_steps=2, mixed_precision="no", data_options={"n_frames": 8, "n_objects": 2})
+    execute("train_slot_former", tmp_path, out_dir=str(tmp_path / "run"), **small, **QUICK)
+    run = Run(tmp_path / "run")
+    assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4] and run.curve("eval/error_share")[0] == [2, 4] and run.curve("eval/fg_ari")[0] == [2, 4]
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert set(scores) == {"SlotFormer", "the last frame", "straight on"} and len(scores["SlotFormer"]["slot_error"]) == 8 - 3
+    model = load_decomposer(tmp_path / "run" / "whole")
+    clips = torch.zeros(1, 3, 3, 32, 32) + torch.rand(1, 1, 3, 32, 32)
+    assert model.decode(model.roll_out(model.encode(clips), 2)).shape == (1, 2, 3, 32, 32)
+    assert sorted(p.name for p in (tmp_path / "run-slots").iterdir()) == ["slot_model", "train.h5", "val.h5"]
