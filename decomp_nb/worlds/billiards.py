@@ -144,19 +144,20 @@ def draw_discs(
     radii = uniform(keys, "radius", k, low=radius[0], high=radius[1])
     x, y = (radii + (1 - 2 * radii) * place for place in uniform(keys, "position", 2, k).unbind(1))
     fast = uniform(keys, "speed", k, low=speed[0], high=speed[1])
-    angle = uniform(keys, "direction", k + 1, high=2 * torch.pi)
+    angle = uniform(keys, "direction", k + 1, high=2 * torch.pi).double()   # so rounding to float32 hides the last bits
+    toward_x, toward_y = angle.cos().float(), angle.sin().float()
+    red = (torch.arange(k) == 0) * fast
     return draw_roles(keys, k) | {
-        "task": torch.zeros(len(keys), dtype=torch.int64),
         "visibility": draw_counts(keys, n_objects),
         "shape": torch.ones(len(keys), k, dtype=torch.int64),
         "half": torch.stack([radii, radii], -1),
         "x": x,
         "y": y,
-        "velocity_x": fast * angle[:, :k].cos(),
-        "velocity_y": fast * angle[:, :k].sin(),
+        "velocity_x": fast * toward_x[:, :k],
+        "velocity_y": fast * toward_y[:, :k],
         "rotation": torch.zeros_like(radii),
-        "nudge_x": fast[:, 0] * angle[:, k].cos(),
-        "nudge_y": fast[:, 0] * angle[:, k].sin(),
+        "nudge_x": red * toward_x[:, k:],
+        "nudge_y": red * toward_y[:, k:],
     }
 
 
@@ -189,7 +190,7 @@ class Billiards(Questions):
         if not 0 < slow <= fast < 0.5:
             raise ValueError(f"speed is {self.speed}: give (lowest, highest) in pictures per frame, below 0.5")
 
-    def draw(self, keys: Tensor) -> SceneFactors:
+    def draw(self, keys: Tensor, task: Tensor) -> SceneFactors:
         "See `draw_discs`"
         return draw_discs(keys, self.n_objects, self.radius, self.speed)
 

@@ -146,15 +146,18 @@ def twin_keys(index: Tensor, seed: int, split: str) -> Tensor:
 
 # %% ../../nbs/worlds/questions.ipynb #search-export
 TRIES = 400   # starts that are drawn for an item before giving up
-Attempt = Callable[[Tensor], tuple[Tensor, SceneFactors]]   # keys → places of those that succeeded, and their factors
+Attempt = Callable[[Tensor, Tensor], tuple[Tensor, SceneFactors]]   # fresh keys, and the places of those
 
 
 def search_starts(keys: Tensor, attempt: Attempt) -> SceneFactors:
-    "Factors of every key, from attempts with fresh random numbers; ValueError where all fail"
+    """Factors of every key. `attempt` says which of those that it was given succeeded, and their factors.
+
+    ValueError where all attempts fail.
+    """
     pending = torch.arange(len(keys))
     places, parts = [], []
     for number in range(TRIES):
-        where, found = attempt(part_keys(keys[pending], 3 * number + 1))
+        where, found = attempt(part_keys(keys[pending], 3 * number + 1), pending)
         places.append(pending[where])
         parts.append(found)
         failed = torch.ones(len(pending), dtype=torch.bool)
@@ -172,12 +175,11 @@ GRID = 5   # changes of velocity that are tried at first
 
 
 def nudge(starts: SceneFactors, amount: Tensor) -> SceneFactors:
-    "Starts `(b,…)` whose object 1 moves by `amount` `(b,)` times `nudge_x`, `nudge_y` faster"
+    "Starts whose velocities are changed by `amount` `(b,)` times `nudge_x`, `nudge_y` `(b,k)`"
     changed = {}
     for axis in ("x", "y"):
-        velocity = starts[f"velocity_{axis}"].clone()
-        velocity[:, 0] += amount * starts[f"nudge_{axis}"]
-        changed[f"velocity_{axis}"] = velocity
+        change = amount[:, None] * starts[f"nudge_{axis}"]
+        changed[f"velocity_{axis}"] = starts[f"velocity_{axis}"] + change
     return starts | changed
 
 
@@ -240,24 +242,29 @@ def judge(first: Tensor, observed: int) -> Tensor:
 _FOUND: dict = {}   # (world, key of the pair) → both starts, `(2,…)`
 
 
-def _attempt_twins(world, keys):
-    starts = world.draw(keys)
+def _usable_starts(world, keys, task):
+    starts = world.draw(keys, task) | {"task": task}
     usable = world.possible(starts).nonzero()[:, 0]
-    where, pairs = find_twins(pick_rows(starts, usable), world.outcome, world.span, world.halvings)
+    return usable, pick_rows(starts, usable)
+
+
+def _attempt_twins(world, task, keys, places):
+    usable, starts = _usable_starts(world, keys, task[places])
+    where, pairs = find_twins(starts, world.outcome, world.span, world.halvings)
     return usable[where], pairs
 
 
-def _attempt_answer(world, wanted, keys):
-    starts = world.draw(keys)
-    usable = world.possible(starts).nonzero()[:, 0]
-    fits = world.outcome(pick_rows(starts, usable)) == wanted
-    return usable[fits], pick_rows(starts, usable[fits])
+def _attempt_answer(world, task, wanted, keys, places):
+    usable, starts = _usable_starts(world, keys, task[places])
+    fits = world.outcome(starts) == wanted
+    return usable[fits], pick_rows(starts, fits)
 
 
 def _search_pairs(world, keys):
+    task = integers(keys, "task", len(world.tasks))
     if world.twins:
-        return search_starts(keys, partial(_attempt_twins, world))
-    no, yes = (search_starts(part_keys(keys, 2 + i), partial(_attempt_answer, world, i)) for i in range(2))
+        return search_starts(keys, partial(_attempt_twins, world, task))
+    no, yes = (search_starts(part_keys(keys, 2 + i), partial(_attempt_answer, world, task, i)) for i in range(2))
     return _together(no, yes)
 
 
@@ -279,13 +286,15 @@ class Questions(Bodies):
     "Clips with a question: after the frames that are observed, will red ever touch yellow?"
     observed: int = 10    # frames before which red does not touch yellow
     twins: bool = True    # False: unrelated items with balanced answers, which give themselves away
-    span: float = 0.4     # how far the velocity of red is changed at most, see `find_twins`
+    span: float = 0.4     # how much velocities are changed at most, see `find_twins`
     halvings: int = 1     # each one brings the twins nearer to each other
 
     tasks: ClassVar[tuple[str, ...]]   # names of the kinds of story
 
     def check(self) -> None:
         "ValueError for options that make no sense"
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         _check_questions(self)
 
     def keys(self, index: Tensor, seed: int, split: str) -> Tensor:

@@ -16,6 +16,7 @@ from .blocks import Tetrominoes, ToySquares
 from .clevr import Clevr
 from .colours import COLORS
 from .moving import MovingShapes, MovingTextured
+from .physics import Physics
 from .random import scene_keys
 from .scene_type import SceneFactors, SceneType
 from .shapes import Shapes, TexturedObjects, TexturedShapes
@@ -35,6 +36,7 @@ KINDS: dict[str, type[SceneType]] = {
     "moving_shapes": MovingShapes,
     "moving_textured": MovingTextured,
     "billiards": Billiards,
+    "physics": Physics,
 }
 
 _DSPRITES = {"shapes": ("square", "ellipse", "heart"), "side": (0.15, 0.3), "position": (0.25, 0.75)}
