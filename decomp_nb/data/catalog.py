@@ -27,6 +27,7 @@ from .movi import MoviDump
 from .mp4 import VIDEO_SUFFIXES
 from .natural import CocoScenes, VocScenes
 from .official_folders import FOLDERS, OfficialFolder
+from .physion import Physion
 from .reader import evenly, name_words, split_in_name, split_name
 from .records import RECORD_LAYOUTS, ClevrWithMasks, ObjectRecords
 from .scenes_h5 import H5Edits, H5Scenes
@@ -44,7 +45,7 @@ READERS = {
     "coco": CocoScenes, "voc": VocScenes, "shapes3d": Shapes3D, "dsprites": DSprites, "mpi3d": MPI3D,
     "cars3d": Cars3D, "smallnorb": SmallNORB, "celeba": CelebA,
     **{kind: partial(OfficialFolder, kind=kind) for kind in FOLDERS}, "falcor3d": Falcor3D,
-    "video": VideoClips,
+    "video": VideoClips, "physion": Physion,
 }
 GENERATORS = {
     "shapes3d": Shapes3D,
@@ -74,6 +75,7 @@ def detect_format(path: Path | str) -> str:
 
 # %% ../../nbs/data/catalog.ipynb #formats-export
 _FOLDER_MARKS = [
+    ("Physion*MP4s", "physion"),
     ("list_attr_celeba.txt", "celeba"),
     ("smallnorb-*-dat.mat", "smallnorb"),
     ("annotations/instances_*2017.json", "coco"),
@@ -214,7 +216,7 @@ def _file_of_split(path, split, whole):
 
 # %% ../../nbs/data/catalog.ipynb #open-dataset-export
 # These read a folder, whatever lies there
-_WHOLE = ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", "coco", "voc", *FOLDERS)
+_WHOLE = ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", "coco", "voc", "physion", *FOLDERS)
 
 
 def open_dataset(
@@ -240,7 +242,8 @@ def open_dataset(
     path = _existing(name, [*KINDS, *GENERATORS], home)
     if kind not in (None, *READERS):
         raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(READERS)}")
-    kind = "video" if kind is None and "n_frames" in options else kind
+    if kind is None and "n_frames" in options:
+        kind = "physion" if any(path.glob("Physion*MP4s")) else "video"
     wanted = split
     path, split = _file_of_split(path, split, kind in _WHOLE)
     kind = kind or detect_format(path)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .random import integers
+from .random import integers, scene_keys
 
 # %% auto #0
 __all__ = ['SceneFactors', 'draw_counts', 'check_counts', 'check_option', 'SceneType', 'pixel_centres', 'visible_pixels']
@@ -69,9 +69,17 @@ class SceneType:
         if not isinstance(size, int) or size < self.smallest:
             raise ValueError(f"size is {size!r}: {type(self).__name__} needs at least {self.smallest} pixels")
 
+    def keys(self, index: Tensor, seed: int, split: str) -> Tensor:
+        "One key `(b,)` per scene, see `scene_keys`; scenes that belong together share what they have to"
+        return scene_keys(index, seed=seed, split=split)
+
     def sample(self, keys: Tensor, size: int) -> SceneFactors:
         "Factors `(b,…)` of the scenes with these keys, among them `visibility` `(b,k)`"
         raise NotImplementedError
+
+    def complete(self, factors: SceneFactors) -> SceneFactors:
+        "The factors and what happens next: what is computed once, after all edits and before `render`"
+        return factors
 
     def render(self, factors: SceneFactors, size: int) -> tuple[Tensor, Tensor]:
         "Pictures, RGB in [0,1] `(b,3,h,w)`, and label maps int64 `(b,h,w)`, of factors"
@@ -83,6 +91,10 @@ class SceneType:
 
     def count(self, masks: Tensor) -> SceneFactors:
         "Labels that are counted in the label maps"
+        return {}
+
+    def extras(self, factors: SceneFactors) -> dict:
+        "Further entries of the items: tensors and lists with a row for each scene"
         return {}
 
     def phrase(self, row: dict[str, str]) -> str:

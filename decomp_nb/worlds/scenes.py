@@ -11,10 +11,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from .billiards import Billiards
 from .blocks import Tetrominoes, ToySquares
 from .clevr import Clevr
 from .colours import COLORS
 from .moving import MovingShapes, MovingTextured
+from .physics import Physics
 from .random import scene_keys
 from .scene_type import SceneFactors, SceneType
 from .shapes import Shapes, TexturedObjects, TexturedShapes
@@ -33,6 +35,8 @@ KINDS: dict[str, type[SceneType]] = {
     "clevr_scenes": Clevr,
     "moving_shapes": MovingShapes,
     "moving_textured": MovingTextured,
+    "billiards": Billiards,
+    "physics": Physics,
 }
 
 _DSPRITES = {"shapes": ("square", "ellipse", "heart"), "side": (0.15, 0.3), "position": (0.25, 0.75)}
@@ -184,6 +188,7 @@ def _label_table(scene_type, factors, size):
 
 def _draw_scenes(scene_type, factors, size):
     "Pictures in [−1,1], masks, labels and captions of factors"
+    factors = scene_type.complete(factors)
     image, masks = scene_type.render(factors, size)
     labels = _label_table(scene_type, factors | scene_type.count(masks), size)
     return {
@@ -191,7 +196,7 @@ def _draw_scenes(scene_type, factors, size):
         "masks": masks,
         "labels": labels,
         "caption": captions(scene_type, labels),
-    }
+    } | scene_type.extras(factors)
 
 
 def _edit_name(remove=None, recolor=None, move=None):
@@ -236,7 +241,7 @@ class Scenes(DrawnDataset):
     def factors(self, indices: Indices) -> SceneFactors:
         "All that determines the scenes of these indices: objects `(b,k,…)`, background or camera `(b,…)`"
         index = self.positions(indices)
-        keys = scene_keys(index, seed=self.seed, split=self.split)
+        keys = self.spec.keys(index, self.seed, self.split)
         return {"index": index, **self.spec.sample(keys, self.size)}
 
     def render(self, factors: SceneFactors) -> dict:
