@@ -23,6 +23,7 @@ _homes = {
     "worlds.scenes": "Scenes",
     "viz.figures": "show grid overlay strip",
     "viz.mixer": "mixer",
+    "viz.web_mixer": "web_mixer",
     "official.lsd": "load_official_lsd save_official_lsd",
     "official.decomp_diffusion": "load_official_decomp_diffusion save_official_decomp_diffusion",
     "official.disdiff": "load_official_disdiff load_official_latent_diffusion",

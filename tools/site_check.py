@@ -1,8 +1,8 @@
 """What must hold of the site, without Quarto: `python tools/site_check.py` prints what does not, and exits 1 then.
 
 Does nbdev's step before Quarto (`documentation.py`) and reads the pages that come out of it: links and anchors, words for pictures,
-badges, Markdown that would be shown raw, widths, sizes, and what a page would fetch from elsewhere. Where Quarto is installed it renders the
-site too, and with Chromium it looks at it (`site_look.py`).
+badges, Markdown that would be shown raw, widths, sizes, and what a page would fetch from elsewhere. Where Quarto is installed it renders
+the site too, and with Chromium it looks at it (`site_look.py`).
 
 A page rule takes a `Page` and yields findings, a site rule takes the whole `Site`. `tests/test_site.py` shows every rule a fault.
 """
