@@ -51,6 +51,7 @@ test: setup
 	$(TESTING) DECOMP_TIMES=$(TIMES) $(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder tests
 
 prepare: setup
+	$(PY) tools/colab_cells.py
 	$(NBDEV) export
 	$(NBDEV) clean
 	$(PY) tools/readme.py

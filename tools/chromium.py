@@ -27,9 +27,9 @@ def run(page: Path, *options: str, timeout: float = 120) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
 
 
-def dump(page: Path, milliseconds: int = 4000) -> str:
+def dump(page: Path, milliseconds: int = 4000, timeout: float = 120) -> str:
     "The page as HTML after its scripts have run for so long, by the page's own clock"
-    return run(page, f"--virtual-time-budget={milliseconds}", "--dump-dom")
+    return run(page, f"--virtual-time-budget={milliseconds}", "--dump-dom", timeout=timeout)
 
 
 def photograph(page: Path, target: Path, width: int, height: int, milliseconds: int = 3000) -> Path:

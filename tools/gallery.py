@@ -31,25 +31,30 @@ class Card(NamedTuple):
     box: tuple[float, float, float, float] = (0, 0, 1, 1)  # left, top, right, bottom, as shares of the picture
 
 
+IN_MINUTES = "train it in minutes"
+LEFT = (0, 0.1, 0.5, 0.66)
 CARDS = [
-    Card("methods/lsd", "LSD", "Objects as slots with masks, read by a latent diffusion model.", "lsd_shapes", "hero", (0.3, 0.1, 0.78, 0.62)),
+    Card("methods/lsd", "LSD", "Objects as slots with masks, read by a latent diffusion model.", "lsd_shapes",
+         "hero", (0.3, 0.1, 0.78, 0.62)),
     Card("methods/decomp_diffusion", "Decomp Diffusion", "A few short vectors, each of which draws a picture by itself.",
          "decomp_diffusion_toy_squares", "hero", (0.13, 0.05, 0.86, 0.62)),
-    Card("methods/disdiff", "DisDiff", "Attributes (hue, size, angle) as fields inside a frozen diffusion model.", "disdiff_shapes3d",
-         "traverse", (0.08, 0.04, 1, 0.44)),
-    Card("methods/concepts", "Concepts", "New words for a text-to-image model, found in unlabelled pictures.", "text_to_image",
-         "trained-use", (0.17, 0, 0.8, 0.75)),
-    Card("methods/slot_diffusion", "SlotDiffusion", "Slots with a latent diffusion model over a learned codebook.", "train it in minutes",
-         "learned-picture", (0, 0.3, 0.55, 1)),
-    Card("methods/savi", "SAVi", "Slots that follow their objects through a clip.", "train it in minutes", "learned-picture", (0.13, 0, 0.8, 0.66)),
-    Card("methods/slot_attention_ae", "Slot Attention", "The baseline: slots compete for pixels, each is decoded to a layer.", "train it in minutes",
-         "learned-picture", (0, 0.1, 0.5, 0.66)),
-    Card("methods/slate", "SLATE", "A transformer draws the picture token by token from its slots.", "train it in minutes", "learned-picture",
-         (0, 0.1, 0.5, 0.66)),
-    Card("methods/steve", "STEVE", "SLATE for clips, with slots that stay with their objects.", "train it in minutes", "learned-picture",
-         (0.2, 0, 0.92, 0.66)),
-    Card("methods/encdiff", "EncDiff", "Every factor is a token that the denoiser reads by cross-attention.", "`disdiff_shapes3d_tokens`, a recipe"),
-    Card("methods/stable_lsd", "Stable-LSD", "Slots in place of the words of a frozen Stable Diffusion.", "needs Stable Diffusion and a GPU"),
+    Card("methods/disdiff", "DisDiff", "Attributes (hue, size, angle) as fields inside a frozen diffusion model.",
+         "disdiff_shapes3d", "traverse", (0.08, 0.04, 1, 0.44)),
+    Card("methods/concepts", "Concepts", "New words for a text-to-image model, found in unlabelled pictures.",
+         "text_to_image", "trained-use", (0.17, 0, 0.8, 0.75)),
+    Card("methods/slot_diffusion", "SlotDiffusion", "Slots with a latent diffusion model over a learned codebook.",
+         IN_MINUTES, "learned-picture", (0, 0.3, 0.55, 1)),
+    Card("methods/savi", "SAVi", "Slots that follow their objects through a clip.",
+         IN_MINUTES, "learned-picture", (0.13, 0, 0.8, 0.66)),
+    Card("methods/slot_attention_ae", "Slot Attention", "The baseline: slots compete for pixels, each is decoded to a layer.",
+         IN_MINUTES, "learned-picture", LEFT),
+    Card("methods/slate", "SLATE", "A transformer draws the picture token by token from its slots.", IN_MINUTES, "learned-picture", LEFT),
+    Card("methods/steve", "STEVE", "SLATE for clips, with slots that stay with their objects.",
+         IN_MINUTES, "learned-picture", (0.2, 0, 0.92, 0.66)),
+    Card("methods/encdiff", "EncDiff", "Every factor is a token that the denoiser reads by cross-attention.",
+         "recipe disdiff_shapes3d_tokens"),
+    Card("methods/stable_lsd", "Stable-LSD", "Slots in place of the words of a frozen Stable Diffusion.",
+         "needs Stable Diffusion and a GPU"),
 ]
 
 
@@ -83,9 +88,8 @@ def card_html(card: Card) -> str:
     name = Path(card.page).name
     alt = html.escape(f"{card.title}: a figure of its page")
     shown = f'<img src="images/gallery/{name}.webp" width="{SIZE[0]}" alt="{alt}"><br>' if card.cell else ""
-    weights = card.weights.replace("`", "")
     return (f'<td valign="top"><a href="{card.page}.ipynb">{shown}<b>{card.title}</b></a><br>{html.escape(card.line)}<br>'
-            f'<small>weights: {weights} · <a href="{badge_url(card.page)}">Colab</a></small></td>')
+            f'<small>weights: {card.weights} · <a href="{badge_url(card.page)}">Colab</a></small></td>')
 
 
 def cards() -> str:

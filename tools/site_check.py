@@ -8,6 +8,7 @@ A page rule takes a `Page` and yields findings, a site rule takes the whole `Sit
 """
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -440,16 +441,30 @@ def rendered(root: Path) -> list[str]:
 
 
 def main() -> int:
-    root = ROOT
-    with documentation.pages(root) as (nbs, stopped):
-        site = read_site(root, nbs, stopped)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--screenshots", type=Path, metavar="FOLDER", help="keep a picture of every page at two widths there")
+    args = parser.parse_args()
+    with documentation.pages(ROOT) as (nbs, stopped):
+        site = read_site(ROOT, nbs, stopped)
         found = findings(site)
     if shutil.which("quarto"):
-        found += rendered(root)
+        found += rendered(ROOT)
     else:
         print("site-check: no Quarto here, so the pages were checked as nbdev hands them to it, and not rendered")
+    if args.screenshots or shutil.which("quarto"):
+        found += looked_at(args.screenshots or ROOT / "_docs" / "screenshots")
     print("\n".join(found) or f"site-check: {len(site.pages)} pages, {len(PAGE_RULES) + len(SITE_RULES)} rules, nothing to say")
     return bool(found)
+
+
+def looked_at(folder: Path) -> list[str]:
+    "Pages that scroll sideways in Chromium; pictures of all stay in `folder`"
+    import chromium
+    import site_look
+    if chromium.find() is None:
+        print(f"site-check: no pictures of the pages, {chromium.ABSENT}")
+        return []
+    return site_look.look(folder, [])
 
 
 if __name__ == "__main__":
