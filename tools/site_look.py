@@ -22,7 +22,8 @@ from nbconvert import HTMLExporter
 ROOT = Path(__file__).resolve().parents[1]
 WIDTHS = {"desk": (1400, 900), "phone": (390, 844)}
 TALLEST = 7_000  # pixels of a picture
-COLUMN = "main.content { max-width: 860px; margin: 0 auto; padding: 0 14px; font-family: system-ui } pre { overflow-x: auto } img { max-width: 100% }"
+COLUMN = """main.content { max-width: 860px; margin: 0 auto; padding: 0 14px; font-family: system-ui }
+pre { overflow-x: auto } img { max-width: 100%; height: auto } .anchor-link { display: none }"""
 MEASURE = """<!doctype html><meta charset="utf-8"><body><script>
 const pages = PAGES, widths = WIDTHS, found = [];
 function look(i, j) {
@@ -32,7 +33,10 @@ function look(i, j) {
   const next = () => { frame.remove(); j + 1 < widths.length ? look(i, j + 1) : look(i + 1, 0); };
   frame.onload = () => {
     const root = frame.contentDocument.documentElement;
-    found.push([i, widths[j], root.scrollWidth, root.scrollHeight]);
+    const wide = [...root.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > widths[j] + 1);
+    const inner = wide.find(e => ![...e.children].some(c => wide.includes(c))) || root;
+    const words = root.scrollWidth > widths[j] + 1 ? `${inner.tagName.toLowerCase()}: ${inner.textContent.trim().slice(0, 50)}` : "";
+    found.push([i, widths[j], root.scrollWidth, root.scrollHeight, words]);
     next();
   };
   frame.onerror = next;
@@ -45,7 +49,7 @@ look(0, 0);
 
 def drawn(nbs: Path, folder: Path, names: list[str]) -> list[str]:
     "Pages of nbdev as HTML in `folder`; → their names"
-    exporter = HTMLExporter(template_name="basic")
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_raw=True)
     style = (ROOT / "nbs" / "styles.css").read_text(encoding="utf-8") + COLUMN
     done = []
     for path in sorted(nbs.rglob("*.page")):
@@ -54,8 +58,9 @@ def drawn(nbs: Path, folder: Path, names: list[str]) -> list[str]:
             continue
         notebook = nbformat.read(path, 4)
         for cell in notebook.cells:
-            if cell.cell_type == "code" and re.search(r"^#\| *echo: *false", cell.source, re.M):
-                cell.source = ""
+            if cell.cell_type == "code":
+                hidden = re.search(r"^#\| *(echo: *false|code-fold: *true)", cell.source, re.M)
+                cell.source = "" if hidden else re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
         body, _ = exporter.from_notebook_node(notebook)
         target = folder / f"{name}.html"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +73,8 @@ def drawn(nbs: Path, folder: Path, names: list[str]) -> list[str]:
     return done
 
 
-def measured(folder: Path, names: list[str]) -> dict[tuple[str, int], tuple[int, int]]:
-    "(page, width of the window) → width and height of the page"
+def measured(folder: Path, names: list[str]) -> dict[tuple[str, int], tuple[int, int, str]]:
+    "(page, width of the window) → width and height of the page, and what stands out of it"
     pages = json.dumps([f"{name}.html" for name in names])
     widths = json.dumps([width for width, _ in WIDTHS.values()])
     page = folder / "measure.html"
@@ -77,19 +82,20 @@ def measured(folder: Path, names: list[str]) -> dict[tuple[str, int], tuple[int,
     found = re.search(r'data-found="([^"]+)"', chromium.dump(page, 3_600_000, timeout=900))
     if not found:
         raise RuntimeError("Chromium did not come to the end of the pages")
-    return {(names[i], width): (w, h) for i, width, w, h in json.loads(html.unescape(found[1]))}
+    return {(names[i], width): (w, h, words) for i, width, w, h, words in json.loads(html.unescape(found[1]))}
 
 
 def sideways(sizes: dict) -> list[str]:
     "Pages that are wider than their window"
-    return [f"{name} scrolls sideways at {width}: {w} pixels wide" for (name, width), (w, _) in sizes.items() if w > width + 1]
+    found = [(name, width, w, words) for (name, width), (w, _, words) in sizes.items() if w > width + 1]
+    return [f"{name} scrolls sideways at {width}: {w} pixels wide, {words}" for name, width, w, words in found]
 
 
 def photographs(folder: Path, names: list[str], sizes: dict, target: Path) -> None:
     "A picture of each page at each width; a frame, because Chromium's own window has a least width"
     for name in names:
         for kind, (width, height) in WIDTHS.items():
-            tall = min(TALLEST, max(height, sizes.get((name, width), (0, height))[1]))
+            tall = min(TALLEST, max(height, sizes.get((name, width), (0, height, ''))[1]))
             frame = folder / "frame.html"
             address = html.escape(f"{name}.html")
             style = f"width:{width}px;height:{tall}px;border:0"
