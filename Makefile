@@ -13,7 +13,7 @@ TIMES := .venv/.times
 TIMED := $(TESTING) DECOMP_TIMES=$(TIMES) $(PY) tools/timed.py
 NBDEV := $(PY) tools/nbdev_command.py
 
-.PHONY: help setup train test prepare notebooks docs quarto clean
+.PHONY: help setup train test prepare notebooks site-check docs quarto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test       everything that must hold before a commit lands: notebooks, tests, lint, hygiene"
 	@echo "make prepare    after editing notebooks: export, clean, README, lint"
 	@echo "make notebooks  run notebooks in place and keep their outputs; NB='nbs/factors.ipynb …' names them, default all"
+	@echo "make site-check what must hold of the site, without Quarto: links, words for pictures, badges, widths, sizes"
 	@echo "make docs       build the site into _docs (needs Quarto)"
 
 # The stamp holds a checksum of the files' content, so a checkout that only touches them installs nothing and needs no network.
@@ -45,14 +46,16 @@ test: setup
 	$(BIN)/ruff check --config 'extend-exclude=[]' --select F821,F822,F823 decomp_nb
 	$(PY) tools/hygiene.py
 	$(TIMED) export $(PY) -m pytest -q tests/test_package.py -k in_sync
-	$(TIMED) documentation $(PY) tools/documentation.py
+	$(TIMED) site $(PY) tools/site_check.py
 	$(TIMED) notebooks $(NBDEV) test --n-workers 2 --timing
 	$(TESTING) DECOMP_TIMES=$(TIMES) $(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder tests
 
 prepare: setup
+	$(PY) tools/colab_cells.py
 	$(NBDEV) export
 	$(NBDEV) clean
 	$(PY) tools/readme.py
+	$(PY) tools/llms.py
 	$(BIN)/ruff check nbs tests tools setup.py
 	$(PY) tools/hygiene.py
 
@@ -60,12 +63,16 @@ notebooks: setup
 	$(NBDEV) export
 	$(TESTING) $(PY) tools/run_nbs.py $(NB)
 
+# With Quarto on the PATH the site is rendered too; with Chromium, SHOTS=folder keeps pictures of every page at two widths.
+site-check: setup
+	$(TESTING) $(PY) tools/site_check.py $(if $(SHOTS),--screenshots $(SHOTS))
+
 # nbdev would try to install Quarto with sudo when it is missing, so that is checked first. _proc is a cache that keeps deleted notebooks.
 # README.md is ours (tools/readme.py): nbdev writes one of its own where README.md is older than index.ipynb, as in a fresh checkout.
 docs: quarto setup
 	rm -rf _proc
 	touch README.md
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(NBDEV) docs
+	PYTHONPATH="$(CURDIR)/tools:$$PYTHONPATH" PATH="$(CURDIR)/$(BIN):$$PATH" $(NBDEV) docs
 
 quarto:
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto on the PATH: https://quarto.org/docs/get-started" >&2; exit 1; }

@@ -24,6 +24,7 @@ _homes = {
     "worlds.scenes": "Scenes",
     "viz.figures": "show grid overlay strip",
     "viz.mixer": "mixer",
+    "viz.web_mixer": "web_mixer",
     "official.lsd": "load_official_lsd save_official_lsd",
     "official.slot_former": "load_official_slot_former",
     "official.decomp_diffusion": "load_official_decomp_diffusion save_official_decomp_diffusion",

@@ -263,6 +263,7 @@ def as_settings_have_it(value: object) -> str:
 def test_nbdev_3_reads_what_nbdev_2_reads():
     table, known = pyproject()["tool"]["nbdev"], settings()
     assert table.pop("allowed_out_metadata_keys") == ["image/png"]  # nbdev 2 keeps the metadata of outputs
+    assert table.pop("doc_procs") == known["procs"].split()  # nbdev 2 has one kind of processors only
     assert set(table) >= {"lib_path", "nbs_path", "tst_flags", "custom_sidebar", "jupyter_hooks", "allowed_cell_metadata_keys"}
     assert {key: as_settings_have_it(value) for key, value in table.items()} == {key: known[key] for key in table}
     project = pyproject()["project"]

@@ -11,7 +11,9 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -49,8 +51,9 @@ def step(notebook: Path) -> str | None:
 
 
 def start(scratch: Path) -> None:
-    "A worker's first act: nbdev finds its settings from the folder it works in"
+    "A worker's first act: nbdev finds its settings from the folder it works in, and what they name from this one"
     os.chdir(scratch)
+    sys.path.insert(0, str(ROOT / "tools"))
     warnings.simplefilter("ignore")
 
 
@@ -61,8 +64,9 @@ def import_once() -> None:
             import_module(name)
 
 
-def faults(root: Path = ROOT, workers: int = 2) -> dict[str, str]:
-    "Notebooks that the step stops at → why"
+@contextmanager
+def pages(root: Path = ROOT, workers: int = 2) -> Iterator[tuple[Path, dict[str, str]]]:
+    "The step done in a copy: its folder `nbs`, in which `x.page` lies beside `x.ipynb`, and notebooks that stopped → why"
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
         notebooks = copy(root, scratch)
@@ -70,7 +74,14 @@ def faults(root: Path = ROOT, workers: int = 2) -> dict[str, str]:
             import_once()
         with ProcessPoolExecutor(workers, get_context("fork"), start, [scratch]) as pool:
             found = list(pool.map(step, notebooks))
-        return {str(path.relative_to(scratch)): why for path, why in zip(notebooks, found, strict=True) if why}
+        stopped = {str(path.relative_to(scratch)): why for path, why in zip(notebooks, found, strict=True) if why}
+        yield scratch / "nbs", stopped
+
+
+def faults(root: Path = ROOT, workers: int = 2) -> dict[str, str]:
+    "Notebooks that the step stops at → why"
+    with pages(root, workers) as (_, stopped):
+        return stopped
 
 
 def main() -> int:

@@ -344,7 +344,10 @@ LAYERS = [{"checks"}, {"factors", "decomposer"}, {"data", "worlds", "viz.figures
           {"metrics", "training", "official", "viz.mixer", "viz.attribution"}]
 NEIGHBOURS = {("data", "worlds"),  # data sets by name may be drawn ones; worlds read no files
               ("decomposer", "factors")}
-SHARED = {"viz.colours": "factors", **dict.fromkeys(("viz.sheets", "viz.plots", "viz.film"), "viz.figures")}  # modules that share a room
+SHARED = {  # modules that share a room
+    "viz.colours": "factors", "viz.web_mixer": "viz.mixer",
+    **dict.fromkeys(("viz.sheets", "viz.plots", "viz.film"), "viz.figures"),
+}
 STRANGERS = {("metrics", "methods"), ("metrics", "components")}  # metrics take arrays
 FOR_ALL = {"decomp_nb.components.lpips"}  # a distance of pictures: a loss for components, a score for metrics
 

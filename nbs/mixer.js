@@ -1,0 +1,1 @@
+../decomp_nb/viz/mixer.js

@@ -1,0 +1,118 @@
+"""The cards of the home page: `python tools/gallery.py` cuts their pictures out of what the methods' pages show, and writes the cell.
+
+Nothing is computed: pictures are the outputs that lie in the notebooks, so run it after a page was run again. Pictures go to
+nbs/images/gallery/, the cards into the cell `gallery` of nbs/index.ipynb.
+"""
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from hygiene import badge_url
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = (300, 170)  # pixels of a card's picture
+ACROSS = 3
+
+
+class Card(NamedTuple):
+    "A method: its page, the picture, and what to say"
+    page: str
+    title: str
+    line: str
+    weights: str  # shipped weights, or where they come from
+    cell: str = ""  # whose picture is shown
+    box: tuple[float, float, float, float] = (0, 0, 1, 1)  # left, top, right, bottom, as shares of the picture
+
+
+IN_MINUTES = "train it in minutes"
+LEFT = (0, 0.1, 0.5, 0.66)
+CARDS = [
+    Card("methods/lsd", "LSD", "Objects as slots with masks, read by a latent diffusion model.", "lsd_shapes",
+         "hero", (0.3, 0.1, 0.78, 0.62)),
+    Card("methods/decomp_diffusion", "Decomp Diffusion", "A few short vectors, each of which draws a picture by itself.",
+         "decomp_diffusion_toy_squares", "hero", (0.13, 0.05, 0.86, 0.62)),
+    Card("methods/disdiff", "DisDiff", "Attributes (hue, size, angle) as fields inside a frozen diffusion model.",
+         "disdiff_shapes3d", "traverse", (0.08, 0.04, 1, 0.44)),
+    Card("methods/concepts", "Concepts", "New words for a text-to-image model, found in unlabelled pictures.",
+         "text_to_image", "trained-use", (0.17, 0, 0.8, 0.75)),
+    Card("methods/slot_diffusion", "SlotDiffusion", "Slots with a latent diffusion model over a learned codebook.",
+         IN_MINUTES, "learned-picture", (0, 0.3, 0.55, 1)),
+    Card("methods/savi", "SAVi", "Slots that follow their objects through a clip.",
+         IN_MINUTES, "learned-picture", (0.13, 0, 0.8, 0.66)),
+    Card("methods/slot_attention_ae", "Slot Attention", "The baseline: slots compete for pixels, each is decoded to a layer.",
+         IN_MINUTES, "learned-picture", LEFT),
+    Card("methods/slate", "SLATE", "A transformer draws the picture token by token from its slots.", IN_MINUTES, "learned-picture", LEFT),
+    Card("methods/steve", "STEVE", "SLATE for clips, with slots that stay with their objects.",
+         IN_MINUTES, "learned-picture", (0.2, 0, 0.92, 0.66)),
+    Card("methods/encdiff", "EncDiff", "Every factor is a token that the denoiser reads by cross-attention.",
+         "recipe disdiff_shapes3d_tokens"),
+    Card("methods/stable_lsd", "Stable-LSD", "Slots in place of the words of a frozen Stable Diffusion.",
+         "needs Stable Diffusion and a GPU"),
+]
+
+
+def picture_of(card: Card) -> Image.Image | None:
+    "The part of a page's picture that a card shows"
+    if not card.cell:
+        return None
+    notebook = json.loads((ROOT / "nbs" / f"{card.page}.ipynb").read_text(encoding="utf-8"))
+    cell = next((c for c in notebook["cells"] if c["id"] == card.cell), None)
+    if cell is None:
+        raise ValueError(f"nbs/{card.page}.ipynb has no cell {card.cell!r}: name another one in tools/gallery.py")
+    data = next((o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {})), None)
+    if data is None:
+        raise ValueError(f"nbs/{card.page}.ipynb, cell {card.cell!r}, shows no picture: run the page, or name another cell")
+    image = Image.open(io.BytesIO(base64.b64decode("".join(data)))).convert("RGB")
+    (w, h), (left, top, right, bottom) = image.size, card.box
+    return image.crop((round(left * w), round(top * h), round(right * w), round(bottom * h)))
+
+
+def framed(image: Image.Image) -> Image.Image:
+    "In the size of a card, on its paper, drawn for screens of two pixels to one"
+    sheet = Image.new("RGB", (2 * SIZE[0], 2 * SIZE[1]), image.getpixel((1, 1)))
+    scale = min(sheet.width / image.width, sheet.height / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    sheet.paste(image, ((sheet.width - image.width) // 2, (sheet.height - image.height) // 2))
+    return sheet
+
+
+def card_html(card: Card) -> str:
+    "A cell of the table: picture, name, line, weights, Colab"
+    name = Path(card.page).name
+    alt = html.escape(f"{card.title}: a figure of its page")
+    shown = f'<img src="images/gallery/{name}.webp" width="{SIZE[0]}" alt="{alt}"><br>' if card.cell else ""
+    return (f'<td valign="top"><a href="{card.page}.ipynb">{shown}<b>{card.title}</b></a><br>{html.escape(card.line)}<br>'
+            f'<small>weights: {card.weights} · <a href="{badge_url(card.page)}">Colab</a></small></td>')
+
+
+def cards() -> str:
+    "All cards as a table, which GitHub shows as well"
+    rows = [CARDS[i:i + ACROSS] for i in range(0, len(CARDS), ACROSS)]
+    lines = ["<tr>\n" + "\n".join(map(card_html, row)) + "\n</tr>" for row in rows]
+    return '<table class="gallery">\n' + "\n".join(lines) + "\n</table>"
+
+
+def main() -> int:
+    folder = ROOT / "nbs" / "images" / "gallery"
+    folder.mkdir(parents=True, exist_ok=True)
+    for card in CARDS:
+        if (image := picture_of(card)) is not None:
+            framed(image).save(folder / f"{Path(card.page).name}.webp", quality=85, method=6)
+    path = ROOT / "nbs" / "index.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cell = next(c for c in notebook["cells"] if c["id"] == "gallery")
+    cell["source"] = ("## Methods\n\n" + cards()).splitlines(True)
+    path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"{len(CARDS)} cards, {sum(p.stat().st_size for p in folder.iterdir()) // 1000} kB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
