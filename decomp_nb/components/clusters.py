@@ -14,6 +14,7 @@ from .context import Surroundings
 from .layout import find_layout, layout_dim, write_layout
 from .seeding import choose_places
 from .slots import SlotResult
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'ClusterKeys', 'ClusterStart',
@@ -229,6 +230,17 @@ class ClusterLayers(ClusterStart):
             raise ValueError(f"out_dim={out_dim}: must be above {shown}, the layout with window={window}")
         self.content = SlotContent(in_dim, content_dim, hidden_dim, context, window)
         self.to_out = nn.Linear(slot_dim, out_dim - shown)
+
+    def layout_again(self, factors: Factors, start: int = 0) -> Factors:
+        "Merged slots (weight above 1) say the layout of their common mask, from number `start` of the code on"
+        clips = factors.masks.shape[:-3]
+        maps = factors.masks.flatten(0, -4).float()
+        found = write_layout(find_layout(maps, self.window)).unflatten(0, clips)
+        end = start + layout_dim(self.window)
+        codes = factors.codes.clone()
+        merged = factors.weights[..., None] > 1
+        codes[..., start:end] = torch.where(merged, found.to(codes), codes[..., start:end])
+        return factors._replace(codes=codes)
 
     def project(self, slots: Tensor) -> Tensor:
         "Slots `(…, s, d)` as the decoder reads them `(…, s, out_dim)`: perhaps the layout, then all that they say"

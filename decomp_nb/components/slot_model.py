@@ -210,6 +210,8 @@ class SlotEncoder(ChunkFinder):
             merge_threshold = 0.0 if self.training else self.config.merge_threshold
         if merge_threshold:
             factors = merge_duplicates(factors, merge_threshold, self.slot_attention.likeness(found.slots))
+            if getattr(self.slot_attention, "show_layout", False):
+                factors = self.slot_attention.layout_again(factors, self.slot_attention.key_dim if raw else 0)
         return (factors, found) if return_found else factors
 
 # %% ../../nbs/components/slot_model.ipynb #model-export
