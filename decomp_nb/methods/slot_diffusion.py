@@ -81,7 +81,7 @@ _NEAR_NOISE = dict(
 
 
 def slot_diffusion_preset(
-    name: str = "shapes",  # "shapes", of clips "moving", "clusters" (CPU), "tiny", "tiny_clips"; published: "clevrtex", "movi_d" …
+    name: str = "shapes",  # of clips "moving", "clusters" (CPU), "tiny_clips"; published: "clevrtex", "movi_d" …
     **changes,  # keys of `SlotDiffusion`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SlotDiffusion` for a known setting; the published ones need `latents_path`, a trained VQ-VAE"
