@@ -14,11 +14,11 @@ from .clusters import ClusterSlots, assign_to_means, cluster
 from .slots import SlotResult
 
 # %% auto #0
-__all__ = ['ClipClusters', 'clip_slots']
+__all__ = ['ClipStart', 'ClipClusters', 'clip_slots']
 
-# %% ../../nbs/components/clip_clusters.ipynb #module-export
-class ClipClusters(ClusterSlots):
-    "Slots of clips whose means are those of all frames together; pictures as `ClusterSlots`"
+# %% ../../nbs/components/clip_clusters.ipynb #start-export
+class ClipStart(ClusterSlots):
+    "Clusters whose start, of clips, is the result of k-means over all frames"
     whole_clip = True  # the start is found on all frames that are there
 
     def __init__(
@@ -55,6 +55,10 @@ class ClipClusters(ClusterSlots):
         start = self.start_among(keys, options.get("n_slots"), options.get("generator"))
         means = cluster(keys, self.means(start), self.clip_iterations, self.sharpness)[-1][0]
         return F.pad(means, (0, self.slot_dim - self.key_dim))
+
+# %% ../../nbs/components/clip_clusters.ipynb #module-export
+class ClipClusters(ClipStart):
+    "Slots of clips whose means are those of all frames together; pictures as `ClusterSlots`"
 
     def forward(self, features: Tensor, *, slots: Tensor | None = None, **options) -> SlotResult:
         "Slots of a batch of pictures `(b, c, h, w)`; the means of `slots` `(b, s, d)` stay as they are"

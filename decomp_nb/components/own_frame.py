@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['own_coordinates', 'read_outline', 'OwnFrameDecoder']
+__all__ = ['own_coordinates', 'read_outline', 'pixel_inputs', 'OwnFrameDecoder']
 
 # %% ../../nbs/components/own_frame.ipynb #coordinates-export
 def own_coordinates(place: Tensor, image_size: int) -> Tensor:
@@ -35,6 +35,17 @@ def read_outline(window: Tensor, offsets: Tensor, reach: float = 0.8) -> Tensor:
     places = rearrange(offsets, "b k h w xy -> (b k) h w xy").to(maps)
     found = F.grid_sample(maps + 1, places / reach, align_corners=True)
     return rearrange(found - 1, "(b k) 1 h w -> b k h w", b=len(window))
+
+# %% ../../nbs/components/own_frame.ipynb #pixels-export
+def pixel_inputs(place: Tensor, outline: Tensor, image_size: int) -> Tensor:
+    "What is known of every pixel, `(b,k,h,w,7)`: outline `(b,k,n,n)` there, own coordinates, their squares, coordinates"
+    offsets = own_coordinates(place, image_size)
+    here = read_outline(outline, offsets)[..., None]
+    near = offsets.clamp(-2, 2) / 2
+    axis = torch.linspace(-1, 1, image_size, device=place.device)
+    rows_and_columns = torch.meshgrid(axis, axis, indexing="ij")
+    picture = torch.stack(rows_and_columns, -1).expand_as(near)
+    return torch.cat([here, near, near.square(), picture], -1)
 
 # %% ../../nbs/components/own_frame.ipynb #decoder-export
 class OwnFrameDecoder(nn.Module):
@@ -70,22 +81,12 @@ class OwnFrameDecoder(nn.Module):
         )
         self.to_colour = nn.Linear(slot_dim, 3)
 
-    def pixels(self, place: Tensor, outline: Tensor) -> Tensor:
-        "What the network sees of every pixel, `(b,k,h,w,7)`: outline, own coordinates and their squares, coordinates"
-        offsets = own_coordinates(place, self.image_size)
-        window = rearrange(outline, "b k (i j) -> b k i j", i=self.window)
-        here = read_outline(window, offsets)[..., None]
-        near = offsets.clamp(-2, 2) / 2
-        axis = torch.linspace(-1, 1, self.image_size, device=place.device)
-        rows_and_columns = torch.meshgrid(axis, axis, indexing="ij")
-        picture = torch.stack(rows_and_columns, -1).expand_as(near)
-        return torch.cat([here, near, near.square(), picture], -1)
-
     def forward(self, slots: Tensor) -> Tensor:
         "`(b,k,d)` → layers `(b,k,4,h,w)` for `mix_layers`"
         _, place, outline, _ = slots.split(self.parts, -1)
         with torch.autocast(slots.device.type, enabled=False):
-            seen = self.pixels(place.float(), outline.float())
+            window = rearrange(outline.float(), "b k (i j) -> b k i j", i=self.window)
+            seen = pixel_inputs(place.float(), window, self.image_size)
         everywhere = rearrange(slots, "b k d -> b k 1 1 d")
         hidden = self.from_pixel(seen) + self.from_slot(everywhere)
         colours, logit = self.layers(hidden).split([3, 1], -1)
