@@ -192,6 +192,6 @@ def test_train_slot_former(tmp_path):
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert set(scores) == {"SlotFormer", "the last frame", "straight on"} and len(scores["SlotFormer"]["slot_error"]) == 8 - 3
     model = load_decomposer(tmp_path / "run" / "whole")
-    clips = torch.zeros(1, 3, 3, 32, 32) + torch.rand(1, 1, 3, 32, 32)
+    clips = torch.rand(1, 3, 3, 32, 32) * 2 - 1
     assert model.decode(model.roll_out(model.encode(clips), 2)).shape == (1, 2, 3, 32, 32)
     assert sorted(p.name for p in (tmp_path / "run-slots").iterdir()) == ["slot_model", "train.h5", "val.h5"]

@@ -421,7 +421,8 @@ class NoEncoder(FeatureEncoder):
 
     def features(self, images: Tensor) -> Tensor:
         "ValueError: there is nothing that could"
-        raise ValueError("these weights hold a decoder only: to find slots in pictures, give the slot model they came from")
+        remedy = "to find slots in pictures, give the slot model they came from"
+        raise ValueError(f"these weights hold a decoder only: {remedy}")
 
 # %% ../../nbs/components/encoders.ipynb #build-export
 ENCODERS = dict(

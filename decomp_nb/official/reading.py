@@ -135,7 +135,7 @@ def noise_schedule(betas: Tensor) -> dict:
 
 # %% ../../nbs/official/reading.ipynb #keep-export
 def keep_with(model: nn.Module, folder: str | Path) -> Path:
-    "Save a method and its frozen networks (sub-folders vae/, dvae/, base/, slot_model/) into one folder that loads by itself"
+    "Save a method and its frozen networks (in vae/, dvae/, base/, slot_model/) into one folder that loads by itself"
     model.latents  # noqa: B018 - loads what is not there yet
     folder = Path(folder)
     frozen = vars(model.frozen)
