@@ -22,7 +22,7 @@ from .shapes import _square, _turned, pixel_coverage
 # %% auto #0
 __all__ = ['OTHERS', 'TRIES', 'Attempt', 'GRID', 'body_distance', 'body_coverage', 'paint_body', 'render_bodies', 'shaded_ground',
            'draw_roles', 'Bodies', 'twin_keys', 'search_starts', 'nudge', 'pick_rows', 'scan_answers', 'find_twins',
-           'first_contact', 'judge', 'draw_pairs', 'Questions']
+           'first_contact', 'judge', 'draw_pairs', 'Questions', 'true_states']
 
 # %% ../../nbs/worlds/questions.ipynb #distance-export
 def body_distance(
@@ -332,3 +332,18 @@ def _check_questions(world):
         raise ValueError(f"observed is {world.observed}: give 1 to {world.n_frames - 1} of n_frames={world.n_frames}")
     if world.span <= 0 or world.halvings < 0:
         raise ValueError(f"span is {world.span}, halvings {world.halvings}: give a span > 0 and halvings >= 0")
+
+# %% ../../nbs/worlds/questions.ipynb #states-export
+def true_states(factors: SceneFactors) -> Tensor:
+    """States `(b,t,k,12)` of completed factors; zeros where an object does not exist.
+
+    Place, velocity (pictures per second), sine and cosine of the rotation, half sizes, whether disc, red, yellow, there.
+    """
+    t = factors["position"].shape[2]
+    turned = torch.deg2rad(factors["rotation"])[..., None]
+    moving = [factors["position"], 10 * factors["velocity"], turned.sin(), turned.cos()]
+    number = torch.arange(factors["shape"].shape[1]).expand_as(factors["shape"])
+    kinds = torch.stack([factors["shape"] == 1, number == 0, number == 1, number >= 0], -1).float()
+    lasting = repeat(torch.cat([factors["half"], kinds], -1), "b k d -> b k t d", t=t)
+    states = torch.cat([*moving, lasting], -1) * factors["visibility"][..., None, None]
+    return rearrange(states, "b k t d -> b t k d")
