@@ -268,8 +268,8 @@ def _search_pairs(world, keys):
     return _together(no, yes)
 
 
-def draw_pairs(world: Questions, keys: Tensor) -> SceneFactors:
-    "The starts of items with these keys, see `twin_keys`"
+def draw_pairs(world: Bodies, keys: Tensor) -> SceneFactors:
+    "The starts of items with these keys, see `twin_keys`; the world is one of `Questions`, below"
     pairs, place = (keys - keys % 2).unique(return_inverse=True)
     new = torch.tensor([key for key in pairs.tolist() if (world, key) not in _FOUND], dtype=torch.int64)
     if len(new):
