@@ -113,7 +113,7 @@ def _pair(arbiter):
 
 # %% ../../nbs/worlds/physics.ipynb #story-export
 def run_story(row: dict[str, list], n_frames: int) -> SceneFactors:
-    "What becomes of one start, given as lists: `position`, `velocity` `(k,t,2)`, `rotation` `(k,t)`, `contact` `(k,t,k)`"
+    "Story of a start given as lists: `position`, `velocity` `(k,t,2)`, `rotation` `(k,t)`, `contact` `(k,t,k)`"
     space = build_space()
     contacts = Contacts(space)
     k = len(row["x"])
