@@ -122,7 +122,8 @@ def sprite(
         sheet.save(buffer, "WEBP", quality=quality, method=6)
         if buffer.tell() <= limit:
             return buffer.getvalue()
-    raise ValueError(f"{len(tiles)} tiles of {side} pixels need more than {limit} bytes: take a smaller `side` or fewer factors")
+    need = f"{len(tiles)} tiles of {side} pixels need more than {limit} bytes"
+    raise ValueError(f"{need}: take a smaller `side` or fewer factors")
 
 # %% ../../nbs/viz/web_mixer.ipynb #mixer-export
 @dataclass
