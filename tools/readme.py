@@ -42,6 +42,14 @@ def relink(text: str, root: Path = ROOT) -> str:
     return re.sub(r"((?:href|src)=\")([^\"]+)", lambda m: m[1] + target(m[2]), text)
 
 
+MIXER = re.compile(r"<decomp-mixer\b.*?</decomp-mixer>\n<script[^>]*></script>", re.S)
+
+
+def without_mixers(text: str, page: str = "index.ipynb", root: Path = ROOT) -> str:
+    "A mixer needs JavaScript, which GitHub does not run: a link to the page where it can be pressed"
+    return MIXER.sub(f"[Press its buttons on the home page]({page_url(page, root)}).", text)
+
+
 def directives(source: str) -> tuple[dict, str]:
     "Leading `#| name: value` lines as a dict, and the code below them"
     lines, found = source.splitlines(), {}
@@ -71,7 +79,7 @@ def build(index: Path = ROOT / "nbs" / "index.ipynb", root: Path = ROOT) -> tupl
     parts, pictures = [], {}
     for cell in nbformat.read(index, 4).cells:
         if cell.cell_type == "markdown":
-            parts.append(relink(cell.source, root))
+            parts.append(relink(without_mixers(cell.source, root=root), root))
         if cell.cell_type != "code":
             continue
         found, code = directives(cell.source)
