@@ -59,6 +59,12 @@ def directives(source: str) -> tuple[dict, str]:
     return found, "\n".join(lines).strip()
 
 
+def described(output) -> str:
+    "What a figure says of itself: `Picture 8×8: two squares` → `two squares`"
+    found = re.match(r"(?:Picture|Film) \d+×\d+: ([^\[\]]+)$", str(output["data"].get("text/plain", "")).strip())
+    return found[1] if found else ""
+
+
 def output_markdown(output, cell_id: str, pictures: dict) -> str:
     "One output as Markdown: a table, a picture (kept in `pictures` under its path) or text"
     if output["output_type"] == "stream":
@@ -70,7 +76,7 @@ def output_markdown(output, cell_id: str, pictures: dict) -> str:
         if mime in data:
             path = f"nbs/images/{cell_id}{suffix}"
             pictures[path] = data[mime].encode() if suffix == ".svg" else base64.b64decode(data[mime])
-            return f"![{cell_id.replace('-', ' ')}]({path})"
+            return f"![{described(output) or cell_id.replace('-', ' ')}]({path})"
     return f"```text\n{data['text/plain'].rstrip()}\n```" if "text/plain" in data else ""
 
 
