@@ -11,6 +11,7 @@ from pathlib import Path
 import llms
 import nbformat as nbf
 import pytest
+import readme
 import site_check
 import site_pages
 from PIL import Image, PngImagePlugin
@@ -221,6 +222,12 @@ def test_classes_show_fields_parameters_and_methods():
 
 def test_words_in_angles_stay_visible():
     assert site_pages.with_visible_names("<c1> `<c1>` <br> <https://x.org>") == "\\<c1> `<c1>` <br> <https://x.org>"
+
+
+def test_the_readme_links_to_what_it_cannot_run():
+    said = readme.without_mixers('Try.\n\n<decomp-mixer data-side="32"><img src="x.webp" alt="y"></decomp-mixer>\n<script src="mixer.js"></script>')
+    assert said.startswith("Try.\n\n[Press its buttons") and "<script" not in said and "index.html)" in said
+    assert "<decomp-mixer" not in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_page_is_in_the_list_for_language_models():

@@ -59,7 +59,7 @@ def names_by_truth(model: Decomposer, least: float = 0.2) -> list[str]:
 MIXERS = {
     "decomp_diffusion_toy_squares": Recipe(
         "decomp_diffusion_toy_squares", scenes("toy_squares", 32, [2, 4]),
-        lambda model: {"steps": 25, "names": [f"component {k + 1}" for k in range(model.n_factors)]},
+        lambda model: {"steps": 25, "crisp": True, "names": [f"component {k + 1}" for k in range(model.n_factors)]},
         {"index": "mixer-why", "methods/decomp_diffusion": "play-swap"},
         "Two pictures of squares, three components each, found by [Decomp Diffusion](../methods/decomp_diffusion.ipynb) without labels.",
         "two pictures of coloured squares, and the eight pictures that their components make together"),

@@ -42,6 +42,14 @@ def relink(text: str, root: Path = ROOT) -> str:
     return re.sub(r"((?:href|src)=\")([^\"]+)", lambda m: m[1] + target(m[2]), text)
 
 
+MIXER = re.compile(r"<decomp-mixer\b.*?</decomp-mixer>\n<script[^>]*></script>", re.S)
+
+
+def without_mixers(text: str, page: str = "index.ipynb", root: Path = ROOT) -> str:
+    "A mixer needs JavaScript, which GitHub does not run: a link to the page where it can be pressed"
+    return MIXER.sub(f"[Press its buttons on the home page]({page_url(page, root)}).", text)
+
+
 def directives(source: str) -> tuple[dict, str]:
     "Leading `#| name: value` lines as a dict, and the code below them"
     lines, found = source.splitlines(), {}
@@ -49,6 +57,12 @@ def directives(source: str) -> tuple[dict, str]:
         name, _, value = lines.pop(0).split("#|", 1)[1].strip().partition(" ")
         found[name.rstrip(":")] = value.strip()
     return found, "\n".join(lines).strip()
+
+
+def described(output) -> str:
+    "What a figure says of itself: `Picture 8×8: two squares` → `two squares`"
+    found = re.match(r"(?:Picture|Film) \d+×\d+: ([^\[\]]+)$", str(output["data"].get("text/plain", "")).strip())
+    return found[1] if found else ""
 
 
 def output_markdown(output, cell_id: str, pictures: dict) -> str:
@@ -62,7 +76,7 @@ def output_markdown(output, cell_id: str, pictures: dict) -> str:
         if mime in data:
             path = f"nbs/images/{cell_id}{suffix}"
             pictures[path] = data[mime].encode() if suffix == ".svg" else base64.b64decode(data[mime])
-            return f"![{cell_id.replace('-', ' ')}]({path})"
+            return f"![{described(output) or cell_id.replace('-', ' ')}]({path})"
     return f"```text\n{data['text/plain'].rstrip()}\n```" if "text/plain" in data else ""
 
 
@@ -71,7 +85,7 @@ def build(index: Path = ROOT / "nbs" / "index.ipynb", root: Path = ROOT) -> tupl
     parts, pictures = [], {}
     for cell in nbformat.read(index, 4).cells:
         if cell.cell_type == "markdown":
-            parts.append(relink(cell.source, root))
+            parts.append(relink(without_mixers(cell.source, root=root), root))
         if cell.cell_type != "code":
             continue
         found, code = directives(cell.source)

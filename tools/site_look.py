@@ -33,7 +33,8 @@ function look(i, j) {
   const next = () => { frame.remove(); j + 1 < widths.length ? look(i, j + 1) : look(i + 1, 0); };
   frame.onload = () => {
     const root = frame.contentDocument.documentElement;
-    const wide = [...root.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > widths[j] + 1);
+    const wide = [...root.querySelectorAll("main *")].filter(
+      e => e.getBoundingClientRect().right > widths[j] + 1 && !e.parentElement.closest("pre, table"));
     const inner = wide.find(e => ![...e.children].some(c => wide.includes(c))) || root;
     const words = root.scrollWidth > widths[j] + 1 ? `${inner.tagName.toLowerCase()}: ${inner.textContent.trim().slice(0, 50)}` : "";
     found.push([i, widths[j], root.scrollWidth, root.scrollHeight, words]);

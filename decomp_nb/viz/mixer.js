@@ -115,9 +115,12 @@
     draw(canvas, tile) {
       const across = tile % this.columns, down = Math.floor(tile / this.columns);
       const context = canvas.getContext("2d");
+      const crisp = "crisp" in this.dataset;
+      context.imageSmoothingEnabled = !crisp;
       context.imageSmoothingQuality = "high";
-      const inside = this.side - 1;  // half a pixel from each edge stays away, so that neighbours do not shine in
-      context.drawImage(this.sheet, across * this.side + 0.5, down * this.side + 0.5, inside, inside, 0, 0, canvas.width, canvas.height);
+      const rim = crisp ? 0 : 0.5;  // stays away, so that neighbours do not shine in
+      const inside = this.side - 2 * rim;
+      context.drawImage(this.sheet, across * this.side + rim, down * this.side + rim, inside, inside, 0, 0, canvas.width, canvas.height);
     }
 
     drawAll() {

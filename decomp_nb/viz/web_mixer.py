@@ -117,12 +117,13 @@ def sprite(
     sheet = Image.new("RGB", (columns * side, rows * side), "white")
     for i, tile in enumerate(pixels):
         sheet.paste(Image.fromarray(tile), (i % columns * side, i // columns * side))
-    for quality in (95, 90, 85, 80, 70, 60, 50, 40):
+    for options in ({"lossless": True}, *({"quality": q} for q in (95, 90, 85, 80, 70, 60, 50, 40))):
         buffer = io.BytesIO()
-        sheet.save(buffer, "WEBP", quality=quality, method=6)
+        sheet.save(buffer, "WEBP", method=6, **options)
         if buffer.tell() <= limit:
             return buffer.getvalue()
-    raise ValueError(f"{len(tiles)} tiles of {side} pixels need more than {limit} bytes: take a smaller `side` or fewer factors")
+    need = f"{len(tiles)} tiles of {side} pixels need more than {limit} bytes"
+    raise ValueError(f"{need}: take a smaller `side` or fewer factors")
 
 # %% ../../nbs/viz/web_mixer.ipynb #mixer-export
 @dataclass
@@ -133,6 +134,7 @@ class WebMixer:
     columns: int
     buttons: Buttons
     alt: str = ""
+    crisp: bool = False  # pixels stay squares when enlarged
 
     def markup(
         self,
@@ -145,6 +147,7 @@ class WebMixer:
         words = {"labels": json.dumps(b.labels), "groups": json.dumps(b.groups)}
         given = {name: html.escape(str(value)) for name, value in (numbers | words).items()}
         data = " ".join(f'data-{name}="{value}"' for name, value in given.items())
+        data += " data-crisp" if self.crisp else ""
         picture = f'<img src="{source}" alt="{html.escape(self.alt)}">'
         return f'<decomp-mixer {data}>{picture}</decomp-mixer>\n<script src="{script}"></script>'
 
@@ -181,6 +184,7 @@ def web_mixer(
     side: int | None = None,  # pixels of a tile; None: those of the pictures, at most 128
     limit: int = 400_000,  # bytes of all tiles together
     alt: str = "",
+    crisp: bool = False,  # pixels stay squares when enlarged; else they are smoothed
 ) -> WebMixer:
     "Draw every mixture of two pictures' factors, for a page without a kernel"
     if len(images) != 2:
@@ -194,7 +198,7 @@ def web_mixer(
     side = min(mixtures.shape[-1], 128) if side is None else side
     columns = 16
     alt = alt or f"two pictures and all {len(mixtures)} mixtures of their {len(buttons.labels)} factors"
-    return WebMixer(sprite(tiles, side, columns, limit), side, columns, buttons, alt)
+    return WebMixer(sprite(tiles, side, columns, limit), side, columns, buttons, alt, crisp)
 
 
 def _cutouts(desk, buttons):
