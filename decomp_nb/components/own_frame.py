@@ -38,7 +38,7 @@ def read_outline(window: Tensor, offsets: Tensor, reach: float = 0.8) -> Tensor:
 
 # %% ../../nbs/components/own_frame.ipynb #pixels-export
 def pixel_inputs(place: Tensor, outline: Tensor, image_size: int) -> Tensor:
-    "What is known of every pixel, `(b,k,h,w,7)`: outline `(b,k,n,n)` there, own coordinates, their squares, coordinates"
+    "Of every pixel, `(b,k,h,w,7)`: outline `(b,k,n,n)` there, own coordinates, their squares, coordinates"
     offsets = own_coordinates(place, image_size)
     here = read_outline(outline, offsets)[..., None]
     near = offsets.clamp(-2, 2) / 2
