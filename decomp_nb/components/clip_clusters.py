@@ -74,7 +74,7 @@ class ClipClusters(ClipStart):
 
 # %% ../../nbs/components/clip_clusters.ipynb #preset-export
 def clip_slots(n_slots: int = 8, layout: bool = False) -> dict:
-    "`slots_config`, `tracking_config` and `zoom` of small presets whose slots are clusters of whole clips; `layout`: they say where they lie"
+    "`slots_config`, `tracking_config`, `zoom` of small presets of clips; `layout`: slots say where they lie"
     sizes = dict(slot_dim=192, window=11, show_layout=True) if layout else dict(slot_dim=128, out_dim=64)
     slots = dict(kind="clip_clusters", n_slots=n_slots, sharpness=128.0, **sizes)
     return dict(slots_config=slots, tracking_config={}, zoom=2.0)

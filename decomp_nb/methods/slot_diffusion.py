@@ -71,7 +71,7 @@ class SlotDiffusion(DiffusionSlotModel):
         project = self.latents.quantise if isinstance(self.latents, VQLatents) else None
         return SinglestepSolver(self.scheduler, project=project)
 
-# %% ../../nbs/methods/slot_diffusion.ipynb #preset-export
+# %% ../../nbs/methods/slot_diffusion.ipynb #small-presets-export
 _NEAR_NOISE = dict(
     timestep_sampling="near_noise",
     timestep_strength=4.0,
@@ -89,7 +89,7 @@ def _drawn(encoder: dict) -> dict:
     options = dict(latents_path="drawn_dc", timestep_strength=2.0, denoiser_config=unet, layout_channels=32)
     return encoder | _NEAR_NOISE | dict(zoom=2.0, merge_threshold=0.95) | options
 
-
+# %% ../../nbs/methods/slot_diffusion.ipynb #preset-export
 def slot_diffusion_preset(
     name: str = "shapes",  # "shapes", "drawn", of clips "moving", "clusters" (CPU), "tiny", "tiny_clips", published ones
     **changes,  # keys of `SlotDiffusion`, replacing the preset's; dicts are merged
