@@ -324,5 +324,7 @@ def write_places(folder, kinds, count=4):
                 picture.paste((200, 40 * i, 90), (433, 0, 808, 375))
             if kind == "clevr":
                 picture.paste((200, 40 * i, 90, 255), (0, 0, 32, 64))
+            elif not wide:
+                picture.paste(255 if kind == "tetris" else (200, 40 * i, 90), (0, 0, 8, 8))
             picture.save(file)
     return folder
