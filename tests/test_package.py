@@ -244,9 +244,9 @@ def test_packaging_takes_every_module_and_the_weights(tmp_path):
 
 
 def test_weights_are_small():
-    "What comes with the package stays a small download: 12 MiB for one set of weights, 24 in all"
+    "What comes with the package stays a small download: 12 MiB for one set of weights, 40 in all"
     size = {f.name: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) / 2**20 for f in (ROOT / "decomp_nb/weights").iterdir() if f.is_dir()}
-    assert size and all(v <= 12 for v in size.values()) and sum(size.values()) <= 24, size
+    assert size and all(v <= 12 for v in size.values()) and sum(size.values()) <= 40, size
 
 
 # versions ---------------------------------------------------------------------------------------------------------------------------
