@@ -228,3 +228,11 @@ def test_pictures_that_do_not_exist_are_refused():
     assert SEVEN.rows(1).codes.shape == SEVEN.rows(-1).codes.shape == (1, 7, 3)
     for index in (2, -3):
         with pytest.raises(IndexError): SEVEN.rows(index)
+
+
+@pytest.mark.parametrize("picture", [4, 99, -1])
+def test_a_library_has_no_recipe_of_a_picture_that_it_does_not_hold(picture):
+    library = build_library(Factors(torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))), 4)
+    assert len(library.recipe(3)) == 3
+    with pytest.raises(IndexError, match=f"picture {picture}"):
+        library.recipe(picture)

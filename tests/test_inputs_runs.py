@@ -302,3 +302,9 @@ def test_mutated_records_are_read_or_named(tmp_path):
             except ValueError as error:
                 assert name in str(error), error
         (tmp_path / "run" / name).write_bytes(whole)
+
+
+def test_a_folder_where_the_lock_belongs_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path.name}/.lock is a folder.*another out_dir"):
+        WriterLock(tmp_path).acquire()

@@ -50,8 +50,11 @@ class ConceptLibrary:
         return F.normalize(codes, dim=-1) if self.spherical else codes
 
     def recipe(self, picture: int) -> list[int]:
-        "Which concepts a picture of the library is made of"
-        return self.labels[self.origin[:, 0] == picture].tolist()
+        "Which concepts a picture of the library is made of; IndexError for one that it does not hold"
+        found = self.labels[self.origin[:, 0] == picture].tolist()
+        if not found:
+            raise IndexError(f"picture {picture}: the library holds no code of it (it has {len(self.codes)} codes)")
+        return found
 
     def compose(self, recipe: Sequence[int], n: int = 1, *, generator: torch.Generator | None = None) -> Factors:
         "`n` new sets with one code drawn from each concept of `recipe` (repeats allowed)"

@@ -83,6 +83,9 @@ class WriterLock:
             return
         if self.key in _HELD:
             raise BlockingIOError(self.refusal(holder()))
+        if self.file.is_dir():
+            where = f"out_dir: {self.folder.name}/{self.file.name}"
+            raise IsADirectoryError(f"{where} is a folder, where the lock of a run belongs: remove it, or choose another out_dir")
         handle = self.file.open("a+", encoding="utf-8")
         if not take(handle, self.file):
             handle.close()
