@@ -200,8 +200,11 @@ def _load_strictly(cls: type, load: Callable, path: str | Path, **kwargs):
     "`load` from a checked folder, refusing weights that are missing, surplus or of another shape"
     _check_folder(cls, path)
     show_info = kwargs.pop("output_loading_info", False)
+    options = {"low_cpu_mem_usage": False, "use_safetensors": True, **kwargs}  # .bin files are pickles
     try:
-        model, info = load(str(path), output_loading_info=True, **{"low_cpu_mem_usage": False, **kwargs})
+        model, info = load(str(path), output_loading_info=True, **options)
+    except OSError as e:
+        raise FileNotFoundError(f"the .safetensors weights in {path} cannot be read: {e}") from e
     except RuntimeError as e:
         raise ValueError(f"the weights in {path} do not fit the config beside them: {e}") from e
     found = {key: info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -459,10 +462,10 @@ def shipped(name: str | None = None) -> Path | dict[str, dict[str, str]]:
     cards = sorted(weights_folder().glob("*/card.json"))
     if name is None:
         return {card.parent.name: json.loads(card.read_text()) for card in cards}
-    folder = weights_folder() / name
-    if folder.is_dir():
-        return folder
-    known = ", ".join(card.parent.name for card in cards) or "none"
+    names = [card.parent.name for card in cards]
+    if name in names:
+        return weights_folder() / name
+    known = ", ".join(names) or "none"
     raise FileNotFoundError(f"no weights named '{name}' come with the package; there are {known}")
 
 

@@ -236,3 +236,31 @@ def test_a_library_has_no_recipe_of_a_picture_that_it_does_not_hold(picture):
     assert len(library.recipe(3)) == 3
     with pytest.raises(IndexError, match=f"picture {picture}"):
         library.recipe(picture)
+
+
+def test_clips_are_compared_frame_by_frame():
+    clip = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    other = clip * 0.5
+    for score in (psnr, ssim):
+        found = score(clip, other)
+        assert found.shape == (2, 3)
+        torch.testing.assert_close(found[1], score(clip[1], other[1]))
+    mask = torch.zeros(2, 3, 16, 16)
+    mask[..., :4] = 1
+    torch.testing.assert_close(psnr(clip, other, mask)[0], psnr(clip[0], other[0], mask[0]))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "lsd_shapes/..", 5])
+def test_only_names_of_weights_that_come_with_the_package_are_found(name):
+    with pytest.raises(FileNotFoundError, match="lsd_shapes"):
+        shipped(name)
+
+
+def test_a_pickle_beside_other_weights_is_not_read(tmp_path):
+    model = load_decomposer(shipped("savi_moving_textured"))
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    weights.rename(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        load_decomposer(tmp_path)

@@ -349,7 +349,7 @@ def test_bad_requests_are_named():
     with pytest.raises(ValueError, match="blocks"): Scenes("toy_squares", 10).counterfactual(0, move=(1, (0.5, 0.5)))
     with pytest.raises(ValueError, match="no room.*min_visible"): Scenes("shapes", 10, n_objects=8, side=(0.9, 0.9), min_visible=500)[0]
     assert set(KINDS) == {"shapes", "textured_shapes", "tetrominoes", "toy_squares", "clevr_scenes", "textured_objects",
-                          "moving_shapes", "moving_textured"}
+                          "moving_shapes", "moving_textured", "billiards", "physics"}
 
 
 KNOWN_KEYS = [1871991679607267958, -6058518672660118144, -4900699421834413079]

@@ -132,7 +132,7 @@ class InstanceFile:
         with reading(path, "It is no COCO instance file, or damaged"):
             content = _read_instances(self.path)
             self.pictures = sorted(content["images"], key=_id)
-            self.names = [p["file_name"] for p in self.pictures]
+            self.names = [_name(p) for p in self.pictures]
             categories = sorted(content["categories"], key=_id)
             self.class_of = {c["id"]: i for i, c in enumerate(categories, 1)}
             self.class_names = ["none", *(str(c["name"]) for c in categories)]
@@ -165,6 +165,12 @@ def _read_instances(file):
     if missing:
         raise ValueError(f"{file} has no {', '.join(missing)}: it is no COCO instance file")
     return content
+
+
+def _name(entry):
+    if not isinstance(entry["file_name"], str):
+        raise ValueError(f"file_name {entry['file_name']!r} of picture {entry['id']} is no name")
+    return entry["file_name"]
 
 
 def _id(entry):
@@ -239,7 +245,7 @@ class CocoScenes(Reader):
     def __getitem__(self, i: int) -> dict:
         entry = self.index[i]
         with reading(f"{self.file.path}: {entry['file_name']}", "Mend its entries"):
-            picture = _coco_picture(self.folder, entry)
+            picture = _coco_picture(self.folder, entry, self.file.path.name)
             instances, crowd = self.file.instances(entry, picture.height, picture.width)
         return _coco_item(self, entry["file_name"], picture, instances, crowd)
 
@@ -281,11 +287,11 @@ def _size_of(entry):
     return (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
 
 
-def _coco_picture(folder, entry):
+def _coco_picture(folder, entry, listed_in):
     "The picture of an entry, as it was annotated"
-    file = folder / entry["file_name"]
+    file = folder / str(entry["file_name"])
     if not file.is_file():
-        missing = f"there is no picture {file}, which the instance file lists"
+        missing = f"there is no picture {file}, which {listed_in} lists"
         raise FileNotFoundError(f"{missing}: unpack all pictures there")
     return read_annotated(file, _size_of(entry))
 

@@ -19,19 +19,19 @@ __all__ = ['mse', 'psnr', 'ssim', 'reconstruction_scores', 'gaussian', 'frechet_
 
 # %% ../../nbs/metrics/generation.ipynb #pixels-export
 def mse(
-    images: Tensor,  # `(b,3,h,w)` in [−1,1]
-    reference: Tensor,  # `(b,3,h,w)`
-    mask: Tensor | None = None,  # `(b,h,w)`: only where it is true (> 0); NaN where it is empty
+    images: Tensor,  # `(b,3,h,w)` in [−1,1], clips `(b,t,3,h,w)`
+    reference: Tensor,  # of the same shape
+    mask: Tensor | None = None,  # `(b,h,w)`, clips `(b,t,h,w)`: only where it is true (> 0); NaN where it is empty
 ) -> Tensor:
-    "Mean squared error of each picture, float64 `(b,)`"
+    "Mean squared error of each picture, float64 `(b,)`, of each frame of clips `(b,t)`"
     check_same_shape(images, reference)
-    error = (images.double() - reference.double()).square().mean(1)
+    error = (images.double() - reference.double()).square().mean(-3)
     if mask is None:
-        return error.mean((1, 2))
+        return error.mean((-2, -1))
     if mask.shape != error.shape:
         raise ValueError(f"mask {tuple(mask.shape)} must be {tuple(error.shape)}, one value per pixel")
     inside = mask > 0
-    return (error * inside).sum((1, 2)) / inside.sum((1, 2))  # 0/0 = NaN: nothing to compare
+    return (error * inside).sum((-2, -1)) / inside.sum((-2, -1))  # 0/0 = NaN: nothing to compare
 
 
 def psnr(
@@ -39,16 +39,19 @@ def psnr(
     reference: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    "Peak signal-to-noise ratio of each picture in dB, `(b,)`, inf for equal ones; arguments as in `mse`"
+    "Peak signal-to-noise ratio of each picture in dB, `(b,)`, of each frame of clips `(b,t)`, inf for equal ones; arguments as in `mse`"
     return 10 * torch.log10(4 / mse(images, reference, mask))
 
 # %% ../../nbs/metrics/generation.ipynb #ssim-export
 def ssim(images: Tensor, reference: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """Structural similarity of each picture `(b,3,h,w)`, float64 `(b,)`, at most 1
+    """Structural similarity of each picture `(b,3,h,w)`, float64 `(b,)`, at most 1; of clips of each frame `(b,t)`
 
     Wang et al. 2004: means under a Gaussian window, borders left out.
     """
     check_same_shape(images, reference)
+    if images.ndim == 5:
+        frames = ssim(images.flatten(0, 1), reference.flatten(0, 1), window, sigma)
+        return frames.unflatten(0, images.shape[:2])
     if min(images.shape[-2:]) < window:
         raise ValueError(f"pictures of {tuple(images.shape[-2:])} are smaller than the window of {window}")
     x = (images.double() + 1) / 2
