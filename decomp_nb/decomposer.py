@@ -42,7 +42,9 @@ def sample(
 ) -> Tensor:
     "Run a diffusers scheduler around `predict`; returns the last `x`, still in the space of the denoiser"
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, device=x.device)
+    if isinstance(steps, bool) or steps != int(steps) or steps < 1:
+        raise ValueError(f"steps={steps}: a whole number of denoising steps, at least 1")
+    scheduler.set_timesteps(int(steps), device=x.device)
     if timesteps is None:
         timesteps = scheduler.timesteps
         x = x * scheduler.init_noise_sigma

@@ -177,3 +177,10 @@ def test_weights_that_come_with_the_package_are_listed_with_their_scores():
     for name, card in cards.items():
         assert set(card) == {"what", "made_by", "data", "scores"}
         assert f"| {card['made_by']} | {card['data']} | {card['scores']} |" in page, f"README.md tells something else of {name}"
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True])
+def test_a_number_of_steps_that_is_none_is_named(steps):
+    model = load_decomposer(shipped("decomp_diffusion_toy_squares")).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match=f"steps={steps}"):
+        model.decode(model.encode(torch.zeros(1, 3, 32, 32)), steps=steps)

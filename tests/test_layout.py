@@ -88,7 +88,10 @@ def test_a_moved_slot_is_drawn_elsewhere_and_a_grown_one_larger():
     torch.testing.assert_close(scene.codes, write_layout(find_layout(masks, 11)))  # the set itself is as it was
 
 
-@pytest.mark.parametrize("wrong, complaint", [(dict(slot=2), "slot=2"), (dict(slot=0, grow=0.0), "grow=0")])
+@pytest.mark.parametrize("wrong, complaint", [
+    (dict(slot=2), "slot=2"), (dict(slot=0, grow=0.0), "grow=0"), (dict(slot=0, grow=float("inf")), "grow=inf"),
+    (dict(slot=0, down=float("nan")), "down=nan"),
+])
 def test_a_move_that_makes_no_sense_is_refused(wrong, complaint):
     with pytest.raises((IndexError, ValueError), match=complaint):
         move_slots(Factors(torch.zeros(1, 2, layout_dim(3))), **wrong)

@@ -5,6 +5,7 @@
 # %% ../../nbs/components/layout.ipynb #imports
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -164,8 +165,10 @@ def move_slots(
     "The same set with one slot at another place, or of another size; its `masks` stay what they were"
     if not 0 <= slot < factors.n_factors:
         raise IndexError(f"slot={slot}: there are {factors.n_factors}, counted from 0")
-    if grow <= 0:
-        raise ValueError(f"grow={grow}: must be above 0")
+    if not (math.isfinite(down) and math.isfinite(right)):
+        raise ValueError(f"down={down}, right={right}: must be finite, in sides of the picture")
+    if not 0 < grow < math.inf:
+        raise ValueError(f"grow={grow}: must be above 0 and finite")
     codes = factors.codes.clone()
     change = torch.tensor([4 * down, 4 * right, 1.5 * torch.tensor(grow).log()])
     codes[..., slot, :3] += change.to(codes)
