@@ -17,7 +17,8 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['centre_and_size', 'gaussian_bumps', 'own_window', 'Layout', 'layout_dim', 'write_layout', 'read_layout',
-           'find_layout', 'draw_outlines', 'share_pixels', 'LayoutMaps', 'move_slots']
+           'find_layout', 'own_coordinates', 'read_outline', 'draw_outlines', 'share_pixels', 'LayoutMaps',
+           'move_slots']
 
 # %% ../../nbs/components/layout.ipynb #place-export
 def centre_and_size(shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +84,8 @@ def read_layout(numbers: Tensor) -> Layout:
     row, column, size = numbers[..., :3].unbind(-1)
     window = round((numbers.shape[-1] - 3) ** 0.5)
     if layout_dim(window) != numbers.shape[-1]:
-        raise ValueError(f"{numbers.shape[-1]} numbers are no layout: 3 for the place, then the points of a square window")
+        wanted = "3 for the place, then the points of a square window"
+        raise ValueError(f"{numbers.shape[-1]} numbers are no layout: {wanted}")
     outline = (numbers[..., 3:] + 1) / 2
     return Layout((row + 2) / 4, (column + 2) / 4, ((size - 2) / 1.5).exp(), outline.unflatten(-1, (window, window)))
 
@@ -93,18 +95,28 @@ def find_layout(shares: Tensor, window: int) -> Layout:
     return Layout(*centre_and_size(shares), own_window(shares, window))
 
 # %% ../../nbs/components/layout.ipynb #draw-export
+def own_coordinates(layout: Layout, side: int) -> Tensor:
+    "How far every pixel lies to the right of a slot's centre and below it, in its sizes, `(b, s, side, side, 2)`"
+    pixels = (torch.arange(side, device=layout.row.device) + 0.5) / side
+    down = (pixels - layout.row[..., None]) / layout.size[..., None]
+    right = (pixels - layout.column[..., None]) / layout.size[..., None]
+    return torch.stack(torch.broadcast_tensors(right[..., None, :], down[..., :, None]), -1)
+
+
+def read_outline(outline: Tensor, coordinates: Tensor, reach: float = 0.8, padding: str = "zeros") -> Tensor:
+    "Outlines `(b, s, w, w)` at own coordinates, `(b, s, h, w)`; beyond their rim as `padding` of `F.grid_sample` says"
+    maps = rearrange(outline, "b s i j -> (b s) 1 i j")
+    where = coordinates.flatten(0, 1).to(maps) / reach
+    found = F.grid_sample(maps, where, align_corners=True, padding_mode=padding)
+    return found.view(coordinates.shape[:-1])
+
+
 def draw_outlines(layout: Layout, side: int, reach: float = 0.8) -> Tensor:
     "Outlines at their places, `(b, s, side, side)`, in [0, 1]: the inverse of `own_window`, as far as the points tell"
-    pixels = (torch.arange(side, device=layout.row.device) + 0.5) / side
-    radius = reach * layout.size[..., None]
-    down = (pixels - layout.row[..., None]) / radius
-    right = (pixels - layout.column[..., None]) / radius
-    down, right = torch.broadcast_tensors(down[..., :, None], right[..., None, :])
-    outlines = rearrange(layout.outline, "b s i j -> (b s) 1 i j")
-    where = torch.stack([right, down], -1).flatten(0, 1)
-    drawn = F.grid_sample(outlines, where, align_corners=True, padding_mode="border")
-    beyond = torch.maximum(down.abs(), right.abs()) - 1  # of the rim of the window
-    return drawn.view_as(down) * (-6 * beyond.clamp_min(0)).exp()
+    coordinates = own_coordinates(layout, side)
+    drawn = read_outline(layout.outline, coordinates, reach, padding="border")
+    beyond = coordinates.abs().amax(-1) / reach - 1  # of the rim of the window
+    return drawn * (-6 * beyond.clamp_min(0)).exp()
 
 # %% ../../nbs/components/layout.ipynb #share-export
 def share_pixels(
@@ -134,7 +146,8 @@ class LayoutMaps(nn.Module):
         super().__init__()
         self.n_layout = layout_dim(window)
         if code_dim <= self.n_layout:
-            raise ValueError(f"codes of {code_dim} numbers: a layout takes {self.n_layout}, and nothing is left to paint")
+            taken = f"a layout takes {self.n_layout}"
+            raise ValueError(f"codes of {code_dim} numbers: {taken}, and nothing is left to paint")
         self.finer = finer
         self.values = nn.Linear(code_dim - self.n_layout, values)
         self.layers = nn.Sequential(

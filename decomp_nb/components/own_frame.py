@@ -6,43 +6,21 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
+from .layout import Layout, layout_dim, own_coordinates, read_layout, read_outline
+
 # %% auto #0
-__all__ = ['own_coordinates', 'read_outline', 'pixel_inputs', 'OwnFrameDecoder']
-
-# %% ../../nbs/components/own_frame.ipynb #coordinates-export
-def own_coordinates(place: Tensor, image_size: int) -> Tensor:
-    "Place and size `(b,k,3)` as in `ClusterSlots` → offsets (across, down) of all pixels, in sizes, `(b,k,h,w,2)`"
-    row, column, spread = place[..., None].unbind(-2)
-    centre_down = (row + 2) / 4
-    centre_across = (column + 2) / 4
-    size = ((spread - 2) / 1.5).exp()
-    pixels = torch.arange(image_size, device=place.device) + 0.5
-    pixels = pixels / image_size
-    down = (pixels - centre_down) / size
-    across = (pixels - centre_across) / size
-    down = repeat(down, "b k h -> b k h w", w=image_size)
-    across = repeat(across, "b k w -> b k h w", h=image_size)
-    return torch.stack([across, down], -1)
-
-
-def read_outline(window: Tensor, offsets: Tensor, reach: float = 0.8) -> Tensor:
-    "Maps `(b,k,n,n)` of slots, whose outermost points lie `reach` sizes away, at `offsets`: `(b,k,h,w)`, −1 outside"
-    maps = rearrange(window, "b k i j -> (b k) 1 i j")
-    places = rearrange(offsets, "b k h w xy -> (b k) h w xy").to(maps)
-    found = F.grid_sample(maps + 1, places / reach, align_corners=True)
-    return rearrange(found - 1, "(b k) 1 h w -> b k h w", b=len(window))
+__all__ = ['pixel_inputs', 'OwnFrameDecoder']
 
 # %% ../../nbs/components/own_frame.ipynb #pixels-export
-def pixel_inputs(place: Tensor, outline: Tensor, image_size: int) -> Tensor:
-    "Of every pixel, `(b,k,h,w,7)`: outline `(b,k,n,n)` there, own coordinates, their squares, coordinates"
-    offsets = own_coordinates(place, image_size)
-    here = read_outline(outline, offsets)[..., None]
-    near = offsets.clamp(-2, 2) / 2
-    axis = torch.linspace(-1, 1, image_size, device=place.device)
+def pixel_inputs(layout: Layout, image_size: int) -> Tensor:
+    "Of every pixel, `(b,k,h,w,7)`: the outline there (1 inside, −1 outside), own coordinates, their squares, coordinates"
+    own = own_coordinates(layout, image_size)
+    here = 2 * read_outline(layout.outline, own)[..., None] - 1
+    near = own.clamp(-2, 2) / 2
+    axis = torch.linspace(-1, 1, image_size, device=own.device)
     rows_and_columns = torch.meshgrid(axis, axis, indexing="ij")
     picture = torch.stack(rows_and_columns, -1).expand_as(near)
     return torch.cat([here, near, near.square(), picture], -1)
@@ -62,14 +40,14 @@ class OwnFrameDecoder(nn.Module):
         sharpness: float = 6.0,  # γ: logit inside the outline, and minus that outside
     ):
         super().__init__()
-        if slot_dim <= key_dim + 3 + window**2:
+        said = key_dim + layout_dim(window)
+        if slot_dim <= said:
             raise ValueError(
                 f"slots of {slot_dim} numbers have no content beside key_dim={key_dim}, place and size, and "
                 f"an outline of window={window}: does the slot module project its slots?"
             )
         self.image_size = image_size
-        self.parts = [key_dim, 3, window**2, slot_dim - key_dim - 3 - window**2]
-        self.window = window
+        self.parts = [key_dim, layout_dim(window), slot_dim - said]
         self.sharpness = sharpness
         self.from_slot = nn.Linear(slot_dim, hidden_dim)
         self.from_pixel = nn.Linear(7, hidden_dim)
@@ -83,10 +61,9 @@ class OwnFrameDecoder(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         "`(b,k,d)` → layers `(b,k,4,h,w)` for `mix_layers`"
-        _, place, outline, _ = slots.split(self.parts, -1)
+        _, layout, _ = slots.split(self.parts, -1)
         with torch.autocast(slots.device.type, enabled=False):
-            window = rearrange(outline.float(), "b k (i j) -> b k i j", i=self.window)
-            seen = pixel_inputs(place.float(), window, self.image_size)
+            seen = pixel_inputs(read_layout(layout.float()), self.image_size)
         everywhere = rearrange(slots, "b k d -> b k 1 1 d")
         hidden = self.from_pixel(seen) + self.from_slot(everywhere)
         colours, logit = self.layers(hidden).split([3, 1], -1)
