@@ -82,7 +82,7 @@ def data_record(data: Any) -> dict[str, Any]:
     sketches = {}
     for i in sorted({k * (n - 1) // (SKETCHED - 1) for k in range(SKETCHED)}):
         first = read_item(data, i)
-        if _is_finite(first) and alike(first, read_item(data, i)):
+        if _is_finite(first) and first == read_item(data, i):  # what is random at every reading is left out
             sketches[str(i)] = first
     return {"n": n, "names": checksum_of_names(data), "sketches": sketches}
 
