@@ -5,6 +5,7 @@
 # %% ../../nbs/components/token_model.ipynb #imports
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -13,27 +14,40 @@ from einops import rearrange
 from torch import Tensor
 
 from .decoders import AutoregressiveDecoder
-from .dvae import DVAE
+from .dvae import DVAE, PatchWords
 from .layout import LayoutMaps
+from .patch_codebook import PatchCodebook
 from .slot_model import SlotModel, refuse_unknown, require
-from ..decomposer import fold_batch
+from ..decomposer import fold_batch, weights_folder
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['load_dvae', 'TokenSpace', 'TokenPredictor', 'TokenSlotModel']
+__all__ = ['VOCABULARIES', 'load_dvae', 'TokenSpace', 'TokenPredictor', 'TokenSlotModel']
 
 # %% ../../nbs/components/token_model.ipynb #load-export
-def load_dvae(path: str | None, base: str | Path | None = None) -> DVAE:
-    "A saved discrete VAE from a folder, its sub-folder dvae/ or model/, or a run directory; looked for in `base` first"
+VOCABULARIES = {"DVAE": DVAE, "PatchCodebook": PatchCodebook}
+
+
+def _load_vocabulary(folder: Path) -> PatchWords:
+    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    if kind not in VOCABULARIES:
+        raise ValueError(f"dvae_path: {folder} holds a {kind}; tokens need one of {', '.join(VOCABULARIES)}")
+    return VOCABULARIES[kind].from_pretrained(str(folder), low_cpu_mem_usage=False)
+
+
+def load_dvae(path: str | None, base: str | Path | None = None) -> PatchWords:
+    """A saved discrete VAE or codebook of patches: a folder, its sub-folder dvae/ or model/, a run, or a shipped name.
+
+    Looked for in `base` first; FileNotFoundError where there is none, ValueError where something else is there."""
     if not path:
         raise ValueError(
             "dvae_path: a trained discrete VAE is needed; give its folder "
-            "(train_autoencoder with kind='dvae' makes one)"
+            "(train_autoencoder with kind='dvae' or kind='patches' makes one)"
         )
-    for folder in (Path(base or ".") / path, Path(path)):
+    for folder in (Path(base or ".") / path, Path(path), weights_folder() / path):
         for place in (folder / "dvae", folder / "model", folder):
             if (place / "config.json").is_file():
-                return DVAE.from_pretrained(str(place), low_cpu_mem_usage=False)
+                return _load_vocabulary(place)
     raise FileNotFoundError(f"dvae_path: no discrete VAE at '{path}' (no config.json there, in dvae/ or in model/)")
 
 # %% ../../nbs/components/token_model.ipynb #space-export
@@ -47,13 +61,13 @@ class TokenSpace:
         return 1, side, side
 
     @property
-    def dvae(self) -> DVAE:
+    def dvae(self) -> PatchWords:
         "The discrete VAE, frozen, loaded at first use"
         if self.frozen.dvae is None:
             self.attach(load_dvae(self.config.dvae_path, base=self.config.get("_name_or_path")))
         return self.frozen.dvae
 
-    def attach(self, module: DVAE, name: str = "dvae") -> TokenSpace:
+    def attach(self, module: PatchWords, name: str = "dvae") -> TokenSpace:
         "Use this discrete VAE; refused where its vocabulary is not the transformer's"
         known = module.config.vocabulary
         wanted = self.decoder.vocabulary

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from ..components.presets import from_preset
-from ..components.slot_model import add_losses, published_encoder, small_encoder
+from ..components.slot_model import add_losses, cluster_encoder, published_encoder, small_encoder
 from ..components.token_model import TokenSlotModel
 from ..decomposer import old_name
 
@@ -29,16 +29,19 @@ class SLATE(TokenSlotModel):
 
 # %% ../../nbs/methods/slate.ipynb #preset-export
 def slate_preset(
-    name: str = "shapes",  # "shapes" (64 pixels, CPU), "clevrtex", "celeba" (published, 128 pixels), "tiny"
+    name: str = "shapes",  # "shapes", "clusters" (64 pixels, CPU), "clevrtex", "celeba" (published, 128), "tiny"
     **changes,  # keys of `SLATE`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SLATE` for a known setting"
     tiny = dict(vocabulary=64, dim=48, n_layers=2, n_heads=4, dropout=0.0)
     shapes = dict(vocabulary=256, dim=64, n_layers=3, n_heads=4, dropout=0.1)
+    drawn = dict(vocabulary=512, dim=96, n_layers=3, n_heads=4, dropout=0.0)
     published = dict(decoder_config=dict(vocabulary=4096, dim=192, n_layers=8, n_heads=4, dropout=0.1))
     presets = {
         "tiny": small_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "shapes": small_encoder() | dict(zoom=2.0, decoder_config=shapes),
+        "clusters": cluster_encoder(layout=True)
+        | dict(zoom=2.0, layout_maps=True, decoder_config=drawn, dvae_path="drawn_dvae"),
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,
     }

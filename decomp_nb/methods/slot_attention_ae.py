@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..components.mixture_model import MixtureSlotModel
 from ..components.presets import from_preset
-from ..components.slot_model import add_losses, published_encoder, small_encoder
+from ..components.slot_model import add_losses, cluster_encoder, published_encoder, small_encoder
 
 # %% auto #0
 __all__ = ['SlotAttentionAE', 'slot_attention_preset']
@@ -26,15 +26,17 @@ class SlotAttentionAE(MixtureSlotModel):
 
 # %% ../../nbs/methods/slot_attention_ae.ipynb #preset-export
 def slot_attention_preset(
-    name: str = "shapes",  # "shapes" (64 pixels, CPU), "clevrtex", "celeba" (published, 128 pixels), "tiny"
+    name: str = "shapes",  # "shapes", "clusters" (64 pixels, CPU), "clevrtex", "celeba" (published, 128), "tiny"
     **changes,  # keys of `SlotAttentionAE`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SlotAttentionAE` for a known setting"
     tiny = dict(channels=[24, 24], start=8, kernel=5)
+    own_frame = dict(kind="own_frame", window=11, key_dim=0, hidden_dim=48)
     published = dict(decoder_config=dict(channels=[128, 128, 128, 128]))
     presets = {
         "tiny": small_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "shapes": small_encoder() | dict(zoom=2.0, decoder_config=dict(channels=[32, 32, 32], start=8)),
+        "clusters": cluster_encoder(layout=True) | dict(zoom=2.0, decoder_config=own_frame),
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,
     }
