@@ -35,13 +35,13 @@ def slate_preset(
     "Arguments of `SLATE` for a known setting"
     tiny = dict(vocabulary=64, dim=48, n_layers=2, n_heads=4, dropout=0.0)
     shapes = dict(vocabulary=256, dim=64, n_layers=3, n_heads=4, dropout=0.1)
-    drawn = dict(vocabulary=512, dim=96, n_layers=3, n_heads=4, dropout=0.0)
+    drawn = dict(vocabulary=1024, dim=96, n_layers=3, n_heads=4, dropout=0.0)
     published = dict(decoder_config=dict(vocabulary=4096, dim=192, n_layers=8, n_heads=4, dropout=0.1))
     presets = {
         "tiny": small_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "shapes": small_encoder() | dict(zoom=2.0, decoder_config=shapes),
         "clusters": cluster_encoder(layout=True)
-        | dict(zoom=2.0, layout_maps=True, decoder_config=drawn, dvae_path="drawn_dvae"),
+        | dict(zoom=2.0, layout_maps=True, decoder_config=drawn, dvae_path="drawn_patches"),
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,
     }
