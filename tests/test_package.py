@@ -3,6 +3,7 @@ import ast
 import builtins
 import filecmp
 import importlib
+import json
 import os
 import re
 import shutil
@@ -241,6 +242,13 @@ def test_packaging_takes_every_module_and_the_weights(tmp_path):
     assert modules(built) == modules(ROOT / "decomp_nb"), "a folder of modules has no __init__.py"
     weights = {p.relative_to(built) for p in (built / "weights").rglob("*") if p.is_file()}
     assert weights == {p.relative_to(tmp_path / "decomp_nb") for p in (tmp_path / "decomp_nb/weights").rglob("*") if p.is_file()}
+
+
+def test_weights_do_not_tell_where_they_were_made():
+    configs = sorted((ROOT / "decomp_nb/weights").glob("*/config.json"))
+    assert len(configs) >= 8
+    told = [path.parent.name for path in configs if "_name_or_path" in json.loads(path.read_text())]
+    assert not told, f"{told}: take _name_or_path out of their config.json (tools/ship.py does)"
 
 
 def test_weights_are_small():

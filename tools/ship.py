@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from decomp_nb.components.token_model import VOCABULARIES, load_dvae
 from decomp_nb.decomposer import load_decomposer, weights_folder
 from decomp_nb.training.run_directory import load_run
 
@@ -35,13 +36,27 @@ def write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def load(run) -> torch.nn.Module:
+    "The model of a run: a method, or a vocabulary of tokens"
+    kind = json.loads((run.path / "model" / "config.json").read_text())["_class_name"]
+    return load_dvae(str(run.path)) if kind in VOCABULARIES else load_decomposer(run.path / "model")
+
+
+def forget_where_it_was(folder: Path) -> None:
+    "Take out of a saved config the folder that its weights were read from"
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    write(folder / "config.json", config)
+
+
 def ship(run_dir: str, name: str, made_by: str, scores: str) -> Path:
     "The folder that was written"
     run = load_run(run_dir)
-    model = load_decomposer(run.path / "model").to(torch.float16)
+    model = load(run).to(torch.float16)
     folder = weights_folder() / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
+    forget_where_it_was(folder)
     write(folder / "run.json", record(run))
     write(folder / "card.json", describe(run, made_by, scores))
     return folder
