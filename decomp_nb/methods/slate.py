@@ -41,7 +41,7 @@ def slate_preset(
         "tiny": small_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "shapes": small_encoder() | dict(zoom=2.0, decoder_config=shapes),
         "clusters": cluster_encoder(layout=True)
-        | dict(zoom=2.0, layout_maps=True, decoder_config=drawn, dvae_path="drawn_patches"),
+        | dict(zoom=2.0, merge_threshold=0.95, layout_maps=True, decoder_config=drawn, dvae_path="drawn_patches"),
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,
     }
