@@ -32,7 +32,6 @@ class Card(NamedTuple):
 
 
 IN_MINUTES = "train it in minutes"
-LEFT = (0, 0.1, 0.5, 0.66)
 CARDS = [
     Card("methods/lsd", "LSD", "Objects as slots with masks, read by a latent diffusion model.", "lsd_shapes",
          "hero", (0, 0.12, 0.32, 0.68)),
@@ -47,9 +46,9 @@ CARDS = [
     Card("methods/savi", "SAVi", "Slots that follow their objects through a clip.",
          "savi_moving_textured", "patterned-film"),
     Card("methods/slot_attention_ae", "Slot Attention", "The baseline: slots compete for pixels, each is decoded to a layer.",
-         IN_MINUTES, "learned-picture", LEFT),
+         "slot_attention_shapes", "hero", (0.015, 0.44, 0.306, 0.96)),
     Card("methods/slate", "SLATE", "A transformer draws the picture token by token from its slots.",
-         IN_MINUTES, "data", (0.2, 0, 0.75, 0.66)),
+         "slate_shapes", "hero", (0.015, 0.345, 0.306, 0.765)),
     Card("methods/steve", "STEVE", "SLATE for clips, with slots that stay with their objects.",
          IN_MINUTES, "learned-picture", (0.05, 0, 0.92, 0.62)),
     Card("methods/slot_former", "SlotFormer", "Slots of the next frames, rolled out from those that were seen.", IN_MINUTES,
