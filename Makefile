@@ -13,7 +13,7 @@ TIMES := .venv/.times
 TIMED := $(TESTING) DECOMP_TIMES=$(TIMES) $(PY) tools/timed.py
 NBDEV := $(PY) tools/nbdev_command.py
 
-.PHONY: help setup train test prepare notebooks site-check docs quarto clean
+.PHONY: help setup train test source-check prepare notebooks site-check docs quarto clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,17 +38,20 @@ setup:
 train: setup
 	@$(BIN)/decomp_nb run nbs/train_lsd.ipynb -p out_dir papermill_runs/out/lsd-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-# Cheap checks first; pytest comes last, so that its summary closes the output. A worker of pytest takes whole modules, whose fixtures are made once.
+# Cheap checks first, those of sources and of the site side by side; pytest comes last, so that its summary closes the output.
+# A worker of pytest takes whole modules, whose fixtures are made once.
 test: setup
 	@rm -f $(TIMES)
 	$(PY) -m pip check
 	$(BIN)/ruff check nbs tests tools setup.py
 	$(BIN)/ruff check --config 'extend-exclude=[]' --select F821,F822,F823 decomp_nb
-	$(PY) tools/hygiene.py
-	$(TIMED) export $(PY) -m pytest -q tests/test_package.py -k in_sync
-	$(TIMED) site $(PY) tools/site_check.py
+	$(TIMED) checks $(MAKE) --no-print-directory -j2 source-check site-check
 	$(TIMED) notebooks $(NBDEV) test --n-workers 2 --timing
 	$(TESTING) DECOMP_TIMES=$(TIMES) $(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder tests
+
+source-check: setup
+	$(PY) tools/hygiene.py
+	$(TESTING) $(PY) -m pytest -q tests/test_package.py -k in_sync
 
 prepare: setup
 	$(PY) tools/colab_cells.py
@@ -61,7 +64,7 @@ prepare: setup
 
 notebooks: setup
 	$(NBDEV) export
-	$(TESTING) $(PY) tools/run_nbs.py $(NB)
+	$(TESTING) $(PY) tools/run_nbs.py --flags slow $(NB)
 
 # With Quarto on the PATH the site is rendered too; with Chromium, SHOTS=folder keeps pictures of every page at two widths.
 site-check: setup

@@ -1,6 +1,7 @@
 "For all tests: what takes long begins first, and the end says how long everything took."
 import os
 import resource
+import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import timed
 
 BEGIN = time.monotonic()
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema, which nbformat imports, would build 38 parsers of web addresses with it
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # a checkout with real data beside it
 if DATA.is_dir():
     os.environ.setdefault("DECOMP_DATA", str(DATA))

@@ -88,6 +88,11 @@ def test_import_brings_nothing_heavy():
     assert python(code.format("decomp_nb.decomposer", heavy[4:])) == "[]\n"
 
 
+def test_papermill_comes_without_parsers_of_web_addresses():
+    code = "import sys; from decomp_nb.training.kernel import _import_papermill as get; print(get().__name__, {'lark', 'rfc3987_syntax'} & set(sys.modules))"
+    assert python(code) == "papermill set()\n"
+
+
 @pytest.mark.parametrize("name", decomp_nb.__all__)
 def test_every_name_of_the_package_exists(name):
     assert getattr(decomp_nb, name).__name__ == name

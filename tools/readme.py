@@ -10,7 +10,8 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path, PurePosixPath
 
-import nbformat
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build 38 parsers of web addresses with it, which takes seconds
+import nbformat  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = "<!-- Written by tools/readme.py from nbs/index.ipynb: edit the notebook, then `make prepare`. -->\n"

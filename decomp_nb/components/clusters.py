@@ -14,7 +14,6 @@ from .context import Surroundings
 from .layout import find_layout, layout_dim, write_layout
 from .seeding import choose_places
 from .slots import SlotResult
-from ..factors import Factors
 
 # %% auto #0
 __all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'ClusterKeys', 'ClusterStart',
@@ -193,6 +192,15 @@ class SlotContent(nn.Module):
         content = self.norm(self.skip(inputs) + self.layers(inputs))
         return torch.cat([layout, content.float()], -1)
 
+# %% ../../nbs/components/clusters.ipynb #content-dim-export
+def _content_dim(slot_dim: int, key_dim: int, window: int) -> int:
+    "How many numbers of a slot are left for its content; ValueError where none are"
+    taken = key_dim + layout_dim(window)
+    if slot_dim <= taken:
+        parts = f"the numbers of key_dim={key_dim} and of the layout with window={window}"
+        raise ValueError(f"slot_dim={slot_dim}: must be above {taken}, {parts}")
+    return slot_dim - taken
+
 # %% ../../nbs/components/clusters.ipynb #sizes-export
 class ClusterLayers(ClusterStart):
     "All that is learned: keys, content, and the layer that the decoder reads slots through"
@@ -218,29 +226,13 @@ class ClusterLayers(ClusterStart):
         self.key_weight = key_weight
         self.window = window
         self.show_layout = show_layout
-        content_dim = slot_dim - key_dim - layout_dim(window)
-        if content_dim < 1:
-            raise ValueError(
-                f"slot_dim={slot_dim}: must be above {slot_dim - content_dim}, the numbers of key_dim={key_dim} "
-                f"and of the layout with window={window}"
-            )
+        content_dim = _content_dim(slot_dim, key_dim, window)
         shown = layout_dim(window) if show_layout else 0
         out_dim = out_dim or slot_dim
         if out_dim <= shown:
             raise ValueError(f"out_dim={out_dim}: must be above {shown}, the layout with window={window}")
         self.content = SlotContent(in_dim, content_dim, hidden_dim, context, window)
         self.to_out = nn.Linear(slot_dim, out_dim - shown)
-
-    def layout_again(self, factors: Factors, start: int = 0) -> Factors:
-        "Merged slots (weight above 1) say the layout of their common mask, from number `start` of the code on"
-        clips = factors.masks.shape[:-3]
-        maps = factors.masks.flatten(0, -4).float()
-        found = write_layout(find_layout(maps, self.window)).unflatten(0, clips)
-        end = start + layout_dim(self.window)
-        codes = factors.codes.clone()
-        merged = factors.weights[..., None] > 1
-        codes[..., start:end] = torch.where(merged, found.to(codes), codes[..., start:end])
-        return factors._replace(codes=codes)
 
     def project(self, slots: Tensor) -> Tensor:
         "Slots `(…, s, d)` as the decoder reads them `(…, s, out_dim)`: perhaps the layout, then all that they say"

@@ -17,8 +17,8 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['centre_and_size', 'gaussian_bumps', 'own_window', 'Layout', 'layout_dim', 'write_layout', 'read_layout',
-           'find_layout', 'own_coordinates', 'read_outline', 'draw_outlines', 'share_pixels', 'LayoutMaps',
-           'move_slots']
+           'find_layout', 'rewrite_layout', 'own_coordinates', 'read_outline', 'draw_outlines', 'share_pixels',
+           'LayoutMaps', 'move_slots']
 
 # %% ../../nbs/components/layout.ipynb #place-export
 def centre_and_size(shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,8 +75,13 @@ def layout_dim(window: int) -> int:
 
 def write_layout(layout: Layout) -> Tensor:
     "A layout as part of a code, `(b, s, 3 + w²)`, of about unit variance"
-    place = [4 * layout.row - 2, 4 * layout.column - 2, 1.5 * layout.size.log() + 2]
-    return torch.cat([torch.stack(place, -1), 2 * layout.outline.flatten(-2) - 1], -1)
+    place = [
+        4 * layout.row - 2,
+        4 * layout.column - 2,
+        1.5 * layout.size.log() + 2,
+    ]
+    outline = 2 * layout.outline.flatten(-2) - 1
+    return torch.cat([torch.stack(place, -1), outline], -1)
 
 
 def read_layout(numbers: Tensor) -> Layout:
@@ -93,6 +98,18 @@ def read_layout(numbers: Tensor) -> Layout:
 def find_layout(shares: Tensor, window: int) -> Layout:
     "The layout of slots with shares `(b, s, h, w)`"
     return Layout(*centre_and_size(shares), own_window(shares, window))
+
+# %% ../../nbs/components/layout.ipynb #again-export
+def rewrite_layout(factors: Factors, window: int, start: int = 0) -> Factors:
+    "Merged slots (weight above 1) say the layout of their common mask, from number `start` of the code on"
+    clips = factors.masks.shape[:-3]
+    maps = factors.masks.flatten(0, -4).float()
+    found = write_layout(find_layout(maps, window)).unflatten(0, clips)
+    end = start + layout_dim(window)
+    codes = factors.codes.clone()
+    merged = factors.weights[..., None] > 1
+    codes[..., start:end] = torch.where(merged, found.to(codes), codes[..., start:end])
+    return factors._replace(codes=codes)
 
 # %% ../../nbs/components/layout.ipynb #draw-export
 def own_coordinates(layout: Layout, side: int) -> Tensor:

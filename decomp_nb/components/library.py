@@ -40,11 +40,9 @@ class ConceptLibrary:
         "Entries `(n,)` nearest to a centre, best first, at most one per picture"
         _check_concept(concept, self.n_concepts)
         distance = (self._placed(self.codes) - self.centers[concept]).norm(dim=-1)
-        first = {}
-        for i in distance.argsort().tolist():
-            if self.labels[i] == concept:
-                first.setdefault(int(self.origin[i, 0]), i)
-        return torch.tensor(list(first.values())[:n], dtype=torch.long)
+        order = distance.argsort()
+        members = order[self.labels[order] == concept]
+        return _one_per_picture(members, self.origin)[:n]
 
     def _placed(self, codes: Tensor) -> Tensor:
         return F.normalize(codes, dim=-1) if self.spherical else codes
@@ -63,8 +61,7 @@ class ConceptLibrary:
 
     def compose_like(self, n: int, *, generator: torch.Generator | None = None) -> Factors:
         "`n` sets that follow the recipes of random pictures, of those with the most common number of factors"
-        pictures, counts = self.origin[:, 0].unique(return_counts=True)
-        fit = pictures[counts == counts.mode().values]
+        fit = _common_pictures(self.origin)
         chosen = fit[torch.randint(len(fit), (n,), generator=generator)]
         recipes = [self.recipe(picture) for picture in chosen.tolist()]
         sets = [self.compose(recipe, generator=generator).codes for recipe in recipes]
@@ -75,6 +72,20 @@ def _check_concept(concept: int, count: int) -> None:
     "IndexError for a concept that the library does not have"
     if not 0 <= concept < count:
         raise IndexError(f"concept {concept} was named, but the library has {count}: 0 to {count - 1}")
+
+# %% ../../nbs/components/library.ipynb #library-origin-export
+def _one_per_picture(entries: Tensor, origin: Tensor) -> Tensor:
+    "The first of the entries from each picture, in their order"
+    first = {}
+    for entry in entries.tolist():
+        first.setdefault(int(origin[entry, 0]), entry)
+    return torch.tensor(list(first.values()), dtype=torch.long)
+
+
+def _common_pictures(origin: Tensor) -> Tensor:
+    "Those pictures that have the most common number of factors"
+    pictures, counts = origin[:, 0].unique(return_counts=True)
+    return pictures[counts == counts.mode().values]
 
 # %% ../../nbs/components/library.ipynb #build-export
 def build_library(

@@ -27,7 +27,7 @@ from decomp_nb.components.diffusion import (
 )
 from .encoders import build_encoder
 from .latents import LatentSpace
-from .layout import LayoutMaps
+from .layout import LayoutMaps, rewrite_layout
 from .slot_sets import drop_slots, keep_largest, merge_duplicates, swap_slots, token_mask
 from .slots import SlotAttention, SlotResult, masks_from_attention, slot_diagnostics
 from .tracking import Tracker, TrackResult, join_time, track
@@ -37,9 +37,9 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['SLOTS', 'require', 'refuse_unknown', 'add_losses', 'build_slots', 'SlotFinder', 'ChunkFinder', 'SlotEncoder',
-           'SlotModel', 'call_fixed', 'fixed_denoiser', 'SlotReading', 'SlotPredicting', 'SlotDenoising',
-           'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder', 'video_encoder',
-           'moving_encoder']
+           'SlotLearning', 'SlotModel', 'call_fixed', 'fixed_denoiser', 'SlotReading', 'SlotPredicting',
+           'SlotDenoising', 'DiffusionSlotModel', 'small_encoder', 'cluster_encoder', 'published_encoder',
+           'video_encoder', 'moving_encoder']
 
 # %% ../../nbs/components/slot_model.ipynb #names-export
 def require(**configs: dict | None) -> None:
@@ -108,9 +108,8 @@ class SlotFinder(Decomposer):
                 if self.slot_attention.slot_log_sigma is not None:
                     self.slot_attention.slot_log_sigma.requires_grad_(False)
         if self.encoder.image_size != image_size:
-            raise ValueError(
-                f"image_size={image_size}, but encoder_config says image_size={self.encoder.image_size}"
-            )
+            other = f"encoder_config says image_size={self.encoder.image_size}"
+            raise ValueError(f"image_size={image_size}, but {other}")
 
     @property
     def factor_dim(self) -> int:
@@ -211,12 +210,13 @@ class SlotEncoder(ChunkFinder):
         if merge_threshold:
             factors = merge_duplicates(factors, merge_threshold, self.slot_attention.likeness(found.slots))
             if getattr(self.slot_attention, "show_layout", False):
-                factors = self.slot_attention.layout_again(factors, self.slot_attention.key_dim if raw else 0)
+                start = self.slot_attention.key_dim if raw else 0
+                factors = rewrite_layout(factors, self.slot_attention.window, start)
         return (factors, found) if return_found else factors
 
 # %% ../../nbs/components/slot_model.ipynb #model-export
-class SlotModel(SlotEncoder):
-    "A method whose factors are slots; sub-classes add what makes a picture of slots"
+class SlotLearning(SlotEncoder):
+    "Slots of training batches"
 
     def encode_batch(self, batch: dict, **options) -> Factors:
         "Slots of a training batch; `features` and `slot_noise` of the batch replace the encoder and the random start"
@@ -247,16 +247,20 @@ class SlotModel(SlotEncoder):
             factors = keep_largest(factors, self.config.keep_slots)
         return drop_slots(factors, self.config.slot_dropout) if self.training else factors
 
-    def decode(self, factors: Factors, **options) -> Tensor:
-        "Pictures `(b,3,h,w)` in [−1,1] of the slots that `keep_slots` leaves; options as `Decomposer.decode`"
-        return super().decode(self.prune_slots(factors), **options)
-
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
         "Early signs of collapse of a training batch, see `slot_diagnostics`"
         boxes = {"boxes": batch["boxes"]} if self.tracker is not None and "boxes" in batch else {}
         found = self.find_slots(self.features_of(batch), noise=batch.get("slot_noise"), **boxes)
         return slot_diagnostics(found)
+
+# %% ../../nbs/components/slot_model.ipynb #groups-export
+class SlotModel(SlotLearning):
+    "A method whose factors are slots; sub-classes add what makes a picture of slots"
+
+    def decode(self, factors: Factors, **options) -> Tensor:
+        "Pictures `(b,3,h,w)` in [−1,1] of the slots that `keep_slots` leaves; options as `Decomposer.decode`"
+        return super().decode(self.prune_slots(factors), **options)
 
     def parameter_groups(self) -> list[dict]:
         """Two groups, so that `encoder_lr_scale` can slow down the first: encoder, slots, tracker; and the decoder.
@@ -268,10 +272,10 @@ class SlotModel(SlotEncoder):
         else:
             parts.append(self.slot_attention)
         first = {id(p) for part in parts for p in part.parameters()}
-        groups = {"encoder": [], "decoder": []}
-        for p in self.parameters():
-            if p.requires_grad:
-                groups["encoder" if id(p) in first else "decoder"].append(p)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        encoder = [p for p in trained if id(p) in first]
+        decoder = [p for p in trained if id(p) not in first]
+        groups = {"encoder": encoder, "decoder": decoder}
         return [dict(name=name, params=params, lr_scale=1.0) for name, params in groups.items() if params]
 
 # %% ../../nbs/components/slot_model.ipynb #contrast-export
@@ -303,10 +307,8 @@ class SlotReading(LatentSpace, SlotModel):
         if not channels:
             return
         if not getattr(self.slot_attention, "show_layout", False):
-            raise ValueError(
-                "layout_channels: only slots that say where they lie can be drawn; "
-                "slots_config needs kind='clusters' and show_layout=True"
-            )
+            needed = "slots_config needs kind='clusters' and show_layout=True"
+            raise ValueError(f"layout_channels: only slots that say where they lie can be drawn; {needed}")
         self.layout = LayoutMaps(self.factor_dim, self.slot_attention.window, channels)
 
     def build_tokens(self, n_registers: int, with_null: bool) -> None:
@@ -342,11 +344,10 @@ class SlotPredicting(SlotReading):
     def predict(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
         "The denoiser's answer when it reads all slots; a dropped one is simply not in the sequence"
         read = self.tokens(factors)
+        entrance = self.entrance(x_t, factors)
         codes = read.codes.to(x_t.dtype)
-        return self.denoiser(
-            self.entrance(x_t, factors), t, encoder_hidden_states=codes,
-            encoder_attention_mask=token_mask(read.weights),
-        ).sample
+        mask = token_mask(read.weights)
+        return self.denoiser(entrance, t, encoder_hidden_states=codes, encoder_attention_mask=mask).sample
 
     def predict_fixed(self, x_t: Tensor, t: Tensor, factors: Factors) -> Tensor:
         "`predict`, but neither denoiser nor layout nor registers get gradients"

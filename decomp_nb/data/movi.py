@@ -15,7 +15,7 @@ import numpy as np
 
 from ..checks import reading
 from .images import read_annotated, read_image, walk_folders
-from .reader import choose_split, split_in_name, subsample
+from .reader import choose_videos, split_in_name, subsample
 from .records import RECORD_LAYOUTS, code_names
 from .scene_item import ClipReader, label_names, object_ids, read_json, read_labels
 
@@ -211,9 +211,8 @@ def _videos_of_split(path, split):
         raise ValueError(f"{path} has split folders {folders} but none for split={split!r}")
     videos = dump_videos(path)
     names = [Path(video.folder).relative_to(path).as_posix() for video in videos]
-    inside = [f"{name}/frame" for name in names]  # a video is what its folder holds
-    chosen, how = choose_split(inside, split, path, names)
-    return [videos[i] for i in chosen], how.replace("names", "videos") if "hash" in how else how
+    chosen, how = choose_videos(names, split, path)
+    return [videos[i] for i in chosen], how
 
 # %% ../../nbs/data/movi.ipynb #movi-dump-export
 class MoviDump(ClipReader):

@@ -17,7 +17,7 @@ from .lists import NameIndex, listed
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'split_lists',
-           'choose_split', 'subsample', 'evenly', 'Reader']
+           'choose_split', 'choose_videos', 'subsample', 'evenly', 'Reader']
 
 # %% ../../nbs/data/reader.ipynb #split-name-export
 SPLIT_NAMES = {
@@ -189,6 +189,13 @@ def _split_by_lists(lists, wanted, n_paths, where):
     if rest := n_paths - len(counts):
         parts.append(f"{rest:,} in none")
     return sorted(lists[wanted][1]), "split by lists " + ", ".join(parts)
+
+# %% ../../nbs/data/reader.ipynb #choose-videos-export
+def choose_videos(names: Sequence[str], split: str, where: object) -> tuple[list[int], str]:
+    "`choose_split` of videos, each named by its folder: where neither lists nor folders tell, whole ones by hash"
+    inside = [f"{name}/frame" for name in names]  # a video is what its folder holds
+    chosen, how = choose_split(inside, split, where, names)
+    return chosen, how.replace("names", "videos") if "hash" in how else how
 
 # %% ../../nbs/data/reader.ipynb #subsample-export
 def subsample(index: Sequence, n: int | None, seed: int = 0) -> list:

@@ -23,7 +23,7 @@ from .hdf5 import LazyH5, h5_dataset, open_h5, stored_split
 from .images import crop_box, image_suffixes, read_image, walk_folders
 from .mp4 import VIDEO_SUFFIXES, frame_times, read_frames
 from .movi import MOVI_CLASSES, DumpVideo, dump_videos, most_objects, read_frame, read_instances, stack_frames
-from .reader import choose_split, split_name, subsample
+from .reader import choose_split, choose_videos, split_name, subsample
 from .scene_item import SceneReader, object_ids, scene_item, split_by_position
 from .scenes_h5 import SceneFile, read_scene
 
@@ -280,9 +280,8 @@ def _videos_of_folder(path, split, names):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{path} has no video {unknown[0]!r}: check videos=")
         return [known[name] for name in names], "videos by name"
-    inside = [f"{video.name}/frame" for video in videos]  # a video is what its folder holds
-    chosen, how = choose_split(inside, split, path, [video.name for video in videos])
-    return [videos[i] for i in chosen], how.replace("names", "videos") if "hash" in how else how
+    chosen, how = choose_videos([video.name for video in videos], split, path)
+    return [videos[i] for i in chosen], how
 
 
 def _videos_of_h5(file, path, split):

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 from .rehearsal import VARIABLE
 
@@ -132,9 +132,25 @@ def forward_signals(send: Callable[[int], bool]) -> Iterator[list[int]]:
 _START_TIMEOUT = 60  # seconds that a kernel may take to answer
 
 
+def _import_papermill() -> ModuleType:
+    """papermill, read without the parsers of web addresses that jsonschema would build for it
+
+    They take four times as long as all the rest of it, and no notebook is checked with them."""
+    parsers = "rfc3987_syntax"
+    hidden = parsers not in sys.modules
+    if hidden:
+        sys.modules[parsers] = None  # importing it fails, which jsonschema allows for
+    try:
+        import papermill
+    finally:
+        if hidden:
+            del sys.modules[parsers]
+    return papermill
+
+
 def _execute(notebook: Path, output: Path, values: dict, kernels: Kernels, kernel: str = "") -> None:
     "papermill, with the kernel's text on this terminal as it comes"
-    import papermill
+    papermill = _import_papermill()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what matters is said here
     papermill.execute_notebook(
         str(notebook),

@@ -82,23 +82,17 @@ class WriterLock:
         if self.handle is not None:
             return
         if self.key in _HELD:
-            raise BlockingIOError(self.refusal(holder()))
+            raise BlockingIOError(_refusal(self.file, holder()))
         if self.file.is_dir():
             where = f"out_dir: {self.folder.name}/{self.file.name}"
             raise IsADirectoryError(f"{where} is a folder, where the lock of a run belongs: remove it, or choose another out_dir")
         handle = self.file.open("a+", encoding="utf-8")
         if not take(handle, self.file):
             handle.close()
-            raise BlockingIOError(self.refusal(read_holder(self.file)))
+            raise BlockingIOError(_refusal(self.file, read_holder(self.file)))
         _HELD.add(self.key)
         self.handle = handle
         self.write(json.dumps(holder()))
-
-    def refusal(self, found: dict[str, Any]) -> str:
-        "One sentence: who writes here, and what to do"
-        who = "process {process} on {host}, since {since}".format(**found) if found else "another process"
-        ways = f"wait for it, or choose another out_dir (if that process is over, delete {self.file.name})"
-        return f"out_dir: {self.folder.name} is being written by {who}: {ways}"
 
     def write(self, text: str) -> None:
         "Replace what stands in the file, as far as the disk allows: the lock holds without it"
@@ -115,3 +109,10 @@ class WriterLock:
         self.handle.close()
         self.handle = None
         _HELD.discard(self.key)
+
+# %% ../../nbs/training/lock.ipynb #lock-refusal-export
+def _refusal(file: Path, found: dict[str, Any]) -> str:
+    "One sentence: who writes here, and what to do"
+    who = "process {process} on {host}, since {since}".format(**found) if found else "another process"
+    ways = f"wait for it, or choose another out_dir (if that process is over, delete {file.name})"
+    return f"out_dir: {file.parent.name} is being written by {who}: {ways}"

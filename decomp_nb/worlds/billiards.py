@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .questions import Questions, draw_roles
@@ -28,6 +27,10 @@ class Table(NamedTuple):
     radius: Tensor     # `(b,k)`
     there: Tensor      # bool `(b,k)`: which discs exist
 
+    def pick(self, rows: Tensor | slice, disc: Tensor) -> Table:
+        "Discs of these tables"
+        return Table(*(column[rows, disc] for column in self))
+
 
 def wall_times(table: Table) -> Tensor:
     "Time until each disc meets each wall ahead, `(b,k,2)` for left or right, top or bottom; inf for never"
@@ -45,15 +48,15 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def pair_times(table: Table, pairs: Tensor) -> Tensor:
     "Time until the discs of each pair `(2,p)` touch, `(b,p)`; inf for never"
-    one, two = pairs
-    distance = table.place[:, two] - table.place[:, one]
-    velocity = table.velocity[:, two] - table.velocity[:, one]
-    reach = table.radius[:, one] + table.radius[:, two]
+    one, two = (table.pick(slice(None), disc) for disc in pairs)
+    distance = two.place - one.place
+    velocity = two.velocity - one.velocity
+    reach = one.radius + two.radius
     approach = dot(distance, velocity)
     speed = dot(velocity, velocity)
     root = approach * approach - speed * (dot(distance, distance) - reach * reach)
     time = (-approach - root.clamp(min=0).sqrt()) / speed
-    meet = (approach < 0) & (root > 0) & table.there[:, one] & table.there[:, two]
+    meet = (approach < 0) & (root > 0) & one.there & two.there
     return torch.where(meet, time.clamp(min=0), torch.inf)
 
 # %% ../../nbs/worlds/billiards.ipynb #impact-export
@@ -66,14 +69,17 @@ def bounce_off_wall(table: Table, rows: Tensor, disc: Tensor, axis: Tensor) -> T
 
 def collide(table: Table, rows: Tensor, one: Tensor, two: Tensor) -> Table:
     "Two discs that touch exchange momentum, in each of the given rows"
-    line = table.place[rows, two] - table.place[rows, one]
+    first = table.pick(rows, one)
+    second = table.pick(rows, two)
+    line = second.place - first.place
     line = line / dot(line, line).sqrt()[:, None]
-    mass_one, mass_two = table.radius[rows, one] ** 2, table.radius[rows, two] ** 2
-    closing = dot(table.velocity[rows, two] - table.velocity[rows, one], line)
-    push = 2 * closing / (mass_one + mass_two)
+    mass = first.radius**2
+    mass_second = second.radius**2
+    closing = dot(second.velocity - first.velocity, line)
+    push = 2 * closing / (mass + mass_second)
     velocity = table.velocity.clone()
-    velocity[rows, one] += (push * mass_two)[:, None] * line
-    velocity[rows, two] -= (push * mass_one)[:, None] * line
+    velocity[rows, one] += (push * mass_second)[:, None] * line
+    velocity[rows, two] -= (push * mass)[:, None] * line
     return table._replace(velocity=velocity)
 
 # %% ../../nbs/worlds/billiards.ipynb #story-export
@@ -101,12 +107,15 @@ def follow(table: Table, pairs: Tensor, n_frames: int) -> Impacts:
     clock = torch.zeros(b, dtype=torch.float64)
     log = [(clock, table.place, table.velocity, torch.full((b,), -1))]
     while (clock <= n_frames - 1).any():
-        times = torch.cat([wall_times(table).flatten(1), pair_times(table, pairs)], 1)
+        walls = wall_times(table).flatten(1)
+        times = torch.cat([walls, pair_times(table, pairs)], 1)
         wait, which = times.min(1)
         clock = clock + wait
-        step = table.velocity * wait.clamp(max=n_frames)[:, None, None]   # nothing moves: waits for ever
-        table = pass_impact(table._replace(place=table.place + step), pairs, which)
-        log.append((clock, table.place, table.velocity, (which - 2 * k).clamp(min=-1)))
+        passed = wait.clamp(max=n_frames)   # where nothing moves, one waits for ever
+        place = table.place + table.velocity * passed[:, None, None]
+        table = pass_impact(table._replace(place=place), pairs, which)
+        pair = (which - 2 * k).clamp(min=-1)
+        log.append((clock, table.place, table.velocity, pair))
     return Impacts(*(torch.stack(column, 1) for column in zip(*log)))
 
 # %% ../../nbs/worlds/billiards.ipynb #frames-export
@@ -119,17 +128,19 @@ def states_at_frames(impacts: Impacts, n_frames: int) -> tuple[Tensor, Tensor]:
     since = times - impacts.time[rows, before]
     velocity = impacts.velocity[rows, before]
     place = impacts.place[rows, before] + velocity * since[..., None, None]
-    return rearrange(place, "b t k xy -> b k t xy"), rearrange(velocity, "b t k xy -> b k t xy")
+    return place.transpose(1, 2), velocity.transpose(1, 2)
 
 
 def contacts_at_frames(impacts: Impacts, pairs: Tensor, n_frames: int) -> Tensor:
     "Which discs have met since the frame before, bool `(b,k,t,k)`"
     b, _, k, _ = impacts.place.shape
     contact = torch.zeros(b, k, n_frames, k, dtype=torch.bool)
-    rows, event = ((impacts.pair >= 0) & (impacts.time <= n_frames - 1)).nonzero(as_tuple=True)
+    shown = (impacts.pair >= 0) & (impacts.time <= n_frames - 1)
+    rows, event = shown.nonzero(as_tuple=True)
     one, two = pairs[:, impacts.pair[rows, event]]
     frame = impacts.time[rows, event].ceil().long()
-    contact[rows, one, frame, two] = contact[rows, two, frame, one] = True
+    contact[rows, one, frame, two] = True
+    contact[rows, two, frame, one] = True
     return contact
 
 # %% ../../nbs/worlds/billiards.ipynb #start-export
@@ -142,10 +153,12 @@ def draw_discs(
     "Starts of discs on a table, `(b,k)` and `(b,)`"
     k = n_objects[1]
     radii = uniform(keys, "radius", k, low=radius[0], high=radius[1])
-    x, y = (radii + (1 - 2 * radii) * place for place in uniform(keys, "position", 2, k).unbind(1))
+    place = radii[:, None] + (1 - 2 * radii[:, None]) * uniform(keys, "position", 2, k)
+    x, y = place.unbind(1)
     fast = uniform(keys, "speed", k, low=speed[0], high=speed[1])
     angle = uniform(keys, "direction", k + 1, high=2 * torch.pi).double()   # so rounding to float32 hides the last bits
-    toward_x, toward_y = angle.cos().float(), angle.sin().float()
+    toward_x = angle.cos().float()
+    toward_y = angle.sin().float()
     red = (torch.arange(k) == 0) * fast
     return draw_roles(keys, k) | {
         "visibility": draw_counts(keys, n_objects),
@@ -168,7 +181,8 @@ def apart(starts: SceneFactors, gap: float = 0.01) -> Tensor:
     radius = starts["half"][..., 0]
     there = starts["visibility"] > 0
     both = there[:, :, None] & there[:, None] & ~torch.eye(there.shape[1], dtype=torch.bool)
-    near = distance < radius[:, :, None] + radius[:, None] + gap
+    reach = radius[:, :, None] + radius[:, None]
+    near = distance < reach + gap
     return ~(near & both).flatten(1).any(1)
 
 # %% ../../nbs/worlds/billiards.ipynb #kind-export
@@ -216,4 +230,5 @@ def table_of(starts: SceneFactors) -> Table:
     "The discs of starts, in float64"
     place = torch.stack([starts["x"], starts["y"]], -1).double()
     velocity = torch.stack([starts["velocity_x"], starts["velocity_y"]], -1).double()
-    return Table(place, velocity, starts["half"][..., 0].double(), starts["visibility"] > 0)
+    radius = starts["half"][..., 0].double()
+    return Table(place, velocity, radius, there=starts["visibility"] > 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from .scene_type import SceneFactors
 
 # %% auto #0
 __all__ = ['FLOOR', 'GRAVITY', 'FPS', 'STEPS', 'FRICTION', 'BOUNCE', 'KEPT', 'N_BODIES', 'STORIES', 'import_pymunk',
-           'build_space', 'add_body', 'Contacts', 'run_story', 'run_stories', 'empty_stage', 'put', 'draw_half',
-           'rolling', 'stage_collide', 'stage_drop', 'stage_roll', 'stage_dominoes', 'stage_support', 'mirror',
-           'Physics']
+           'build_space', 'add_body', 'Contacts', 'run_story', 'run_stories', 'empty_stage', 'Outline', 'draw_outline',
+           'rolling', 'put', 'put_on_floor', 'stage_collide', 'stage_drop', 'stage_roll', 'stage_dominoes',
+           'stage_support', 'mirror', 'Physics']
 
 # %% ../../nbs/worlds/physics.ipynb #engine-export
 FLOOR = 0.9         # height of the floor, in pictures from the top
@@ -125,10 +125,12 @@ def run_story(row: dict[str, list], n_frames: int) -> SceneFactors:
         for _ in range(STEPS if t else 0):
             space.step(1 / (FPS * STEPS))
         for i, body in bodies.items():
-            states[i, t] = torch.tensor([*body.position, *body.velocity, body.angle], dtype=torch.float64)
+            state = [*body.position, *body.velocity, body.angle]
+            states[i, t] = torch.tensor(state, dtype=torch.float64)
         for one, two in contacts.pop():
             if one >= 0:
-                contact[one, t, two] = contact[two, t, one] = True
+                contact[one, t, two] = True
+                contact[two, t, one] = True
     return {
         "position": (states[..., :2] / _SCALE).float(),
         "velocity": (states[..., 2:4] / (_SCALE * FPS)).float(),
@@ -160,6 +162,47 @@ def empty_stage(b: int) -> SceneFactors:
     return stage | {"shape": zero.long() + 1, "half": torch.full((b, N_BODIES, 2), 0.05)}
 
 
+class Outline(NamedTuple):
+    "What discs and boxes look like that stand upright"
+    shape: Tensor   # int64 `(b,)`: 1 disc, 2 box
+    half: Tensor    # `(b,2)`: half of the width and of the height, in pictures
+
+    @property
+    def half_width(self) -> Tensor:
+        "`(b,)`"
+        return self.half[:, 0]
+
+    @property
+    def half_height(self) -> Tensor:
+        "`(b,)`"
+        return self.half[:, 1]
+
+
+def draw_outline(
+    keys: Tensor,
+    name: str,
+    low: float,               # smallest and largest half width, in pictures
+    high: float,
+    shape: int | None = None,   # 1 disc, 2 box; None: either
+) -> Outline:
+    "Discs and boxes; boxes are up to a quarter smaller in each direction"
+    if shape is None:
+        shapes = integers(keys, f"{name}/shape", 2) + 1
+    else:
+        shapes = torch.full((len(keys),), shape)
+    side = uniform(keys, f"{name}/size", 1, low=low, high=high)
+    shrink = uniform(keys, f"{name}/sides", 2, low=0.75)
+    disc = (shapes == 1)[:, None]
+    return Outline(shapes, torch.where(disc, side, side * shrink))
+
+
+def rolling(speed: Tensor, outline: Outline) -> Tensor:
+    "Degrees per frame that a disc turns while it rolls to the right; boxes slide"
+    turned = torch.rad2deg(speed / outline.half_width)
+    return -turned * (outline.shape == 1)
+
+
+# %% ../../nbs/worlds/physics.ipynb #put-export
 def put(stage: SceneFactors, number: int, where: Tensor | float = 1.0, **values) -> None:
     "Set the values `(b,)` of body `number`; it exists where `where` is 1"
     stage["visibility"][:, number] = where
@@ -167,59 +210,47 @@ def put(stage: SceneFactors, number: int, where: Tensor | float = 1.0, **values)
         stage[name][:, number] = value
 
 
-def draw_half(
-    keys: Tensor,
-    name: str,
-    low: float,               # smallest and largest half width, in pictures
-    high: float,
-    shape: int | None = None,   # 1 disc, 2 box; None: either
-) -> tuple[Tensor, Tensor]:
-    "Shapes `(b,)` and half sizes `(b,2)`; boxes are up to a quarter smaller in each direction"
-    shapes = integers(keys, f"{name}/shape", 2) + 1 if shape is None else torch.full((len(keys),), shape)
-    side = uniform(keys, f"{name}/size", low=low, high=high)
-    shrink = uniform(keys, f"{name}/sides", 2, low=0.75)
-    boxed = side[:, None] * shrink
-    return shapes, torch.where((shapes == 1)[:, None], side[:, None], boxed)
+def put_on_floor(stage: SceneFactors, number: int, outline: Outline, x: Tensor, **values) -> None:
+    "Stand body `number` on the floor, its middle at `x` `(b,)`"
+    y = FLOOR - outline.half_height
+    put(stage, number, shape=outline.shape, half=outline.half, x=x, y=y, **values)
 
-
-def rolling(speed: Tensor, shape: Tensor, half: Tensor) -> Tensor:
-    "Degrees per frame that a disc turns while it rolls to the right; boxes slide"
-    return -torch.rad2deg(speed / half[:, 0]) * (shape == 1)
 
 # %% ../../nbs/worlds/physics.ipynb #collide-export
 def stage_collide(keys: Tensor) -> SceneFactors:
     "Red slides or rolls towards yellow"
     stage = empty_stage(len(keys))
-    shape, half = draw_half(keys, "red", 0.06, 0.09)
-    x = 0.02 + half[:, 0] + uniform(keys, "x", high=0.1)
+    red = draw_outline(keys, "red", 0.06, 0.09)
+    x = 0.02 + red.half_width + uniform(keys, "x", high=0.1)
     speed = uniform(keys, "speed", low=0.025, high=0.07)
-    spin = rolling(speed, shape, half)
-    put(stage, 0, shape=shape, half=half, x=x, y=FLOOR - half[:, 1], velocity_x=speed, spin=spin, nudge_x=speed)
-    edge = x + half[:, 0] + uniform(keys, "gap", low=0.12, high=0.5)
-    shape, half = draw_half(keys, "yellow", 0.06, 0.09)
-    put(stage, 1, shape=shape, half=half, x=edge + half[:, 0], y=FLOOR - half[:, 1])
-    edge = edge + 2 * half[:, 0] + uniform(keys, "gap2", low=0.01, high=0.1)
-    shape, half = draw_half(keys, "other", 0.035, 0.06)
-    put(stage, 2, shape=shape, half=half, x=edge + half[:, 0], y=FLOOR - half[:, 1])
+    put_on_floor(stage, 0, red, x, velocity_x=speed, spin=rolling(speed, red), nudge_x=speed)
+    edge = x + red.half_width + uniform(keys, "gap", low=0.12, high=0.5)
+    yellow = draw_outline(keys, "yellow", 0.06, 0.09)
+    put_on_floor(stage, 1, yellow, edge + yellow.half_width)
+    edge = edge + 2 * yellow.half_width + uniform(keys, "gap2", low=0.01, high=0.1)
+    other = draw_outline(keys, "other", 0.035, 0.06)
+    put_on_floor(stage, 2, other, edge + other.half_width)
     return stage
+
 
 # %% ../../nbs/worlds/physics.ipynb #drop-export
 def stage_drop(keys: Tensor) -> SceneFactors:
     "Red falls onto another body and may bounce towards yellow"
     stage = empty_stage(len(keys))
-    shape, half = draw_half(keys, "red", 0.06, 0.09)
+    red = draw_outline(keys, "red", 0.06, 0.09)
     x = uniform(keys, "x", low=0.3, high=0.5)
     y = uniform(keys, "y", low=0.1, high=0.3)
-    turned = uniform(keys, "turned", high=90) * (shape == 2)
+    turned = uniform(keys, "turned", high=90) * (red.shape == 2)
     speed = uniform(keys, "speed", low=-0.01, high=0.03)
-    put(stage, 0, shape=shape, half=half, x=x, y=y, rotation=turned, velocity_x=speed, nudge_x=0.03)
-    shape, half = draw_half(keys, "other", 0.06, 0.09)
+    put(stage, 0, **red._asdict(), x=x, y=y, rotation=turned, velocity_x=speed, nudge_x=0.03)
+    other = draw_outline(keys, "other", 0.06, 0.09)
     middle = uniform(keys, "middle", low=0.35, high=0.55)
-    put(stage, 2, shape=shape, half=half, x=middle, y=FLOOR - half[:, 1])
-    edge = middle + half[:, 0] + uniform(keys, "gap", low=0.06, high=0.25)
-    shape, half = draw_half(keys, "yellow", 0.06, 0.09)
-    put(stage, 1, shape=shape, half=half, x=edge + half[:, 0], y=FLOOR - half[:, 1])
+    put_on_floor(stage, 2, other, middle)
+    edge = middle + other.half_width + uniform(keys, "gap", low=0.06, high=0.25)
+    yellow = draw_outline(keys, "yellow", 0.06, 0.09)
+    put_on_floor(stage, 1, yellow, edge + yellow.half_width)
     return stage
+
 
 # %% ../../nbs/worlds/physics.ipynb #roll-export
 def stage_roll(keys: Tensor) -> SceneFactors:
@@ -228,47 +259,56 @@ def stage_roll(keys: Tensor) -> SceneFactors:
     run = uniform(keys, "run", low=0.27, high=0.4)
     rise = uniform(keys, "rise", low=0.17, high=0.4)
     length = (run * run + rise * rise).sqrt()
-    along, down = run / length, rise / length   # the way the ramp goes
+    along = run / length   # the way the ramp goes
+    down = rise / length
     left = 0.03 + uniform(keys, "left", high=0.1)
     thin = torch.full_like(run, 0.012)
     tilt = -torch.rad2deg(torch.atan2(rise.double(), run.double())).float()
     half = torch.stack([length / 2, thin], -1)
     put(stage, 2, shape=2, half=half, x=left + run / 2, y=FLOOR - rise / 2, rotation=tilt, fixed=1)
-    shape, half = draw_half(keys, "red", 0.05, 0.08)
+    red = draw_outline(keys, "red", 0.05, 0.08)
     part = uniform(keys, "part", low=0.05, high=0.35)   # how far down it starts
-    above = thin + half[:, 1] + 0.002
+    above = thin + red.half_height + 0.002
     x = left + run * part + down * above
     y = FLOOR - rise * (1 - part) - along * above
     speed = uniform(keys, "speed", low=-0.01, high=0.04)
-    motion = dict(velocity_x=speed * along, velocity_y=speed * down, spin=rolling(speed, shape, half))
-    pushed = dict(nudge_x=0.06 * along, nudge_y=0.06 * down)
-    put(stage, 0, shape=shape, half=half, x=x, y=y, rotation=tilt * (shape == 2), **motion, **pushed)
+    motion = {
+        "rotation": tilt * (red.shape == 2),
+        "velocity_x": speed * along,
+        "velocity_y": speed * down,
+        "spin": rolling(speed, red),
+        "nudge_x": 0.06 * along,
+        "nudge_y": 0.06 * down,
+    }
+    put(stage, 0, **red._asdict(), x=x, y=y, **motion)
     edge = left + run + 0.08 + uniform(keys, "gap", high=0.3)
-    shape, half = draw_half(keys, "yellow", 0.05, 0.08)
-    put(stage, 1, shape=shape, half=half, x=edge + half[:, 0], y=FLOOR - half[:, 1])
+    yellow = draw_outline(keys, "yellow", 0.05, 0.08)
+    put_on_floor(stage, 1, yellow, edge + yellow.half_width)
     return stage
+
 
 # %% ../../nbs/worlds/physics.ipynb #dominoes-export
 def stage_dominoes(keys: Tensor) -> SceneFactors:
     "A ball rolls into a row of stones, the last one red; yellow stands behind it"
     stage = empty_stage(len(keys))
-    shape, half = draw_half(keys, "ball", 0.04, 0.06, shape=1)
-    x = 0.02 + half[:, 0] + uniform(keys, "x", high=0.05)
+    ball = draw_outline(keys, "ball", 0.04, 0.06, shape=1)
+    x = 0.02 + ball.half_width + uniform(keys, "x", high=0.05)
     speed = uniform(keys, "speed", low=0.03, high=0.1)
-    spin = rolling(speed, shape, half)
-    put(stage, 2, shape=shape, half=half, x=x, y=FLOOR - half[:, 1], velocity_x=speed, spin=spin, nudge_x=speed)
-    edge = x + half[:, 0] + uniform(keys, "gap", low=0.03, high=0.1)
+    put_on_floor(stage, 2, ball, x, velocity_x=speed, spin=rolling(speed, ball), nudge_x=speed)
+    edge = x + ball.half_width + uniform(keys, "gap", low=0.03, high=0.1)
+    always = torch.ones_like(x)
     second = (uniform(keys, "second") < 0.6).float()
-    for number, there in ((3, torch.ones_like(second)), (4, second), (0, torch.ones_like(second))):
+    for number, there in ((3, always), (4, second), (0, always)):
         width = uniform(keys, f"width/{number}", low=0.015, high=0.04)
         height = uniform(keys, f"height/{number}", low=0.07, high=0.12)
         half = torch.stack([width, height], -1)
         put(stage, number, there, shape=2, half=half, x=edge + width, y=FLOOR - height)
         gap = uniform(keys, f"gap/{number}", low=0.04, high=0.12)
         edge = edge + there * (2 * width + gap)
-    shape, half = draw_half(keys, "yellow", 0.05, 0.08)
-    put(stage, 1, shape=shape, half=half, x=edge + half[:, 0], y=FLOOR - half[:, 1])
+    yellow = draw_outline(keys, "yellow", 0.05, 0.08)
+    put_on_floor(stage, 1, yellow, edge + yellow.half_width)
     return stage
+
 
 # %% ../../nbs/worlds/physics.ipynb #support-export
 def stage_support(keys: Tensor) -> SceneFactors:
@@ -276,19 +316,21 @@ def stage_support(keys: Tensor) -> SceneFactors:
     stage = empty_stage(len(keys))
     x = uniform(keys, "x", low=0.2, high=0.4)
     top = torch.full_like(x, FLOOR)
+    always = torch.ones_like(x)
     second = (uniform(keys, "second") < 0.6).float()
-    for number, there in ((2, torch.ones_like(second)), (3, second)):
+    for number, there in ((2, always), (3, second)):
         half = uniform(keys, f"block/{number}", 2, low=0.05, high=0.1)
         put(stage, number, there, shape=2, half=half, x=x, y=top - half[:, 1])
         top = top - there * 2 * half[:, 1]
-    shape, half = draw_half(keys, "red", 0.05, 0.075)
+    red = draw_outline(keys, "red", 0.05, 0.075)
     speed = uniform(keys, "speed", high=0.04)
-    spin = rolling(speed, shape, half)
-    put(stage, 0, shape=shape, half=half, x=x, y=top - half[:, 1], velocity_x=speed, spin=spin, nudge_x=0.04)
+    y = top - red.half_height
+    put(stage, 0, **red._asdict(), x=x, y=y, velocity_x=speed, spin=rolling(speed, red), nudge_x=0.04)
     edge = x + 0.2 + uniform(keys, "gap", high=0.35)
-    shape, half = draw_half(keys, "yellow", 0.05, 0.08)
-    put(stage, 1, shape=shape, half=half, x=edge + half[:, 0], y=FLOOR - half[:, 1])
+    yellow = draw_outline(keys, "yellow", 0.05, 0.08)
+    put_on_floor(stage, 1, yellow, edge + yellow.half_width)
     return stage
+
 
 # %% ../../nbs/worlds/physics.ipynb #stories-export
 STORIES = {
