@@ -5,63 +5,140 @@
 # %% ../../nbs/data/lists.ipynb #imports-export
 from __future__ import annotations
 
+import csv
+import json
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from ..checks import reading
 
 # %% auto #0
-__all__ = ['read_list', 'NameIndex', 'listed']
+__all__ = ['read_list', 'names_in_json', 'split_table', 'NameIndex', 'listed', 'find_listed']
 
 # %% ../../nbs/data/lists.ipynb #read-list-export
 def read_list(file: Path | str) -> list[str]:
-    "Lines of a text file that are not blank; a file that begins with a mark of UTF-16 is read as such"
+    "Lines of a text file or table that are not blank, or the names in a JSON file"
     with reading(file, "Save it as UTF-8"):
-        raw = Path(file).read_bytes()
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # Windows' `dir /b > train.txt` in PowerShell
-            text = raw.decode("utf-16")
-        else:
-            text = raw.decode("utf-8-sig", "surrogateescape")  # file names may hold any bytes
+        text = _read_text(Path(file))
+        if Path(file).suffix.lower() == ".json":
+            return names_in_json(json.loads(text))
     lines = [line.strip() for line in re.split("[\r\n]", text)]
     return [line for line in lines if line]
 
+
+def _read_text(file):
+    "A file as text; one that begins with a mark of UTF-16 is read as such"
+    raw = file.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # Windows' `dir /b > train.txt` in PowerShell
+        return raw.decode("utf-16")
+    return raw.decode("utf-8-sig", "surrogateescape")  # file names may hold any bytes
+
+# %% ../../nbs/data/lists.ipynb #json-export
+_NAME_KEYS = "file_name filename file_path filepath file image_path image img path name image_id id".split()
+_LIST_KEYS = "images frames items data samples".split()
+
+
+def names_in_json(content: Any) -> list[str]:
+    "Names of pictures in JSON: texts, entries with `file_name` or the like, lists of these, or keys"
+    if isinstance(content, str | int):
+        return [str(content)]
+    if isinstance(content, list):
+        if {str, int} <= set(map(type, content)):  # a row such as ["cats/0.png", 3, "cat"]
+            content = [part for part in content if isinstance(part, str)][:1]
+        return [name for part in content for name in names_in_json(part)]
+    if not isinstance(content, dict):
+        return []
+    for key in _NAME_KEYS:
+        if isinstance(content.get(key), str | int):
+            return [str(content[key])]
+    inner = [content[key] for key in _LIST_KEYS if isinstance(content.get(key), list)]
+    inner = inner[:1] or [value for value in content.values() if isinstance(value, list)]
+    return names_in_json(inner) if inner else list(content)
+
+# %% ../../nbs/data/lists.ipynb #table-export
+def _fields(line):
+    "Fields of a line of a table with commas, semicolons or tabs"
+    row = next(csv.reader([re.sub("[\t;]", ",", line)], skipinitialspace=True), [])
+    return [field.strip() for field in row]
+
+
+def split_table(
+    file: Path | str,  # .json, or a table as text
+    splits: Mapping[str, str],  # spelling of a split → its name
+) -> dict[str, list[str]]:
+    "Names or lines of each split, where one file tells the split of every picture; {} where it does not"
+    if Path(file).suffix.lower() == ".json":
+        with reading(file, "Save it as UTF-8"):
+            content = json.loads(_read_text(Path(file)))
+        keys = [key for key in content if key.lower() in splits] if isinstance(content, dict) else []
+        return {splits[key.lower()]: names_in_json(content[key]) for key in keys} if len(keys) > 1 else {}
+    lines = read_list(file)
+    for column in zip_longest(*map(_fields, lines), fillvalue=""):
+        told = [splits.get(word.lower()) for word in column]
+        if len(lines) > 1 and all(told[1:]):  # the first line may hold the headings
+            table = defaultdict(list)
+            for line, split in zip(lines, told):
+                table[split].append(line)
+            return {split: own for split, own in table.items() if split}
+    return {}
+
 # %% ../../nbs/data/lists.ipynb #readings-export
+_PICTURE = re.compile(r"\.(jpe?g|jpe|jfif|png|tiff?|bmp|webp|gif|p[pgbn]m|avif|hei[cf])$")
+
+
 def _without_ending(path):
     folder, slash, file = path.rpartition("/")
     stem, dot, _ = file.rpartition(".")
     return folder + slash + (stem if stem else file)
 
 
-def _names_in(line):
-    "Readings of a line, the longest first"
-    fields = [
-        line,
-        re.split(r"\s#|[\t,;]", line)[0],  # before a comment, or in a table
-        line.rsplit(maxsplit=1)[0],
-        line.split()[0],
-    ]
-    return [field.strip().strip("'\"") for field in fields]
+def _plain(path):
+    "A path in small letters, without the ending of a picture, letters with accents as one character"
+    return _PICTURE.sub("", unicodedata.normalize("NFC", path).casefold())
+
+
+def _readings(line):
+    "What of a line may be a name: all before a comment, all but a label, a word, a field of a table"
+    words = line.split()
+    without_last, without_first = line.rsplit(maxsplit=1)[0], line.split(maxsplit=1)[-1]
+    readings = [re.split(r"\s#", line)[0], without_last, without_first, words[0], words[-1], *_fields(line)]
+    return [reading.strip().strip("'\"") for reading in readings]
 
 # %% ../../nbs/data/lists.ipynb #index-export
 class NameIndex:
     "Finds names of a list among the paths of a set"
 
-    def __init__(self, paths: Sequence[str]):  # relative, with /
+    def __init__(
+        self,
+        paths: Sequence[str],  # relative, with /
+        shorten: Callable[[str], str] = _without_ending,  # what a path may be called besides
+    ):
         self.paths = paths
+        self.shorten = shorten
         self.whole = defaultdict(list)  # a path, with and without its ending → where it stands
         self.last = defaultdict(list)  # only its last part
         for i, path in enumerate(paths):
-            for name in {path, _without_ending(path)}:
+            for name in {path, shorten(path)}:
                 self.whole[name].append(i)
                 self.last[name.rpartition("/")[2]].append(i)
+        self.plain = None  # the index of plain paths, made where it is needed
 
     def find(self, name: str) -> list[int]:
-        "Positions of the paths that a name fits; [] for none"
+        "Positions of the paths that a name fits, if need be in other letters or with another ending; [] for none"
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
         if not parts:
             return []
+        if found := self._fits(parts):
+            return found
+        self.plain = self.plain or NameIndex([_plain(path) for path in self.paths], str)
+        return self.plain._fits(_plain("/".join(parts)).split("/"))
+
+    def _fits(self, parts):
         wanted = "/".join(parts)
         if wanted in self.whole:
             return self.whole[wanted]
@@ -76,20 +153,43 @@ class NameIndex:
         return []
 
     def _ends(self, i, end):
-        return self.paths[i].endswith(end) or _without_ending(self.paths[i]).endswith(end)
+        return self.paths[i].endswith(end) or self.shorten(self.paths[i]).endswith(end)
 
-    def find_line(self, line: str) -> list[int]:
-        "Positions of the paths that a line names: as a whole, or by what stands before a label or a comment"
-        found = (self.find(name) for name in _names_in(line))
-        return next(filter(None, found), [])
+    def find_lines(self, lines: Iterable[str]) -> dict[str, list[int]]:
+        "Positions of the paths that each line names: as a whole, or all at the place that fits best"
+        found = {line: self.find(line.strip("'\"")) for line in lines}
+        rest = [line for line, positions in found.items() if not (positions or line.startswith("#"))]
+        return found | self._find_at_one_place(rest)
+
+    def _find_at_one_place(self, lines):
+        "Positions by the same reading of every line: that with most endings, names and different pictures"
+        answers = []
+        for column in zip_longest(*map(_readings, lines), fillvalue=""):
+            found = [self.find(name) for name in column]
+            endings = sum(self._has_ending(name, at) for name, at in zip(column, found))
+            fit = endings, sum(map(bool, found)), len({at[0] for at in found if at})
+            answers.append((fit, found))
+        best = [found for fit, found in answers if fit == max(answers)[0]]
+        return {line: sorted(set().union(*at)) for line, *at in zip(lines, *best)}
+
+    def _has_ending(self, name, positions):
+        "Whether a name is written with the ending of the file that it fits"
+        return any(self.paths[i].endswith(name.rpartition(".")[2]) and "." in name for i in positions)
 
 # %% ../../nbs/data/lists.ipynb #listed-export
 def listed(
-    file: Path | str,  # a text file
+    file: Path | str,  # text, table or .json
     names: NameIndex,  # of the set's paths
 ) -> list[int]:
     "Positions of the paths that a list names, in its order; [] where it is no list; ValueError for missing pictures"
-    found = {line: names.find_line(line) for line in read_list(file)}
+    return find_listed(read_list(file), file, names)
+
+
+def find_listed(lines: Sequence[str], file: Path | str, names: NameIndex) -> list[int]:
+    "`listed` for lines, or names, that were read from the file"
+    found = names.find_lines(lines)
+    if lines and not found[lines[0]] and any(found.values()) and _is_heading(lines[0], file):
+        del found[lines[0]]
     missing = [line for line, positions in found.items() if not (positions or line.startswith("#"))]
     if len(missing) == len(found) and not any(_is_picture(line, names.paths) for line in missing):
         return []
@@ -104,7 +204,12 @@ def listed(
     return list(dict.fromkeys(i for positions in found.values() for i in positions))
 
 
+def _is_heading(line, file):
+    "Whether a line holds the headings of a table"
+    return Path(file).suffix.lower() in (".csv", ".tsv") and not re.search(r"\d|\.", line)
+
+
 def _is_picture(line, paths):
     "Whether a line has the ending of one of the paths"
     endings = {Path(path).suffix.lower() for path in paths} - {""}
-    return any(Path(name).suffix.lower() in endings for name in _names_in(line))
+    return any(Path(name).suffix.lower() in endings for name in _readings(line))
