@@ -311,3 +311,33 @@ def test_a_folder_of_nothing_but_heic_says_so(tmp_path):
 def test_n_that_cuts_a_folder_is_said(tmp_path):
     for i in range(30): save(tmp_path / f"p{i}.png")
     assert ImageFolder(tmp_path, n=20).taken.startswith("20 of 30 files (n=20 of the 30 in the split)")
+
+
+# -- label maps are no pictures ---------------------------------------------------------------------------------------
+
+LABELLED = {
+    "ADE20K": ("images/training/ADE_train_{}.jpg", "annotations/training/ADE_train_{}.png", "L"), "VOC": ("JPEGImages/2007_{}.jpg", "SegmentationClass/2007_{}.png", "P"), "Cityscapes": ("leftImg8bit/train/aachen/aachen_{}_leftImg8bit.png", "gtFine/train/aachen/aachen_{}_gtFine_labelIds.png", "L"),
+    "colours of Cityscapes": ("leftImg8bit/train/aachen/aachen_{}_leftImg8bit.png", "gtFine/train/aachen/aachen_{}_gtFine_color.png", "RGB"), "pairs": ("{}.png", "{}_mask.png", "1"), "pets": ("images/pet_{}.jpg", "annotations/trimaps/pet_{}.png", "L"),
+    "old ADE20K": ("training/a/abbey/ADE_train_{}.jpg", "training/a/abbey/ADE_train_{}_seg.png", "RGB"), "sixteen bits": ("img/{}.tif", "labels/{}.tif", "I;16"), "no words": ("images/{}.png", "ground_truth/{}.png", "P"),
+}
+
+
+@pytest.mark.parametrize("layout", LABELLED)
+def test_label_maps_beside_pictures_are_left_out_and_counted(tmp_path, layout):
+    *names, mode = LABELLED[layout]
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 255, (24, 24, 3), np.uint8)
+        labels = Image.new(mode, (24, 24), (20, 40 * i, 0) if mode == "RGB" else i % 2)
+        for name, picture in zip(names, (Image.fromarray(noise), labels)):
+            (tmp_path / name.format(i)).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / name.format(i))
+    data = ImageFolder(tmp_path)
+    assert data.files == sorted(names[0].format(i) for i in range(4)) and "4 of 8 files, 4 label maps skipped" in data.taken
+    assert len(ImageFolder(tmp_path / names[1].format(0).split("/")[0])) == 4 if "/" in names[1] and names[0].split("/")[0] != names[1].split("/")[0] else True  # who names that folder wants them
+
+
+@pytest.mark.parametrize("folders", [("mask", "no_mask"), ("with_mask", "without_mask"), ("labels", "boxes")])
+def test_photographs_in_a_class_that_is_called_mask_are_pictures(tmp_path, folders):
+    for name in folders:
+        for i in range(4): save(tmp_path / name / f"{i}.png") and Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 24, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
+    assert len(ImageFolder(tmp_path)) == 8

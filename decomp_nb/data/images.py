@@ -21,6 +21,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from ..checks import printable, reading
+from .label_maps import find_label_maps
 from .reader import Reader, choose_split, evenly, name_words, split_name, subsample
 
 # %% auto #0
@@ -272,7 +273,9 @@ def find_images(path: Path | str, pattern: str = "*") -> FoundImages:
     skipped["links to the same file"] = len(links) - len(new)
     del skipped["hidden"]
     taken = sorted(file.relative_to(path).as_posix() for file in files + new)
-    return FoundImages(taken, +skipped)
+    labels = find_label_maps(path, taken) if pattern == "*" else set()
+    skipped["label maps"] = len(labels)
+    return FoundImages([file for file in taken if file not in labels], +skipped)
 
 # %% ../../nbs/data/images.ipynb #find-images-parts
 def _new_targets(files, links):
