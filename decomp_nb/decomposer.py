@@ -21,8 +21,8 @@ from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .checks import check_pictures
-from .factors import Factors, _join
+from .checks import check_pictures, check_weights, kind_of_file
+from .factors import Factors, _join, check_factors
 
 # %% auto #0
 __all__ = ['sample', 'Frozen', 'current_names', 'renamed_arguments', 'old_name', 'VersionedConfig', 'StrictModel', 'fingerprint',
@@ -213,6 +213,7 @@ def _load_strictly(cls: type, load: Callable, path: str | Path, **kwargs):
     wrong = {key: sorted(map(str, names))[:6] for key, names in found.items() if names}
     if wrong:
         raise ValueError(f"the weights in {path} do not fit {cls.__name__}: {wrong}")
+    check_weights(model.state_dict(), path)
     return (model, info) if show_info else model
 
 
@@ -230,6 +231,9 @@ def _check_folder(cls: type, path: str | Path) -> None:
         raise ValueError(f"{path} holds a {name}, not a {cls.__name__}: {advice}")
     if not any(folder.glob("*.safetensors*")):
         raise FileNotFoundError(f"no .safetensors weights in {path}: nothing else is read (nothing is unpickled)")
+    for file in folder.glob("*.safetensors"):
+        if (kind := kind_of_file(file)) != "safetensors":
+            raise ValueError(f"{file} cannot be read: it is no weight file but {kind}")
 
 
 def _read_config(folder: Path) -> dict:
@@ -256,15 +260,24 @@ def _encode_frames(encode: Callable) -> Callable:
     def wrapped(self, images, *args, **options):
         if not (self.training or torch.compiler.is_compiling()):  # training data is checked before training
             check_pictures(images)
+            _check_type(images, next((p.dtype for p in self.parameters()), None))
         if images.dim() == 4 or self.tracks:
             return encode(self, images, *args, **options)
         return encode(self, images.flatten(0, 1), *args, **options).unfold_time(images.shape[1])
     return wrapped
 
 
+def _check_type(images: Tensor, dtype: torch.dtype | None) -> None:
+    "ValueError for float64 pictures, which NumPy makes, where the model computes in less"
+    if images.dtype == torch.float64 and dtype not in (None, torch.float64):
+        raise ValueError(f"images are torch.float64, but the model computes in {dtype}: pass images.float()")
+
+
 def _decode_frames(decode: Callable) -> Callable:
     @wraps(decode)
     def wrapped(self, factors, *args, **options):
+        if not torch.compiler.is_compiling():
+            check_factors(factors, finite=True)
         if factors.codes.dim() == 3:
             return decode(self, factors, *args, **options)
         b, t = factors.codes.shape[:2]

@@ -435,3 +435,53 @@ def test_edits_know_one_row_of_background_only(tmp_path):
     file = write_edits(tmp_path / "edits.h5")
     open_dataset(file, split="all").check()
     with pytest.raises(ValueError, match="edits.h5: n_background=2"): open_dataset(edit(file, lambda f: f.attrs.update(n_background=2)), split="all")
+
+
+# -- entries of COCO and VOC that mean something else -----------------------------------------------------------------
+
+def coco_item(folder): return CocoScenes(folder, 40)[0]
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: [a.update(image_id=str(a["image_id"])) for a in c["annotations"]], lambda c: [p.update(id=str(p["id"])) for p in c["images"]], lambda c: [a.update(iscrowd=str(a["iscrowd"])) for a in c["annotations"]],
+    lambda c: [a.update(iscrowd=bool(a["iscrowd"])) for a in c["annotations"]], lambda c: [a.update(category_id=str(a["category_id"])) for a in c["annotations"]], lambda c: [p.update(width=str(p["width"]), height=float(p["height"])) for p in c["images"]],
+    lambda c: [a.pop("iscrowd") for a in c["annotations"] if not a["iscrowd"]],
+], ids=["image_id", "id", "iscrowd", "bool", "category_id", "sizes", "none"])
+def test_numbers_of_coco_that_are_texts_mean_the_same(tmp_path, change):
+    plain = CocoScenes(write_coco(tmp_path / "a"), 40)[0]
+    edit_json(write_coco(tmp_path / "b") / "annotations/instances_val2017.json", change)
+    other = CocoScenes(tmp_path / "b", 40)[0]
+    assert plain["masks"].equal(other["masks"]) and plain["ignore"].equal(other["ignore"]) and plain["labels"]["class"].equal(other["labels"]["class"]) and other["masks"].max() == 2
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda c: c["annotations"][0].update(segmentation=[[0.3, 0.25, 0.6, 0.25, 0.6, 0.75]]), "annotation 1: a polygon lies between 0.25 and 0.75, in shares of the sides: multiply x by 64 and y by 40"),
+    (lambda c: c["annotations"][0].update(segmentation=[[3, float("nan"), 9, 9, 20, 30]]), "annotation 1: a polygon holds NaN"), (lambda c: c["annotations"][0].update(iscrowd="no"), "iscrowd is 'no', expected is 0 or 1"),
+    (lambda c: [a.update(image_id="000000000003.jpg") for a in c["annotations"]], "all annotations have an image_id, such as '000000000003.jpg', that no picture has"), (lambda c: c["images"].append(dict(c["images"][0])), "two pictures have the id 5"),
+], ids=["shares", "nan", "iscrowd", "no picture", "twice"])
+def test_entries_of_coco_that_mean_nothing_are_refused(tmp_path, change, match):
+    coco = write_coco(tmp_path)
+    edit_json(coco / "annotations/instances_val2017.json", change)
+    with pytest.raises(ValueError, match=match) as error: CocoScenes(coco, 20).check()
+    assert "instances_val2017.json" in str(error.value)
+
+
+def test_annotations_of_pictures_that_are_not_listed_are_counted(tmp_path):
+    coco = write_coco(tmp_path)
+    edit_json(coco / "annotations/instances_val2017.json", lambda c: c["annotations"].append(dict(c["annotations"][0], id=9, image_id=77)))
+    with pytest.warns(UserWarning, match="1 annotations belong to 1 pictures that 'images' does not list, such as image_id '77'"): assert CocoScenes(coco, 20).check() == 2
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("change, match", [
+    (lambda c, o: (np.roll(c, 9, 0), o), "of object 1, .* are background in the class map.*contradict"), (lambda c, o: (np.where(c == 7, 0, c), o), "of object 2"), (lambda c, o: (c, np.where(o == 2, 0, o)), "pixels have a class but no object"),
+    (lambda c, o: (np.where(o == 1, 1 + np.arange(50)[:, None] % 4, c), o), "no class has half of them"),
+], ids=["shifted", "no class", "no object", "several classes"])
+def test_maps_of_voc_that_contradict_each_other_are_named(tmp_path, change, match):
+    from small_data import save_palette
+    voc = write_voc(tmp_path, "original")
+    files = [voc / kind / "2007_000001.png" for kind in ("SegmentationClass", "SegmentationObject")]
+    VocScenes(voc, 24).check()
+    maps = [np.array(Image.open(file)) for file in files]
+    for file, values in zip(files, change(*maps)): save_palette(values.astype(np.uint8), file)
+    with pytest.raises(ValueError, match=f"2007_000001: .*{match}"): VocScenes(voc, 24).check()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..checks import printable, reading
 from .label_maps import find_label_maps
-from .reader import Reader, choose_split, evenly, name_words, split_name, subsample
+from .reader import Reader, check_levels, choose_split, evenly, name_words, split_name, subsample
 
 # %% auto #0
 __all__ = ['turn_upright', 'to_rgb', 'grey_levels', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'read_annotated',
@@ -79,12 +79,15 @@ def grey_levels(grey: np.ndarray, mode: str, is_png: bool = False) -> tuple[floa
     white = 1 if mode == "F" and high <= 1.001 else 255  # some were computed, and are a little above 1
     if mode.startswith("I;16") or is_png or high > 255:
         white = 65535  # PNG keeps greys above 8 bits as 16
-    unlikely = {255: high < 32, 65535: high < 4096}.get(white, False)  # next to black
-    if low < 0 or high > 65535 or high > 0 and unlikely:
-        need = "pass levels=(black, white), such as (0, 4095) for 12 bits, or save it with 8 bits"
+    least = white / 4  # a picture with nothing lighter is rarer than 10, 12 or 14 bits in 16
+    if mode == "F" and white > 1 or mode == "I" and white > 255 and not is_png:
+        least = white / 2  # floats may end at 100, and signed numbers of 16 bits at 32,767
+    if low < 0 or high > 65535 or 0 < high < least:
+        need = f"pass levels=(black, white), such as (0, 4095) for 12 bits, (0, {white}) if it is so dark"
         seen = f"its greys go from {low:g} to {high:g}, and nothing says which numbers are black and white"
-        raise ValueError(f"{seen}: {need}")
+        raise ValueError(f"{seen}: {need}, or save it with 8 bits")
     return 0, white
+
 
 
 def _eight_bits(picture, levels):
@@ -93,6 +96,8 @@ def _eight_bits(picture, levels):
         count = (~np.isfinite(grey)).sum()
         raise ValueError(f"{count} of its {grey.size} greys are NaN or infinite: give them a value")
     is_png = getattr(picture, "format", None) == "PNG"
+    if levels is not None:
+        check_levels(levels)
     black, white = levels or grey_levels(grey, picture.mode, is_png)
     scaled = ((grey - black) * (255 / (white - black))).round().clip(0, 255)
     return Image.fromarray(scaled.astype(np.uint8))

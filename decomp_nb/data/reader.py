@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import wraps
+from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +22,7 @@ from .lists import NameIndex, find_listed, listed, read_list, split_table
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'Lists', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'split_lists',
-           'check_unread_lists', 'choose_split', 'subsample', 'evenly', 'Reader']
+           'check_unread_lists', 'choose_split', 'subsample', 'evenly', 'check_arguments', 'check_levels', 'Reader']
 
 # %% ../../nbs/data/reader.ipynb #split-name-export
 SPLIT_NAMES = {
@@ -325,11 +329,55 @@ def evenly(count: int, n: int | None) -> list[int]:
     spread = np.linspace(0, count - 1, min(n, count)).round().astype(int)
     return sorted(set(spread.tolist()))
 
+# %% ../../nbs/data/reader.ipynb #arguments-export
+_COUNTS = set("size n max_objects min_size clip_length frame_step hop n_frames frame_offset max_frames limit".split())
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    "ValueError for an argument, other than None, that no reader can use: counts, `crop`, `levels`"
+    for name, value in given.items():
+        if value is not None and name in _COUNTS and not _is_count(value):
+            raise ValueError(f"{name}={value!r}: expected is a whole number, at least 1")
+    crop = given.get("crop")
+    box = isinstance(crop, Sequence) and len(crop) == 3 and all(map(_is_whole, crop))
+    if crop is not None and not (_is_count(crop) or box):
+        raise ValueError(f"crop={crop!r}: expected is the side of a square, or (top, left, side), in pixels")
+    if given.get("levels") is not None:
+        check_levels(given["levels"])
+
+
+def _is_whole(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_count(value):
+    return _is_whole(value) and value >= 1
+
+
+def check_levels(levels: Sequence[float]) -> None:
+    "ValueError unless these are two numbers, black below white"
+    two = isinstance(levels, Sequence) and len(levels) == 2 and all(isinstance(level, Real) for level in levels)
+    if not two or not np.isfinite(levels).all() or levels[0] >= levels[1]:
+        raise ValueError(f"levels={levels!r}: expected are two numbers (black, white), the smaller one first")
+
+
+def _with_checked_arguments(cls, init):
+    "A constructor that checks what a user gives it, not what a subclass passes on"
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def wrapped(self, *args, **options):
+        if type(self) is cls:
+            check_arguments(signature.bind_partial(self, *args, **options).arguments)
+        init(self, *args, **options)
+    return wrapped
+
 # %% ../../nbs/data/reader.ipynb #reader-export
 class Reader:
     """What all readers of files share.
 
     A reader sets `path`, `size`, `split` and `index`, which holds what finds each item, and defines `__getitem__`.
+    What it is given is checked before it looks at any file, see `check_arguments`.
     """
 
     path: Path
@@ -339,6 +387,12 @@ class Reader:
     items = "images"  # what one reads
     limit = ""  # what else to say of them
     taken = ""  # how many of how many files it took, and why; "" where nothing was left out
+
+    def __init_subclass__(cls, **kwargs):
+        "The constructor of every reader refuses arguments that no reader can use"
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _with_checked_arguments(cls, cls.__init__)
 
     def __len__(self) -> int:
         return len(self.index)
