@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['SIGNATURES', 'OLD_TORCH', 'UnitRangeWarning', 'value_range', 'in_unit_range', 'check_range', 'check_pictures',
-           'as_labels', 'check_finite', 'reading', 'printable', 'check_weights', 'kind_of_zip', 'kind_of_file']
+           'as_labels', 'check_finite', 'reading', 'printable', 'check_weights', 'kind_of_zip', 'kind_of_file',
+           'check_weight_file']
 
 # %% ../nbs/checks.ipynb #pictures-export
 class UnitRangeWarning(UserWarning):
@@ -59,6 +60,7 @@ def check_pictures(
     images: Tensor,  # `(b,3,h,w)` or clips `(b,t,3,h,w)`
     name: str = "images",  # how to call them in the error
     limit: float = 1.5,  # largest value: enlarged and generated pictures overshoot a little
+    dtype: torch.dtype | None = None,  # what the model computes in; NumPy makes float64
 ) -> None:
     "ValueError unless these are float pictures or clips in [−1,1]; see `check_range` for those that look like [0,1]"
     if not isinstance(images, Tensor):
@@ -69,6 +71,8 @@ def check_pictures(
         raise ValueError(f"{found}, expected are pictures (b,3,h,w) or clips (b,t,3,h,w){hint}")
     if not images.is_floating_point():
         raise ValueError(f"{found}, expected are floats in [−1,1]: pass x / 127.5 - 1")
+    if images.dtype == torch.float64 and dtype not in (None, torch.float64):
+        raise ValueError(f"{name} are torch.float64, but the model computes in {dtype}: pass {name}.float()")
     if images.numel() and images.device.type != "meta":
         check_range(*value_range(images), name, limit)
 
@@ -87,8 +91,16 @@ def as_labels(
     if labels.dim() < 3:
         found = f"{name} labels are {tuple(labels.shape)}, expected are maps (b,h,w) or (b,t,h,w)"
         raise ValueError(f"{found}: add a batch axis with [None]")
+    if labels.dim() == 4 and labels.shape[1] > 1 and labels.numel() and _is_one_hot(labels):
+        found = f"{name} labels {tuple(labels.shape)} are 0 and 1, and 1 once in each pixel: they look like masks"
+        raise ValueError(f"{found} (b,k,h,w): pass their labels, x.argmax(1)")
     signed = labels.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
     return labels if signed else labels.to(torch.int64)
+
+
+def _is_one_hot(labels):
+    "Whether axis 1 holds a 1 in every place, and else 0"
+    return bool(labels.min() >= 0 and labels.max() == 1 and (labels.sum(1) == 1).all())
 
 
 def check_finite(values: Tensor, name: str) -> None:
@@ -176,3 +188,11 @@ def kind_of_file(path: Path) -> str:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     unknown = "" if head.startswith(b"\x80") else f"something unknown that begins with {ascii(text[:16])}"
     return next((words for start, words in SIGNATURES.items() if text.startswith(start)), unknown)
+
+
+def check_weight_file(path: Path, kinds: Sequence[str] = ("safetensors", "torch", "")) -> str:
+    "Kind of a file of weights; ValueError that says what a file of any other kind is"
+    kind = kind_of_file(path)
+    if kind not in kinds:
+        raise ValueError(f"{path} cannot be read: it is no weight file but {kind}")
+    return kind

@@ -21,7 +21,7 @@ from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .checks import check_pictures, check_weights, kind_of_file
+from .checks import check_pictures, check_weight_file, check_weights
 from .factors import Factors, _join, check_factors
 
 # %% auto #0
@@ -232,10 +232,9 @@ def _check_folder(cls: type, path: str | Path) -> None:
     if not any(folder.glob("*.safetensors*")):
         raise FileNotFoundError(f"no .safetensors weights in {path}: nothing else is read (nothing is unpickled)")
     for file in folder.glob("*.safetensors"):
-        if (kind := kind_of_file(file)) != "safetensors":
-            raise ValueError(f"{file} cannot be read: it is no weight file but {kind}")
+        check_weight_file(file, ("safetensors",))
 
-
+# %% ../nbs/decomposer.ipynb #read-config-export
 def _read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
@@ -259,18 +258,11 @@ def _encode_frames(encode: Callable) -> Callable:
     @wraps(encode)
     def wrapped(self, images, *args, **options):
         if not (self.training or torch.compiler.is_compiling()):  # training data is checked before training
-            check_pictures(images)
-            _check_type(images, next((p.dtype for p in self.parameters()), None))
+            check_pictures(images, dtype=next((p.dtype for p in self.parameters()), None))
         if images.dim() == 4 or self.tracks:
             return encode(self, images, *args, **options)
         return encode(self, images.flatten(0, 1), *args, **options).unfold_time(images.shape[1])
     return wrapped
-
-
-def _check_type(images: Tensor, dtype: torch.dtype | None) -> None:
-    "ValueError for float64 pictures, which NumPy makes, where the model computes in less"
-    if images.dtype == torch.float64 and dtype not in (None, torch.float64):
-        raise ValueError(f"images are torch.float64, but the model computes in {dtype}: pass images.float()")
 
 
 def _decode_frames(decode: Callable) -> Callable:
@@ -290,7 +282,7 @@ def _decode_frames(decode: Callable) -> Callable:
         return decode(self, factors.fold_time(), *args, **options).unflatten(0, (b, t))
     return wrapped
 
-
+# %% ../nbs/decomposer.ipynb #clips-noise-export
 def _draw_noise(model: Method, size: tuple[int, int], share: str, generator: torch.Generator | None) -> Tensor:
     "Start noise `(b,t,c,h,w)` of clips, one for each clip, frame or batch"
     drawn = dict(clip=(size[0], 1), frame=size, batch=(1, 1))

@@ -98,7 +98,7 @@ def _picture_numbers(index: Index, n: int) -> slice | Tensor:
         raise IndexError(f"pictures are chosen by numbers (n,), not by {numbers.dtype} {tuple(numbers.shape)}")
     return numbers if numbers.dtype == torch.bool else numbers.long()
 
-
+# %% ../nbs/factors.ipynb #factors-positions-export
 def _positions(index: Index, k: int) -> Tensor:
     "Numbers of factors as a tensor `(n,)`, none of them negative; `(b,n)` stays as it is"
     if isinstance(index, bool):

@@ -365,3 +365,21 @@ def test_weights_that_are_nan_are_not_loaded(tmp_path):
     save_file(state | {name: state[name] * torch.nan}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=f"1 of .* tensors of .*model hold NaN, such as {name}: the training that made them failed"): load_decomposer(folder)
     with pytest.raises(ValueError, match=f"hold NaN, such as {name}"): read_weights(file)
+
+
+# -- label maps in another order --------------------------------------------------------------------------------------
+
+def test_one_hot_masks_are_no_clips_of_labels():
+    hot = torch.nn.functional.one_hot(TRUE, 4).movedim(-1, 1)
+    for call in (lambda: seg.ari(hot, hot), lambda: seg.ari(hot.numpy().astype(bool), hot)):
+        with pytest.raises(ValueError, match=r"true labels \(3, 4, 8, 8\) are 0 and 1, and 1 once in each pixel.*argmax\(1\)"): call()
+    clip = torch.stack([TRUE, TRUE], 1)
+    assert seg.ari(clip.clamp(max=1), clip.clamp(max=1)).tolist() == [1, 1, 1]
+
+
+def test_soft_masks_with_slots_last_are_refused():
+    with pytest.raises(ValueError, match=r"soft masks \(3, 8, 8, 5\) are 8×5, the labels are 8×8: expected is \(b,k,h,w\)"): seg.segmentation_scores(TRUE, torch.rand(3, 8, 8, 5))
+
+
+def test_shares_of_ignoring_are_refused():
+    with pytest.raises(ValueError, match="ignore is torch.float32, expected is bool"): seg.ari(TRUE, TRUE, ignore=torch.rand(3, 8, 8))

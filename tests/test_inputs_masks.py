@@ -373,7 +373,9 @@ def test_indices_of_clevrtex_that_are_off_by_one_are_named(tmp_path, index, matc
 
 def test_objects_of_hdf5_that_are_said_not_to_be_there_are_named(tmp_path):
     file = edit(write_scenes(tmp_path / "a.h5"), lambda f: f["visibility"].write_direct(np.array([[1.0, 1, 0, 0, 0]] * 12, np.float32)))
-    with pytest.raises(ValueError, match=r"a.h5: 'mask'\[0\] has labels \[2\], but the objects listed beside it are \[1\]"): H5Scenes(file)[0]
+    with pytest.warns(UserWarning, match=r"a.h5: 'mask' shows objects whose 'visibility' is 0: they are taken as background"): assert H5Scenes(file)[0]["masks"].max() == 1
+    shifted = edit(write_scenes(tmp_path / "b.h5"), lambda f: replace(f, "mask", f["mask"][:] + 1))
+    with pytest.warns(UserWarning, match="b.h5.*are the labels its rows, counted from 0"): H5Scenes(shifted)[0]
 
 
 @pytest.mark.parametrize("count, match", [(0, "if label 0 is an object, store all labels one higher"), (5, "expected is 1…4, so that one of its 5 rows"), (-1, "n_background=-1"), (1.5, "n_background=1.5")])
@@ -485,3 +487,30 @@ def test_maps_of_voc_that_contradict_each_other_are_named(tmp_path, change, matc
     maps = [np.array(Image.open(file)) for file in files]
     for file, values in zip(files, change(*maps)): save_palette(values.astype(np.uint8), file)
     with pytest.raises(ValueError, match=f"2007_000001: .*{match}"): VocScenes(voc, 24).check()
+
+
+# -- further finds ----------------------------------------------------------------------------------------------------
+
+def test_label_maps_stored_as_jpeg_are_refused_and_grey_ones_in_three_channels_read(tmp_path):
+    labels = np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2), np.ones((8, 8), np.uint8))
+    Image.fromarray(labels).save(tmp_path / "a.png", "JPEG")
+    with pytest.raises(ValueError, match="a.png: it is a JPEG, which invents labels"): read_labels(tmp_path / "a.png")
+    for alpha in (3, 4): 
+        Image.fromarray(np.stack([labels, labels, labels, labels * 0 + 255][:alpha], -1)).save(tmp_path / "b.png")
+        assert (read_labels(tmp_path / "b.png") == labels).all()
+
+
+def test_pictures_of_three_pixels_are_axes_in_another_order(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as f: f["image"] = np.zeros((4, 24, 24, 3, 3), np.uint8)
+    with pytest.raises(ValueError, match="a.h5: 'image' .* are pictures of 24×3: its axes stand in another order"): H5Scenes(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("row, ok", [(1, False), (4, True)], ids=["there", "not there"])
+def test_labels_that_are_nan_are_found_before_training(tmp_path, row, ok):
+    def change(f):
+        places = f["pixel_coords"][:]
+        places[0, row] = np.nan
+        f["pixel_coords"][...] = places
+    data = H5Scenes(edit(write_scenes(tmp_path / "a.h5"), change))
+    if ok: return validate_dataset(data)
+    with pytest.raises(ValueError, match="label 'pixel_coords' of .*a.h5.* holds NaN"): validate_dataset(data)

@@ -397,3 +397,36 @@ def test_a_class_keeps_its_number_where_one_split_lacks_it(tmp_path, lacking):
     with pytest.warns(UserWarning, match=f"there is no .*{lacking}/dog: split='{lacking}' has no pictures of that class"): found = class_folders(tmp_path, n_per_class=1, size=8, split=lacking)
     assert found["names"] == whole["names"] == ["cat", "dog", "owl"] and whole["label"].tolist() == [0, 1, 2] and found["label"].tolist() == [0, 2]
     assert all(f"/{found['names'][label]}/" in path for label, path in zip(found["label"], found["paths"]))
+
+
+# -- further finds ----------------------------------------------------------------------------------------------------
+
+def noise(i=0, size=(24, 24, 3)): return Image.fromarray(np.random.default_rng(i).integers(0, 255, size, np.uint8))
+
+
+def test_black_and_white_jpegs_beside_pictures_are_masks_and_grey_photographs_are_not(tmp_path):
+    for folder in ("images", "masks", "labels"): (tmp_path / folder).mkdir()
+    for i in range(4):
+        noise(i).save(tmp_path / "images" / f"{i}.jpg")
+        noise(i, (24, 24)).save(tmp_path / "labels" / f"{i}.jpg")
+        Image.fromarray(np.kron(np.eye(3, dtype=np.uint8) * 255, np.ones((8, 8), np.uint8))).save(tmp_path / "masks" / f"{i}.jpg", quality=90)
+    assert {file.split("/")[0] for file in ImageFolder(tmp_path).files} == {"images", "labels"}
+
+
+def test_one_picture_in_two_formats_lies_in_one_split(tmp_path):
+    for i in range(40):
+        for suffix in ("jpg", "png"): noise(i).save(tmp_path / f"{i}.{suffix}")
+    train, val = (ImageFolder(tmp_path, split=s) for s in ("train", "val"))
+    assert not {f.split(".")[0] for f in train.files} & {f.split(".")[0] for f in val.files} and len(val) == 4
+    assert "split by hash of names without their endings, since some occur twice" in val.taken
+
+
+def test_sets_that_are_very_dark_are_spoken_of(tmp_path):
+    for i in range(3): Image.fromarray(np.random.default_rng(i).integers(0, 16, (16, 16, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    with pytest.warns(UserWarning, match="are very dark: the lightest value is -0.8.*10, 12 or 14 bits in 16"): validate_dataset(ImageFolder(tmp_path, 16))
+
+
+def test_animated_png_are_counted_among_those_with_several_frames(tmp_path):
+    noise().save(tmp_path / "a.png", save_all=True, append_images=[noise(1)])
+    for i in range(3): noise(i).save(tmp_path / f"{i}.png")
+    assert "several frames in 1 of 4 .png: the first is read" in ImageFolder(tmp_path).taken

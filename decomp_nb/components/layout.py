@@ -170,16 +170,21 @@ class LayoutMaps(nn.Module):
 def _check_layout(factors):
     "ValueError for codes with no room for a layout, or, where there are masks, with outlines that are not theirs"
     room = math.isqrt(max(factors.codes.shape[-1] - 3, 0))
-    fits = [1.0] if factors.masks is None else [_outline_fit(factors, window) for window in range(2, min(room, 16) + 1)]
-    if room < 2 or max(fits) < 0.5:
-        raise ValueError(f"codes {tuple(factors.codes.shape)} hold no layout: encode with a model that shows layouts")
+    windows = range(2, min(room, 16) + 1)
+    fits = [1.0]
+    if factors.masks is not None:
+        fits = [_outline_fit(factors, window) for window in windows]
+    if not windows or max(fits) < 0.5:
+        shape = tuple(factors.codes.shape)
+        raise ValueError(f"codes {shape} hold no layout: encode with a model that shows layouts")
 
 
 def _outline_fit(factors, window):
     "Correlation of the outlines in codes with those of the masks"
     shares = factors.masks.flatten(0, -4).float()
-    numbers = factors.codes.flatten(0, -3)[..., 3:layout_dim(window)].float()
-    both = torch.stack([own_window(shares, window).flatten(), numbers.flatten()])
+    seen = own_window(shares, window)
+    written = factors.codes[..., 3:layout_dim(window)]
+    both = torch.stack([seen.flatten(), written.flatten().float()])
     return torch.corrcoef(both)[0, 1].item()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_weights, kind_of_file
+from ..checks import check_weight_file, check_weights
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'foreign', 'open_weights', 'unwrapped', 'plain_names', 'read_weights', 'read_json', 'file_name']
@@ -29,9 +29,7 @@ def foreign(error: Exception) -> str:
 
 def open_weights(path: Path) -> Any:
     "What a safetensors or PyTorch file holds; a `ValueError` says what any other file is"
-    kind = kind_of_file(path)
-    if kind not in ("safetensors", "torch", ""):
-        raise ValueError(f"{path} cannot be read: it is no weight file but {kind}")
+    kind = check_weight_file(path)
     try:
         if kind == "safetensors":
             from safetensors.torch import load_file

@@ -98,7 +98,7 @@ def _read_square(path, size, center_crop):
         picture = picture.crop((left, top, left + side, top + side))
     return to_image_tensor(picture.resize((size, size), Image.BICUBIC))
 
-
+# %% ../../nbs/data/class_folders.ipynb #class-folders-export
 def class_folders(
     roots: str | Path | Sequence[str | Path],   # one root for all, or one per class
     names: Sequence[str] | None = None,         # class folders; None for all of a root, in alphabetical order

@@ -110,7 +110,7 @@ class LazyH5:
 
 # %% ../../nbs/data/hdf5.ipynb #stored-split-export
 def stored_split(file, split: str, rows: int | None = None) -> list[int] | None:
-    "Positions (among `rows` pictures) that the file itself gives to `split`; None where it has no splits, ValueError where none is left"
+    "Rows (of `rows` pictures) that the file itself gives to `split`; None where it has no splits, else ValueError"
     if "split" not in file:
         return None
     stored = _stored_names(file, rows)

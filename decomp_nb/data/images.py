@@ -327,7 +327,7 @@ def taken_of(
     return f"{line}{skipped}; {how}"
 
 # %% ../../nbs/data/images.ipynb #frames-export
-_MAY_HOLD_FRAMES = {".gif", ".tif", ".tiff", ".webp", ".apng", ".avif"}
+_MAY_HOLD_FRAMES = {".png", ".gif", ".tif", ".tiff", ".webp", ".apng", ".avif"}
 
 
 def has_frames(file: Path | str) -> bool:
@@ -341,14 +341,14 @@ def has_frames(file: Path | str) -> bool:
 
 
 def frames_note(folder: Path, files: Sequence[str]) -> str:
-    "`; several frames in 3 of 5 .gif: the first is read`, or nothing; looks at up to 500 files"
-    possible = [file for file in files if Path(file).suffix.lower() in _MAY_HOLD_FRAMES]
-    looked_at = [possible[i] for i in evenly(len(possible), 500)] if possible else []
-    count = sum(has_frames(folder / file) for file in looked_at)
-    if not count:
-        return ""
-    kinds = " and ".join(sorted({Path(file).suffix.lower() for file in looked_at}))
-    return f"; several frames in {count:,} of {len(looked_at):,} {kinds}: the first is read"
+    "`; several frames in 3 of 5 .gif: the first is read`, or nothing; looks at up to 500 files of each kind"
+    counts = []
+    for kind in sorted(_MAY_HOLD_FRAMES):
+        possible = [file for file in files if Path(file).suffix.lower() == kind]
+        looked_at = [possible[i] for i in evenly(len(possible), 500)] if possible else []
+        if count := sum(has_frames(folder / file) for file in looked_at):
+            counts.append(f"{count:,} of {len(looked_at):,} {kind}")
+    return f"; several frames in {' and '.join(counts)}: the first is read" if counts else ""
 
 # %% ../../nbs/data/images.ipynb #some-images-export
 def list_images(path: Path | str, pattern: str = "*") -> list[str]:
@@ -375,6 +375,9 @@ def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]
         raise ValueError(f"group_by={group_by!r} is unknown: use 'file' or 'folder'")
     if group_by is None:
         group_by = "folder" if _are_frames(paths) else "file"
+        stems = [Path(p).with_suffix("").as_posix() for p in paths]
+        if group_by == "file" and len(set(stems)) < len(stems):  # one picture in two formats
+            return stems
     if group_by == "file":
         return list(paths)
     return [Path(p).parent.as_posix() for p in paths]
@@ -386,6 +389,8 @@ def choose_images(files: Sequence[str], split: str, path: Path, group_by: str | 
     chosen, how = choose_split(files, split, path, groups)
     if groups != list(files) and how.startswith("split by hash"):
         how = "split by hash of folders, whose numbered pictures are taken for frames of a video"
+        if group_by is None and not _are_frames(files):
+            how = "split by hash of names without their endings, since some occur twice"
     return [files[i] for i in chosen], how
 
 

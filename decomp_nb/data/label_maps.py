@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image
 
 from .reader import evenly, name_words
@@ -18,10 +19,10 @@ from .reader import evenly, name_words
 __all__ = ['picture_name', 'has_label_colours', 'find_label_maps']
 
 # %% ../../nbs/data/label_maps.ipynb #words-export
-_FOLDERS = set("annotation annotations mask masks label labels seg segmentation segmentations gt truth groundtruth".split())
-_ENDING = re.compile(r"[-_. ](masks?|seg|segm|segmentation|labels?|label_?(train)?ids?|instance_?ids?|gt|gt_?fine|gt_?coarse"
-                     r"|annotations?|color|parts_\d+|left_?img8bit|image|img|rgb)$", re.IGNORECASE)
-_LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif", ".heic", ".avif"}  # colours would not survive
+_FOLDERS = set("annotation annotations mask masks label labels seg segmentation segmentations gt truth groundtruth "
+               "depth disparity".split())
+_WORDS = r"masks?|seg|segm|segmentation|labels?|label_?(train)?ids?|instance_?ids?|gt|gt_?fine|gt_?coarse|annotations?"
+_ENDING = re.compile(rf"[-_. ]({_WORDS}|color|parts_\d+|left_?img8bit|image|img|rgb)$", re.IGNORECASE)
 
 
 def picture_name(path: str) -> str:
@@ -37,8 +38,6 @@ def picture_name(path: str) -> str:
 def _group(path):
     "The folder, or the ending of the name, that says that a file is a label map; None where neither does"
     *folders, _ = PurePosixPath(path).parts
-    if PurePosixPath(path).suffix.lower() in _LOSSY:
-        return None
     for depth, folder in enumerate(folders):
         if _FOLDERS & set(name_words(folder)):
             return "/".join(folders[:depth + 1])
@@ -47,9 +46,15 @@ def _group(path):
 
 # %% ../../nbs/data/label_maps.ipynb #few-colours-export
 def has_label_colours(file: Path | str) -> bool:
-    "Whether a picture holds greys, a palette or at most 256 colours, as label maps do; False where it cannot be read"
+    """Whether a picture holds greys, a palette or at most 256 colours, as label maps do.
+
+    A JPEG, which keeps no colour as it is, has to be black and white. False for one that cannot be read.
+    """
     try:
         with Image.open(file) as picture:
+            if picture.format in ("JPEG", "MPO"):
+                pixels = np.asarray(picture.convert("RGB"))
+                return ((pixels < 24) | (pixels > 231)).mean() > 0.9 and np.ptp(pixels, -1).mean() < 4
             return picture.mode not in ("RGB", "RGBA") or picture.getcolors(256) is not None
     except Exception:  # whatever a decoder raises; who reads the picture names it
         return False

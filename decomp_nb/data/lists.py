@@ -18,7 +18,7 @@ from typing import Any
 from ..checks import reading
 
 # %% auto #0
-__all__ = ['read_list', 'names_in_json', 'split_table', 'NameIndex', 'listed', 'find_listed']
+__all__ = ['read_list', 'names_in_json', 'split_table', 'NameIndex', 'find_lines', 'listed', 'find_listed']
 
 # %% ../../nbs/data/lists.ipynb #read-list-export
 def read_list(file: Path | str) -> list[str]:
@@ -56,8 +56,9 @@ def names_in_json(content: Any) -> list[str]:
     for key in _NAME_KEYS:
         if isinstance(content.get(key), str | int):
             return [str(content[key])]
-    inner = [content[key] for key in _LIST_KEYS if isinstance(content.get(key), list)]
-    inner = inner[:1] or [value for value in content.values() if isinstance(value, list)]
+    lists = [content[key] for key in _LIST_KEYS if isinstance(content.get(key), list)]
+    every = [value for value in content.values() if isinstance(value, list)]
+    inner = lists[:1] or every
     return names_in_json(inner) if inner else list(content)
 
 # %% ../../nbs/data/lists.ipynb #table-export
@@ -75,17 +76,30 @@ def split_table(
     if Path(file).suffix.lower() == ".json":
         with reading(file, "Save it as UTF-8"):
             content = json.loads(_read_text(Path(file)))
-        keys = [key for key in content if key.lower() in splits] if isinstance(content, dict) else []
-        return {splits[key.lower()]: names_in_json(content[key]) for key in keys} if len(keys) > 1 else {}
+        return _split_object(content, splits)
     lines = read_list(file)
     for column in zip_longest(*map(_fields, lines), fillvalue=""):
         told = [splits.get(word.lower()) for word in column]
         if len(lines) > 1 and all(told[1:]):  # the first line may hold the headings
-            table = defaultdict(list)
-            for line, split in zip(lines, told):
-                table[split].append(line)
-            return {split: own for split, own in table.items() if split}
+            return _grouped(lines, told)
     return {}
+
+
+def _split_object(content, splits):
+    "Names below the keys of a JSON object that are splits, if there are two of them"
+    keys = [key for key in content if key.lower() in splits] if isinstance(content, dict) else []
+    if len(keys) < 2:
+        return {}
+    return {splits[key.lower()]: names_in_json(content[key]) for key in keys}
+
+
+def _grouped(lines, told):
+    "Lines by their split, without those of none"
+    table = defaultdict(list)
+    for line, split in zip(lines, told):
+        if split:
+            table[split].append(line)
+    return dict(table)
 
 # %% ../../nbs/data/lists.ipynb #readings-export
 _PICTURE = re.compile(r"\.(jpe?g|jpe|jfif|png|tiff?|bmp|webp|gif|p[pgbn]m|avif|hei[cf])$")
@@ -105,8 +119,14 @@ def _plain(path):
 def _readings(line):
     "What of a line may be a name: all before a comment, all but a label, a word, a field of a table"
     words = line.split()
-    without_last, without_first = line.rsplit(maxsplit=1)[0], line.split(maxsplit=1)[-1]
-    readings = [re.split(r"\s#", line)[0], without_last, without_first, words[0], words[-1], *_fields(line)]
+    readings = [
+        re.split(r"\s#", line)[0],
+        line.rsplit(maxsplit=1)[0],
+        line.split(maxsplit=1)[-1],
+        words[0],
+        words[-1],
+        *_fields(line),
+    ]
     return [reading.strip().strip("'\"") for reading in readings]
 
 # %% ../../nbs/data/lists.ipynb #index-export
@@ -155,26 +175,36 @@ class NameIndex:
     def _ends(self, i, end):
         return self.paths[i].endswith(end) or self.shorten(self.paths[i]).endswith(end)
 
-    def find_lines(self, lines: Iterable[str]) -> dict[str, list[int]]:
-        "Positions of the paths that each line names: as a whole, or all at the place that fits best"
-        found = {line: self.find(line.strip("'\"")) for line in lines}
-        rest = [line for line, positions in found.items() if not (positions or line.startswith("#"))]
-        return found | self._find_at_one_place(rest)
+# %% ../../nbs/data/lists.ipynb #place-export
+def find_lines(lines: Iterable[str], names: NameIndex) -> dict[str, list[int]]:
+    "Positions of the paths that each line names: as a whole, or all at the place that fits best"
+    found = {line: names.find(line.strip("'\"")) for line in lines}
+    rest = [line for line, positions in found.items() if not (positions or line.startswith("#"))]
+    return found | _find_at_one_place(rest, names)
 
-    def _find_at_one_place(self, lines):
-        "Positions by the same reading of every line: that with most endings, names and different pictures"
-        answers = []
-        for column in zip_longest(*map(_readings, lines), fillvalue=""):
-            found = [self.find(name) for name in column]
-            endings = sum(self._has_ending(name, at) for name, at in zip(column, found))
-            fit = endings, sum(map(bool, found)), len({at[0] for at in found if at})
-            answers.append((fit, found))
-        best = [found for fit, found in answers if fit == max(answers)[0]]
-        return {line: sorted(set().union(*at)) for line, *at in zip(lines, *best)}
 
-    def _has_ending(self, name, positions):
-        "Whether a name is written with the ending of the file that it fits"
-        return any(self.paths[i].endswith(name.rpartition(".")[2]) and "." in name for i in positions)
+def _find_at_one_place(lines, names):
+    "Positions by the same reading of every line: that with most endings, names and different pictures"
+    answers = []
+    for column in zip_longest(*map(_readings, lines), fillvalue=""):
+        found = [names.find(name) for name in column]
+        answers.append((_fit(column, found, names.paths), found))
+    highest = max((fit for fit, _ in answers), default=None)
+    best = [found for fit, found in answers if fit == highest]
+    together = {}
+    for line, *positions in zip(lines, *best):
+        together[line] = sorted(set().union(*positions))
+    return together
+
+
+def _fit(column, found, paths):
+    "How well a column of words fits: written endings, names that were found, different pictures"
+    endings = 0
+    for name, positions in zip(column, found):
+        ending = Path(name).suffix
+        endings += bool(ending) and any(paths[i].endswith(ending) for i in positions)
+    different = {positions[0] for positions in found if positions}
+    return endings, sum(map(bool, found)), len(different)
 
 # %% ../../nbs/data/lists.ipynb #listed-export
 def listed(
@@ -187,7 +217,7 @@ def listed(
 
 def find_listed(lines: Sequence[str], file: Path | str, names: NameIndex) -> list[int]:
     "`listed` for lines, or names, that were read from the file"
-    found = names.find_lines(lines)
+    found = find_lines(lines, names)
     if lines and not found[lines[0]] and any(found.values()) and _is_heading(lines[0], file):
         del found[lines[0]]
     missing = [line for line, positions in found.items() if not (positions or line.startswith("#"))]

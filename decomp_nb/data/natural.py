@@ -122,7 +122,7 @@ def _inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
         crossings[rows, column] += 1
     return crossings.cumsum(1)[:, :width] % 2 == 1
 
-
+# %% ../../nbs/data/natural.ipynb #segmentation-export
 def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     "Bool mask of a COCO `segmentation`: polygons, run lengths, or packed run lengths"
     if isinstance(segmentation, list):
@@ -190,7 +190,7 @@ def _id(entry):
     text = str(entry["id"])
     return (0, int(text), text) if text.isdecimal() else (1, 0, text)
 
-
+# %% ../../nbs/data/natural.ipynb #instances-ids-export
 def _check_ids(pictures, annotations):
     "ValueError where two pictures have one id; UserWarning for annotations of pictures that are not listed"
     ids = Counter(str(p["id"]) for p in pictures)

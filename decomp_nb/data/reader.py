@@ -21,7 +21,7 @@ import numpy as np
 from .lists import NameIndex, find_listed, listed, read_list, split_table
 
 # %% auto #0
-__all__ = ['SPLIT_NAMES', 'Lists', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'split_lists',
+__all__ = ['SPLIT_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'split_lists',
            'check_unread_lists', 'choose_split', 'subsample', 'evenly', 'check_arguments', 'check_levels', 'Reader']
 
 # %% ../../nbs/data/reader.ipynb #split-name-export
@@ -151,10 +151,10 @@ def split_lists(folder: Path | str, paths: Sequence[str]) -> dict[str, tuple[str
     return _lists_beside(folder, paths)
 
 # %% ../../nbs/data/reader.ipynb #list-kinds-export
-Lists = dict[str, tuple[str, list[int]]]  # split → names of its lists, and the positions that they name
+_Lists = dict[str, tuple[str, list[int]]]  # split → names of its lists, and the positions that they name
 
 
-def _lists_in(place, paths) -> Lists:
+def _lists_in(place, paths) -> _Lists:
     "What the files of a folder say: lists by their names, one table of all, or other files that agree"
     texts = _texts_in(place)
     if not texts:
@@ -164,7 +164,7 @@ def _lists_in(place, paths) -> Lists:
     return _lists_of(lists, names) or _table_of(texts, names) or _agreeing(texts, names)
 
 
-def _lists_of(files, names) -> Lists:
+def _lists_of(files, names) -> _Lists:
     "Those of the files that are lists; of two for the same split, the one with the shorter name"
     found = {}
     for file in sorted(files, key=lambda file: -len(file.name)):
@@ -173,7 +173,7 @@ def _lists_of(files, names) -> Lists:
     return found
 
 
-def _table_of(files, names) -> Lists:
+def _table_of(files, names) -> _Lists:
     "The one file that tells the split of every picture, such as `splits.json`, or a table with a column `split`"
     for file in files:
         if _TABLE_WORDS & set(name_words(file.stem)):
@@ -183,8 +183,8 @@ def _table_of(files, names) -> Lists:
                 return {split: (file.name, positions) for split, positions in found.items()}
     return {}
 
-
-def _agreeing(files, names) -> Lists:
+# %% ../../nbs/data/reader.ipynb #agreeing-export
+def _agreeing(files, names) -> _Lists:
     "Lists of other names, such as `birds_train.csv`, where every line is a picture and no picture is in two of them"
     found = {}
     for file in files:
@@ -206,7 +206,7 @@ def _all_listed(file, names):
         return []
 
 # %% ../../nbs/data/reader.ipynb #lists-beside-export
-def _lists_beside(folder, paths) -> Lists:
+def _lists_beside(folder, paths) -> _Lists:
     "Lists in the folders of the pictures, each for what lies below it"
     found = {}
     inner = {parent for path in paths for parent in PurePosixPath(path).parents} - {PurePosixPath(".")}

@@ -46,7 +46,7 @@ def object_ids(mask: np.ndarray, max_objects: int, n_background: int = 1) -> lis
         return list(range(n_background, stop))
     return label_names(mask, n_background)
 
-
+# %% ../../nbs/data/scene_item.ipynb #listed-export
 def check_listed(
     mask: np.ndarray,
     ids: Sequence[int],  # labels of the objects that a table lists
@@ -262,7 +262,11 @@ def read_labels(path: Path | str) -> np.ndarray:
         raise _missing(f"label map {path}")
     name = printable(f"label map {path}")
     with reading(name, "Replace the file"), Image.open(path) as picture:
+        if picture.format == "JPEG":
+            raise ValueError("it is a JPEG, which invents labels along all edges: store PNG")
         labels = np.array(picture)
+    if labels.ndim == 3 and (labels[..., :3] == labels[..., :1]).all():
+        labels = labels[..., 0]  # grey, stored as a colour picture
     if labels.ndim != 2:
         raise ValueError(f"{name} is a colour picture {labels.shape}: a palette or grey PNG is needed")
     return as_label_map(labels, name).astype(np.int64)

@@ -5,6 +5,7 @@
 # %% ../../nbs/data/scenes_h5.ipynb #imports-export
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from ..checks import reading
 from .hdf5 import LazyH5, h5_dataset, json_attribute, open_h5, stored_split
 from .reader import subsample
-from .scene_item import ClipReader, SceneReader, as_label_map, check_listed, object_ids, split_by_position
+from .scene_item import ClipReader, SceneReader, as_label_map, check_listed, label_names, object_ids, split_by_position
 
 # %% auto #0
 __all__ = ['H5Layout', 'h5_layout', 'visible_rows', 'count_objects', 'SceneFile', 'read_scene', 'H5Scenes', 'edited_ids',
@@ -66,6 +67,9 @@ def _pictures_key(file):
     axes = (5,) if key == "video" else (4, 5)
     if len(shape) not in axes or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise ValueError(f"{name}: {key!r} is {dtype} {shape}, but uint8 [N,H,W,3] or [N,T,H,W,3] is needed")
+    if min(shape[-3:-1]) < 4:
+        sides = f"{shape[-3]}×{shape[-2]}"
+        raise ValueError(f"{name}: {key!r} {shape} are pictures of {sides}: its axes stand in another order")
     return key
 
 
@@ -199,7 +203,7 @@ def read_scene(
     ids = [row for row in range(file.n_background, file.layout.n_rows) if file.visible[scene, row]]
     names = _names_or_rows(file, scene, mask, ids, file.layout.n_rows - file.n_background)
     if names == ids and mask is not None:
-        check_listed(mask, ids, f"{file.path}: 'mask'[{scene}]", file.n_background)
+        _warn_of_hidden(file, mask, ids)
     if names != ids and file.layout.factors:
         found = f"'mask'[{scene}] has the labels {names}, but 'visibility' has {file.layout.n_rows} rows"
         raise ValueError(f"{file.path}: {found}: a label has to be the row of its factors")
@@ -218,6 +222,13 @@ def _names_or_rows(file, scene, mask, rows, count):
         found = f"'mask'[{scene}] has the labels {names[:9]}, but {len(rows)} objects are listed"
         raise ValueError(f"{file.path}: {found}: mend the mask, 'visibility' or 'num_actual_objects'")
     return names
+
+
+def _warn_of_hidden(file, mask, ids):
+    "UserWarning, the same for all scenes, where pixels belong to an object that is said not to be there"
+    if set(label_names(mask, file.n_background)) - set(ids):
+        seen = f"{file.path}: 'mask' shows objects whose 'visibility' is 0"
+        warnings.warn(f"{seen}: they are taken as background; are the labels its rows, counted from 0?", stacklevel=2)
 
 
 def _rows(file, key, at):

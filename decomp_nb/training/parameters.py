@@ -220,7 +220,7 @@ def not_finite(value: Any) -> float | None:
         return next((found for found in map(not_finite, value) if found is not None), None)
     return value if isinstance(value, float) and not math.isfinite(value) else None
 
-
+# %% ../../nbs/training/parameters.ipynb #parameters-limits
 def may_be_empty(parameter: Parameter) -> bool:
     "Whether an empty text means something: it is the default, or the help says so, or there is no help to say it"
     return parameter.default in ("", None) or "empty" in parameter.help or not parameter.help
