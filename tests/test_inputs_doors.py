@@ -305,7 +305,7 @@ def test_masks_of_other_codes_are_refused_where_they_are_drawn(model, images):
     factors = model.encode(torch.nn.functional.interpolate(images, model.config.image_size))
     for bad, match in ((factors._replace(masks=factors.masks[:, 1:]), "masks .* are not those of codes"), (factors._replace(weights=torch.ones(4)), "weights .* are not those of codes"),
                        (factors._replace(codes=factors.codes.masked_fill(factors.codes > 1, torch.nan)), "codes .* hold NaN"), (factors._replace(weights=factors.weights / 0), "weights .* hold NaN")):
-        for door in (model.decode, model.decompose): 
+        for door in (model.decode, model.decompose):
             with pytest.raises(ValueError, match=match): door(bad, steps=1)
 
 

@@ -495,7 +495,7 @@ def test_label_maps_stored_as_jpeg_are_refused_and_grey_ones_in_three_channels_r
     labels = np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2), np.ones((8, 8), np.uint8))
     Image.fromarray(labels).save(tmp_path / "a.png", "JPEG")
     with pytest.raises(ValueError, match="a.png: it is a JPEG, which invents labels"): read_labels(tmp_path / "a.png")
-    for alpha in (3, 4): 
+    for alpha in (3, 4):
         Image.fromarray(np.stack([labels, labels, labels, labels * 0 + 255][:alpha], -1)).save(tmp_path / "b.png")
         assert (read_labels(tmp_path / "b.png") == labels).all()
 

@@ -184,8 +184,11 @@ def _outline_fit(factors, window):
     shares = factors.masks.flatten(0, -4).float()
     seen = own_window(shares, window)
     written = factors.codes[..., 3:layout_dim(window)]
-    both = torch.stack([seen.flatten(), written.flatten().float()])
-    return torch.corrcoef(both)[0, 1].item()
+    pairs = torch.stack([
+        seen.flatten(),
+        written.flatten().float(),
+    ])
+    return torch.corrcoef(pairs)[0, 1].item()
 
 
 def move_slots(
