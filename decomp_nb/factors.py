@@ -30,6 +30,22 @@ def to_uint8(images: Tensor) -> Tensor:
     pixels = levels.round().to(torch.uint8).cpu()
     return rearrange(pixels, "... c h w -> (...) h w c")
 
+# %% ../nbs/factors.ipynb #factors-rows-export
+def _picture_numbers(index: Index, n: int) -> slice | Tensor:
+    "What chooses rows of a tensor, a whole axis of them; IndexError for what names no pictures"
+    if isinstance(index, slice):
+        return index
+    if isinstance(index, int) and not isinstance(index, bool):
+        index = [range(n)[index]]
+    if not hasattr(index, "__array__"):
+        index = list(index) if isinstance(index, Iterable) else index
+    numbers = torch.as_tensor(index)
+    if numbers.dim() == 0 and not isinstance(index, bool):
+        numbers = numbers[None]
+    if numbers.numel() and numbers.is_floating_point() or numbers.dim() != 1:
+        raise IndexError(f"pictures are chosen by numbers (n,), not by {numbers.dtype} {tuple(numbers.shape)}")
+    return numbers if numbers.dtype == torch.bool else numbers.long()
+
 # %% ../nbs/factors.ipynb #factors-export
 class FactorTensors(NamedTuple):
     "The tensors of `k` factors per picture"
@@ -83,22 +99,6 @@ Index = int | slice | Sequence[int] | Tensor  # numbers of factors; `(b,n)`: oth
 _AXES = FactorTensors(-2, -1, -3)  # where k lives, counted from the right, so that clips work too
 
 
-def _picture_numbers(index: Index, n: int) -> slice | Tensor:
-    "What chooses rows of a tensor, a whole axis of them; IndexError for what names no pictures"
-    if isinstance(index, slice):
-        return index
-    if isinstance(index, int) and not isinstance(index, bool):
-        index = [range(n)[index]]
-    if not hasattr(index, "__array__"):
-        index = list(index) if isinstance(index, Iterable) else index
-    numbers = torch.as_tensor(index)
-    if numbers.dim() == 0 and not isinstance(index, bool):
-        numbers = numbers[None]
-    if numbers.numel() and numbers.is_floating_point() or numbers.dim() != 1:
-        raise IndexError(f"pictures are chosen by numbers (n,), not by {numbers.dtype} {tuple(numbers.shape)}")
-    return numbers if numbers.dtype == torch.bool else numbers.long()
-
-# %% ../nbs/factors.ipynb #factors-positions-export
 def _positions(index: Index, k: int) -> Tensor:
     "Numbers of factors as a tensor `(n,)`, none of them negative; `(b,n)` stays as it is"
     if isinstance(index, bool):
