@@ -593,7 +593,7 @@ def test_clevrtex_bad_files(tmp_path):
     good = Path(f"{stem}_flat.png").read_bytes()
     Image.new("L", (64, 64)).save(f"{stem}_flat.png")
     with pytest.raises(ValueError, match="CLEVRTEX_full_000001.png is 240×320, but its annotation is for 64×64"): ClevrTex(root)[1]
-    Image.new("RGB", (320, 240)).save(f"{stem}_flat.png")
+    Image.new("RGB", (320, 240), "red").save(f"{stem}_flat.png")
     with pytest.raises(ValueError, match="000001_flat.png is a colour picture"): ClevrTex(root)[1]
     Path(f"{stem}_flat.png").write_bytes(good[:40])
     with pytest.raises(ValueError, match="cannot read label map.*000001_flat.png"): ClevrTex(root)[1]
