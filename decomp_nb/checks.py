@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['UnitRangeWarning', 'value_range', 'in_unit_range', 'check_range', 'check_pictures', 'as_labels', 'check_finite',
-           'reading', 'printable']
+__all__ = ['SIGNATURES', 'OLD_TORCH', 'UnitRangeWarning', 'value_range', 'in_unit_range', 'check_range', 'check_pictures',
+           'as_labels', 'check_finite', 'reading', 'printable', 'check_weights', 'kind_of_zip', 'kind_of_file',
+           'check_weight_file']
 
 # %% ../nbs/checks.ipynb #pictures-export
 class UnitRangeWarning(UserWarning):
@@ -57,6 +60,7 @@ def check_pictures(
     images: Tensor,  # `(b,3,h,w)` or clips `(b,t,3,h,w)`
     name: str = "images",  # how to call them in the error
     limit: float = 1.5,  # largest value: enlarged and generated pictures overshoot a little
+    dtype: torch.dtype | None = None,  # what the model computes in; NumPy makes float64
 ) -> None:
     "ValueError unless these are float pictures or clips in [−1,1]; see `check_range` for those that look like [0,1]"
     if not isinstance(images, Tensor):
@@ -67,6 +71,8 @@ def check_pictures(
         raise ValueError(f"{found}, expected are pictures (b,3,h,w) or clips (b,t,3,h,w){hint}")
     if not images.is_floating_point():
         raise ValueError(f"{found}, expected are floats in [−1,1]: pass x / 127.5 - 1")
+    if images.dtype == torch.float64 and dtype not in (None, torch.float64):
+        raise ValueError(f"{name} are torch.float64, but the model computes in {dtype}: pass {name}.float()")
     if images.numel() and images.device.type != "meta":
         check_range(*value_range(images), name, limit)
 
@@ -85,8 +91,16 @@ def as_labels(
     if labels.dim() < 3:
         found = f"{name} labels are {tuple(labels.shape)}, expected are maps (b,h,w) or (b,t,h,w)"
         raise ValueError(f"{found}: add a batch axis with [None]")
+    if labels.dim() == 4 and labels.shape[1] > 1 and labels.numel() and _is_one_hot(labels):
+        found = f"{name} labels {tuple(labels.shape)} are 0 and 1, and 1 once in each pixel: they look like masks"
+        raise ValueError(f"{found} (b,k,h,w): pass their labels, x.argmax(1)")
     signed = labels.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
     return labels if signed else labels.to(torch.int64)
+
+
+def _is_one_hot(labels):
+    "Whether axis 1 holds a 1 in every place, and else 0"
+    return bool(labels.min() >= 0 and labels.max() == 1 and (labels.sum(1) == 1).all())
 
 
 def check_finite(values: Tensor, name: str) -> None:
@@ -114,3 +128,71 @@ def reading(name: object, remedy: str = "Delete or replace the file") -> Iterato
 def printable(text: str) -> str:
     "A file name as it can be printed and stored: bytes that are no UTF-8 become `�`"
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+# %% ../nbs/checks.ipynb #weights-export
+def check_weights(state: Mapping[str, Tensor], where: object) -> None:
+    "ValueError that names the weights which hold NaN"
+    floats = {name: v for name, v in state.items() if v.is_floating_point() and v.numel() and v.device.type != "meta"}
+    bad = [name for name, v in floats.items() if v.detach().float().amin().isnan()]
+    if bad:
+        count = f"{len(bad):,} of {len(state):,} tensors of {where} hold NaN, such as {bad[0]}"
+        raise ValueError(f"{count}: the training that made them failed, take an earlier checkpoint")
+
+# %% ../nbs/checks.ipynb #kind-export
+SIGNATURES = {  # first bytes → what such a file is, with a remedy
+    b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run `git lfs pull`, or download the file",
+    b"<": "a saved web page; download the file itself",
+    b"{": "a JSON file; give the file with the weights that lies beside it",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+    b"BZh": "a bzip2 archive; unpack it first",
+    b"\xfd7zXZ": "an xz archive; unpack it first",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"\x89HDF": "an HDF5 file; give safetensors or a PyTorch file",
+    b"\x93NUMPY": "a NumPy array; give safetensors or a PyTorch file",
+    b"GGUF": "a GGUF file; give safetensors or a PyTorch file",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
+
+
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # magic number of PyTorch before 1.6
+
+
+def kind_of_zip(path: Path) -> str:
+    "'torch' for the archive that PyTorch writes, or what the archive is instead"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return "a damaged archive, perhaps cut short; copy or download it again"
+    if any(name.endswith("data.pkl") for name in names):
+        return "torch"
+    numpy = names and all(name.endswith(".npy") for name in names)
+    return "a NumPy archive; give safetensors or a PyTorch file" if numpy else "a zip archive; unpack it first"
+
+# %% ../nbs/checks.ipynb #kind-of-file-export
+def kind_of_file(path: Path) -> str:
+    "'safetensors', 'torch', what the file is instead, or an empty text where its bytes say nothing"
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        return "empty (0 bytes); copy or download it again"
+    if head.startswith(b"PK\x03\x04"):
+        return kind_of_zip(path)
+    if head.startswith(OLD_TORCH):
+        return "torch"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+        return "safetensors"
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    unknown = "" if head.startswith(b"\x80") else f"something unknown that begins with {ascii(text[:16])}"
+    return next((words for start, words in SIGNATURES.items() if text.startswith(start)), unknown)
+
+
+def check_weight_file(path: Path, kinds: Sequence[str] = ("safetensors", "torch", "")) -> str:
+    "Kind of a file of weights; ValueError that says what a file of any other kind is"
+    kind = kind_of_file(path)
+    if kind not in kinds:
+        raise ValueError(f"{path} cannot be read: it is no weight file but {kind}")
+    return kind

@@ -21,8 +21,8 @@ from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .checks import check_pictures
-from .factors import Factors, _join
+from .checks import check_pictures, check_weight_file, check_weights
+from .factors import Factors, _join, check_factors
 
 # %% auto #0
 __all__ = ['sample', 'Frozen', 'current_names', 'renamed_arguments', 'old_name', 'VersionedConfig', 'StrictModel', 'fingerprint',
@@ -213,6 +213,7 @@ def _load_strictly(cls: type, load: Callable, path: str | Path, **kwargs):
     wrong = {key: sorted(map(str, names))[:6] for key, names in found.items() if names}
     if wrong:
         raise ValueError(f"the weights in {path} do not fit {cls.__name__}: {wrong}")
+    check_weights(model.state_dict(), path)
     return (model, info) if show_info else model
 
 
@@ -230,8 +231,10 @@ def _check_folder(cls: type, path: str | Path) -> None:
         raise ValueError(f"{path} holds a {name}, not a {cls.__name__}: {advice}")
     if not any(folder.glob("*.safetensors*")):
         raise FileNotFoundError(f"no .safetensors weights in {path}: nothing else is read (nothing is unpickled)")
+    for file in folder.glob("*.safetensors"):
+        check_weight_file(file, ("safetensors",))
 
-
+# %% ../nbs/decomposer.ipynb #read-config-export
 def _read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
@@ -255,7 +258,7 @@ def _encode_frames(encode: Callable) -> Callable:
     @wraps(encode)
     def wrapped(self, images, *args, **options):
         if not (self.training or torch.compiler.is_compiling()):  # training data is checked before training
-            check_pictures(images)
+            check_pictures(images, dtype=next((p.dtype for p in self.parameters()), None))
         if images.dim() == 4 or self.tracks:
             return encode(self, images, *args, **options)
         return encode(self, images.flatten(0, 1), *args, **options).unfold_time(images.shape[1])
@@ -265,6 +268,8 @@ def _encode_frames(encode: Callable) -> Callable:
 def _decode_frames(decode: Callable) -> Callable:
     @wraps(decode)
     def wrapped(self, factors, *args, **options):
+        if not torch.compiler.is_compiling():
+            check_factors(factors, finite=True)
         if factors.codes.dim() == 3:
             return decode(self, factors, *args, **options)
         b, t = factors.codes.shape[:2]
@@ -277,7 +282,7 @@ def _decode_frames(decode: Callable) -> Callable:
         return decode(self, factors.fold_time(), *args, **options).unflatten(0, (b, t))
     return wrapped
 
-
+# %% ../nbs/decomposer.ipynb #clips-noise-export
 def _draw_noise(model: Method, size: tuple[int, int], share: str, generator: torch.Generator | None) -> Tensor:
     "Start noise `(b,t,c,h,w)` of clips, one for each clip, frame or batch"
     drawn = dict(clip=(size[0], 1), frame=size, batch=(1, 1))

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -18,7 +19,8 @@ from .checks import check_finite
 from .viz.colours import palette
 
 # %% auto #0
-__all__ = ['Index', 'to_uint8', 'FactorTensors', 'FactorBatch', 'FactorChoice', 'Factors', 'recombine', 'align', 'interpolate']
+__all__ = ['Index', 'to_uint8', 'FactorTensors', 'FactorBatch', 'check_factors', 'check_alike', 'FactorChoice', 'Factors',
+           'recombine', 'align', 'interpolate']
 
 # %% ../nbs/factors.ipynb #to-uint8-export
 def to_uint8(images: Tensor) -> Tensor:
@@ -27,6 +29,22 @@ def to_uint8(images: Tensor) -> Tensor:
     levels = (x + 1) * 127.5
     pixels = levels.round().to(torch.uint8).cpu()
     return rearrange(pixels, "... c h w -> (...) h w c")
+
+# %% ../nbs/factors.ipynb #factors-rows-export
+def _picture_numbers(index: Index, n: int) -> slice | Tensor:
+    "What chooses rows of a tensor, a whole axis of them; IndexError for what names no pictures"
+    if isinstance(index, slice):
+        return index
+    if isinstance(index, int) and not isinstance(index, bool):
+        index = [range(n)[index]]
+    if not hasattr(index, "__array__"):
+        index = list(index) if isinstance(index, Iterable) else index
+    numbers = torch.as_tensor(index)
+    if numbers.dim() == 0 and not isinstance(index, bool):
+        numbers = numbers[None]
+    if numbers.numel() and numbers.is_floating_point() or numbers.dim() != 1:
+        raise IndexError(f"pictures are chosen by numbers (n,), not by {numbers.dtype} {tuple(numbers.shape)}")
+    return numbers if numbers.dtype == torch.bool else numbers.long()
 
 # %% ../nbs/factors.ipynb #factors-export
 class FactorTensors(NamedTuple):
@@ -59,9 +77,8 @@ class FactorBatch(FactorTensors):
 
     def rows(self, index: Index) -> Self:
         "Choose pictures; an `int` keeps the batch axis"
-        if isinstance(index, int):
-            index = [range(len(self.codes))[index]]
-        return self.each(lambda v: v[index])
+        chosen = _picture_numbers(index, len(self.codes))
+        return self.each(lambda v: v[chosen])
 
     def repeat(self, n: int) -> Self:
         "Each picture `n` times in a row (`repeat_interleave`), to draw several samples of the same set"
@@ -119,6 +136,28 @@ def _take(v: Tensor, index: Tensor, axis: int) -> Tensor:
     return v.take_along_dim(index, axis)
 
 # %% ../nbs/factors.ipynb #factors-join-export
+def check_factors(factors: FactorTensors, finite: bool = False) -> None:
+    "ValueError unless weights and masks are those of the codes; with `finite` also for NaN and infinite values"
+    codes, weights, masks = factors
+    if codes.dim() not in (3, 4):
+        raise ValueError(f"codes are {tuple(codes.shape)}, expected are (b,k,d), of clips (b,t,k,d)")
+    if weights is not None and weights.shape != codes.shape[:-1]:
+        raise ValueError(f"weights {tuple(weights.shape)} are not those of codes {tuple(codes.shape)}: one for each")
+    if masks is not None and masks.shape[:-2] != codes.shape[:-1]:
+        raise ValueError(f"masks {tuple(masks.shape)} are not those of codes {tuple(codes.shape)}: one for each")
+    if finite:
+        check_finite(codes, "codes")
+        if weights is not None:
+            check_finite(weights, "weights")
+
+
+def check_alike(a: FactorTensors, b: FactorTensors, axes: Sequence[int], what: str) -> None:
+    "ValueError where the codes of two sets differ in one of these axes, counted from the right"
+    first, second = a.codes.shape, b.codes.shape
+    if len(first) != len(second) or any(first[axis] != second[axis] for axis in axes):
+        raise ValueError(f"{what}: codes {tuple(first)} and {tuple(second)} do not fit each other")
+
+
 def _weights(factors: FactorTensors) -> Tensor:
     "Weights `(b,k)`, 1 where the set has none"
     if factors.weights is None:
@@ -128,6 +167,12 @@ def _weights(factors: FactorTensors) -> Tensor:
 
 def _join(sets: Sequence[FactorTensors], axes: tuple[int, int, int]) -> FactorTensors:
     "One set of several, joined along these axes; masks stay where all have them, of one size"
+    check_factors(sets[0])
+    for other in sets[1:]:
+        check_factors(other)
+        n_axes = sets[0].codes.dim()
+        alike = [axis for axis in range(-n_axes, 0) if axis % n_axes != axes[0] % n_axes]
+        check_alike(sets[0], other, alike, "factors cannot be joined")
     if any(f.weights is not None for f in sets):
         sets = [f._replace(weights=_weights(f)) for f in sets]
     sizes = {None if f.masks is None else f.masks.shape[-2:] for f in sets}
@@ -144,6 +189,7 @@ class FactorChoice(FactorBatch):
 
     def _places(self, index: Index) -> Tensor:
         "Numbers of factors `(n,)`, `(b,n)`, or `(b,1,n)` for all frames of a clip"
+        check_factors(self)
         index = _positions(index, self.n_factors)
         return index[:, None] if index.dim() == 2 and self.codes.dim() == 4 else index
 
@@ -188,7 +234,11 @@ class Factors(FactorChoice):
         weights = _weights(self)
         if isinstance(weight, Tensor) and weight.dim() == 2 and weights.dim() == 3:
             weight = weight[:, None]  # the same in all frames of a clip
-        return self._replace(weights=weights * weight)
+        if isinstance(weight, float) and not math.isfinite(weight):
+            raise ValueError(f"a weight of {weight}: expected are finite numbers")
+        weighted = self._replace(weights=weights * weight)
+        check_factors(weighted)
+        return weighted
 
     __rmul__ = __mul__
 
@@ -196,6 +246,7 @@ class Factors(FactorChoice):
         "Which factor owns each pixel: int64 `(b,h,w)`; masks are resized to `size` (bilinear) *before* the argmax"
         if self.masks is None:
             raise ValueError("these factors have no masks: their method does not assign pixels to factors")
+        check_factors(self)
         masks = self.masks.flatten(0, -4).float()
         check_finite(masks, "masks")
         if size is not None:
@@ -257,6 +308,7 @@ def recombine(
     "The set of `a` with the factors named by `from_b` taken from `b`"
     if a.n_factors != b.n_factors:
         raise ValueError(f"recombine pairs factors one to one, but k is {a.n_factors} and {b.n_factors}")
+    check_alike(a, b, (-3, -1), "recombine")
     chosen = torch.as_tensor(from_b)
     if chosen.dtype == torch.bool and len(chosen) != a.n_factors:
         raise ValueError(f"from_b has {len(chosen)} entries for {a.n_factors} factors")
@@ -266,6 +318,7 @@ def recombine(
 def align(a: Factors, b: Factors) -> Factors:
     "Permute the factors of `b`, picture by picture or clip by clip, towards those of `a` (Hungarian method on cosines)"
     from scipy.optimize import linear_sum_assignment
+    check_alike(a, b, (-3, -2, -1), "align")
     cosines = _directions(a) @ _directions(b).mT
     if cosines.dim() == 4:
         cosines = cosines.mean(1)  # one order for all frames of a clip
@@ -289,12 +342,13 @@ def interpolate(
     spherical: bool = False,  # turn directions and interpolate lengths, for codes on a sphere
 ) -> Factors:
     "Between two sets, codes, weights and masks"
+    check_alike(a, b, (-2, -1), "interpolate")
     t = torch.as_tensor(t, dtype=a.codes.dtype, device=a.codes.device)
     blend = _slerp if spherical else _lerp
     weights = masks = None
     if a.weights is not None or b.weights is not None:
         weights = _lerp(_weights(a), _weights(b), t)
-    if a.masks is not None and b.masks is not None:
+    if a.masks is not None and b.masks is not None and a.masks.shape[-2:] == b.masks.shape[-2:]:
         masks = _lerp(a.masks, b.masks, t)
     return Factors(blend(a.codes, b.codes, t), weights, masks)
 

@@ -309,7 +309,7 @@ def test_h5_several_background_rows_and_gaps(tmp_path):
         for label in range(6): mask[0, label] = label
         f["image"], f["mask"], f["visibility"] = np.zeros((1, 8, 8, 3), np.uint8), mask, np.float32([[1, 1, 1, 0, 1, 1]])
         f["size"] = np.float32([[10, 11, 12, 13, 14, 15]])
-    item = H5Scenes(tmp_path / "room.h5", n_background=2)[0]  # row 3 is listed as not there: its pixels are background
+    with pytest.warns(UserWarning, match="objects whose 'visibility' is 0"): item = H5Scenes(tmp_path / "room.h5", n_background=2)[0]  # row 3 is listed as not there: its pixels are background
     assert item["masks"][:, 0].tolist() == [0, 0, 1, 0, 2, 3, 0, 0] and item["labels"]["size"].tolist() == [12, 14, 15, 0]
 
 
@@ -593,7 +593,7 @@ def test_clevrtex_bad_files(tmp_path):
     good = Path(f"{stem}_flat.png").read_bytes()
     Image.new("L", (64, 64)).save(f"{stem}_flat.png")
     with pytest.raises(ValueError, match="CLEVRTEX_full_000001.png is 240×320, but its annotation is for 64×64"): ClevrTex(root)[1]
-    Image.new("RGB", (320, 240)).save(f"{stem}_flat.png")
+    Image.new("RGB", (320, 240), "red").save(f"{stem}_flat.png")
     with pytest.raises(ValueError, match="000001_flat.png is a colour picture"): ClevrTex(root)[1]
     Path(f"{stem}_flat.png").write_bytes(good[:40])
     with pytest.raises(ValueError, match="cannot read label map.*000001_flat.png"): ClevrTex(root)[1]

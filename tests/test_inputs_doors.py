@@ -1,17 +1,23 @@
 "What people hand to `encode`, the scores and the verbs of factors: ranges, shapes, types and numbers that do not fit"
+import re
+import shutil
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from decomp_nb import Factors, load_decomposer, shipped
 from decomp_nb.checks import UnitRangeWarning, check_pictures
+from decomp_nb.components.layout import move_slots
 from decomp_nb.components.library import build_library
 from decomp_nb.components.slot_sets import repaint
+from decomp_nb.components.weight_files import read_weights
 from decomp_nb.data.catalog import validate_dataset
 from decomp_nb.decomposer import Method
+from decomp_nb.factors import align, interpolate, recombine
 from decomp_nb.metrics import segmentation as seg
 from decomp_nb.metrics.extractors import extract
 from decomp_nb.metrics.generation import mse, psnr, reconstruction_scores, ssim
@@ -264,3 +270,116 @@ def test_a_pickle_beside_other_weights_is_not_read(tmp_path):
     weights.rename(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="safetensors"):
         load_decomposer(tmp_path)
+
+
+# -- sets of factors that do not fit ----------------------------------------------------------------------------------
+
+def a_set(b=2, k=3, d=4, masks=None, weights=None, **more):
+    generator = torch.Generator().manual_seed(b + k + d)
+    return Factors(torch.randn(b, k, d, generator=generator), weights=weights, masks=None if masks is None else torch.rand(b, masks, 8, 8, generator=generator))
+
+
+@pytest.mark.parametrize("index", [(0, 1), [0, 1], range(2), torch.tensor([0, 1]), np.array([0, 1]), slice(2), torch.tensor([True, True, False, False]), [True, True, False, False]], ids=str)
+def test_pictures_are_chosen_by_whatever_names_them(index):
+    four = a_set(4, masks=3)
+    chosen = four.rows(index)
+    assert chosen.codes.equal(four.codes[:2]) and chosen.masks.equal(four.masks[:2])
+
+
+@pytest.mark.parametrize("index", [torch.zeros(2, 2, dtype=torch.long), 0.5, [0.5], True, "ab", torch.tensor([[0], [1]])], ids=str)
+def test_what_names_no_pictures_is_refused(index):
+    with pytest.raises((IndexError, ValueError, TypeError)): a_set(4).rows(index)
+
+
+VERBS = {"pick": lambda f: f.pick(0), "drop": lambda f: f.drop(0), "cat": lambda f: f.cat(a_set()), "cat to": lambda f: a_set().cat(f), "replace": lambda f: f.replace(0, f), "times": lambda f: f * 2.0, "segmentation": lambda f: f._replace(masks=f.masks if f.masks is not None else torch.rand(2, 3, 8, 8)).segmentation()}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("bad", [dict(masks=5), dict(masks=1), dict(weights=torch.ones(2, 4)), dict(weights=torch.ones(3)), dict(weights=torch.ones(1, 3))], ids=str)
+def test_masks_and_weights_of_another_number_than_codes_are_refused_by_all_verbs(verb, bad):
+    name = next(iter(bad))
+    with pytest.raises(ValueError, match=rf"{name} \(.*\) are not those of codes \(2, 3, 4\): one for each"): VERBS[verb](a_set(**bad))
+
+
+def test_masks_of_other_codes_are_refused_where_they_are_drawn(model, images):
+    factors = model.encode(torch.nn.functional.interpolate(images, model.config.image_size))
+    for bad, match in ((factors._replace(masks=factors.masks[:, 1:]), "masks .* are not those of codes"), (factors._replace(weights=torch.ones(4)), "weights .* are not those of codes"),
+                       (factors._replace(codes=factors.codes.masked_fill(factors.codes > 1, torch.nan)), "codes .* hold NaN"), (factors._replace(weights=factors.weights / 0), "weights .* hold NaN")):
+        for door in (model.decode, model.decompose):
+            with pytest.raises(ValueError, match=match): door(bad, steps=1)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    with pytest.raises(ValueError, match=f"a weight of {weight}: expected are finite numbers"): a_set() * weight
+
+
+@pytest.mark.parametrize("weight", [torch.ones(5, 3), torch.ones(2, 2, 3)], ids=lambda w: str(tuple(w.shape)))
+def test_weights_of_more_pictures_than_there_are_do_not_make_more(weight):
+    with pytest.raises(ValueError, match="weights|size"): a_set(1) * weight
+
+
+@pytest.mark.parametrize("other", [dict(d=5), dict(b=3)], ids=str)
+def test_sets_that_do_not_fit_each_other_are_refused_with_both_shapes(other):
+    a, b = a_set(), a_set(**other)
+    calls = {"cat": lambda: a.cat(b), "replace": lambda: a.replace(0, b), "recombine": lambda: recombine(a, b, [0]), "align": lambda: align(a, b)} | ({"interpolate": lambda: interpolate(a, b, 0.5)} if "d" in other else {})
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=re.escape(f"codes (2, 3, 4) and {tuple(b.codes.shape)} do not fit each other")): call()
+    with pytest.raises(ValueError, match="align: codes"): align(a, a_set(k=4))
+    with pytest.raises(ValueError, match="interpolate: codes"): interpolate(a, a_set(k=1), 0.5)  # would have been spread over all
+
+
+def test_what_holds_no_layout_cannot_be_moved(model, images):
+    factors = model.encode(torch.nn.functional.interpolate(images, model.config.image_size))
+    moved = factors
+    for slot in range(factors.n_factors): moved = move_slots(moved, slot, right=0.3, grow=2.0)  # again and again
+    assert move_slots(factors._replace(masks=None), 0, down=0.1).codes.shape == factors.codes.shape
+    with pytest.raises(ValueError, match=r"codes \(4, 7, 192\) hold no layout"): move_slots(factors._replace(codes=torch.randn(4, 7, 192, generator=torch.Generator().manual_seed(0))), 0, down=0.1)
+    with pytest.raises(ValueError, match="hold no layout"): move_slots(a_set(), 0, down=0.1)
+
+
+def test_pictures_of_double_precision_are_named(model, images):
+    small = torch.nn.functional.interpolate(images, model.config.image_size)
+    with pytest.raises(ValueError, match=r"images are torch.float64, but the model computes in torch.float32: pass images.float\(\)"): model.encode(small.double())
+    Mean().eval().encode(small.double())  # a method without weights takes them
+
+
+# -- weights that are none --------------------------------------------------------------------------------------------
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("content, match", [(LFS, "a pointer of git-lfs.*git lfs pull"), (b"<!DOCTYPE html>", "a saved web page"), (b"", r"empty \(0 bytes\)")], ids=["lfs", "page", "empty"])
+def test_what_lies_in_place_of_weights_is_said(tmp_path, content, match):
+    folder = shutil.copytree(shipped("decomp_diffusion_toy_squares"), tmp_path / "model")
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name} cannot be read: it is no weight file but {match}"): load_decomposer(folder)
+
+
+def test_weights_that_are_nan_are_not_loaded(tmp_path):
+    folder = shutil.copytree(shipped("decomp_diffusion_toy_squares"), tmp_path / "model")
+    file = next(folder.glob("*.safetensors"))
+    state = load_file(file)
+    name = sorted(state)[3]
+    save_file(state | {name: state[name] * torch.nan}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 of .* tensors of .*model hold NaN, such as {name}: the training that made them failed"): load_decomposer(folder)
+    with pytest.raises(ValueError, match=f"hold NaN, such as {name}"): read_weights(file)
+
+
+# -- label maps in another order --------------------------------------------------------------------------------------
+
+def test_one_hot_masks_are_no_clips_of_labels():
+    hot = torch.nn.functional.one_hot(TRUE, 4).movedim(-1, 1)
+    for call in (lambda: seg.ari(hot, hot), lambda: seg.ari(hot.numpy().astype(bool), hot)):
+        with pytest.raises(ValueError, match=r"true labels \(3, 4, 8, 8\) are 0 and 1, and 1 once in each pixel.*argmax\(1\)"): call()
+    clip = torch.stack([TRUE, TRUE], 1)
+    assert seg.ari(clip.clamp(max=1), clip.clamp(max=1)).tolist() == [1, 1, 1]
+
+
+def test_soft_masks_with_slots_last_are_refused():
+    with pytest.raises(ValueError, match=r"soft masks \(3, 8, 8, 5\) are 8×5, the labels are 8×8: expected is \(b,k,h,w\)"): seg.segmentation_scores(TRUE, torch.rand(3, 8, 8, 5))
+
+
+def test_shares_of_ignoring_are_refused():
+    with pytest.raises(ValueError, match="ignore is torch.float32, expected is bool"): seg.ari(TRUE, TRUE, ignore=torch.rand(3, 8, 8))

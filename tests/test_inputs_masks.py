@@ -1,4 +1,5 @@
 "What people feed in as masks: label maps of all kinds, annotations that belong to other pixels, HDF5 files with everything in them"
+import io
 import json
 import warnings
 
@@ -189,7 +190,7 @@ def test_labels_that_a_table_does_not_list_are_named(tmp_path):
     root = write_dump(tmp_path / "movi-a", "lsd", range(1), 1)
     file = root / "labels/00000000/00000000_segment.png"
     Image.fromarray(NAMES[np.array(Image.open(file))]).save(file)
-    with pytest.raises(ValueError, match=r"00000000_segment.png has labels \[4, 9\], its instances.json lists objects \[1, 2\]"): MoviDump(root)[0]
+    with pytest.raises(ValueError, match=r"00000000_segment.png has labels \[4, 9\], but the objects listed beside it are \[1, 2\]"): MoviDump(root)[0]
 
 
 @pytest.mark.parametrize("shift", [0, 1], ids=["from 1", "from 0"])
@@ -199,7 +200,7 @@ def test_clevrtex_counts_from_one_or_from_zero(tmp_path, shift):
     for file in root.rglob("*_flat.png"): Image.fromarray(np.array(Image.open(file)) // 3).save(file)
     assert [int(item["labels"]["visibility"].sum()) for item in ClevrTex(root)] == [2, 3, 4]
     for file in root.rglob("*_flat.png"): Image.fromarray(np.array(Image.open(file)) + np.uint8(7)).save(file)
-    with pytest.raises(ValueError, match="CLEVRTEX_full_000000.png: its label map has labels"): ClevrTex(root)[0]
+    with pytest.raises(ValueError, match="CLEVRTEX_full_000000.png has labels"): ClevrTex(root)[0]
 
 
 @pytest.mark.parametrize("reader", ["hdf5", "movi"])
@@ -349,3 +350,167 @@ def test_label_maps_that_are_damaged_or_colour_are_named(tmp_path):
     sixteen = np.array([[0, 300], [60000, 1]], np.uint16)
     Image.fromarray(sixteen).save(tmp_path / "sixteen.png")
     assert (read_labels(tmp_path / "sixteen.png") == sixteen).all()
+
+
+# -- label maps and the tables beside them ----------------------------------------------------------------------------
+
+def test_objects_that_the_json_of_clevrtex_does_not_list_are_named(tmp_path):
+    root = write_clevrtex(tmp_path, 2)
+    edit_json(next(root.rglob("*_000000.json")), lambda c: c["objects"].pop())
+    with pytest.raises(ValueError, match=r"CLEVRTEX_full_000000.png has labels \[3\], but the objects listed beside it are \[6\]"): ClevrTex(root)[0]
+    assert ClevrTex(root)[1]["masks"].max() == 3
+
+
+@pytest.mark.parametrize("index, match", [(lambda i: i - 1, "stand the labels|two have|has labels"), (lambda i: i + 1, r"objects \[2, 3, 4\] stand the labels \[1, 2, 3\]|has labels"), (lambda i: 1, "two have the same index")])
+def test_indices_of_clevrtex_that_are_off_by_one_are_named(tmp_path, index, match):
+    root = write_clevrtex(tmp_path, 2)
+    for file in root.rglob("*.json"): edit_json(file, lambda c: [o.update(index=index(o["index"] // 3)) for o in c["objects"]])
+    for file in root.rglob("*_flat.png"):
+        labels = np.array(Image.open(file)) // 3
+        Image.fromarray(labels if index(2) != 1 else np.maximum(labels, 1) - 1).save(file)  # the first object became background
+    with pytest.raises(ValueError, match=f"CLEVRTEX_full_00000[01].png.*({match})"): ClevrTex(root).check()
+
+
+def test_objects_of_hdf5_that_are_said_not_to_be_there_are_named(tmp_path):
+    file = edit(write_scenes(tmp_path / "a.h5"), lambda f: f["visibility"].write_direct(np.array([[1.0, 1, 0, 0, 0]] * 12, np.float32)))
+    with pytest.warns(UserWarning, match=r"a.h5: 'mask' shows objects whose 'visibility' is 0: they are taken as background"): assert H5Scenes(file)[0]["masks"].max() == 1
+    shifted = edit(write_scenes(tmp_path / "b.h5"), lambda f: replace(f, "mask", f["mask"][:] + 1))
+    with pytest.warns(UserWarning, match="b.h5.*are the labels its rows, counted from 0"): H5Scenes(shifted)[0]
+
+
+@pytest.mark.parametrize("count, match", [(0, "if label 0 is an object, store all labels one higher"), (5, "expected is 1…4, so that one of its 5 rows"), (-1, "n_background=-1"), (1.5, "n_background=1.5")])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_background_of_no_rows_or_of_all_is_refused(tmp_path, count, match, given):
+    file = edit(write_scenes(tmp_path / "a.h5"), lambda f: f.attrs.update({} if given else {"n_background": count}))
+    with pytest.raises(ValueError, match=f"a.h5: n_background={count}.*{match}|{match}"): H5Scenes(file, **{"n_background": count} if given else {})
+
+
+@pytest.mark.parametrize("n_background", [1, 2, 3])
+def test_several_rows_of_background_are_left_out(tmp_path, n_background):
+    item = H5Scenes(write_scenes(tmp_path / "a.h5"), n_background=n_background)[2]  # four objects
+    assert item["labels"]["visibility"].tolist() == [1] * (5 - n_background) == [1] * len(item["labels"]["color"]) and item["masks"].max() == 5 - n_background
+
+
+@pytest.mark.parametrize("key, values, reader", [
+    ("color", np.zeros((11, 5), np.uint8), "h5_scenes"), ("pixel_coords", np.zeros((13, 5, 3)), "h5_scenes"), ("visibility", np.ones((13, 5)), "h5_scenes"), ("split", np.array([b"train"] * 13), "h5_scenes"), ("split", np.array([b"train"] * 11), "h5_scenes"),
+    ("camera", np.zeros((11, 3)), "h5_scenes"), ("split", np.array([b"train"] * 3), "h5_photos"), ("name", np.array([b"a"] * 5), "h5_photos"), ("clip", np.array([b"a"] * 3), "h5_photos"), ("frame", np.arange(5), "h5_photos"), ("label", np.zeros(5, int), "h5_photos"),
+    ("clip", np.array([b"a"] * 3), "video"), ("frame", np.arange(5), "video"), ("subject", np.array([b"a"] * 5), "h5_photos"),
+])
+def test_rows_of_hdf5_that_are_more_or_fewer_than_pictures_are_named(tmp_path, key, values, reader):
+    if reader == "h5_scenes":
+        file = edit(write_scenes(tmp_path / "a.h5"), lambda f: replace(f, key, values) if key in f else f.update({key: values}) if hasattr(f, "update") else f.create_dataset(key, data=values))
+    else: file = photos(tmp_path / "a.h5", **{key: values})
+    options = {"extras": ["camera"]} if key == "camera" else {"n_frames": 2} if reader == "video" else {}
+    with pytest.raises(ValueError, match=f"a.h5: '{key}' is .*, but there are {12 if reader == 'h5_scenes' else 4} pictures"): open_dataset(file, split="all", kind=reader, **options)
+
+
+def photos(path, **more):
+    "Four JPEGs of two clips"
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    data = np.frombuffer(buffer.getvalue(), np.uint8)
+    columns = {"clip": np.array([b"a", b"a", b"b", b"b"]), "frame": np.array([0, 1, 0, 1]), **more}
+    with h5py.File(path, "w") as f:
+        jpeg = f.create_dataset("jpeg", (4,), h5py.vlen_dtype(np.uint8))
+        for i in range(4): jpeg[i] = data
+        for key, values in columns.items(): f[key] = values
+        f.attrs["classes"] = '["cat", "dog"]'
+    return path
+
+
+@pytest.mark.parametrize("code", [-1, 2, 200])
+def test_classes_without_a_name_are_refused(tmp_path, code):
+    file = photos(tmp_path / "photos.h5", label=np.array([0, 1, code, 0]))
+    with pytest.raises(ValueError, match="photos.h5: 'label' holds .*but 'classes' names 0…1"): H5Photos(file)
+    def change(f):
+        values = f["color"][:].astype(int)
+        values[1, 2], values[0, 4] = code if code != 2 else 5, 77  # row 4 of the first scene is not there
+        replace(f, "color", values)
+    data = H5Scenes(edit(write_scenes(tmp_path / "a.h5"), change))
+    assert data[0]["labels"]["color"][2:].tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"a.h5: a/000001: 'color' holds class -?\d+, but there are names for 0…4"): data[1]
+    with pytest.raises(ValueError, match="a/000001: 'color' holds class"): validate_dataset(data)
+
+
+def test_edits_know_one_row_of_background_only(tmp_path):
+    from test_data import write_edits
+    file = write_edits(tmp_path / "edits.h5")
+    open_dataset(file, split="all").check()
+    with pytest.raises(ValueError, match="edits.h5: n_background=2"): open_dataset(edit(file, lambda f: f.attrs.update(n_background=2)), split="all")
+
+
+# -- entries of COCO and VOC that mean something else -----------------------------------------------------------------
+
+def coco_item(folder): return CocoScenes(folder, 40)[0]
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: [a.update(image_id=str(a["image_id"])) for a in c["annotations"]], lambda c: [p.update(id=str(p["id"])) for p in c["images"]], lambda c: [a.update(iscrowd=str(a["iscrowd"])) for a in c["annotations"]],
+    lambda c: [a.update(iscrowd=bool(a["iscrowd"])) for a in c["annotations"]], lambda c: [a.update(category_id=str(a["category_id"])) for a in c["annotations"]], lambda c: [p.update(width=str(p["width"]), height=float(p["height"])) for p in c["images"]],
+    lambda c: [a.pop("iscrowd") for a in c["annotations"] if not a["iscrowd"]],
+], ids=["image_id", "id", "iscrowd", "bool", "category_id", "sizes", "none"])
+def test_numbers_of_coco_that_are_texts_mean_the_same(tmp_path, change):
+    plain = CocoScenes(write_coco(tmp_path / "a"), 40)[0]
+    edit_json(write_coco(tmp_path / "b") / "annotations/instances_val2017.json", change)
+    other = CocoScenes(tmp_path / "b", 40)[0]
+    assert plain["masks"].equal(other["masks"]) and plain["ignore"].equal(other["ignore"]) and plain["labels"]["class"].equal(other["labels"]["class"]) and other["masks"].max() == 2
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda c: c["annotations"][0].update(segmentation=[[0.3, 0.25, 0.6, 0.25, 0.6, 0.75]]), "annotation 1: a polygon lies between 0.25 and 0.75, in shares of the sides: multiply x by 64 and y by 40"),
+    (lambda c: c["annotations"][0].update(segmentation=[[3, float("nan"), 9, 9, 20, 30]]), "annotation 1: a polygon holds NaN"), (lambda c: c["annotations"][0].update(iscrowd="no"), "iscrowd is 'no', expected is 0 or 1"),
+    (lambda c: [a.update(image_id="000000000003.jpg") for a in c["annotations"]], "all annotations have an image_id, such as '000000000003.jpg', that no picture has"), (lambda c: c["images"].append(dict(c["images"][0])), "two pictures have the id 5"),
+], ids=["shares", "nan", "iscrowd", "no picture", "twice"])
+def test_entries_of_coco_that_mean_nothing_are_refused(tmp_path, change, match):
+    coco = write_coco(tmp_path)
+    edit_json(coco / "annotations/instances_val2017.json", change)
+    with pytest.raises(ValueError, match=match) as error: CocoScenes(coco, 20).check()
+    assert "instances_val2017.json" in str(error.value)
+
+
+def test_annotations_of_pictures_that_are_not_listed_are_counted(tmp_path):
+    coco = write_coco(tmp_path)
+    edit_json(coco / "annotations/instances_val2017.json", lambda c: c["annotations"].append(dict(c["annotations"][0], id=9, image_id=77)))
+    with pytest.warns(UserWarning, match="1 annotations belong to 1 pictures that 'images' does not list, such as image_id '77'"): assert CocoScenes(coco, 20).check() == 2
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("change, match", [
+    (lambda c, o: (np.roll(c, 9, 0), o), "of object 1, .* are background in the class map.*contradict"), (lambda c, o: (np.where(c == 7, 0, c), o), "of object 2"), (lambda c, o: (c, np.where(o == 2, 0, o)), "pixels have a class but no object"),
+    (lambda c, o: (np.where(o == 1, 1 + np.arange(50)[:, None] % 4, c), o), "no class has half of them"),
+], ids=["shifted", "no class", "no object", "several classes"])
+def test_maps_of_voc_that_contradict_each_other_are_named(tmp_path, change, match):
+    from small_data import save_palette
+    voc = write_voc(tmp_path, "original")
+    files = [voc / kind / "2007_000001.png" for kind in ("SegmentationClass", "SegmentationObject")]
+    VocScenes(voc, 24).check()
+    maps = [np.array(Image.open(file)) for file in files]
+    for file, values in zip(files, change(*maps)): save_palette(values.astype(np.uint8), file)
+    with pytest.raises(ValueError, match=f"2007_000001: .*{match}"): VocScenes(voc, 24).check()
+
+
+# -- further finds ----------------------------------------------------------------------------------------------------
+
+def test_label_maps_stored_as_jpeg_are_refused_and_grey_ones_in_three_channels_read(tmp_path):
+    labels = np.kron(np.arange(4, dtype=np.uint8).reshape(2, 2), np.ones((8, 8), np.uint8))
+    Image.fromarray(labels).save(tmp_path / "a.png", "JPEG")
+    with pytest.raises(ValueError, match="a.png: it is a JPEG, which invents labels"): read_labels(tmp_path / "a.png")
+    for alpha in (3, 4):
+        Image.fromarray(np.stack([labels, labels, labels, labels * 0 + 255][:alpha], -1)).save(tmp_path / "b.png")
+        assert (read_labels(tmp_path / "b.png") == labels).all()
+
+
+def test_pictures_of_three_pixels_are_axes_in_another_order(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as f: f["image"] = np.zeros((4, 24, 24, 3, 3), np.uint8)
+    with pytest.raises(ValueError, match="a.h5: 'image' .* are pictures of 24×3: its axes stand in another order"): H5Scenes(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("row, ok", [(1, False), (4, True)], ids=["there", "not there"])
+def test_labels_that_are_nan_are_found_before_training(tmp_path, row, ok):
+    def change(f):
+        places = f["pixel_coords"][:]
+        places[0, row] = np.nan
+        f["pixel_coords"][...] = places
+    data = H5Scenes(edit(write_scenes(tmp_path / "a.h5"), change))
+    if ok: return validate_dataset(data)
+    with pytest.raises(ValueError, match="label 'pixel_coords' of .*a.h5.* holds NaN"): validate_dataset(data)

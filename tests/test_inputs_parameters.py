@@ -63,3 +63,27 @@ def test_an_empty_text_is_refused_where_it_means_nothing(notebook, capsys):
         if p.type == "str" and p.name not in refused: assert gather_values(accepted, [], [(p.name, "")]) == {p.name: ""}
     assert refused and main(["run", str(ROOT / "nbs" / notebook), "-p", refused[0], ""]) == 2
     assert "is empty" in capsys.readouterr().err
+
+
+# -- counts that are none ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("notebook, name, text, least", [
+    ("train_lsd", "eval_seeds", "0", 1), ("train_lsd", "n_images", "-1", 0), ("train_lsd", "eval_scenes", "0", 1), ("train_lsd", "sample_steps", "-5", 1), ("train_lsd", "n_slots", "-7", 0), ("eval_generation", "n_images", "0", 1), ("eval_segmentation", "seeds", "0", 1),
+    ("train_concepts", "n_per_class", "-2", -1), ("eval_concepts", "n_per_class", "-1", 1), ("eval_video", "n_clips", "0", 1), ("train_text_to_image", "n_images", "0", 1), ("train_readout", "n_hidden", "-1", 0),
+])
+def test_counts_that_count_nothing_are_refused_before_a_kernel_starts(notebook, name, text, least, capsys):
+    path = ROOT / "nbs" / f"{notebook}.ipynb"
+    with pytest.raises(ValueError, match=f"parameter '{name}': {text} is below {least}"): gather_values(parameters(path), [], [(name, text)])
+    assert gather_values(parameters(path), [], [(name, str(least))]) == {name: least}
+    assert main(["run", str(path), "-p", name, text, "--check"]) == 2 and f"{text} is below {least}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_defaults_are_counts_that_are_allowed(notebook):
+    accepted = parameters(ROOT / "nbs" / notebook)
+    gather_values(accepted, [], [(p.name, p.default) for p in accepted.values() if type(p.default) in (int, list) and p.name not in TrainConfig.names()])
+
+
+@pytest.mark.parametrize("notebook, name", [("compare_slots", "seeds"), ("compare_slots", "methods"), ("eval_probing", "kinds"), ("train_latent_diffusion", "channels")])
+def test_lists_of_nothing_are_refused(notebook, name):
+    with pytest.raises(ValueError, match=f"parameter '{name}' is empty"): gather_values(parameters(ROOT / "nbs" / f"{notebook}.ipynb"), [], [(name, "[]")])

@@ -311,3 +311,122 @@ def test_a_folder_of_nothing_but_heic_says_so(tmp_path):
 def test_n_that_cuts_a_folder_is_said(tmp_path):
     for i in range(30): save(tmp_path / f"p{i}.png")
     assert ImageFolder(tmp_path, n=20).taken.startswith("20 of 30 files (n=20 of the 30 in the split)")
+
+
+# -- label maps are no pictures ---------------------------------------------------------------------------------------
+
+LABELLED = {
+    "ADE20K": ("images/training/ADE_train_{}.jpg", "annotations/training/ADE_train_{}.png", "L"), "VOC": ("JPEGImages/2007_{}.jpg", "SegmentationClass/2007_{}.png", "P"), "Cityscapes": ("leftImg8bit/train/aachen/aachen_{}_leftImg8bit.png", "gtFine/train/aachen/aachen_{}_gtFine_labelIds.png", "L"),
+    "colours of Cityscapes": ("leftImg8bit/train/aachen/aachen_{}_leftImg8bit.png", "gtFine/train/aachen/aachen_{}_gtFine_color.png", "RGB"), "pairs": ("{}.png", "{}_mask.png", "1"), "pets": ("images/pet_{}.jpg", "annotations/trimaps/pet_{}.png", "L"),
+    "old ADE20K": ("training/a/abbey/ADE_train_{}.jpg", "training/a/abbey/ADE_train_{}_seg.png", "RGB"), "sixteen bits": ("img/{}.tif", "labels/{}.tif", "I;16"), "no words": ("images/{}.png", "ground_truth/{}.png", "P"),
+}
+
+
+@pytest.mark.parametrize("layout", LABELLED)
+def test_label_maps_beside_pictures_are_left_out_and_counted(tmp_path, layout):
+    *names, mode = LABELLED[layout]
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 255, (24, 24, 3), np.uint8)
+        labels = Image.new(mode, (24, 24), (20, 40 * i, 0) if mode == "RGB" else i % 2)
+        for name, picture in zip(names, (Image.fromarray(noise), labels)):
+            (tmp_path / name.format(i)).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / name.format(i))
+    data = ImageFolder(tmp_path)
+    assert data.files == sorted(names[0].format(i) for i in range(4)) and "4 of 8 files, 4 label maps skipped" in data.taken
+    assert len(ImageFolder(tmp_path / names[1].format(0).split("/")[0])) == 4 if "/" in names[1] and names[0].split("/")[0] != names[1].split("/")[0] else True  # who names that folder wants them
+
+
+@pytest.mark.parametrize("folders", [("mask", "no_mask"), ("with_mask", "without_mask"), ("labels", "boxes")])
+def test_photographs_in_a_class_that_is_called_mask_are_pictures(tmp_path, folders):
+    for name in folders:
+        for i in range(4): save(tmp_path / name / f"{i}.png") and Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 24, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
+    assert len(ImageFolder(tmp_path)) == 8
+
+
+# -- greys and levels, again ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("values, kind", [(RAMP * 16383, np.uint16), (RAMP * 32767, np.int32), (RAMP * 100, np.float32), (RAMP * 4.5, np.float32), (RAMP * 60000 / 4, np.float32), (RAMP * 0.2, np.float32), (RAMP * 50, np.int32)],
+                         ids=["14 bits", "15 bits", "per cent", "to 4.5", "to 15,000", "to 0.2", "int to 50"])
+def test_greys_that_would_come_out_dark_are_refused_until_levels_say_what_white_is(tmp_path, values, kind):
+    grey(tmp_path / "a.tiff", values.astype(kind))
+    with pytest.raises(ValueError, match="(?s)a.tiff.*its greys go from.*pass levels="): ImageFolder(tmp_path, 16).check()
+    image = ImageFolder(tmp_path, 16, levels=(0, float(values.max())))[0]["image"]
+    assert image.min() == -1 and image.max() == 1
+
+
+@pytest.mark.parametrize("values, kind", [(RAMP * 20000, np.uint16), (RAMP * 200, np.float32), (RAMP * 0.5, np.float32), (RAMP * 70, np.int32)])
+def test_somewhat_dark_greys_are_read(tmp_path, values, kind):
+    ImageFolder(grey(tmp_path / "a.tiff", values.astype(kind)).parent, 16).check()
+
+
+@pytest.mark.parametrize("levels", [(4095, 0), (7, 7), (0,), 4095, (0, float("nan")), ("0", "1"), (0, 1, 2)], ids=str)
+def test_levels_that_are_no_black_and_white_are_refused_before_any_picture(tmp_path, levels):
+    grey(tmp_path / "a.png", (RAMP * 255).astype(np.uint8))
+    with pytest.raises((ValueError, TypeError), match="levels=.*two numbers \\(black, white\\), the smaller one first"): ImageFolder(tmp_path, 16, levels=levels)
+
+
+ARGUMENTS = [("size", 0), ("size", -3), ("size", "64"), ("size", 64.0), ("size", (64, 64)), ("n", 0), ("n", 2.5), ("n", True), ("crop", 0), ("crop", (3, 4)), ("crop", "centre"), ("crop", (0.5, 0.5, 0.5)), ("min_size", "8"), ("min_size", -1)]
+
+
+@pytest.mark.parametrize("name, value", ARGUMENTS, ids=str)
+def test_wrong_arguments_are_named_and_no_picture_is_blamed(tmp_path, name, value):
+    save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=f"^{name}=.*expected is") as error: ImageFolder(tmp_path, **{name: value})
+    assert "a.png" not in str(error.value)
+
+
+@pytest.mark.parametrize("reader, name", [(lambda p, **o: ClevrTex(p / "tex", **o), "max_objects"), (lambda p, **o: MoviDump(p / "movi", **o), "clip_length"), (lambda p, **o: open_dataset(p / "movi", n_frames=2, **o), "frame_offset"),
+                                          (lambda p, **o: open_dataset("shapes3d", **o), "size"), (lambda p, **o: open_dataset(p / "a.h5", **o), "hop"), (lambda p, **o: OfficialFolder(p, **o), "n")])
+@pytest.mark.parametrize("value", [0, "4"])
+def test_every_reader_checks_its_arguments(tmp_path, reader, name, value):
+    write_clevrtex(tmp_path / "tex", 1)
+    write_dump(tmp_path / "movi", "slot_diffusion", range(4), 2)
+    write_scenes(tmp_path / "a.h5", n=3)
+    with pytest.raises(ValueError, match=f"^{name}={value!r}: expected is a whole number, at least 1"): reader(tmp_path, **{name: value})
+
+
+# -- classes that one split lacks -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lacking", ["train", "val"])
+def test_a_class_keeps_its_number_where_one_split_lacks_it(tmp_path, lacking):
+    for split in ("train", "val"):
+        for name in ("cat", "dog", "owl"):
+            if (split, name) != (lacking, "dog"): save(tmp_path / split / name / "0.png")
+    other = "val" if lacking == "train" else "train"
+    whole = class_folders(tmp_path, n_per_class=1, size=8, split=other)
+    with pytest.warns(UserWarning, match=f"there is no .*{lacking}/dog: split='{lacking}' has no pictures of that class"): found = class_folders(tmp_path, n_per_class=1, size=8, split=lacking)
+    assert found["names"] == whole["names"] == ["cat", "dog", "owl"] and whole["label"].tolist() == [0, 1, 2] and found["label"].tolist() == [0, 2]
+    assert all(f"/{found['names'][label]}/" in path for label, path in zip(found["label"], found["paths"]))
+
+
+# -- further finds ----------------------------------------------------------------------------------------------------
+
+def noise(i=0, size=(24, 24, 3)): return Image.fromarray(np.random.default_rng(i).integers(0, 255, size, np.uint8))
+
+
+def test_black_and_white_jpegs_beside_pictures_are_masks_and_grey_photographs_are_not(tmp_path):
+    for folder in ("images", "masks", "labels"): (tmp_path / folder).mkdir()
+    for i in range(4):
+        noise(i).save(tmp_path / "images" / f"{i}.jpg")
+        noise(i, (24, 24)).save(tmp_path / "labels" / f"{i}.jpg")
+        Image.fromarray(np.kron(np.eye(3, dtype=np.uint8) * 255, np.ones((8, 8), np.uint8))).save(tmp_path / "masks" / f"{i}.jpg", quality=90)
+    assert {file.split("/")[0] for file in ImageFolder(tmp_path).files} == {"images", "labels"}
+
+
+def test_one_picture_in_two_formats_lies_in_one_split(tmp_path):
+    for i in range(40):
+        for suffix in ("jpg", "png"): noise(i).save(tmp_path / f"{i}.{suffix}")
+    train, val = (ImageFolder(tmp_path, split=s) for s in ("train", "val"))
+    assert not {f.split(".")[0] for f in train.files} & {f.split(".")[0] for f in val.files} and len(val) == 4
+    assert "split by hash of names without their endings, since some occur twice" in val.taken
+
+
+def test_sets_that_are_very_dark_are_spoken_of(tmp_path):
+    for i in range(3): Image.fromarray(np.random.default_rng(i).integers(0, 16, (16, 16, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    with pytest.warns(UserWarning, match="are very dark: the lightest value is -0.8.*10, 12 or 14 bits in 16"): validate_dataset(ImageFolder(tmp_path, 16))
+
+
+def test_animated_png_are_counted_among_those_with_several_frames(tmp_path):
+    noise().save(tmp_path / "a.png", save_all=True, append_images=[noise(1)])
+    for i in range(3): noise(i).save(tmp_path / f"{i}.png")
+    assert "several frames in 1 of 4 .png: the first is read" in ImageFolder(tmp_path).taken

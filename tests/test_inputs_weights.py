@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from test_runs import ROOT
 
+from decomp_nb.checks import kind_of_file
 from decomp_nb.components.dvae import DVAE
 from decomp_nb.components.lpips import load_lpips
-from decomp_nb.components.weight_files import kind_of_file, read_json, read_weights
+from decomp_nb.components.weight_files import read_json, read_weights
 from decomp_nb.methods.decomp_diffusion import DecompDiffusion
 from decomp_nb.methods.lsd import LSD
 from decomp_nb.official.autoencoders import load_official_autoencoder

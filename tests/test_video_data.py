@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from decomp_nb.data.catalog import detect_format, open_dataset, validate_dataset
 from decomp_nb.data.mp4 import frame_times, write_mp4
+from decomp_nb.data.physion import read_labels as physion_labels
 from decomp_nb.data.video import CLIPS, VideoClips, VideoFile, check_numbers, cut_videos, find_videos, first_frames, jpeg_clips, renumber_objects
 from decomp_nb.viz.film import clip_film, outline
 from decomp_nb.worlds.moving import MovingShapes, bounce
@@ -340,3 +341,22 @@ def test_a_folder_of_pictures_with_a_stray_video_stays_one_of_pictures(tmp_path,
     (tmp_path / "b").mkdir()
     (tmp_path / "b/x.mp4").write_bytes(b"")
     assert detect_format(tmp_path / "b") == detect_format(tmp_path / "b/x.mp4") == "video"
+
+
+# -- labels of Physion, in other tables -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("table", [
+    "name,ground truth outcome\nfall_7_img,True\nroll_2,False\n", "ground truth outcome,stimulus name\nTrue,fall_7_img\nFalse,roll_2\n", ",video_name,ground truth outcome\n0,fall_7,True\n1,roll_2_img,False\n",
+    ",ground truth outcome,seed\nfall_7_img,True,3\nroll_2,False,4\n", "clip,ground truth outcome\nfall_7_img,True\nroll_2,False\nroll_2_img,False\n",
+])
+def test_names_stand_in_the_column_that_is_called_so(tmp_path, table):
+    (tmp_path / "labels.csv").write_text(table)
+    assert physion_labels(tmp_path / "labels.csv") == {"fall_7": 1, "roll_2": 0}
+
+
+@pytest.mark.parametrize("table, match", [("index,seed,ground truth outcome\n0,fall_7,True\n", r"not clear which of the columns .*'index', 'seed'"), ("name,ground truth outcome\nfall_7,True\nroll_2,True\nfall_7_img,False\n", "row 4 says False of 'fall_7', an earlier row the contrary"),
+                                          ("name,video,ground truth outcome\na,b,True\n", "not clear which")])
+def test_labels_that_may_mean_two_things_are_refused(tmp_path, table, match):
+    (tmp_path / "labels.csv").write_text(table)
+    with pytest.raises(ValueError, match=match) as error: physion_labels(tmp_path / "labels.csv")
+    assert "labels.csv" in str(error.value)

@@ -184,6 +184,30 @@ class LayoutMaps(nn.Module):
         return self.layers(F.pixel_unshuffle(painting, self.finer))
 
 # %% ../../nbs/components/layout.ipynb #move-export
+def _check_layout(factors):
+    "ValueError for codes with no room for a layout, or, where there are masks, with outlines that are not theirs"
+    room = math.isqrt(max(factors.codes.shape[-1] - 3, 0))
+    windows = range(2, min(room, 16) + 1)
+    fits = [1.0]
+    if factors.masks is not None:
+        fits = [_outline_fit(factors, window) for window in windows]
+    if not windows or max(fits) < 0.5:
+        shape = tuple(factors.codes.shape)
+        raise ValueError(f"codes {shape} hold no layout: encode with a model that shows layouts")
+
+
+def _outline_fit(factors, window):
+    "Correlation of the outlines in codes with those of the masks"
+    shares = factors.masks.flatten(0, -4).float()
+    seen = own_window(shares, window)
+    written = factors.codes[..., 3:layout_dim(window)]
+    pairs = torch.stack([
+        seen.flatten(),
+        written.flatten().float(),
+    ])
+    return torch.corrcoef(pairs)[0, 1].item()
+
+
 def move_slots(
     factors: Factors,  # codes that begin with a layout, `(b, s, d)`
     slot: int,
@@ -199,6 +223,7 @@ def move_slots(
         raise ValueError(f"down={down}, right={right}: must be finite, in sides of the picture")
     if not 0 < grow < math.inf:
         raise ValueError(f"grow={grow}: must be above 0 and finite")
+    _check_layout(factors)
     codes = factors.codes.clone()
     change = torch.tensor([4 * down, 4 * right, 1.5 * torch.tensor(grow).log()])
     codes[..., slot, :3] += change.to(codes)

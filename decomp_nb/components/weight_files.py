@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,60 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_weight_file, check_weights
+
 # %% auto #0
-__all__ = ['SIGNATURES', 'OLD_TORCH', 'WRAPPERS', 'kind_of_zip', 'kind_of_file', 'foreign', 'open_weights', 'unwrapped',
-           'plain_names', 'read_weights', 'read_json', 'file_name']
-
-# %% ../../nbs/components/weight_files.ipynb #kind-export
-SIGNATURES = {  # first bytes → what such a file is, with a remedy
-    b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run `git lfs pull`, or download the file",
-    b"<": "a saved web page; download the file itself",
-    b"{": "a JSON file; give the file with the weights that lies beside it",
-    b"\x1f\x8b": "a gzip archive; unpack it first",
-    b"BZh": "a bzip2 archive; unpack it first",
-    b"\xfd7zXZ": "an xz archive; unpack it first",
-    b"7z\xbc\xaf": "a 7z archive; unpack it first",
-    b"\x89HDF": "an HDF5 file; give safetensors or a PyTorch file",
-    b"\x93NUMPY": "a NumPy array; give safetensors or a PyTorch file",
-    b"GGUF": "a GGUF file; give safetensors or a PyTorch file",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-}
-
-
-OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # magic number of PyTorch before 1.6
-
-
-def kind_of_zip(path: Path) -> str:
-    "'torch' for the archive that PyTorch writes, or what the archive is instead"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        return "a damaged archive, perhaps cut short; copy or download it again"
-    if any(name.endswith("data.pkl") for name in names):
-        return "torch"
-    numpy = names and all(name.endswith(".npy") for name in names)
-    return "a NumPy archive; give safetensors or a PyTorch file" if numpy else "a zip archive; unpack it first"
-
-# %% ../../nbs/components/weight_files.ipynb #kind-of-file-export
-def kind_of_file(path: Path) -> str:
-    "'safetensors', 'torch', what the file is instead, or an empty text where its bytes say nothing"
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        return "empty (0 bytes); copy or download it again"
-    if head.startswith(b"PK\x03\x04"):
-        return kind_of_zip(path)
-    if head.startswith(OLD_TORCH):
-        return "torch"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
-        return "safetensors"
-    if head[257:262] == b"ustar":
-        return "a tar archive; unpack it first"
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    unknown = "" if head.startswith(b"\x80") else f"something unknown that begins with {ascii(text[:16])}"
-    return next((words for start, words in SIGNATURES.items() if text.startswith(start)), unknown)
+__all__ = ['WRAPPERS', 'foreign', 'open_weights', 'unwrapped', 'plain_names', 'read_weights', 'read_json', 'file_name']
 
 # %% ../../nbs/components/weight_files.ipynb #open-export
 def foreign(error: Exception) -> str:
@@ -80,9 +29,7 @@ def foreign(error: Exception) -> str:
 
 def open_weights(path: Path) -> Any:
     "What a safetensors or PyTorch file holds; a `ValueError` says what any other file is"
-    kind = kind_of_file(path)
-    if kind not in ("safetensors", "torch", ""):
-        raise ValueError(f"{path} cannot be read: it is no weight file but {kind}")
+    kind = check_weight_file(path)
     try:
         if kind == "safetensors":
             from safetensors.torch import load_file
@@ -140,6 +87,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     wrong = [str(key) for key, value in state.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
     if wrong:
         raise ValueError(f"{path} is no state dict: {', '.join(wrong[:4])} hold no tensors")
+    check_weights(state, path)
     return plain_names(dict(state))
 
 # %% ../../nbs/components/weight_files.ipynb #json-export

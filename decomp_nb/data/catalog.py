@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import warnings
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -287,6 +288,9 @@ def check_masks(item: dict, max_objects: int, name: str = "the data set") -> Non
     for key, rows in labels.items():
         if len(rows) != max_objects:
             raise ValueError(f"label {key!r} of {name} has {len(rows)} rows instead of max_objects={max_objects}")
+        there = rows if key == "visibility" else rows[labels["visibility"] > 0]
+        if there.is_floating_point() and not there.isfinite().all():
+            raise ValueError(f"label {key!r} of {name} holds NaN or infinite values for objects that are there")
 
 # %% ../../nbs/data/catalog.ipynb #check-set-export
 def _check_set(ds, name, batch_size):
@@ -327,6 +331,9 @@ def _check_together(items, name):
     if high - low < 0.02:  # two of 256 greys
         seen = f"the pictures of {name} show nothing: all values lie between {low:.3g} and {high:.3g} in [−1,1]"
         raise ValueError(f"{seen}. If the files hold numbers such as 0 and 1, spread them to 0…255")
+    if high < -0.75:  # 32 of 256 greys
+        seen = f"the pictures of {name} are very dark: the lightest value is {high:.3g} in [−1,1]"
+        warnings.warn(f"{seen}. If the files hold 10, 12 or 14 bits in 16, spread them to 0…65535", stacklevel=3)
 
 
 def _check_objects(ds, items, name):

@@ -5,6 +5,7 @@
 # %% ../../nbs/data/class_folders.ipynb #imports-export
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import list_images, read_image, to_image_tensor
-from .reader import split_folders, split_name
+from .reader import check_arguments, split_folders, split_name
 
 # %% auto #0
 __all__ = ['class_folders', 'NumberedPictures']
@@ -29,19 +30,31 @@ def _class_names(root):
     return names
 
 
+def _split_roots(root):
+    "Folders below a root that are splits: name → split"
+    if not root.is_dir():
+        return {}
+    names = sorted(p.name for p in root.iterdir() if p.is_dir())
+    told = dict(zip(names, split_folders([f"{name}/x" for name in names])))
+    return told if any(told.values()) else {}
+
+
 def _root_of_split(root, split):
     "Below a root of split folders the one of the split, else the root; and whether there are split folders"
-    if not root.is_dir():
-        return root, False
-    names = [p.name for p in root.iterdir() if p.is_dir()]
-    told = dict(zip(names, split_folders([f"{name}/x" for name in names])))
-    if not any(told.values()):
+    told = _split_roots(root)
+    if not told:
         return root, False
     own = sorted(name for name, its in told.items() if its and its[0] == split_name(split))
     if not own:
-        there = sorted(filter(told.get, names))
+        there = sorted(filter(told.get, told))
         raise ValueError(f"{root} has split folders {there} but none for split={split!r}")
     return root / own[0], True
+
+
+def _names_of_all_splits(root):
+    "Classes of all split folders below a root, so that a class has the same number in each; None without splits"
+    roots = [root / name for name, its in _split_roots(root).items() if its]
+    return sorted({name for inner in roots for name in _class_names(inner)}) or None
 
 # %% ../../nbs/data/class_folders.ipynb #class-files-export
 def _pair_roots(roots, names):
@@ -85,7 +98,7 @@ def _read_square(path, size, center_crop):
         picture = picture.crop((left, top, left + side, top + side))
     return to_image_tensor(picture.resize((size, size), Image.BICUBIC))
 
-
+# %% ../../nbs/data/class_folders.ipynb #class-folders-export
 def class_folders(
     roots: str | Path | Sequence[str | Path],   # one root for all, or one per class
     names: Sequence[str] | None = None,         # class folders; None for all of a root, in alphabetical order
@@ -99,14 +112,20 @@ def class_folders(
     "Pictures of class folders: `image` `(n,3,h,w)`, `label` `(n,)`, `names`, `paths`"
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r}: choose 'train' or 'val'")
+    check_arguments({"size": size})
     if isinstance(roots, str | Path):
+        names = names or _names_of_all_splits(Path(roots))
         roots, by_folders = _root_of_split(Path(roots), split)
     else:
         places = [_root_of_split(Path(root), split) for root in roots]
         roots, by_folders = [place for place, _ in places], any(inside for _, inside in places)
     folders = _pair_roots(roots, names)
-    each = -1 if n_per_class < 0 else max(n_concepts, len(folders)) * n_per_class // len(folders)
-    files = [_class_files(folder, each, "train" if by_folders else split) for folder in folders]
+    there = [folder for folder in folders if folder.is_dir() or not by_folders]
+    for folder in set(folders) - set(there):
+        warnings.warn(f"there is no {folder}: split={split!r} has no pictures of that class", stacklevel=2)
+    each = -1 if n_per_class < 0 else max(n_concepts, len(there)) * n_per_class // max(len(there), 1)
+    part = "train" if by_folders else split
+    files = [_class_files(folder, each, part) if folder in there else [] for folder in folders]
     paths = [path for found in files for path in found]
     labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(found) for found in files]))
     return {

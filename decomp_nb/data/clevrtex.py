@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 
 from ..checks import reading
 from .images import read_annotated, walk_folders
-from .reader import choose_split, evenly, split_folders, split_lists, subsample
-from .scene_item import SceneReader, label_names, read_json, read_labels
+from .reader import check_unread_lists, choose_split, evenly, split_folders, split_lists, subsample
+from .scene_item import SceneReader, check_listed, read_json, read_labels
 
 # %% auto #0
 __all__ = ['clevrtex_factors', 'clevrtex_files', 'clevrtex_objects', 'object_labels', 'clevrtex_classes', 'ClevrTex']
@@ -64,13 +65,26 @@ def clevrtex_objects(file: Path) -> list[dict]:
 def object_labels(objects: list[dict], mask: np.ndarray, name: str) -> list[int]:
     "Label of each object: its `index`, or one more where a set counts from 0 and 0 is the background"
     ids = [int(o["index"]) for o in objects]
-    seen = set(label_names(mask))
-    if 0 in ids and seen <= {i + 1 for i in ids}:
-        return [i + 1 for i in ids]
-    if 0 in ids or ids and seen and not seen & set(ids):
-        found = f"its label map has labels {sorted(seen)[:9]}, its JSON file objects {ids}"
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{name}: its JSON file lists objects {ids}: two have the same index")
+    if 0 in ids:
+        ids = [i + 1 for i in ids]
+    check_listed(mask, ids, f"the label map of {name}")
+    if shift := _label_shift(objects, ids, mask):
+        found = f"at the centres of its objects {ids} stand the labels {[i + shift for i in ids]}"
         raise ValueError(f"{name}: {found}: 0 is the background, and a label is the index of its object")
     return ids
+
+
+def _label_shift(objects, ids, mask):
+    "By how much labels at the centres of the objects differ from their numbers, where none is right; else 0"
+    shifts = Counter()
+    for o, own in zip(objects, ids):
+        column, row = (int(x) for x in o.get("pixel_coords", (-1, -1))[:2])
+        if 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1]:
+            shifts[int(mask[row, column]) - own] += 1
+    shift, count = max(shifts.items(), key=itemgetter(1), default=(0, 0))
+    return shift if count > 1 and not shifts[0] else 0
 
 
 def clevrtex_classes(files: Sequence[Path]) -> dict[str, list[str]]:
@@ -126,6 +140,8 @@ def _clevrtex_split(files, split, path):
     "Positions of a split's files: by lists or folders that are splits, else by tenths of the numbers; and how"
     if split_lists(path, files) or any(split_folders(files)):
         return choose_split(files, split, path)
+    if split != "all":
+        check_unread_lists(path, files)
     start, stop = (int(len(files) * share) for share in _TENTHS[split])
     by_position = "split by position: the first tenth is test, the second val"
     return range(start, stop), "all" if split == "all" else by_position

@@ -41,8 +41,8 @@ def open_h5(path: Path | str):
         raise ValueError(f"{path} is damaged or cut short ({error}): copy or download it again") from None
 
 # %% ../../nbs/data/hdf5.ipynb #h5-dataset-export
-def h5_dataset(file, key: str, numbers: bool = True):
-    "The dataset `key` of an open file; ValueError that says what lies there instead"
+def h5_dataset(file, key: str, numbers: bool = True, rows: int | None = None):
+    "The dataset `key` of an open file, with so many rows; ValueError that says what lies there instead"
     import h5py
     name = f"{file.filename}: {key!r}"
     try:
@@ -55,6 +55,8 @@ def h5_dataset(file, key: str, numbers: bool = True):
     if entry.shape is None or numbers and entry.dtype.kind not in "biuf":
         held = "nothing" if entry.shape is None else entry.dtype
         raise ValueError(f"{name} holds {held}, expected are numbers")
+    if rows is not None and entry.shape[:1] != (rows,):
+        raise ValueError(f"{name} is {entry.shape}, but there are {rows} pictures: it needs a row for each")
     return entry
 
 
@@ -107,21 +109,21 @@ class LazyH5:
             raise ValueError(message) from None
 
 # %% ../../nbs/data/hdf5.ipynb #stored-split-export
-def stored_split(file, split: str) -> list[int] | None:
-    "Positions that the file itself gives to `split`; None where it has no splits, ValueError where none is left"
+def stored_split(file, split: str, rows: int | None = None) -> list[int] | None:
+    "Rows (of `rows` pictures) that the file itself gives to `split`; None where it has no splits, else ValueError"
     if "split" not in file:
         return None
-    stored = _stored_names(file)
+    stored = _stored_names(file, rows)
     chosen = [i for i, name in enumerate(stored) if split_name(split) in (name, "all")]
     if not chosen:
         raise ValueError(f"{file.filename} has nothing for split={split!r}; its splits are {sorted(set(stored))}")
     return chosen
 
 
-def _stored_names(file):
+def _stored_names(file, rows):
     "The split of every row, by its short name"
     names = json_attribute(file, "split_names", "[]")
-    stored = h5_dataset(file, "split", numbers=False)[:].tolist()
+    stored = h5_dataset(file, "split", numbers=False, rows=rows)[:].tolist()
     if not names and not isinstance(stored[0], bytes):
         missing = "there is no attribute 'split_names' that names them"
         raise ValueError(f"{file.filename}: 'split' holds numbers, but {missing}")
@@ -184,13 +186,15 @@ class H5Photos(Reader):
 
 # %% ../../nbs/data/hdf5.ipynb #h5-photos-names
 def _texts(file, key):
-    "The strings of a dataset; None where there is none"
-    return [value.decode() for value in h5_dataset(file, key, numbers=False)[:]] if key in file else None
+    "The strings of a dataset, one for each picture; None where there is none"
+    if key not in file:
+        return None
+    return [value.decode() for value in h5_dataset(file, key, numbers=False, rows=len(file["jpeg"]))[:]]
 
 
 def _choose_photos(file, groups, split):
     "Rows of a split, and how they were chosen"
-    chosen = stored_split(file, split)
+    chosen = stored_split(file, split, len(file["jpeg"]))
     if chosen is None:
         return split_by_group(groups, split), "all" if split == "all" else "split by hash of clips or names"
     return chosen, "all" if split == "all" else "split as stored in the file"
@@ -220,7 +224,8 @@ def _photo_names(file):
         there = ", ".join(file)
         raise ValueError(f"{file.filename} has no dataset 'jpeg' with one JPEG file per row; it has: {there}")
     pictures = h5_dataset(file, "jpeg", numbers=False)
-    frames = h5_dataset(file, "frame")[:].tolist() if "frame" in file else range(len(pictures))
+    count = len(pictures)
+    frames = h5_dataset(file, "frame", rows=count)[:].tolist() if "frame" in file else range(count)
     numbers = [f"{t:06d}" for t in frames]
     clips = _texts(file, "clip")
     names = _texts(file, "name")
@@ -239,7 +244,10 @@ def _class_names(file):
 def _photo_subjects(file, classes):
     "What each picture shows, and its class; None where the file does not tell"
     if classes:
-        codes = h5_dataset(file, "label")[:].astype(int).tolist()
+        codes = h5_dataset(file, "label", rows=len(file["jpeg"]))[:].astype(int).tolist()
+        if not 0 <= min(codes) <= max(codes) < len(classes):
+            held = f"'label' holds {min(codes)}…{max(codes)}"
+            raise ValueError(f"{file.filename}: {held}, but 'classes' names 0…{len(classes) - 1}")
         return [classes[code] for code in codes], codes
     subjects = _texts(file, "subject")
     return subjects and [s.rstrip("0123456789").replace("_", " ") for s in subjects], None

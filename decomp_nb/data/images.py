@@ -21,7 +21,8 @@ from PIL import Image, features
 from torch import Tensor
 
 from ..checks import printable, reading
-from .reader import Reader, choose_split, evenly, name_words, split_name, subsample
+from .label_maps import find_label_maps
+from .reader import Reader, check_levels, choose_split, evenly, name_words, split_name, subsample
 
 # %% auto #0
 __all__ = ['turn_upright', 'to_rgb', 'grey_levels', 'to_image_tensor', 'crop_box', 'resize_crop', 'read_image', 'read_annotated',
@@ -78,12 +79,15 @@ def grey_levels(grey: np.ndarray, mode: str, is_png: bool = False) -> tuple[floa
     white = 1 if mode == "F" and high <= 1.001 else 255  # some were computed, and are a little above 1
     if mode.startswith("I;16") or is_png or high > 255:
         white = 65535  # PNG keeps greys above 8 bits as 16
-    unlikely = {255: high < 32, 65535: high < 4096}.get(white, False)  # next to black
-    if low < 0 or high > 65535 or high > 0 and unlikely:
-        need = "pass levels=(black, white), such as (0, 4095) for 12 bits, or save it with 8 bits"
+    least = white / 4  # a picture with nothing lighter is rarer than 10, 12 or 14 bits in 16
+    if mode == "F" and white > 1 or mode == "I" and white > 255 and not is_png:
+        least = white / 2  # floats may end at 100, and signed numbers of 16 bits at 32,767
+    if low < 0 or high > 65535 or 0 < high < least:
+        need = f"pass levels=(black, white), such as (0, 4095) for 12 bits, (0, {white}) if it is so dark"
         seen = f"its greys go from {low:g} to {high:g}, and nothing says which numbers are black and white"
-        raise ValueError(f"{seen}: {need}")
+        raise ValueError(f"{seen}: {need}, or save it with 8 bits")
     return 0, white
+
 
 
 def _eight_bits(picture, levels):
@@ -92,6 +96,8 @@ def _eight_bits(picture, levels):
         count = (~np.isfinite(grey)).sum()
         raise ValueError(f"{count} of its {grey.size} greys are NaN or infinite: give them a value")
     is_png = getattr(picture, "format", None) == "PNG"
+    if levels is not None:
+        check_levels(levels)
     black, white = levels or grey_levels(grey, picture.mode, is_png)
     scaled = ((grey - black) * (255 / (white - black))).round().clip(0, 255)
     return Image.fromarray(scaled.astype(np.uint8))
@@ -272,7 +278,9 @@ def find_images(path: Path | str, pattern: str = "*") -> FoundImages:
     skipped["links to the same file"] = len(links) - len(new)
     del skipped["hidden"]
     taken = sorted(file.relative_to(path).as_posix() for file in files + new)
-    return FoundImages(taken, +skipped)
+    labels = find_label_maps(path, taken) if pattern == "*" else set()
+    skipped["label maps"] = len(labels)
+    return FoundImages([file for file in taken if file not in labels], +skipped)
 
 # %% ../../nbs/data/images.ipynb #find-images-parts
 def _new_targets(files, links):
@@ -319,7 +327,7 @@ def taken_of(
     return f"{line}{skipped}; {how}"
 
 # %% ../../nbs/data/images.ipynb #frames-export
-_MAY_HOLD_FRAMES = {".gif", ".tif", ".tiff", ".webp", ".apng", ".avif"}
+_MAY_HOLD_FRAMES = {".png", ".gif", ".tif", ".tiff", ".webp", ".apng", ".avif"}
 
 
 def has_frames(file: Path | str) -> bool:
@@ -333,14 +341,14 @@ def has_frames(file: Path | str) -> bool:
 
 
 def frames_note(folder: Path, files: Sequence[str]) -> str:
-    "`; several frames in 3 of 5 .gif: the first is read`, or nothing; looks at up to 500 files"
-    possible = [file for file in files if Path(file).suffix.lower() in _MAY_HOLD_FRAMES]
-    looked_at = [possible[i] for i in evenly(len(possible), 500)] if possible else []
-    count = sum(has_frames(folder / file) for file in looked_at)
-    if not count:
-        return ""
-    kinds = " and ".join(sorted({Path(file).suffix.lower() for file in looked_at}))
-    return f"; several frames in {count:,} of {len(looked_at):,} {kinds}: the first is read"
+    "`; several frames in 3 of 5 .gif: the first is read`, or nothing; looks at up to 500 files of each kind"
+    counts = []
+    for kind in sorted(_MAY_HOLD_FRAMES):
+        possible = [file for file in files if Path(file).suffix.lower() == kind]
+        looked_at = [possible[i] for i in evenly(len(possible), 500)] if possible else []
+        if count := sum(has_frames(folder / file) for file in looked_at):
+            counts.append(f"{count:,} of {len(looked_at):,} {kind}")
+    return f"; several frames in {' and '.join(counts)}: the first is read" if counts else ""
 
 # %% ../../nbs/data/images.ipynb #some-images-export
 def list_images(path: Path | str, pattern: str = "*") -> list[str]:
@@ -367,6 +375,9 @@ def image_groups(paths: Sequence[str], group_by: str | None = None) -> list[str]
         raise ValueError(f"group_by={group_by!r} is unknown: use 'file' or 'folder'")
     if group_by is None:
         group_by = "folder" if _are_frames(paths) else "file"
+        stems = [Path(p).with_suffix("").as_posix() for p in paths]
+        if group_by == "file" and len(set(stems)) < len(stems):  # one picture in two formats
+            return stems
     if group_by == "file":
         return list(paths)
     return [Path(p).parent.as_posix() for p in paths]
@@ -378,6 +389,8 @@ def choose_images(files: Sequence[str], split: str, path: Path, group_by: str | 
     chosen, how = choose_split(files, split, path, groups)
     if groups != list(files) and how.startswith("split by hash"):
         how = "split by hash of folders, whose numbered pictures are taken for frames of a video"
+        if group_by is None and not _are_frames(files):
+            how = "split by hash of names without their endings, since some occur twice"
     return [files[i] for i in chosen], how
 
 

@@ -17,7 +17,7 @@ from ..checks import reading
 from .images import read_annotated, read_image, walk_folders
 from .reader import choose_videos, split_in_name, subsample
 from .records import RECORD_LAYOUTS, code_names
-from .scene_item import ClipReader, label_names, object_ids, read_json, read_labels
+from .scene_item import ClipReader, check_listed, label_names, object_ids, read_json, read_labels
 
 # %% auto #0
 __all__ = ['MOVI_CLASSES', 'DumpVideo', 'dump_videos', 'instance_factors', 'read_instances', 'read_mask', 'most_objects',
@@ -171,15 +171,8 @@ def read_frame(video: DumpVideo, t: int, has_masks: bool, has_factors: bool) -> 
     elif has_masks:
         ids = label_names(mask)
     if has_factors and has_masks:
-        _check_labels(mask, ids, video.beside(t, _MASKS[video.layout]))
+        check_listed(mask, ids, f"label map {video.beside(t, _MASKS[video.layout])}")
     return np.asarray(picture), mask, ids, factors
-
-
-def _check_labels(mask, ids, file):
-    "ValueError where a label map has a label that no object has"
-    strange = sorted(set(label_names(mask)) - set(ids))
-    if strange:
-        raise ValueError(f"label map {file} has labels {strange[:5]}, its instances.json lists objects {ids}")
 
 
 def stack_frames(frames: list[tuple], timeless: Collection[str]) -> tuple:

@@ -5,7 +5,8 @@
 # %% ../../nbs/data/natural.ipynb #imports-export
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,12 +93,22 @@ def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: in
             raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
         corners = rearrange(np.asarray(points, float), "(n xy) -> n xy", xy=2)
         sides = np.array([width, height])
+        _check_corners(corners, height, width)
         beyond = np.maximum(corners - sides, -corners)
         if (beyond > sides / 4).any():  # some tools draw a little over the edge
             found = f"a polygon leaves the picture of {height}×{width} (height×width)"
             raise ValueError(f"{found} by more than a quarter: one of them was resized")
         mask |= _inside(corners - 0.5, height, width)
     return mask
+
+
+def _check_corners(corners, height, width):
+    "ValueError for corners that are no places in a picture: NaN, or shares of its sides"
+    if not np.isfinite(corners).all():
+        raise ValueError("a polygon holds NaN or infinite numbers")
+    if corners.max() <= 1 and max(height, width) > 4:
+        found = f"a polygon lies between {corners.min():g} and {corners.max():g}, in shares of the sides"
+        raise ValueError(f"{found}: multiply x by {width} and y by {height}")
 
 
 def _inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -111,7 +122,7 @@ def _inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
         crossings[rows, column] += 1
     return crossings.cumsum(1)[:, :width] % 2 == 1
 
-
+# %% ../../nbs/data/natural.ipynb #segmentation-export
 def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     "Bool mask of a COCO `segmentation`: polygons, run lengths, or packed run lengths"
     if isinstance(segmentation, list):
@@ -134,21 +145,22 @@ class InstanceFile:
             self.pictures = sorted(content["images"], key=_id)
             self.names = [_name(p) for p in self.pictures]
             categories = sorted(content["categories"], key=_id)
-            self.class_of = {c["id"]: i for i, c in enumerate(categories, 1)}
+            self.class_of = {str(c["id"]): i for i, c in enumerate(categories, 1)}
             self.class_names = ["none", *(str(c["name"]) for c in categories)]
             self.annotations = defaultdict(list)  # of each picture, by its id
             for annotation in content["annotations"]:
-                self.annotations[annotation["image_id"]].append(annotation)
-            self.counts = [_count_instances(self.annotations[p["id"]]) for p in self.pictures]
+                self.annotations[str(annotation["image_id"])].append(annotation)
+            _check_ids(self.pictures, self.annotations)
+            self.counts = [_count_instances(self.annotations[str(p["id"])]) for p in self.pictures]
 
     def instances(self, picture: dict, height: int, width: int) -> tuple[list[tuple[int, np.ndarray]], np.ndarray]:
         "Class and mask `(h,w)` of every instance of a picture, and the pixels of its crowds `(h,w)`"
         found = []
         crowd = np.zeros((height, width), bool)
-        for a in self.annotations[picture["id"]]:
+        for a in self.annotations[str(picture["id"])]:
             try:
                 mask = mask_of(a["segmentation"], height, width)
-                kind = None if a.get("iscrowd") else _class_of(a, self.class_of)
+                kind = None if _is_crowd(a) else _class_of(a, self.class_of)
             except Exception as error:  # whatever stands there instead of a polygon
                 raise ValueError(f"{picture['file_name']}, annotation {a.get('id')}: {error}") from None
             if kind is None:
@@ -174,18 +186,43 @@ def _name(entry):
 
 
 def _id(entry):
-    return entry["id"]
+    "Sorts entries by their numbers, also where they are texts"
+    text = str(entry["id"])
+    return (0, int(text), text) if text.isdecimal() else (1, 0, text)
+
+# %% ../../nbs/data/natural.ipynb #instances-ids-export
+def _check_ids(pictures, annotations):
+    "ValueError where two pictures have one id; UserWarning for annotations of pictures that are not listed"
+    ids = Counter(str(p["id"]) for p in pictures)
+    twice = [name for name, count in ids.items() if count > 1]
+    if twice:
+        raise ValueError(f"two pictures have the id {twice[0]}")
+    strange = sorted(annotations.keys() - ids.keys())
+    if strange and not annotations.keys() & ids.keys():
+        raise ValueError(f"all annotations have an image_id, such as {strange[0]!r}, that no picture has as id")
+    if strange:
+        count = sum(len(annotations[name]) for name in strange)
+        lost = f"{count:,} annotations belong to {len(strange):,} pictures that 'images' does not list"
+        warnings.warn(f"{lost}, such as image_id {strange[0]!r}: they are left out", stacklevel=4)
+
+
+def _is_crowd(annotation):
+    "Whether an annotation is a crowd; ValueError for what is neither 0 nor 1"
+    value = str(annotation.get("iscrowd") or 0)
+    if value not in ("0", "1", "True", "False"):
+        raise ValueError(f"iscrowd is {annotation['iscrowd']!r}, expected is 0 or 1")
+    return value in ("1", "True")
 
 
 def _count_instances(annotations):
-    return sum(not a.get("iscrowd") for a in annotations)
+    return sum(not _is_crowd(a) for a in annotations)
 
 
 def _class_of(annotation, class_of):
     "The class of an instance, from 1; ValueError for a category that the file does not list"
-    if annotation["category_id"] not in class_of:
+    if str(annotation["category_id"]) not in class_of:
         raise ValueError(f"category_id {annotation['category_id']} is not in 'categories'")
-    return class_of[annotation["category_id"]]
+    return class_of[str(annotation["category_id"])]
 
 # %% ../../nbs/data/natural.ipynb #coco-pictures-export
 def label_maps(
@@ -284,7 +321,7 @@ def _taken(coco, suitable):
 # %% ../../nbs/data/natural.ipynb #coco-item-export
 def _size_of(entry):
     "Height and width that a picture had when it was annotated; None where the file does not say"
-    return (entry["height"], entry["width"]) if entry.get("height") and entry.get("width") else None
+    return (int(entry["height"]), int(entry["width"])) if entry.get("height") and entry.get("width") else None
 
 
 def _coco_picture(folder, entry, listed_in):
@@ -375,7 +412,15 @@ def _instance_classes(maps, max_objects, name):
     if count > max_objects:
         raise ValueError(f"{name} has {count} objects: pass a max_objects larger than {max_objects}")
     inside = [maps["class_masks"][(objects == j) & ~maps["ignore"]] for j in range(1, count + 1)]
-    return [int(np.bincount(pixels, minlength=1).argmax()) for pixels in inside]
+    counts = [np.bincount(pixels, minlength=2) for pixels in inside]
+    for number, pixels in enumerate(counts, 1):
+        if pixels.sum() and pixels[1:].max() < pixels.sum() / 2:
+            held = f"of {pixels.sum()} pixels of object {number}, {pixels[0]} are background in the class map"
+            raise ValueError(f"{name}: {held}, and no class has half of them: the two maps contradict each other")
+    alone = ((objects == 0) & (maps["class_masks"] > 0)).sum()
+    if alone > 0.5 * (maps["class_masks"] > 0).sum():
+        raise ValueError(f"{name}: {alone} pixels have a class but no object: the two maps contradict each other")
+    return [int(pixels.argmax()) for pixels in counts]
 
 # %% ../../nbs/data/natural.ipynb #voc-folders-export
 def _voc_folders(path):

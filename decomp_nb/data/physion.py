@@ -30,6 +30,19 @@ def plain_name(name: str) -> str:
     return name.removesuffix("_img").replace("-redyellow", "")
 
 
+_NAMES = set("name stimulus stim video file filename".split())
+
+
+def _name_column(heads: list[str], outcome: int) -> int:
+    "The column that holds the names of the videos: the one that is called so, else the one without a heading"
+    others = [i for i in range(len(heads)) if i != outcome]
+    named = [i for i in others if set(heads[i].lower().replace("_", " ").split()) & _NAMES]
+    named = named or [i for i in others if not heads[i].strip()] or others
+    if len(named) != 1:
+        raise ValueError(f"it is not clear which of the columns {heads} names the videos: call one of them 'name'")
+    return named[0]
+
+
 def read_labels(path: Path | str) -> dict[str, int]:
     "Answers by plain name from a CSV file with `ground truth outcome`; ValueError naming a row that is wrong"
     path = Path(path)
@@ -39,10 +52,13 @@ def read_labels(path: Path | str) -> dict[str, int]:
         if not rows or "ground truth outcome" not in rows[0]:
             raise ValueError(f"there is no column 'ground truth outcome', but {rows[0] if rows else 'nothing'}")
         column = rows[0].index("ground truth outcome")
+        names = _name_column(rows[0], column)
         for number, row in enumerate(rows[1:], 2):
-            if len(row) <= column or row[column] not in ("True", "False"):
+            if len(row) <= max(column, names) or row[column] not in ("True", "False"):
                 raise ValueError(f"row {number} says neither True nor False: {','.join(row)!r}")
-            answers[plain_name(row[0])] = int(row[column] == "True")
+            name, answer = plain_name(row[names]), int(row[column] == "True")
+            if answers.setdefault(name, answer) != answer:
+                raise ValueError(f"row {number} says {row[column]} of {name!r}, an earlier row the contrary")
     return answers
 
 # %% ../../nbs/data/physion.ipynb #split-export

@@ -6,18 +6,24 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import wraps
+from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from .lists import NameIndex, listed
+from .lists import NameIndex, find_listed, listed, read_list, split_table
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'split_lists',
-           'choose_split', 'choose_videos', 'subsample', 'evenly', 'Reader']
+           'check_unread_lists', 'choose_split', 'choose_videos', 'subsample', 'evenly', 'check_arguments',
+           'check_levels', 'Reader']
 
 # %% ../../nbs/data/reader.ipynb #split-name-export
 SPLIT_NAMES = {
@@ -104,7 +110,10 @@ def _split_of_path(parts, levels):
     return None
 
 # %% ../../nbs/data/reader.ipynb #lists-export
-_LIST_FOLDERS = ("splits", "lists", "sets", "ImageSets")
+_LIST_FOLDERS = set("split splits list lists set sets imagesets partition partitions meta metadata labels".split())
+_LIST_ENDINGS = (".txt", ".lst", ".csv", ".tsv", ".json")
+_PICTURE_FOLDERS = set("image images img imgs jpegimages jpg png pictures photos frames data".split())
+_TABLE_WORDS = set("split splits partition partitions metadata labels annotations".split())
 _LIST_WORDS = set("list lists set split splits file files image images img names ids".split())
 
 
@@ -112,35 +121,130 @@ def _is_list_name(file):
     "Whether a file calls itself the list of a split, as `train.txt` and `list_val2012.txt` do"
     words = [word for word in name_words(file.stem) if not word.isdigit()]
     own = [word for word in words if word in _SPLIT_OF]
-    return file.suffix.lower() in (".txt", ".lst") and len(own) == 1 and set(words) <= {*own, *_LIST_WORDS}
+    return len(own) == 1 and set(words) <= {*own, *_LIST_WORDS}
+
+
+def _texts_in(place):
+    "Files of a folder that may be lists or tables, by name"
+    files = sorted(file for file in place.iterdir() if file.suffix.lower() in _LIST_ENDINGS)
+    return [file for file in files if file.is_file() and not file.name.startswith(".")]
 
 
 def _list_places(folder):
     "Folders where lists lie: the set's own, those that are named so, and one level below"
-    named = [folder / name for name in _LIST_FOLDERS if (folder / name).is_dir()]
+    inside = sorted(inner for inner in folder.iterdir() if inner.is_dir())
+    named = [inner for inner in inside if inner.name.lower() in _LIST_FOLDERS]
     below = [inner for place in named for inner in sorted(place.iterdir()) if inner.is_dir()]
     return [folder, *named, *below]
 
 
 def split_lists(folder: Path | str, paths: Sequence[str]) -> dict[str, tuple[str, list[int]]]:
-    "The list of each split that lies in a folder, as its name and the positions of the paths; {} for none"
-    if not Path(folder).is_dir():
+    "The list of each split that lies in or beside a folder, as name and positions of the paths; {} for none"
+    folder = Path(folder)
+    if not folder.is_dir():
         return {}
-    for place in _list_places(Path(folder)):
-        files = [file for file in sorted(place.iterdir()) if _is_list_name(file) and file.is_file()]
-        if found := _lists_of(files, paths, folder):
+    places = _list_places(folder)
+    if folder.name.lower() in _PICTURE_FOLDERS:
+        places += [folder.parent / "splits", folder.parent]
+    for place in filter(Path.is_dir, places):
+        if found := _lists_in(place, paths):
             return found
-    return {}
+    return _lists_beside(folder, paths)
+
+# %% ../../nbs/data/reader.ipynb #list-kinds-export
+_Lists = dict[str, tuple[str, list[int]]]  # split → names of its lists, and the positions that they name
 
 
-def _lists_of(files, paths, folder):
+def _lists_in(place, paths) -> _Lists:
+    "What the files of a folder say: lists by their names, one table of all, or other files that agree"
+    texts = _texts_in(place)
+    if not texts:
+        return {}
+    names = NameIndex(paths)
+    lists = [file for file in texts if _is_list_name(file)]
+    return _lists_of(lists, names) or _table_of(texts, names) or _agreeing(texts, names)
+
+
+def _lists_of(files, names) -> _Lists:
     "Those of the files that are lists; of two for the same split, the one with the shorter name"
-    names = NameIndex(paths) if files else None
     found = {}
     for file in sorted(files, key=lambda file: -len(file.name)):
         if positions := listed(file, names):
-            found[split_in_name(file.stem)] = file.relative_to(folder).as_posix(), positions
+            found[split_in_name(file.stem)] = file.name, positions
     return found
+
+
+def _table_of(files, names) -> _Lists:
+    "The one file that tells the split of every picture, such as `splits.json`, or a table with a column `split`"
+    for file in files:
+        if _TABLE_WORDS & set(name_words(file.stem)):
+            parts = split_table(file, _SPLIT_OF)
+            found = {split: find_listed(lines, file, names) for split, lines in parts.items()}
+            if any(found.values()):
+                return {split: (file.name, positions) for split, positions in found.items()}
+    return {}
+
+# %% ../../nbs/data/reader.ipynb #agreeing-export
+def _agreeing(files, names) -> _Lists:
+    "Lists of other names, such as `birds_train.csv`, where every line is a picture and no picture is in two of them"
+    found = {}
+    for file in files:
+        split = split_in_name(file.stem)
+        positions = _all_listed(file, names) if split else []
+        if positions and split in found:
+            return {}
+        if positions:
+            found[split] = file.name, positions
+    counts = Counter(i for _, positions in found.values() for i in positions)
+    return found if len(found) > 1 and max(counts.values()) == 1 else {}
+
+
+def _all_listed(file, names):
+    "Positions of the pictures that a file names; [] where one of them is not there"
+    try:
+        return listed(file, names)
+    except ValueError:
+        return []
+
+# %% ../../nbs/data/reader.ipynb #lists-beside-export
+def _lists_beside(folder, paths) -> _Lists:
+    "Lists in the folders of the pictures, each for what lies below it"
+    found = {}
+    inner = {parent for path in paths for parent in PurePosixPath(path).parents} - {PurePosixPath(".")}
+    for place in sorted(inner) if len(inner) <= 1000 else []:
+        if not (folder / place).is_dir() or not _texts_in(folder / place):
+            continue
+        below = [i for i, path in enumerate(paths) if PurePosixPath(path).is_relative_to(place)]
+        lists = _lists_in(folder / place, [PurePosixPath(paths[i]).relative_to(place).as_posix() for i in below])
+        for split, (name, positions) in lists.items():
+            before, there = found.get(split, ("", []))
+            names = f"{before} and {place / name}" if before else f"{place / name}"
+            found[split] = names, [*there, *(below[i] for i in positions)]
+    return found
+
+
+def check_unread_lists(folder: Path | str, paths: Sequence[str]) -> None:
+    "ValueError for a list of a split that names no picture; UserWarning for a file that may be meant as one"
+    folder = Path(folder)
+    places = [*_list_places(folder), *_parents(folder, paths)] if folder.is_dir() else []
+    texts = [file for place in places for file in _texts_in(place)]
+    for file in filter(_is_list_name, texts):
+        first = (read_list(file) or ["nothing"])[0]
+        name = f"such as {paths[0]!r}" if paths else "of which there are none"
+        what = f"{file} is called like the list of a split, but names none of the pictures, {name}"
+        raise ValueError(f"{what}; it begins with {first[:60]!r}: mend it, or give it another name")
+    names = NameIndex(paths) if texts else None
+    for file in texts:
+        told = _SPLIT_OF.keys() | _TABLE_WORDS
+        if told & set(name_words(file.stem)) and (positions := _all_listed(file, names)):
+            seen = f"{file} names {len(positions):,} of the {len(paths):,} pictures, and is not used for the split"
+            warnings.warn(f"{seen}: if it is a list, call it train.txt, val.txt or test.txt", stacklevel=2)
+
+
+def _parents(folder, paths):
+    "Folders of the pictures, at most a thousand"
+    parents = sorted({PurePosixPath(path).parent for path in paths} - {PurePosixPath(".")})
+    return [folder / parent for parent in parents[:1000] if (folder / parent).is_dir()]
 
 # %% ../../nbs/data/reader.ipynb #choose-split-export
 def choose_split(
@@ -155,16 +259,34 @@ def choose_split(
         return list(range(len(paths))), "all"
     if lists := split_lists(str(where), paths) or _lists_of_groups(where, groups or paths):
         return _split_by_lists(lists, wanted, len(paths), where)
+    by = "folder"
     told = split_folders(paths)
     if not any(told):
+        by = "file"
+        told = _split_file_names(paths)
+    if not any(told):
+        check_unread_lists(str(where), list(dict.fromkeys(groups or paths)))
         return split_by_group(groups or paths, wanted), "split by hash of names"
     counts = Counter(its[1] if its else "no split" for its in told)
-    how = "split by folder names " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    how = f"split by {by} names " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
     chosen = [i for i, its in enumerate(told) if its and its[0] == wanted]
     if not chosen:
         names = sorted({its[1] for its in told if its})
-        raise ValueError(f"{where} has split folders {names} but none for split={split!r}")
+        raise ValueError(f"{where} has split {by}s {names} but none for split={split!r}")
     return chosen, how
+
+
+def _split_file_names(paths):
+    "Split of each path by its file's name, as `train_3.png`, where all names tell one and not all the same"
+    told = [split_in_name(PurePosixPath(path).stem) for path in paths]
+    if len(set(told) - {None}) < 2:
+        return [None] * len(paths)
+    if None in told:
+        odd = paths[told.index(None)]
+        seen = f"names of {len(told) - told.count(None):,} of {len(told):,} pictures tell a split, but not {odd!r}"
+        warnings.warn(f"{seen}: they do not count; put the pictures of a split into a folder", stacklevel=3)
+        return [None] * len(paths)
+    return [(its, its) for its in told]
 
 # %% ../../nbs/data/reader.ipynb #choose-list-export
 def _lists_of_groups(where, groups):
@@ -215,11 +337,55 @@ def evenly(count: int, n: int | None) -> list[int]:
     spread = np.linspace(0, count - 1, min(n, count)).round().astype(int)
     return sorted(set(spread.tolist()))
 
+# %% ../../nbs/data/reader.ipynb #arguments-export
+_COUNTS = set("size n max_objects min_size clip_length frame_step hop n_frames frame_offset max_frames limit".split())
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    "ValueError for an argument, other than None, that no reader can use: counts, `crop`, `levels`"
+    for name, value in given.items():
+        if value is not None and name in _COUNTS and not _is_count(value):
+            raise ValueError(f"{name}={value!r}: expected is a whole number, at least 1")
+    crop = given.get("crop")
+    box = isinstance(crop, Sequence) and len(crop) == 3 and all(map(_is_whole, crop))
+    if crop is not None and not (_is_count(crop) or box):
+        raise ValueError(f"crop={crop!r}: expected is the side of a square, or (top, left, side), in pixels")
+    if given.get("levels") is not None:
+        check_levels(given["levels"])
+
+
+def _is_whole(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_count(value):
+    return _is_whole(value) and value >= 1
+
+
+def check_levels(levels: Sequence[float]) -> None:
+    "ValueError unless these are two numbers, black below white"
+    two = isinstance(levels, Sequence) and len(levels) == 2 and all(isinstance(level, Real) for level in levels)
+    if not two or not np.isfinite(levels).all() or levels[0] >= levels[1]:
+        raise ValueError(f"levels={levels!r}: expected are two numbers (black, white), the smaller one first")
+
+
+def _with_checked_arguments(cls, init):
+    "A constructor that checks what a user gives it, not what a subclass passes on"
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def wrapped(self, *args, **options):
+        if type(self) is cls:
+            check_arguments(signature.bind_partial(self, *args, **options).arguments)
+        init(self, *args, **options)
+    return wrapped
+
 # %% ../../nbs/data/reader.ipynb #reader-export
 class Reader:
     """What all readers of files share.
 
     A reader sets `path`, `size`, `split` and `index`, which holds what finds each item, and defines `__getitem__`.
+    What it is given is checked before it looks at any file, see `check_arguments`.
     """
 
     path: Path
@@ -229,6 +395,12 @@ class Reader:
     items = "images"  # what one reads
     limit = ""  # what else to say of them
     taken = ""  # how many of how many files it took, and why; "" where nothing was left out
+
+    def __init_subclass__(cls, **kwargs):
+        "The constructor of every reader refuses arguments that no reader can use"
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _with_checked_arguments(cls, cls.__init__)
 
     def __len__(self) -> int:
         return len(self.index)

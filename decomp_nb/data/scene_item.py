@@ -19,8 +19,8 @@ from .images import crop_box, resize_crop, to_image_tensor
 from .reader import Reader, split_name
 
 # %% auto #0
-__all__ = ['as_label_map', 'label_names', 'object_ids', 'relabel', 'follow_crop', 'scene_item', 'split_by_position',
-           'clip_starts', 'SceneReader', 'ClipReader', 'read_labels', 'read_json']
+__all__ = ['as_label_map', 'label_names', 'object_ids', 'check_listed', 'relabel', 'follow_crop', 'scene_item', 'check_classes',
+           'split_by_position', 'clip_starts', 'SceneReader', 'ClipReader', 'read_labels', 'read_json']
 
 # %% ../../nbs/data/scene_item.ipynb #relabel-export
 def as_label_map(values: np.ndarray, name: str) -> np.ndarray:
@@ -45,6 +45,19 @@ def object_ids(mask: np.ndarray, max_objects: int, n_background: int = 1) -> lis
     if mask.max(initial=0) < stop:
         return list(range(n_background, stop))
     return label_names(mask, n_background)
+
+# %% ../../nbs/data/scene_item.ipynb #listed-export
+def check_listed(
+    mask: np.ndarray,
+    ids: Sequence[int],  # labels of the objects that a table lists
+    where: object,  # what to call the label map in the error
+    n_background: int = 1,
+) -> None:
+    "ValueError where a label map shows an object that the set's table does not list"
+    strange = sorted(set(label_names(mask, n_background)) - set(ids))
+    if strange:
+        found = f"{where} has labels {strange[:9]}, but the objects listed beside it are {list(ids)}"
+        raise ValueError(f"{found}: list them too, or make them 0, which is background")
 
 
 def relabel(mask: np.ndarray, ids: Sequence[int]) -> Tensor:
@@ -131,6 +144,19 @@ def _check_scene(image, mask, count, max_objects, image_id):
         raise ValueError(f"{image_id} has {count} objects: pass a max_objects larger than {max_objects}")
 
 
+def check_classes(
+    factors: dict[str, np.ndarray],  # `(k,…)` each
+    names: dict[str, Sequence[str]],  # names of the classes of some of them
+    where: object,
+) -> None:
+    "ValueError where the class of an object has no name"
+    for key in names.keys() & factors.keys():
+        values = factors[key]
+        if values.size and not 0 <= values.min() <= values.max() < len(names[key]):
+            found = f"{where}: {key!r} holds class {values.max() if values.min() >= 0 else values.min()}"
+            raise ValueError(f"{found}, but there are names for 0…{len(names[key]) - 1}: mend it or factor_names")
+
+
 def _padded(rows, count):
     "Rows `(k,…)` → `(count,…)` with zeros behind: int64 classes or float32 numbers"
     rows = torch.as_tensor(rows).to(torch.int64 if rows.dtype.kind in "iu" else torch.float32)
@@ -174,6 +200,7 @@ class SceneReader(Reader):
 
     items = "scenes"
     has_masks = True
+    factor_names: dict[str, Sequence[str]] = {}  # names of the classes of integer factors
     has_void = False  # whether its label maps can hold negative labels, which go into `ignore`
     single = True  # images, no clips
     n_frames = 1
@@ -199,6 +226,7 @@ class SceneReader(Reader):
 
     def make_item(self, *scene: np.ndarray | list | dict | None, name: str) -> dict:
         "`scene_item` of an image, mask, ids and factors, in the reader's own size and crop"
+        check_classes(scene[-1], self.factor_names, f"{self.path}: {name}")
         sizes = {"size": self.size, "max_objects": self.max_objects, "crop": self.crop}
         return scene_item(*scene, **sizes, image_id=name, void=self.has_void)
 
@@ -234,7 +262,11 @@ def read_labels(path: Path | str) -> np.ndarray:
         raise _missing(f"label map {path}")
     name = printable(f"label map {path}")
     with reading(name, "Replace the file"), Image.open(path) as picture:
+        if picture.format == "JPEG":
+            raise ValueError("it is a JPEG, which invents labels along all edges: store PNG")
         labels = np.array(picture)
+    if labels.ndim == 3 and (labels[..., :3] == labels[..., :1]).all():
+        labels = labels[..., 0]  # grey, stored as a colour picture
     if labels.ndim != 2:
         raise ValueError(f"{name} is a colour picture {labels.shape}: a palette or grey PNG is needed")
     return as_label_map(labels, name).astype(np.int64)

@@ -5,6 +5,7 @@
 # %% ../../nbs/data/scenes_h5.ipynb #imports-export
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from ..checks import reading
 from .hdf5 import LazyH5, h5_dataset, json_attribute, open_h5, stored_split
 from .reader import subsample
-from .scene_item import ClipReader, SceneReader, as_label_map, object_ids, split_by_position
+from .scene_item import ClipReader, SceneReader, as_label_map, check_listed, label_names, object_ids, split_by_position
 
 # %% auto #0
 __all__ = ['H5Layout', 'h5_layout', 'visible_rows', 'count_objects', 'SceneFile', 'read_scene', 'H5Scenes', 'edited_ids',
@@ -47,6 +48,8 @@ def h5_layout(file: h5py.File) -> H5Layout:
     numbers = {key: _shape_of_numbers(file, key) for key in sorted(set(file) - set(_KNOWN))}
     kinds = {key: _factor_kind(axes[1:], steps, rows) for key, axes in numbers.items() if axes}
     factors = {key: kind for key, kind in kinds.items() if kind}
+    for key in factors:
+        h5_dataset(file, key, rows=shape[0])
     return H5Layout(pictures, shape[0], steps, shape[-3:-1], rows, factors, _class_names(file, factors))
 
 # %% ../../nbs/data/scenes_h5.ipynb #h5-layout-parts
@@ -64,6 +67,9 @@ def _pictures_key(file):
     axes = (5,) if key == "video" else (4, 5)
     if len(shape) not in axes or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise ValueError(f"{name}: {key!r} is {dtype} {shape}, but uint8 [N,H,W,3] or [N,T,H,W,3] is needed")
+    if min(shape[-3:-1]) < 4:
+        sides = f"{shape[-3]}×{shape[-2]}"
+        raise ValueError(f"{name}: {key!r} {shape} are pictures of {sides}: its axes stand in another order")
     return key
 
 
@@ -79,7 +85,7 @@ def _count_rows(file, steps):
     "E of `visibility` `[N,E]`, `[N,E,1]` or, for each step, `[N,T,E]`"
     if "visibility" not in file:
         return None
-    axes = h5_dataset(file, "visibility").shape[1:]
+    axes = h5_dataset(file, "visibility", rows=len(file[_pictures_key(file)])).shape[1:]
     if not axes:
         raise ValueError(f"{file.filename}: 'visibility' is {file['visibility'].shape}, expected is [N,E]")
     if steps and len(axes) > 1 and axes[0] == steps and axes[1] > 1:
@@ -100,6 +106,16 @@ def _class_names(file, factors):
     return {key: known.get(key) or list(map(str, range(int(file[key][:].max()) + 1))) for key in coded}
 
 # %% ../../nbs/data/scenes_h5.ipynb #count-objects-export
+def _count_background(file, given, rows):
+    "How many labels are background: as given, else as the file says, else 1"
+    count = file.attrs.get("n_background", 1) if given is None else given
+    if count != int(count) or count < 1 or rows and count >= rows:
+        limit = f"1…{rows - 1}, so that one of its {rows} rows is an object" if rows else "at least 1"
+        hint = "; if label 0 is an object, store all labels one higher" if count == 0 else ""
+        raise ValueError(f"{file.filename}: n_background={count}: expected is {limit}{hint}")
+    return int(count)
+
+
 def visible_rows(file: h5py.File, layout: H5Layout) -> np.ndarray | None:
     "Which rows of each scene are there, at any step, `[N,E]`; None where the file has no `visibility`"
     if not layout.n_rows:
@@ -131,7 +147,7 @@ class SceneFile(LazyH5):
         super().__init__(path)
         with reading(path, "Check what it holds"), open_h5(path) as f:
             self.layout = h5_layout(f)
-            self.n_background = int(f.attrs.get("n_background", 1)) if n_background is None else n_background
+            self.n_background = _count_background(f, n_background, self.layout.n_rows)
             self.visible = visible_rows(f, self.layout)
             self.counts = count_objects(f, self.layout, self.n_background)
             self.has_masks = "mask" in f
@@ -186,6 +202,8 @@ def read_scene(
         return image, mask, _names_or_rows(file, scene, mask, rows, count), {}
     ids = [row for row in range(file.n_background, file.layout.n_rows) if file.visible[scene, row]]
     names = _names_or_rows(file, scene, mask, ids, file.layout.n_rows - file.n_background)
+    if names == ids and mask is not None:
+        _warn_of_hidden(file, mask, ids)
     if names != ids and file.layout.factors:
         found = f"'mask'[{scene}] has the labels {names}, but 'visibility' has {file.layout.n_rows} rows"
         raise ValueError(f"{file.path}: {found}: a label has to be the row of its factors")
@@ -206,6 +224,13 @@ def _names_or_rows(file, scene, mask, rows, count):
     return names
 
 
+def _warn_of_hidden(file, mask, ids):
+    "UserWarning, the same for all scenes, where pixels belong to an object that is said not to be there"
+    if set(label_names(mask, file.n_background)) - set(ids):
+        seen = f"{file.path}: 'mask' shows objects whose 'visibility' is 0"
+        warnings.warn(f"{seen}: they are taken as background; are the labels its rows, counted from 0?", stacklevel=2)
+
+
 def _rows(file, key, at):
     "A factor of one scene with its rows first, `(E,…)` or `(E,T,…)`"
     values = file.factors()[key]
@@ -224,7 +249,8 @@ def _scenes_of_split(data, split, shares, extras):
             if key not in f:
                 has = ", ".join(f)
                 raise ValueError(f"{path} has no dataset {key!r} of extras={tuple(extras)}; it has: {has}")
-        stored = stored_split(f, split)
+            h5_dataset(f, key, numbers=False, rows=data.layout.n_scenes)
+        stored = stored_split(f, split, data.layout.n_scenes)
     if stored is None:
         return split_by_position(data.layout.n_scenes, split, shares), "split by position"
     return stored, "split as stored in the file"
@@ -300,8 +326,11 @@ def _read_edits(file):
     layout = h5_layout(file)
     if layout.n_steps is None or layout.n_rows is None or "mask" not in file:
         raise ValueError(f"{name}: edits need 'image' [N,R,H,W,3], 'mask' and 'visibility'")
+    if file.attrs.get("n_background", 1) != 1:
+        raise ValueError(f"{name}: n_background={file.attrs['n_background']}: edits are read with 1 only")
     counts = (file["visibility"][:, :, 1:] > 0).sum(-1).tolist()
-    return _Edits(json_attribute(file, "ops", "[]"), file["edited_object"][:].astype(int).tolist(), counts)
+    edited = h5_dataset(file, "edited_object", rows=layout.n_scenes)[:].astype(int).tolist()
+    return _Edits(json_attribute(file, "ops", "[]"), edited, counts)
 
 
 def _edited_rows(file, scene, r, ids):
@@ -351,5 +380,6 @@ class H5Edits(SceneReader):
         counts = self._edits.counts[scene]
         ids = edited_ids(counts[0], counts[r], self._edits.edited[scene])
         image, mask, _, _ = read_scene(self.data, scene, r)
+        check_listed(mask, ids, f"{self.path}: 'mask'[{scene}, {r}]")
         rows = _edited_rows(self.data, scene, r, ids)
         return self.make_item(image, mask, ids, rows, name=f"{self.path.stem}/{scene:06d}")

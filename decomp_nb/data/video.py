@@ -24,7 +24,7 @@ from .images import crop_box, image_suffixes, read_image, walk_folders
 from .mp4 import VIDEO_SUFFIXES, frame_times, read_frames
 from .movi import MOVI_CLASSES, DumpVideo, dump_videos, most_objects, read_frame, read_instances, stack_frames
 from .reader import choose_split, choose_videos, split_name, subsample
-from .scene_item import SceneReader, object_ids, scene_item, split_by_position
+from .scene_item import SceneReader, check_classes, object_ids, scene_item, split_by_position
 from .scenes_h5 import SceneFile, read_scene
 
 # %% auto #0
@@ -225,8 +225,9 @@ def jpeg_clips(path: Path | str) -> list[JpegClip]:
     with reading(path, "Check what it holds"), open_h5(path) as f:
         if not {"clip", "frame"} <= set(f):
             raise ValueError("it has no datasets 'clip' and 'frame' that say which JPEG is which frame")
-        names = [name.decode() for name in h5_dataset(f, "clip", numbers=False)[:]]
-        times = h5_dataset(f, "frame")[:].tolist()
+        count = len(f["jpeg"])
+        names = [name.decode() for name in h5_dataset(f, "clip", numbers=False, rows=count)[:]]
+        times = h5_dataset(f, "frame", rows=count)[:].tolist()
     file = LazyH5(path)
     found = []
     for name, rows in groupby(sorted(zip(names, times, range(len(names)))), key=lambda row: row[0]):
@@ -291,7 +292,7 @@ def _videos_of_h5(file, path, split):
         chosen, how = choose_split([video.name for video in videos], split, path)
         return [videos[i] for i in chosen], how
     with open_h5(path) as f:
-        scenes = stored_split(f, split)
+        scenes = stored_split(f, split, file.layout.n_scenes)
     how = "split by position" if scenes is None else "split as stored in the file"
     if scenes is None:
         scenes = split_by_position(file.layout.n_scenes, split)
@@ -401,6 +402,7 @@ def _clip_item(clips, frames, name):
     "The item of some frames, in the size of the reader"
     image, mask, ids, factors = frames
     ids = object_ids(mask, clips.max_objects) if ids is None else ids
+    check_classes(factors, clips.factor_names, f"{clips.path}: {name}")
     side = crop_box(*image.shape[1:3], clips.crop)[2] if clips.resample == "bilinear" else clips.size
     sizes = {"size": side, "max_objects": clips.max_objects, "crop": clips.crop}
     item = scene_item(image, mask, ids, factors, **sizes, image_id=name, void=clips.has_void)

@@ -38,6 +38,8 @@ def _check_labels(true: Tensor, pred: Tensor, ignore: Tensor | None) -> None:
                          "resize the masks to the size of the true labels (segmentation)")
     if ignore is not None and ignore.shape != true.shape:
         raise ValueError(f"ignore {tuple(ignore.shape)} must have the shape of the labels {tuple(true.shape)}")
+    if ignore is not None and ignore.is_floating_point():
+        raise ValueError(f"ignore is {ignore.dtype}, expected is bool: compare it with a threshold first")
     if pred.numel() and pred.min() < 0:
         raise ValueError("predicted labels must be ≥ 0; mark pixels to skip in true (negative) or ignore")
 
@@ -151,6 +153,9 @@ def segmentation(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     if masks.dim() != 4:
         raise ValueError(f"soft masks must be (b,k,h,w), got {tuple(masks.shape)}")
     check_finite(masks, "soft masks")
+    if size is not None and abs(math.log(masks.shape[-2] * size[1] / (masks.shape[-1] * size[0]))) > 0.25:
+        sides = f"{masks.shape[-2]}×{masks.shape[-1]}, the labels are {size[0]}×{size[1]}"
+        raise ValueError(f"soft masks {tuple(masks.shape)} are {sides}: expected is (b,k,h,w) of the same picture")
     if size is not None and masks.shape[-2:] != tuple(size):
         masks = F.interpolate(masks.float(), tuple(size), mode="bilinear", align_corners=False)
     return masks.argmax(1)

@@ -22,7 +22,7 @@ from .config import TrainConfig, check_range, describe, nearest, typed
 
 # %% auto #0
 __all__ = ['Parameter', 'Parameters', 'read_cells', 'parameters_source', 'parse_parameters', 'parameters', 'read_yaml',
-           'allowed_types', 'read_text', 'not_finite', 'may_be_empty', 'coerce', 'check_values',
+           'allowed_types', 'read_text', 'not_finite', 'may_be_empty', 'least_count', 'coerce', 'check_values',
            'check_parameters_cell', 'check_together', 'check_trackers', 'read_recipe', 'gather_values']
 
 # %% ../../nbs/training/parameters.ipynb #parameters-parameter
@@ -220,10 +220,18 @@ def not_finite(value: Any) -> float | None:
         return next((found for found in map(not_finite, value) if found is not None), None)
     return value if isinstance(value, float) and not math.isfinite(value) else None
 
-
+# %% ../../nbs/training/parameters.ipynb #parameters-limits
 def may_be_empty(parameter: Parameter) -> bool:
     "Whether an empty text means something: it is the default, or the help says so, or there is no help to say it"
     return parameter.default in ("", None) or "empty" in parameter.help or not parameter.help
+
+
+def least_count(parameter: Parameter) -> int:
+    "The smallest number that a whole number may be: 1, but 0 or −1 where the default or the help names it"
+    help = parameter.help.replace("−", "-")
+    if "-1" in help or parameter.default == -1:
+        return -1
+    return 0 if parameter.default == 0 or re.search(r"\b0\b", help) or not help else 1
 
 
 def coerce(parameter: Parameter, value: Any) -> Any:
@@ -240,8 +248,10 @@ def coerce(parameter: Parameter, value: Any) -> Any:
         raise ValueError(f"parameter {parameter.name!r} expects {parameter.type}, got {given}")
     if (number := not_finite(value)) is not None:
         raise ValueError(f"parameter {parameter.name!r}: {number} is not a finite number")
-    if value == "" and not may_be_empty(parameter):
+    if value in ("", []) and parameter.default != value and not may_be_empty(parameter):
         raise ValueError(f"parameter {parameter.name!r} is empty; expected: {parameter.help}")
+    if type(value) is int and parameter.name not in TrainConfig.names() and value < least_count(parameter):
+        raise ValueError(f"parameter {parameter.name!r}: {value} is below {least_count(parameter)}; {parameter.help}")
     return value
 
 # %% ../../nbs/training/parameters.ipynb #parameters-check-values
