@@ -20,12 +20,12 @@ from site_check import Page, Site
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def png(words: str = "") -> str:
-    "A picture in base64, described in its file where `words` are given"
+def png(words: str = "", side: int = 4) -> str:
+    "A black picture in base64, described in its file where `words` are given"
     told, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     if words:
         told.add_itxt("Description", words)
-    Image.new("RGB", (4, 4)).save(buffer, "PNG", pnginfo=told)
+    Image.new("RGB", (side, side)).save(buffer, "PNG", pnginfo=told)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -65,6 +65,7 @@ GOOD = [
     code('#| fig-alt: "a square"\nshow()', shown(image_png=png())),
     code("print()", printed("fine")),
 ]
+ALT = '#| fig-alt: "x"\nx'
 LONG = "| method | " + "a long sentence about it " * 4 + "|"
 FAULTS = {
     "page": ("links_lead_somewhere", [text("[x](../gone.ipynb)")], "does not exist"),
@@ -74,7 +75,7 @@ FAULTS = {
     "link of an output": ("links_lead_somewhere", [code("x", shown(text_markdown="[x](../gone.html)"))], "does not exist"),
     "address of the site": ("links_lead_somewhere", [text("[x](https://decomp-nb.github.io/decomp_nb/gone.html)")], "does not exist"),
     "file of the repository": ("links_lead_somewhere", [text("[x](https://github.com/decomp-nb/decomp_nb/blob/main/gone.py)")], "repository"),
-    "figure": ("pictures_have_words", [code("show()", shown(image_png=png()))], "a picture without words"),
+    "figure": ("pictures_have_words", [code("show()", shown(image_png=png(side=5)))], "a picture without words"),
     "picture in the text": ("pictures_have_words", [text("![](../favicon.svg)")], "no words"),
     "picture in HTML": ("pictures_have_words", [text('<img src="../favicon.svg">')], "no `alt`"),
     "picture in an output": ("pictures_have_words", [code("x", shown(text_html='<img src="x.png">'))], "no `alt`"),
@@ -91,6 +92,9 @@ FAULTS = {
     "unmarked command": ("commands_fit", [text("```\npip install decomp_nb\n```")], "without ```sh"),
     "wide output": ("commands_fit", [code("x", printed("y" * 900))], "output line"),
     "heavy picture": ("sizes_are_small", [code('#| fig-alt: "x"\nx', shown(image_png="A" * 600_000))], "at most"),
+    "broad picture": ("pictures_can_be_seen", [code(ALT, shown(image_png=png("other")) | {"metadata": {"image/png": {"width": 1100}}})], "1100"),
+    "picture twice": ("pictures_can_be_seen", [code(ALT, shown(image_png=png()))], "once more"),
+    "plain picture": ("pictures_can_be_seen", [code(ALT, shown(image_png=png("plain", 16)))], "one colour"),
     "paper": ("papers_are_linked", [text("Jiang et al., arXiv 2303.10834")], "not a link"),
 }
 
@@ -190,6 +194,15 @@ def test_pictures_are_described_by_themselves():
     own = code('#| fig-alt: "mine"\nshow()', shown(image_png=png("theirs")))
     site_pages.describe_pictures(own)
     assert own["source"].count("fig-alt") == 1
+
+
+def test_wide_pictures_are_marked_for_phones():
+    def marked(width):
+        cell = code("show()", shown(image_png=png()) | {"metadata": {"image/png": {"width": width}}})
+        site_pages.mark_wide_pictures(cell)
+        return cell["source"].startswith('#| classes: "wide"\n')
+    assert marked(742) and not marked(380)
+    assert ".cell.wide img" in (ROOT / "nbs" / "styles.css").read_text(encoding="utf-8")
 
 
 def test_checks_are_folded_and_so_is_long_drawing():

@@ -9,6 +9,8 @@ A page rule takes a `Page` and yields findings, a site rule takes the whole `Sit
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import re
 import shutil
@@ -24,13 +26,14 @@ import documentation
 import readme
 import site_pages
 import yaml
+from PIL import Image, UnidentifiedImageError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_WIDTH = 96  # characters; longer commands are cut by a phone and wrapped by a desktop
 OUTPUT_WIDTH = 450  # characters of a line of text; outputs wrap, but nobody reads six lines of one value
 STILL_BYTES, FILM_BYTES = 280_000, 420_000
 PAGE_BYTES = 1_100_000
-PICTURE_WIDTH = 2_400  # pixels, two to one of the page
+COLUMN_WIDTH = 860  # pixels that the text takes on a desktop; a wider picture shrinks, and its words with it
 
 
 # --- pages ----------------------------------------------------------------------------------------------------------------------------
@@ -332,10 +335,34 @@ def sizes_are_small(page: Page, site: Site):
         limit = FILM_BYTES if any(text.startswith("Film") for text in outputs) else STILL_BYTES
         if size > limit:
             yield f"cell {cell.get('id', '')}: a picture of {size // 1000} kB, at most {limit // 1000}"
-        for output in cell.get("outputs", []):
-            width = output.get("metadata", {}).get(mime, {}).get("width", 0)
-            if width > PICTURE_WIDTH / 2:
-                yield f"cell {cell.get('id', '')}: a picture {width} pixels wide on the page, at most {PICTURE_WIDTH // 2}"
+
+
+def pictures_can_be_seen(page: Page, site: Site):
+    "A picture fits the column, shows more than one colour, and stands on its page once"
+    earlier: dict[bytes, str] = {}
+    for cell, output in page.outputs():
+        name = cell.get("id", "")
+        width = site_pages.width_on_page(output)
+        if width > COLUMN_WIDTH:
+            yield f"cell {name}: a picture {width} pixels wide on the page, at most {COLUMN_WIDTH}; put its parts below one another"
+        if "image/png" not in output.get("data", {}):
+            continue
+        content = base64.b64decode(joined(output["data"]["image/png"]))
+        if content in earlier:
+            yield f"cell {name}: the picture of cell {earlier[content]} once more"
+        earlier[content] = name
+        if is_plain(content):
+            yield f"cell {name}: a picture of one colour"
+
+
+def is_plain(content: bytes) -> bool:
+    "Is a still picture of one colour only? Bytes that are no picture are not judged"
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        return False
+    still = getattr(image, "n_frames", 1) == 1
+    return still and min(image.size) > 8 and image.convert("RGB").getcolors(1) is not None
 
 
 def papers_are_linked(page: Page, site: Site):
@@ -350,7 +377,7 @@ def papers_are_linked(page: Page, site: Site):
 
 PAGE_RULES = [
     links_lead_somewhere, pictures_have_words, nothing_from_elsewhere, nothing_is_swallowed, no_raw_markdown, tables_fit, commands_fit,
-    sizes_are_small, papers_are_linked,
+    sizes_are_small, pictures_can_be_seen, papers_are_linked,
 ]
 
 

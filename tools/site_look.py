@@ -20,7 +20,7 @@ import nbformat
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTHS = {"desk": (1400, 900), "phone": (390, 844)}
+WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 TALLEST = 7_000  # pixels of a picture
 COLUMN = """main.content { max-width: 860px; margin: 0 auto; padding: 0 14px; font-family: system-ui }
 pre { overflow-x: auto } img { max-width: 100%; height: auto } .anchor-link { display: none }"""
@@ -52,6 +52,7 @@ def drawn(nbs: Path, folder: Path, names: list[str]) -> list[str]:
     "Pages of nbdev as HTML in `folder`; → their names"
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_raw=True)
     style = (ROOT / "nbs" / "styles.css").read_text(encoding="utf-8") + COLUMN
+    style = style.replace(".cell.wide", ".celltag_wide")  # nbconvert's name for a class of a cell
     done = []
     for path in sorted(nbs.rglob("*.page")):
         name = str(path.relative_to(nbs).with_suffix(""))
@@ -61,6 +62,7 @@ def drawn(nbs: Path, folder: Path, names: list[str]) -> list[str]:
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 hidden = re.search(r"^#\| *(echo: *false|code-fold: *true)", cell.source, re.M)
+                cell.metadata["tags"] = ["wide"] if re.search(r"^#\| *classes: *\"wide\"", cell.source, re.M) else []
                 cell.source = "" if hidden else re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
         body, _ = exporter.from_notebook_node(notebook)
         target = folder / f"{name}.html"
