@@ -46,7 +46,11 @@ def printed(words: str) -> dict:
     return {"output_type": "stream", "name": "stdout", "text": words}
 
 
-def site(root: Path, *cells: dict, size: int = 1000) -> Site:
+def front(claim: str = "A page.") -> dict:
+    return {"cell_type": "raw", "id": "front", "metadata": {}, "source": f"---\ntitle: Toy\ndescription: '{claim}'\n---\n"}
+
+
+def site(root: Path, *cells: dict, size: int = 1000, claim: str = "A toy.") -> Site:
     "A site of two pages, `methods/toy` with these cells and `home` beside it, in a folder that has all that a site needs"
     nbs = root / "nbs"
     nbs.mkdir(exist_ok=True)
@@ -54,8 +58,8 @@ def site(root: Path, *cells: dict, size: int = 1000) -> Site:
         shutil.copy(ROOT / name, root / name)
     for name in ("favicon.svg", "404.qmd", "llms.txt", "site.scss", "styles.css"):
         shutil.copy(ROOT / "nbs" / name, nbs / name)
-    home = Page("home", [text("# Home\n\n## Where to start\n\n### `Slots` and more {#slots}")])
-    toy = Page("methods/toy", [text("# Toy"), *cells], size)
+    home = Page("home", [front(), text("# Home\n\n## Where to start\n\n### `Slots` and more {#slots}")])
+    toy = Page("methods/toy", [front(claim), text("# Toy"), *cells], size)
     return Site(root, {"home": home, "methods/toy": toy})
 
 
@@ -68,6 +72,7 @@ GOOD = [
 ALT = '#| fig-alt: "x"\nx'
 LONG = "| method | " + "a long sentence about it " * 4 + "|"
 FAULTS = {
+    "twice": ("pages_say_what_they_are", [text("It is this.\n\nA toy.")], "once more"),
     "page": ("links_lead_somewhere", [text("[x](../gone.ipynb)")], "does not exist"),
     "anchor": ("links_lead_somewhere", [text("[x](../home.ipynb#nowhere)")], "no such heading"),
     "own anchor": ("links_lead_somewhere", [text("[x](#nowhere)")], "no such heading"),
@@ -112,6 +117,11 @@ def test_each_fault_is_reported(tmp_path, name):
     made = site(tmp_path, *GOOD, *cells)
     assert list(getattr(site_check, rule)(made.pages["methods/toy"], made)), f"{rule} is silent"
     assert {rule for rule, _, _ in FAULTS.values()} == {r.__name__ for r in site_check.PAGE_RULES}, "a rule that no fault breaks"
+
+
+@pytest.mark.parametrize(("claim", "words"), [("", "no sentence"), ("A toy", "no end")])
+def test_a_page_says_what_it_is(tmp_path, claim, words):
+    assert words in site_check.findings(site(tmp_path, *GOOD, claim=claim))[0]
 
 
 def test_a_heavy_page_is_reported(tmp_path):

@@ -72,6 +72,13 @@ class Page:
                 if "text/markdown" in output.get("data", {}):
                     yield cell.get("id", ""), joined(output["data"]["text/markdown"])
 
+    @cached_property
+    def claim(self) -> str:
+        "The sentence under the title, which search results and llms.txt show; nbdev keeps it in a cell of YAML"
+        fronts = [joined(cell["source"]) for cell in self.cells if cell["cell_type"] == "raw"]
+        kept = yaml.safe_load(fronts[0].strip().strip("-")) if fronts else {}
+        return str(kept.get("description", "")).strip()
+
     def printed(self):
         "Every output of plain text with the id of its cell"
         for cell, output in self.outputs():
@@ -192,6 +199,17 @@ class Site:
 
 
 # --- rules for pages ------------------------------------------------------------------------------------------------------------------
+
+
+def pages_say_what_they_are(page: Page, site: Site):
+    "Under its title a page says in a sentence what it is, and says it once"
+    if not page.claim:
+        yield "no sentence under the title that says what the page is: `> …`"
+    elif page.claim[-1] not in ".?!":
+        yield f"the sentence under the title has no end: {page.claim[-40:]}"
+    for cell, text in page.markdown():
+        if page.claim and page.claim.rstrip(".?!") in " ".join(text.split()):
+            yield f"cell {cell}: says once more what stands under the title"
 
 
 def links_lead_somewhere(page: Page, site: Site):
@@ -376,7 +394,7 @@ def papers_are_linked(page: Page, site: Site):
 
 
 PAGE_RULES = [
-    links_lead_somewhere, pictures_have_words, nothing_from_elsewhere, nothing_is_swallowed, no_raw_markdown, tables_fit, commands_fit,
+    pages_say_what_they_are, links_lead_somewhere, pictures_have_words, nothing_from_elsewhere, nothing_is_swallowed, no_raw_markdown, tables_fit, commands_fit,
     sizes_are_small, pictures_can_be_seen, papers_are_linked,
 ]
 
