@@ -80,6 +80,7 @@ FAULTS = {
     "link of an output": ("links_lead_somewhere", [code("x", shown(text_markdown="[x](../gone.html)"))], "does not exist"),
     "address of the site": ("links_lead_somewhere", [text("[x](https://decomp-nb.github.io/decomp_nb/gone.html)")], "does not exist"),
     "file of the repository": ("links_lead_somewhere", [text("[x](https://github.com/decomp-nb/decomp_nb/blob/main/gone.py)")], "repository"),
+    "module": ("modules_exist", [text("Built by `components.denoisers.slot_denoiser`, logged in `metrics.jsonl`.")], "components/denoisers"),
     "figure": ("pictures_have_words", [code("show()", shown(image_png=png(side=5)))], "a picture without words"),
     "picture in the text": ("pictures_have_words", [text("![](../favicon.svg)")], "no words"),
     "picture in HTML": ("pictures_have_words", [text('<img src="../favicon.svg">')], "no `alt`"),

@@ -258,6 +258,18 @@ def near(anchor: str, known: set[str]) -> str:
     return ", ".join(sorted(known, key=lambda k: -len(words & set(re.split(r"[-_.]", k))))[:3]) or "none"
 
 
+ROOMS = "components|methods|metrics|data|worlds|viz|training|official"
+MODULE = re.compile(rf"`(?:decomp_nb[./])?({ROOMS})[./]([a-z_0-9]+)(?:[./][\w.]+)?`")
+
+
+def modules_exist(page: Page, site: Site):
+    "A module that a text names is still there under this name"
+    for cell, text in page.markdown():
+        for room, name in MODULE.findall(text):
+            if name != "jsonl" and f"{room}/{name}" not in site.pages:
+                yield f"cell {cell}: there is no module {room}/{name}"
+
+
 def pictures_have_words(page: Page, site: Site):
     "Every picture is described, for those who do not see it"
     for cell in page.code():
@@ -348,7 +360,7 @@ def sizes_are_small(page: Page, site: Site):
     "Pages load on a phone: limits for pictures, films and pages"
     if page.size > PAGE_BYTES:
         yield f"{page.size / 1e6:.2f} MB, at most {PAGE_BYTES / 1e6:.2f}"
-    for cell, mime, size in page.pictures():
+    for cell, _, size in page.pictures():
         outputs = [joined(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", [])]
         limit = FILM_BYTES if any(text.startswith("Film") for text in outputs) else STILL_BYTES
         if size > limit:
@@ -394,8 +406,8 @@ def papers_are_linked(page: Page, site: Site):
 
 
 PAGE_RULES = [
-    pages_say_what_they_are, links_lead_somewhere, pictures_have_words, nothing_from_elsewhere, nothing_is_swallowed, no_raw_markdown, tables_fit, commands_fit,
-    sizes_are_small, pictures_can_be_seen, papers_are_linked,
+    pages_say_what_they_are, links_lead_somewhere, modules_exist, papers_are_linked, pictures_have_words, pictures_can_be_seen,
+    nothing_from_elsewhere, nothing_is_swallowed, no_raw_markdown, tables_fit, commands_fit, sizes_are_small,
 ]
 
 

@@ -33,7 +33,8 @@ function beyond(page, width) {  // the first words that stand out of the page, a
     const parent = walk.currentNode.parentElement;
     range.selectNodeContents(walk.currentNode);
     const out = range.getBoundingClientRect().right > width + 1;
-    if (out && !parent.closest("pre, table, math, .tex")) return `${parent.tagName.toLowerCase()}: ${parent.textContent.trim().slice(0, 50)}`;
+    const words = `${parent.tagName.toLowerCase()}: ${parent.textContent.trim().slice(0, 50)}`;
+    if (out && !parent.closest("pre, table, math, .tex")) return words;
   }
   return "a picture or a box";
 }
