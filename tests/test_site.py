@@ -20,12 +20,12 @@ from site_check import Page, Site
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def png(words: str = "") -> str:
-    "A picture in base64, described in its file where `words` are given"
+def png(words: str = "", side: int = 4) -> str:
+    "A black picture in base64, described in its file where `words` are given"
     told, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     if words:
         told.add_itxt("Description", words)
-    Image.new("RGB", (4, 4)).save(buffer, "PNG", pnginfo=told)
+    Image.new("RGB", (side, side)).save(buffer, "PNG", pnginfo=told)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -46,7 +46,11 @@ def printed(words: str) -> dict:
     return {"output_type": "stream", "name": "stdout", "text": words}
 
 
-def site(root: Path, *cells: dict, size: int = 1000) -> Site:
+def front(claim: str = "A page.") -> dict:
+    return {"cell_type": "raw", "id": "front", "metadata": {}, "source": f"---\ntitle: Toy\ndescription: '{claim}'\n---\n"}
+
+
+def site(root: Path, *cells: dict, size: int = 1000, claim: str = "A toy.") -> Site:
     "A site of two pages, `methods/toy` with these cells and `home` beside it, in a folder that has all that a site needs"
     nbs = root / "nbs"
     nbs.mkdir(exist_ok=True)
@@ -54,8 +58,8 @@ def site(root: Path, *cells: dict, size: int = 1000) -> Site:
         shutil.copy(ROOT / name, root / name)
     for name in ("favicon.svg", "404.qmd", "llms.txt", "site.scss", "styles.css"):
         shutil.copy(ROOT / "nbs" / name, nbs / name)
-    home = Page("home", [text("# Home\n\n## Where to start\n\n### `Slots` and more {#slots}")])
-    toy = Page("methods/toy", [text("# Toy"), *cells], size)
+    home = Page("home", [front(), text("# Home\n\n## Where to start\n\n### `Slots` and more {#slots}")])
+    toy = Page("methods/toy", [front(claim), text("# Toy"), *cells], size)
     return Site(root, {"home": home, "methods/toy": toy})
 
 
@@ -65,8 +69,10 @@ GOOD = [
     code('#| fig-alt: "a square"\nshow()', shown(image_png=png())),
     code("print()", printed("fine")),
 ]
+ALT = '#| fig-alt: "x"\nx'
 LONG = "| method | " + "a long sentence about it " * 4 + "|"
 FAULTS = {
+    "twice": ("pages_say_what_they_are", [text("It is this.\n\nA toy.")], "once more"),
     "page": ("links_lead_somewhere", [text("[x](../gone.ipynb)")], "does not exist"),
     "anchor": ("links_lead_somewhere", [text("[x](../home.ipynb#nowhere)")], "no such heading"),
     "own anchor": ("links_lead_somewhere", [text("[x](#nowhere)")], "no such heading"),
@@ -74,7 +80,8 @@ FAULTS = {
     "link of an output": ("links_lead_somewhere", [code("x", shown(text_markdown="[x](../gone.html)"))], "does not exist"),
     "address of the site": ("links_lead_somewhere", [text("[x](https://decomp-nb.github.io/decomp_nb/gone.html)")], "does not exist"),
     "file of the repository": ("links_lead_somewhere", [text("[x](https://github.com/decomp-nb/decomp_nb/blob/main/gone.py)")], "repository"),
-    "figure": ("pictures_have_words", [code("show()", shown(image_png=png()))], "a picture without words"),
+    "module": ("modules_exist", [text("Built by `components.denoisers.slot_denoiser`, logged in `metrics.jsonl`.")], "components/denoisers"),
+    "figure": ("pictures_have_words", [code("show()", shown(image_png=png(side=5)))], "a picture without words"),
     "picture in the text": ("pictures_have_words", [text("![](../favicon.svg)")], "no words"),
     "picture in HTML": ("pictures_have_words", [text('<img src="../favicon.svg">')], "no `alt`"),
     "picture in an output": ("pictures_have_words", [code("x", shown(text_html='<img src="x.png">'))], "no `alt`"),
@@ -91,6 +98,9 @@ FAULTS = {
     "unmarked command": ("commands_fit", [text("```\npip install decomp_nb\n```")], "without ```sh"),
     "wide output": ("commands_fit", [code("x", printed("y" * 900))], "output line"),
     "heavy picture": ("sizes_are_small", [code('#| fig-alt: "x"\nx', shown(image_png="A" * 600_000))], "at most"),
+    "broad picture": ("pictures_can_be_seen", [code(ALT, shown(image_png=png("other")) | {"metadata": {"image/png": {"width": 1100}}})], "1100"),
+    "picture twice": ("pictures_can_be_seen", [code(ALT, shown(image_png=png()))], "once more"),
+    "plain picture": ("pictures_can_be_seen", [code(ALT, shown(image_png=png("plain", 16)))], "one colour"),
     "paper": ("papers_are_linked", [text("Jiang et al., arXiv 2303.10834")], "not a link"),
 }
 
@@ -108,6 +118,11 @@ def test_each_fault_is_reported(tmp_path, name):
     made = site(tmp_path, *GOOD, *cells)
     assert list(getattr(site_check, rule)(made.pages["methods/toy"], made)), f"{rule} is silent"
     assert {rule for rule, _, _ in FAULTS.values()} == {r.__name__ for r in site_check.PAGE_RULES}, "a rule that no fault breaks"
+
+
+@pytest.mark.parametrize(("claim", "words"), [("", "no sentence"), ("A toy", "no end")])
+def test_a_page_says_what_it_is(tmp_path, claim, words):
+    assert words in site_check.findings(site(tmp_path, *GOOD, claim=claim))[0]
 
 
 def test_a_heavy_page_is_reported(tmp_path):
@@ -190,6 +205,15 @@ def test_pictures_are_described_by_themselves():
     own = code('#| fig-alt: "mine"\nshow()', shown(image_png=png("theirs")))
     site_pages.describe_pictures(own)
     assert own["source"].count("fig-alt") == 1
+
+
+def test_wide_pictures_are_marked_for_phones():
+    def marked(width):
+        cell = code("show()", shown(image_png=png()) | {"metadata": {"image/png": {"width": width}}})
+        site_pages.mark_wide_pictures(cell)
+        return cell["source"].startswith('#| classes: "wide"\n')
+    assert marked(742) and not marked(380)
+    assert ".cell.wide img" in (ROOT / "nbs" / "styles.css").read_text(encoding="utf-8")
 
 
 def test_checks_are_folded_and_so_is_long_drawing():

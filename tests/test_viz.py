@@ -13,7 +13,7 @@ from PIL import Image
 
 from decomp_nb.decomposer import Decomposer
 from decomp_nb.factors import Factors, to_uint8
-from decomp_nb.viz.colours import palette
+from decomp_nb.viz.colours import PAPER, palette
 from decomp_nb.viz.figures import (
     Picture,
     film,
@@ -172,9 +172,18 @@ def test_film_keeps_every_frame(tmp_path):
             assert np.array_equal(np.asarray(played.convert("RGB")), np.asarray(page))
     with Image.open(moving.save(tmp_path / "a.gif")) as played:
         assert played.n_frames == 5
+    with Image.open(io.BytesIO(film(frames, fps=10, hold=2)._repr_png_())) as played:
+        played.seek(4)
+        assert played.info["duration"] == 2100, "the result of a sampler can be looked at"
     with Image.open(moving.save(tmp_path / "a.webp")) as played:
         assert played.n_frames == 5
     assert contains(moving.strip(3), to_uint8(frames[1, 2])[0].numpy(), 32)
+
+
+def test_long_titles_are_wrapped():
+    pictures = [bars({"a": 1.0}, title="words " * 15), curve({"a": [0, 1]}, title="words " * 15)]
+    assert all((np.asarray(picture.image)[:, -16:] == np.array(PAPER)).all() for picture in pictures)
+    assert pictures[0].size[1] > bars({"a": 1.0}, title="words").size[1]
 
 
 def test_curve_smooths_without_bias_and_takes_tensors():

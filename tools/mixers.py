@@ -53,7 +53,7 @@ def names_by_truth(model: Decomposer, least: float = 0.2) -> list[str]:
         within = sum(codes[values == v].var(0, unbiased=False).sum(-1) * (values == v).float().mean() for v in values.unique())
         explained[name.replace("_", " ")] = 1 - within / total
     best = [max(explained, key=lambda name: explained[name][k].item()) for k in range(model.n_factors)]
-    return [name if explained[name][k] >= least else "little" for k, name in enumerate(best)]
+    return [name if explained[name][k] >= least else "hardly anything" for k, name in enumerate(best)]
 
 
 MIXERS = {

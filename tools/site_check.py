@@ -9,6 +9,8 @@ A page rule takes a `Page` and yields findings, a site rule takes the whole `Sit
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import re
 import shutil
@@ -24,13 +26,14 @@ import documentation
 import readme
 import site_pages
 import yaml
+from PIL import Image, UnidentifiedImageError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_WIDTH = 96  # characters; longer commands are cut by a phone and wrapped by a desktop
 OUTPUT_WIDTH = 450  # characters of a line of text; outputs wrap, but nobody reads six lines of one value
 STILL_BYTES, FILM_BYTES = 280_000, 420_000
 PAGE_BYTES = 1_100_000
-PICTURE_WIDTH = 2_400  # pixels, two to one of the page
+COLUMN_WIDTH = 860  # pixels that the text takes on a desktop; a wider picture shrinks, and its words with it
 
 
 # --- pages ----------------------------------------------------------------------------------------------------------------------------
@@ -68,6 +71,13 @@ class Page:
             for output in cell.get("outputs", []):
                 if "text/markdown" in output.get("data", {}):
                     yield cell.get("id", ""), joined(output["data"]["text/markdown"])
+
+    @cached_property
+    def claim(self) -> str:
+        "The sentence under the title, which search results and llms.txt show; nbdev keeps it in a cell of YAML"
+        fronts = [joined(cell["source"]) for cell in self.cells if cell["cell_type"] == "raw"]
+        kept = yaml.safe_load(fronts[0].strip().strip("-")) if fronts else {}
+        return str(kept.get("description", "")).strip()
 
     def printed(self):
         "Every output of plain text with the id of its cell"
@@ -191,6 +201,17 @@ class Site:
 # --- rules for pages ------------------------------------------------------------------------------------------------------------------
 
 
+def pages_say_what_they_are(page: Page, site: Site):
+    "Under its title a page says in a sentence what it is, and says it once"
+    if not page.claim:
+        yield "no sentence under the title that says what the page is: `> …`"
+    elif page.claim[-1] not in ".?!":
+        yield f"the sentence under the title has no end: {page.claim[-40:]}"
+    for cell, text in page.markdown():
+        if page.claim and page.claim.rstrip(".?!") in " ".join(text.split()):
+            yield f"cell {cell}: says once more what stands under the title"
+
+
 def links_lead_somewhere(page: Page, site: Site):
     "Pages, anchors and files that a link names exist; names of this site and repository are followed too"
     for cell, text in page.markdown():
@@ -235,6 +256,18 @@ def join(page: str, path: str) -> str:
 def near(anchor: str, known: set[str]) -> str:
     words = set(re.split(r"[-_.]", anchor))
     return ", ".join(sorted(known, key=lambda k: -len(words & set(re.split(r"[-_.]", k))))[:3]) or "none"
+
+
+ROOMS = "components|methods|metrics|data|worlds|viz|training|official"
+MODULE = re.compile(rf"`(?:decomp_nb[./])?({ROOMS})[./]([a-z_0-9]+)(?:[./][\w.]+)?`")
+
+
+def modules_exist(page: Page, site: Site):
+    "A module that a text names is still there under this name"
+    for cell, text in page.markdown():
+        for room, name in MODULE.findall(text):
+            if name != "jsonl" and f"{room}/{name}" not in site.pages:
+                yield f"cell {cell}: there is no module {room}/{name}"
 
 
 def pictures_have_words(page: Page, site: Site):
@@ -327,15 +360,39 @@ def sizes_are_small(page: Page, site: Site):
     "Pages load on a phone: limits for pictures, films and pages"
     if page.size > PAGE_BYTES:
         yield f"{page.size / 1e6:.2f} MB, at most {PAGE_BYTES / 1e6:.2f}"
-    for cell, mime, size in page.pictures():
+    for cell, _, size in page.pictures():
         outputs = [joined(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", [])]
         limit = FILM_BYTES if any(text.startswith("Film") for text in outputs) else STILL_BYTES
         if size > limit:
             yield f"cell {cell.get('id', '')}: a picture of {size // 1000} kB, at most {limit // 1000}"
-        for output in cell.get("outputs", []):
-            width = output.get("metadata", {}).get(mime, {}).get("width", 0)
-            if width > PICTURE_WIDTH / 2:
-                yield f"cell {cell.get('id', '')}: a picture {width} pixels wide on the page, at most {PICTURE_WIDTH // 2}"
+
+
+def pictures_can_be_seen(page: Page, site: Site):
+    "A picture fits the column, shows more than one colour, and stands on its page once"
+    earlier: dict[bytes, str] = {}
+    for cell, output in page.outputs():
+        name = cell.get("id", "")
+        width = site_pages.width_on_page(output)
+        if width > COLUMN_WIDTH:
+            yield f"cell {name}: a picture {width} pixels wide on the page, at most {COLUMN_WIDTH}; put its parts below one another"
+        if "image/png" not in output.get("data", {}):
+            continue
+        content = base64.b64decode(joined(output["data"]["image/png"]))
+        if content in earlier:
+            yield f"cell {name}: the picture of cell {earlier[content]} once more"
+        earlier[content] = name
+        if is_plain(content):
+            yield f"cell {name}: a picture of one colour"
+
+
+def is_plain(content: bytes) -> bool:
+    "Is a still picture of one colour only? Bytes that are no picture are not judged"
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        return False
+    still = getattr(image, "n_frames", 1) == 1
+    return still and min(image.size) > 8 and image.convert("RGB").getcolors(1) is not None
 
 
 def papers_are_linked(page: Page, site: Site):
@@ -349,8 +406,8 @@ def papers_are_linked(page: Page, site: Site):
 
 
 PAGE_RULES = [
-    links_lead_somewhere, pictures_have_words, nothing_from_elsewhere, nothing_is_swallowed, no_raw_markdown, tables_fit, commands_fit,
-    sizes_are_small, papers_are_linked,
+    pages_say_what_they_are, links_lead_somewhere, modules_exist, papers_are_linked, pictures_have_words, pictures_can_be_seen,
+    nothing_from_elsewhere, nothing_is_swallowed, no_raw_markdown, tables_fit, commands_fit, sizes_are_small,
 ]
 
 

@@ -20,12 +20,24 @@ import nbformat
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTHS = {"desk": (1400, 900), "phone": (390, 844)}
+WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 TALLEST = 7_000  # pixels of a picture
 COLUMN = """main.content { max-width: 860px; margin: 0 auto; padding: 0 14px; font-family: system-ui }
-pre { overflow-x: auto } img { max-width: 100%; height: auto } .anchor-link { display: none }"""
+pre, .tex { overflow-x: auto } .tex { white-space: nowrap } p, li { overflow-wrap: anywhere }
+img { max-width: 100%; height: auto } .anchor-link { display: none }"""
 MEASURE = """<!doctype html><meta charset="utf-8"><body><script>
 const pages = PAGES, widths = WIDTHS, found = [];
+function beyond(page, width) {  // the first words that stand out of the page, and not in a box that scrolls
+  const walk = page.createTreeWalker(page.querySelector("main"), NodeFilter.SHOW_TEXT), range = page.createRange();
+  while (walk.nextNode()) {
+    const parent = walk.currentNode.parentElement;
+    range.selectNodeContents(walk.currentNode);
+    const out = range.getBoundingClientRect().right > width + 1;
+    const words = `${parent.tagName.toLowerCase()}: ${parent.textContent.trim().slice(0, 50)}`;
+    if (out && !parent.closest("pre, table, math, .tex")) return words;
+  }
+  return "a picture or a box";
+}
 function look(i, j) {
   if (i === pages.length) { document.body.setAttribute("data-found", JSON.stringify(found)); return; }
   const frame = document.createElement("iframe");
@@ -33,10 +45,7 @@ function look(i, j) {
   const next = () => { frame.remove(); j + 1 < widths.length ? look(i, j + 1) : look(i + 1, 0); };
   frame.onload = () => {
     const root = frame.contentDocument.documentElement;
-    const wide = [...root.querySelectorAll("main *")].filter(
-      e => e.getBoundingClientRect().right > widths[j] + 1 && !e.parentElement.closest("pre, table"));
-    const inner = wide.find(e => ![...e.children].some(c => wide.includes(c))) || root;
-    const words = root.scrollWidth > widths[j] + 1 ? `${inner.tagName.toLowerCase()}: ${inner.textContent.trim().slice(0, 50)}` : "";
+    const words = root.scrollWidth > widths[j] + 1 ? beyond(frame.contentDocument, widths[j]) : "";
     found.push([i, widths[j], root.scrollWidth, root.scrollHeight, words]);
     next();
   };
@@ -48,10 +57,16 @@ look(0, 0);
 </script></body>"""
 
 
+def boxed(formula: re.Match) -> str:
+    "A formula as it is written, in a box that scrolls as the site's does"
+    return f'<div class="tex">{html.escape(formula[0])}</div>'
+
+
 def drawn(nbs: Path, folder: Path, names: list[str]) -> list[str]:
     "Pages of nbdev as HTML in `folder`; → their names"
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_raw=True)
     style = (ROOT / "nbs" / "styles.css").read_text(encoding="utf-8") + COLUMN
+    style = style.replace(".cell.wide", ".celltag_wide")  # nbconvert's name for a class of a cell
     done = []
     for path in sorted(nbs.rglob("*.page")):
         name = str(path.relative_to(nbs).with_suffix(""))
@@ -59,8 +74,11 @@ def drawn(nbs: Path, folder: Path, names: list[str]) -> list[str]:
             continue
         notebook = nbformat.read(path, 4)
         for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = re.sub(r"\$\$(.+?)\$\$", boxed, cell.source, flags=re.S)
             if cell.cell_type == "code":
                 hidden = re.search(r"^#\| *(echo: *false|code-fold: *true)", cell.source, re.M)
+                cell.metadata["tags"] = ["wide"] if re.search(r"^#\| *classes: *\"wide\"", cell.source, re.M) else []
                 cell.source = "" if hidden else re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
         body, _ = exporter.from_notebook_node(notebook)
         target = folder / f"{name}.html"

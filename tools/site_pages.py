@@ -1,6 +1,6 @@
 """What the site adds to nbdev's own work on a notebook; settings.ini names it: `procs`, `skip_procs`, `renderer`.
 
-* Every picture gets its description as alternative text (`fig-alt`), from the figure itself.
+* Every picture gets its description as alternative text (`fig-alt`), from the figure itself; a wide one keeps its width on a phone.
 * Names in back-ticks become links, but not inside of code and not inside of links.
 * Checks and the code of figures are folded; tables get columns as wide as their words.
 * A class is shown as a class, with its fields, its parameters in a table, and its methods.
@@ -24,11 +24,12 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 LINE = 88  # a signature that is longer has one parameter a line
 COLUMNS = 92  # characters that a table has room for
 FOLDED_FROM = 9  # lines; the code of a figure that is shorter stays open
+WIDE = 600  # pixels of the page; words in a wider picture cannot be read when it shrinks to the width of a phone
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -404,6 +405,32 @@ def describe_pictures(cell: dict) -> None:
         add_option(cell, "fig-alt", words[0] if len(words) == 1 else words)
 
 
+def width_on_page(output: dict) -> int:
+    "Pixels of the page that a picture takes: what it asks for, else its own"
+    sizes = [about["width"] for mime, about in output.get("metadata", {}).items() if mime.startswith("image/") and "width" in about]
+    return max(sizes) if sizes else max(map(own_width, bitmaps(output)), default=0)
+
+
+def bitmaps(output: dict) -> list[bytes]:
+    "Pictures of an output as files in memory; drawings (SVG) have no pixels"
+    found = {mime: content for mime, content in output.get("data", {}).items() if mime.startswith("image/") and "svg" not in mime}
+    return [base64.b64decode(content if isinstance(content, str) else "".join(content)) for content in found.values()]
+
+
+def own_width(content: bytes) -> int:
+    "Pixels of a picture; 0 for bytes that are none"
+    try:
+        return Image.open(io.BytesIO(content)).width
+    except UnidentifiedImageError:
+        return 0
+
+
+def mark_wide_pictures(cell: dict) -> None:
+    "A class for `styles.css`: on a phone a wide picture scrolls in its own box instead of shrinking until nobody can read it"
+    if any(width_on_page(output) > WIDE for output in pictures(cell)):
+        add_option(cell, "classes", "wide")
+
+
 def statements(cell: dict) -> list[ast.stmt]:
     try:
         return ast.parse(cell["source"]).body
@@ -449,6 +476,7 @@ class Site(Processor):
                 words = data["text/markdown"]
                 data["text/markdown"] = self.text(words if isinstance(words, str) else "".join(words))
         describe_pictures(cell)
+        mark_wide_pictures(cell)
         fold_code(cell, not self.teaches)
 
     def end(self):

@@ -80,7 +80,7 @@ class ComponentFilms(ComponentPictures):
         frames = self.progress(factors, n_frames, **options)
         titles = [f"component {i}" for i in range(factors.n_factors)] + ["all"]
         named = titles if len(factors.codes) == 1 else None
-        return film(rearrange(frames, "f b k c h w -> (b k) f c h w"), fps, named, ncol=len(titles))
+        return film(rearrange(frames, "f b k c h w -> (b k) f c h w"), fps, named, hold=1.5, ncol=len(titles))
 
 # %% ../../nbs/components/recombination.ipynb #keep-export
 def keep_mask(keep: Sequence[int] | Tensor | str | None, k: int) -> Tensor:
