@@ -39,8 +39,7 @@ class ConceptLibrary:
     def nearest(self, concept: int, n: int = 8) -> Tensor:
         "Entries `(n,)` nearest to a centre, best first, at most one per picture"
         _check_concept(concept, self.n_concepts)
-        distance = (self._placed(self.codes) - self.centers[concept]).norm(dim=-1)
-        order = distance.argsort()
+        order = (self._placed(self.codes) - self.centers[concept]).norm(dim=-1).argsort()
         members = order[self.labels[order] == concept]
         return _one_per_picture(members, self.origin)[:n]
 

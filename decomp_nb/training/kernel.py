@@ -128,10 +128,7 @@ def forward_signals(send: Callable[[int], bool]) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/training/kernel.ipynb #kernel-execute
-_START_TIMEOUT = 60  # seconds that a kernel may take to answer
-
-
+# %% ../../nbs/training/kernel.ipynb #kernel-papermill
 def _import_papermill() -> ModuleType:
     """papermill, read without the parsers of web addresses that jsonschema would build for it
 
@@ -146,6 +143,9 @@ def _import_papermill() -> ModuleType:
         if hidden:
             del sys.modules[parsers]
     return papermill
+
+# %% ../../nbs/training/kernel.ipynb #kernel-execute
+_START_TIMEOUT = 60  # seconds that a kernel may take to answer
 
 
 def _execute(notebook: Path, output: Path, values: dict, kernels: Kernels, kernel: str = "") -> None:
