@@ -98,6 +98,17 @@ def test_a_folder_keeps_it_with_its_slot_model(name, tmp_path):
     torch.testing.assert_close(again.decode(again.roll_out(past, 3), **options), model.decode(model.roll_out(past, 3), **options))
 
 
+def test_momentum_lets_numbers_go_on_as_they_did():
+    torch.manual_seed(0)
+    model = RolloutTransformer(**SIZES | dict(residual=True, momentum=True)).eval()
+    with torch.no_grad(): model.momentum[:] = torch.tensor([torch.inf] * 2 + [-torch.inf] * 14)
+    past = torch.randn(2, 3, 4, 16)
+    found, step = model.roll_out(past, 3), past[:, 2] - past[:, 1]
+    torch.testing.assert_close(found[:, 2, :, :2], (past[:, 2] + 3 * step)[..., :2])
+    torch.testing.assert_close(found[:, 2, :, 2:], past[:, 2, :, 2:])
+    with pytest.raises(ValueError, match="momentum=True needs residual=True"): RolloutTransformer(**SIZES | dict(momentum=True))
+
+
 def test_schedules_follow_the_training_and_are_kept(tmp_path):
     model = former("savi", n_predicted=3, curriculum_steps=4, decay_steps=8).train()
     slots = torch.randn(2, 5, 4, 16)
@@ -220,12 +231,14 @@ def test_predictions_are_scored_frame_by_frame(trained):
     space = played("eval_prediction", "results", run_dir=str(trained), n_clips=4, draw_clips=4, split="val")
     found = json.loads((trained / "eval_prediction.json").read_text())
     assert found["observed"] == 4 and found["predicted"] == 5 and (trained / "pictures" / "eval_prediction.png").stat().st_size < 400_000
-    assert set(found["by_step"]) == {"SlotFormer", "the last frame", "straight on", "slots of the true frame"}
+    assert set(found["by_step"]) == {"SlotFormer", "the last frame", "straight on", "places straight on", "slots of the true frame"}
     assert all(len(values) == 5 for who in ("by_step", "frames") for scores in found[who].values() for values in scores.values())
     true, given = space["films"][:, 4:], space["films"][:, 3:4]
     assert found["frames"]["the last frame"]["psnr"][0] == pytest.approx(psnr(given[:, 0], true[:, 0]).mean().item())
-    first = space["model"].roll_out(Factors(space["given"]), 5).codes  # seen: four frames, nothing else
-    torch.testing.assert_close(first, space["guesses"]["SlotFormer"])
+    seen = space["model"].roll_out(Factors(space["given"]), 5).codes  # four frames, nothing else
+    torch.testing.assert_close(seen, space["guesses"]["SlotFormer"])
+    moved = (space["guesses"]["places straight on"] - space["given"][:, -1:]).flatten(0, 2).abs().sum(0).nonzero()[:, 0]
+    assert moved.tolist() == [16, 17]  # behind the mean of the keys: row and column
 
 
 def test_a_readout_reads_what_was_observed_and_rolled_out(trained, tmp_path):

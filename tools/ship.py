@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 
-from decomp_nb.decomposer import load_decomposer, weights_folder
+from decomp_nb.components.readout import HiddenReadout, PhysionReadout
+from decomp_nb.decomposer import Decomposer, load_decomposer, weights_folder
+from decomp_nb.methods.slot_former import FrozenSlots
+from decomp_nb.official.reading import keep_with
 from decomp_nb.training.run_directory import load_run
 
 KEPT = ("seed", "max_steps", "max_minutes", "batch_size", "learning_rate", "encoder_lr_scale", "ema_decay")
@@ -35,15 +38,40 @@ def write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def save_half(model: Decomposer, folder: Path) -> None:
+    "A method in half precision; a roll-out takes its slot model along"
+    if isinstance(model, FrozenSlots):
+        model.slot_model.to(torch.float16)
+        keep_with(model.to(torch.float16), folder)
+    else:
+        model.to(torch.float16).save_pretrained(folder)
+
+
 def ship(run_dir: str, name: str, made_by: str, scores: str) -> Path:
     "The folder that was written"
-    run = load_run(run_dir)
-    model = load_decomposer(run.path / "model").to(torch.float16)
     folder = weights_folder() / name
+    if (Path(run_dir) / "readout.json").is_file():
+        return ship_readout(Path(run_dir), folder, made_by, scores)
+    run = load_run(run_dir)
+    model = load_decomposer(run.path / "model")
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
+    save_half(model, folder)
     write(folder / "run.json", record(run))
     write(folder / "card.json", describe(run, made_by, scores))
+    return folder
+
+
+def ship_readout(run_dir: Path, folder: Path, made_by: str, scores: str) -> Path:
+    "The readout of a run of train_readout that was best on validation, with what it needs to read slots"
+    settings = json.loads((run_dir / "readout.json").read_text())
+    best = max(range(len(settings["choices"])), key=lambda i: settings["choices"][i]["accuracy"])
+    kind = HiddenReadout if settings["kind"] == "hidden" else PhysionReadout
+    shutil.rmtree(folder, ignore_errors=True)
+    kind.from_pretrained(run_dir / f"readout_{best}").to(torch.float16).save_pretrained(folder)
+    kept = {key: settings[key] for key in ("data", "observed", "future", "standardise", "mean", "deviation")}
+    write(folder / "readout.json", kept | {"threshold": settings["choices"][best]["threshold"]})
+    about = {"what": kind.__name__, "made_by": made_by, "data": f"{settings['data']}, seed {settings['seed']}", "scores": scores}
+    write(folder / "card.json", about)
     return folder
 
 
