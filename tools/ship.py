@@ -45,6 +45,15 @@ def save_half(model: Decomposer, folder: Path) -> None:
         keep_with(model.to(torch.float16), folder)
     else:
         model.to(torch.float16).save_pretrained(folder)
+    forget_places(folder)
+
+
+def forget_places(folder: Path) -> None:
+    "Configs do not say from which folder of this machine a model was loaded"
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        write(file, config)
 
 
 def ship(run_dir: str, name: str, made_by: str, scores: str) -> Path:
@@ -68,6 +77,7 @@ def ship_readout(run_dir: Path, folder: Path, made_by: str, scores: str) -> Path
     kind = HiddenReadout if settings["kind"] == "hidden" else PhysionReadout
     shutil.rmtree(folder, ignore_errors=True)
     kind.from_pretrained(run_dir / f"readout_{best}").to(torch.float16).save_pretrained(folder)
+    forget_places(folder)
     kept = {key: settings[key] for key in ("data", "observed", "future", "standardise", "mean", "deviation")}
     write(folder / "readout.json", kept | {"threshold": settings["choices"][best]["threshold"]})
     about = {"what": kind.__name__, "made_by": made_by, "data": f"{settings['data']}, seed {settings['seed']}", "scores": scores}
