@@ -37,6 +37,7 @@ from decomp_nb.components import latent_diffusion
 from decomp_nb.components.text_to_image import TextToImage, clip_tokenizer
 from decomp_nb.data.class_folders import NumberedPictures
 from decomp_nb.data.shapes3d import Shapes3D
+from decomp_nb.data.slot_files import SlotCard, store_slots, video_name
 from decomp_nb.methods import disdiff
 from decomp_nb.official.concepts import published_folders
 from decomp_nb.training.config import resolve_out_dir
@@ -304,6 +305,18 @@ def keep_features(data, encoder, folder, **options):
     return Kept(data, features=(encoder.out_channels, side, side))
 
 
+def keep_slots(model, data, path, **options):
+    "The file of slots that a model would find, made up, of the first videos alone"
+    card, frames = SlotCard.of(model), len(data[0]["image"])
+    names = [video_name(data[i]) for i in range(min(4, len(data)))]
+    return store_slots(((name, torch.randn(frames, card.n_slots, card.slot_dim)) for name in names), path, card)
+
+
+def keep_read_slots(model, videos, folder, name, **options):
+    "The same for a readout, which reads all videos"
+    return keep_slots(model.slot_model, videos, Path(folder) / f"{name}.h5")
+
+
 def without_latents(images, latents, **options):
     return NumberedPictures(images, None, **options)
 
@@ -335,7 +348,14 @@ class OneStep(Stopper):
         return run
 
 
-STAND_INS = dict(Trainer=Stopper, cache=keep_latents, cache_latents=keep_latents, keep_features=keep_features)
+STAND_INS = dict(
+    Trainer=Stopper,
+    cache=keep_latents,
+    cache_latents=keep_latents,
+    keep_features=keep_features,
+    extract_slots=keep_slots,
+    slots_to_read=keep_read_slots,
+)
 
 
 def runs(cell) -> bool:

@@ -3,15 +3,18 @@ import json
 
 import pytest
 import torch
+from recipe_stage import ROOT, play
 from test_runs import QUICK, execute
 from test_video_methods import CLIPS, METHODS
 
 from decomp_nb import load_decomposer
 from decomp_nb.components.rollout import RolloutTransformer, curriculum_length, roll_out_interleaved
-from decomp_nb.data.slot_files import SlotCard, SlotClips, import_slots, store_slots
+from decomp_nb.data.slot_files import SlotCard, SlotClips, import_slots, slots_to_read, store_slots
 from decomp_nb.factors import Factors
 from decomp_nb.methods.slot_former import SlotFormer, drawing_errors, slot_former_preset
+from decomp_nb.metrics.generation import psnr
 from decomp_nb.official.reading import keep_with
+from decomp_nb.training.parameters import parameters
 from decomp_nb.training.run_directory import Run
 
 SIZES = dict(slot_dim=16, n_slots=4, history=2, dim=16, n_layers=1, n_heads=2, dropout=0.0)
@@ -93,6 +96,17 @@ def test_a_folder_keeps_it_with_its_slot_model(name, tmp_path):
     options = dict(steps=2, noise=torch.zeros(2, 3, *model.latent_shape)) if model.scheduler is not None else {}
     past = Factors(torch.randn(2, 3, 4, 16))
     torch.testing.assert_close(again.decode(again.roll_out(past, 3), **options), model.decode(model.roll_out(past, 3), **options))
+
+
+def test_momentum_lets_numbers_go_on_as_they_did():
+    torch.manual_seed(0)
+    model = RolloutTransformer(**SIZES | dict(residual=True, momentum=True)).eval()
+    with torch.no_grad(): model.momentum[:] = torch.tensor([torch.inf] * 2 + [-torch.inf] * 14)
+    past = torch.randn(2, 3, 4, 16)
+    found, step = model.roll_out(past, 3), past[:, 2] - past[:, 1]
+    torch.testing.assert_close(found[:, 2, :, :2], (past[:, 2] + 3 * step)[..., :2])
+    torch.testing.assert_close(found[:, 2, :, 2:], past[:, 2, :, 2:])
+    with pytest.raises(ValueError, match="momentum=True needs residual=True"): RolloutTransformer(**SIZES | dict(momentum=True))
 
 
 def test_schedules_follow_the_training_and_are_kept(tmp_path):
@@ -184,14 +198,57 @@ def test_published_settings():
         assert config.image_weight == (name in ("obj3d", "clevrer")) and not config.curriculum_steps and sizes["dropout"] == 0.1
 
 
-def test_train_slot_former(tmp_path):
-    small = dict(n_images=6, eval_scenes=3, preset="tiny", decoder_steps=2, mixed_precision="no", data_options={"n_frames": 8, "n_objects": 2})
-    execute("train_slot_former", tmp_path, out_dir=str(tmp_path / "run"), **small, **QUICK)
-    run = Run(tmp_path / "run")
+BILLIARDS = {"n_frames": 9, "observed": 4, "twins": False}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "Folder of a run, rehearsed with slots that were really found"
+    folder = tmp_path_factory.mktemp("slot_former")
+    small = dict(n_images=6, eval_scenes=3, preset="tiny", decoder_steps=2, mixed_precision="no", data="billiards", data_options=BILLIARDS, observed=4)
+    execute("train_slot_former", folder, out_dir=str(folder / "run"), **small, **QUICK)
+    return folder / "run"
+
+
+def test_train_slot_former(trained):
+    run = Run(trained)
     assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4] and run.curve("eval/error_share")[0] == [2, 4] and run.curve("eval/fg_ari")[0] == [2, 4]
-    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
-    assert set(scores) == {"SlotFormer", "the last frame", "straight on"} and len(scores["SlotFormer"]["slot_error"]) == 8 - 3
-    model = load_decomposer(tmp_path / "run" / "whole")
+    scores = json.loads((trained / "scores.json").read_text())
+    assert set(scores) == {"SlotFormer", "the last frame", "straight on"} and len(scores["SlotFormer"]["slot_error"]) == 9 - 4
+    model = load_decomposer(trained / "whole")
     clips = torch.rand(1, 3, 3, 32, 32) * 2 - 1
     assert model.decode(model.roll_out(model.encode(clips), 2)).shape == (1, 2, 3, 32, 32)
-    assert sorted(p.name for p in (tmp_path / "run-slots").iterdir()) == ["slot_model", "train.h5", "val.h5"]
+    assert sorted(p.name for p in (trained.parent / "run-slots").iterdir()) == ["slot_model", "train.h5", "val.h5"]
+
+
+def played(notebook, until, **changes):
+    "Names of a notebook that ran in this process, up to a cell"
+    path = ROOT / "nbs" / f"{notebook}.ipynb"
+    return play(path, {name: p.default for name, p in parameters(path).items()} | changes, until, slots_to_read=slots_to_read)
+
+
+def test_predictions_are_scored_frame_by_frame(trained):
+    space = played("eval_prediction", "results", run_dir=str(trained), n_clips=4, draw_clips=4, split="val")
+    found = json.loads((trained / "eval_prediction.json").read_text())
+    assert found["observed"] == 4 and found["predicted"] == 5 and (trained / "pictures" / "eval_prediction.png").stat().st_size < 400_000
+    assert set(found["by_step"]) == {"SlotFormer", "the last frame", "straight on", "places straight on", "slots of the true frame"}
+    assert all(len(values) == 5 for who in ("by_step", "frames") for scores in found[who].values() for values in scores.values())
+    true, given = space["films"][:, 4:], space["films"][:, 3:4]
+    assert found["frames"]["the last frame"]["psnr"][0] == pytest.approx(psnr(given[:, 0], true[:, 0]).mean().item())
+    seen = space["model"].roll_out(Factors(space["given"]), 5).codes  # four frames, nothing else
+    torch.testing.assert_close(seen, space["guesses"]["SlotFormer"])
+    moved = (space["guesses"]["places straight on"] - space["given"][:, -1:]).flatten(0, 2).abs().sum(0).nonzero()[:, 0]
+    assert moved.tolist() == [16, 17]  # behind the mean of the keys: row and column
+
+
+def test_a_readout_reads_what_was_observed_and_rolled_out(trained, tmp_path):
+    small = dict(slot_former=str(trained), out_dir=str(tmp_path / "readout"), n_train=6, n_val=4, feature_dim=8, epochs=2, seeds=1, data_options=BILLIARDS)
+    space = played("train_readout", "keep", **small)
+    assert space["train"][0].shape == (6, 9, 5, 64)
+    stored = SlotClips(tmp_path / "readout-slots" / "val-predicted.h5")
+    seen = SlotClips(tmp_path / "readout-slots" / "val-seen.h5")
+    assert stored.n_frames == 9 and seen.n_frames == 4 and torch.equal(stored[0]["slots"][:4], seen[0]["slots"])
+    played("eval_questions", "keep", run_dir=str(tmp_path / "readout"), n_test=4)
+    scores = json.loads((tmp_path / "readout" / "eval_questions.json").read_text())
+    assert scores["questions"] == 4 and scores["frames"] == 9
+    with pytest.raises(ValueError, match="choose one of predicted, true, none"): played("train_readout", "data", **small | dict(future="rolled"))

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from decomp_nb.components.readout import HiddenReadout, PhysionReadout
 from decomp_nb.components.token_model import VOCABULARIES, load_dvae
 from decomp_nb.decomposer import load_decomposer, weights_folder
+from decomp_nb.methods.slot_former import FrozenSlots
+from decomp_nb.official.reading import keep_with
 from decomp_nb.training.run_directory import load_run
 
 KEPT = ("seed", "max_steps", "max_minutes", "batch_size", "learning_rate", "encoder_lr_scale", "ema_decay")
@@ -42,23 +45,50 @@ def load(run) -> torch.nn.Module:
     return load_dvae(str(run.path)) if kind in VOCABULARIES else load_decomposer(run.path / "model")
 
 
-def forget_where_it_was(folder: Path) -> None:
-    "Take out of a saved config the folder that its weights were read from"
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("_name_or_path", None)
-    write(folder / "config.json", config)
+def save_half(model: torch.nn.Module, folder: Path) -> None:
+    "A model in half precision; a roll-out takes its slot model along"
+    if isinstance(model, FrozenSlots):
+        model.slot_model.to(torch.float16)
+        keep_with(model.to(torch.float16), folder)
+    else:
+        model.to(torch.float16).save_pretrained(folder)
+    forget_places(folder)
+
+
+def forget_places(folder: Path) -> None:
+    "Configs do not say from which folder of this machine a model was loaded"
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        write(file, config)
 
 
 def ship(run_dir: str, name: str, made_by: str, scores: str) -> Path:
     "The folder that was written"
-    run = load_run(run_dir)
-    model = load(run).to(torch.float16)
     folder = weights_folder() / name
+    if (Path(run_dir) / "readout.json").is_file():
+        return ship_readout(Path(run_dir), folder, made_by, scores)
+    run = load_run(run_dir)
+    model = load(run)
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    forget_where_it_was(folder)
+    save_half(model, folder)
     write(folder / "run.json", record(run))
     write(folder / "card.json", describe(run, made_by, scores))
+    return folder
+
+
+def ship_readout(run_dir: Path, folder: Path, made_by: str, scores: str) -> Path:
+    "The readout of a run of train_readout that was best on validation, with what it needs to read slots"
+    settings = json.loads((run_dir / "readout.json").read_text())
+    best = max(range(len(settings["choices"])), key=lambda i: settings["choices"][i]["accuracy"])
+    kind = HiddenReadout if settings["kind"] == "hidden" else PhysionReadout
+    shutil.rmtree(folder, ignore_errors=True)
+    kind.from_pretrained(run_dir / f"readout_{best}").to(torch.float16).save_pretrained(folder)
+    forget_places(folder)
+    kept = {key: settings[key] for key in ("data", "observed", "future", "standardise", "mean", "deviation")}
+    write(folder / "readout.json", kept | {"threshold": settings["choices"][best]["threshold"]})
+    about = {"what": kind.__name__, "made_by": made_by, "data": f"{settings['data']}, seed {settings['seed']}", "scores": scores}
+    write(folder / "card.json", about)
     return folder
 
 

@@ -47,7 +47,11 @@ class PhysionReadout(ModelMixin, ConfigMixin):
 
     def pair_features(self, slots: Tensor) -> Tensor:
         "`(…,k,d)` → `(…,p,f)`"
-        return self.linear1(slot_pairs(slots))
+        one, two = torch.triu_indices(slots.shape[-2], slots.shape[-2], 1)
+        of_one, of_two = self.linear1.weight.chunk(2, 1)  # a layer of two slots is the sum of a layer of each
+        first = F.linear(slots, of_one, self.linear1.bias)
+        second = F.linear(slots, of_two)
+        return first[..., one, :] + second[..., two, :]
 
     def forward(self, slots: Tensor) -> Tensor:
         "Slots of clips `(b,t,k,d)` → logits of yes `(b,)`"
@@ -77,7 +81,7 @@ class HiddenReadout(PhysionReadout):
 
     def pair_features(self, slots: Tensor) -> Tensor:
         "`(…,k,d)` → `(…,p,f)`"
-        return self.hidden(self.linear1(slot_pairs(slots)))
+        return self.hidden(super().pair_features(slots))
 
 # %% ../../nbs/components/readout.ipynb #fit-export
 class Epoch(NamedTuple):

@@ -46,12 +46,15 @@ class RolloutLayers(nn.Module):
         slot_code: bool = False,  # learn a code for the number of a slot, from zero
         norm_first: bool = True,  # layer norms before attention and MLP, or behind
         residual: bool = False,  # predict the change of the slots (official: the slots)
+        momentum: bool = False,  # with residual: learn how much of its last step each number of a slot repeats, 0 … 1
     ):
         super().__init__()
         self.slot_dim, self.n_slots, self.residual = slot_dim, n_slots, residual
         self.history = history
         self.observed = history if observed is None else observed
         _check_sizes(self.history, self.observed, dim, n_heads)
+        if momentum and not (residual and self.observed > 1):
+            raise ValueError("rollout: momentum=True needs residual=True, and two frames to begin with")
         self.read = nn.Linear(slot_dim, dim)
         self.time_code = _time_code(time_code, history, dim)
         self.slot_code = nn.Parameter(torch.zeros(n_slots, dim)) if slot_code else None
@@ -60,6 +63,10 @@ class RolloutLayers(nn.Module):
         )
         self.transformer = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
         self.write = nn.Linear(dim, slot_dim)
+        self.momentum = nn.Parameter(torch.full((slot_dim,), -2.0)) if momentum else None  # before a sigmoid
+        if momentum:  # begins near "nothing moves"
+            nn.init.zeros_(self.write.weight)
+            nn.init.zeros_(self.write.bias)
 
 # %% ../../nbs/components/rollout.ipynb #layers-private-export
 def _check_sizes(history: int, observed: int, dim: int, n_heads: int) -> None:
@@ -86,14 +93,24 @@ class RolloutTransformer(RolloutLayers):
         found = self.read(slots)
         return found if self.slot_code is None else found + self.slot_code
 
-    def forward(self, tokens: Tensor, slots: Tensor, present: Tensor | None = None) -> Tensor:
-        "Slots `(b, k, d)` after those of the newest frame, from tokens `(b, t, k, dim)`; `present` `(b, t, k)`"
+    def forward(
+        self,
+        tokens: Tensor,  # `(b, t, k, dim)`
+        slots: Tensor,  # of the newest frame `(b, k, d)`
+        present: Tensor | None = None,  # `(b, t, k)`
+        previous: Tensor | None = None,  # slots of the frame before `(b, k, d)`, for `momentum`
+    ) -> Tensor:
+        "Slots `(b, k, d)` of the next frame"
         t, k = tokens.shape[1:3]
         dated = tokens + self.time_code[-t:, None]
         sequence = rearrange(dated, "b t k d -> b (t k) d")
         absent = None if present is None else ~present.flatten(1)
         written = self.write(self.transformer(sequence, src_key_padding_mask=absent)[:, -k:])
-        return slots + written if self.residual else written
+        if not self.residual:
+            return written
+        if self.momentum is not None:
+            written = written + self.momentum.sigmoid() * (slots - previous)  # above 1 errors would grow by themselves
+        return slots + written
 
     def roll_out(self, past: Tensor, n_frames: int, present: Tensor | None = None) -> Tensor:
         "Slots `(b, n_frames, k, d)` after `past` `(b, t, k, d)`, see `roll_out`"
@@ -109,13 +126,13 @@ def roll_out(
     "Predicted slots `(b, n_frames, k, d)`; of slots that are absent in the last frame they mean nothing"
     _check_past(model, past, present)
     n = model.history
-    slots = past[:, -1]
+    previous, slots = past[:, max(past.shape[1] - 2, 0)], past[:, -1]
     tokens = list(model.tokens(past[:, -n:]).unbind(1))
     there = None if present is None else list(present[:, -n:].bool().unbind(1))
     found = []
     for _ in range(n_frames):
         mask = None if there is None else torch.stack(there[-n:], 1)
-        slots = model(torch.stack(tokens[-n:], 1), slots, mask)
+        previous, slots = slots, model(torch.stack(tokens[-n:], 1), slots, mask, previous)
         found.append(slots)
         tokens.append(model.tokens(slots))
         if there is not None:

@@ -19,10 +19,12 @@ from ..checks import reading
 from .hdf5 import LazyH5, h5_dataset, open_h5
 from .video import cut_videos
 from ..decomposer import fingerprint
+from ..factors import Factors
 
 # %% auto #0
-__all__ = ['FINDERS', 'finder_fingerprint', 'SlotCard', 'store_slots', 'SlotIndex', 'read_index', 'extract_slots', 'video_name',
-           'StoredVideo', 'stored_videos', 'SlotClips', 'import_slots']
+__all__ = ['FINDERS', 'FUTURES', 'finder_fingerprint', 'SlotCard', 'store_slots', 'SlotIndex', 'read_index', 'extract_slots',
+           'video_name', 'StoredVideo', 'stored_videos', 'SlotClips', 'continue_slots', 'FirstFrames', 'slots_to_read',
+           'import_slots']
 
 # %% ../../nbs/data/slot_files.ipynb #fingerprint-export
 FINDERS = ("encoder", "slot_attention", "tracker")
@@ -176,7 +178,7 @@ def _encoded(model: nn.Module, data: Any, batch_size: int, chunk: int, seed: int
     "Name and slots of every video, batch by batch"
     device = next(model.parameters()).device
     for start in range(0, len(data), batch_size):
-        items = [data[i] for i in range(start, min(start + batch_size, len(data)))]
+        items = _items_of(data, range(start, min(start + batch_size, len(data))))
         same = len({item["image"].shape for item in items}) == 1
         groups = [items] if same else [[item] for item in items]
         for number, group in enumerate(groups):
@@ -186,6 +188,11 @@ def _encoded(model: nn.Module, data: Any, batch_size: int, chunk: int, seed: int
             generator = torch.Generator().manual_seed(seed + start + number)
             codes = model.encode(images.to(device), chunk=chunk, generator=generator).codes
             yield from zip([video_name(item) for item in group], codes)
+
+
+def _items_of(data: Any, numbers: Sequence[int]) -> list[dict]:
+    "Items of a data set; at once, where it can: worlds draw several faster than one by one"
+    return data.__getitems__(list(numbers)) if hasattr(data, "__getitems__") else [data[i] for i in numbers]
 
 
 def video_name(item: Mapping[str, Any]) -> str:
@@ -279,6 +286,74 @@ def _frames(images: Any, place: int, video: StoredVideo) -> Tensor:
     if len(found["image"]) != len(video):
         raise ValueError(f"images: {video.name!r} has {len(found['image'])} frames, but slots of {len(video)}")
     return found["image"]
+
+# %% ../../nbs/data/slot_files.ipynb #continue-export
+def continue_slots(
+    model: Any,  # SlotFormer, or what else has `roll_out(factors, n_frames, offset)`
+    source: str | Path,  # file of slots of whole videos
+    path: str | Path,  # of the .h5 file to write
+    *,
+    observed: int,  # first frames of a video, whose slots stay as they are
+    n_frames: int,  # frames that follow, predicted
+    batch_size: int = 64,  # videos at a time
+) -> Path:
+    "A file of slots as `extract_slots` makes them, but only the first frames of each video were seen"
+    clips = SlotClips(source, observed, clips="first")
+    return store_slots(_continued(model, clips, n_frames, batch_size), path, clips.card)
+
+
+def _continued(model: Any, clips: SlotClips, n_frames: int, batch_size: int) -> Iterator[tuple[str, Tensor]]:
+    "Name and slots of every video, batch by batch"
+    for start in range(0, len(clips), batch_size):
+        items = [clips[i] for i in range(start, min(start + batch_size, len(clips)))]
+        past = torch.stack([item["slots"] for item in items])
+        given = Factors(past.to(model.device))
+        future = model.roll_out(given, n_frames, model.config.frame_offset).codes.cpu()
+        whole = torch.cat([past, future], 1)
+        yield from zip([video_name(item) for item in items], whole)
+
+# %% ../../nbs/data/slot_files.ipynb #futures-export
+FUTURES = ("predicted", "true", "none")  # what a readout reads behind the observed frames
+
+
+@dataclass(frozen=True)
+class FirstFrames:
+    "Whole videos, of which only the first frames can be seen"
+    videos: Any
+    n_frames: int
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict]:
+        items = _items_of(self.videos, numbers)
+        return [item | {"image": item["image"][:self.n_frames]} for item in items]
+
+    def __getitem__(self, i: int) -> dict:
+        return self.__getitems__([i])[0]
+
+
+def slots_to_read(
+    model: Any,  # SlotFormer, with its slot model
+    videos: Any,  # data set of whole videos of one length, as of `extract_slots`
+    folder: str | Path,  # where the files of slots lie
+    name: str,  # begins theirs, such as that of the split
+    *,
+    observed: int,  # first frames of a video
+    future: str = "predicted",  # of `FUTURES`
+    seed: int = 0,  # of starts that are drawn
+) -> Path:
+    "File of the slots of videos: of the observed frames, and of those that follow as `future` says"
+    if future not in FUTURES:
+        raise ValueError(f"future={future!r}: choose one of {', '.join(FUTURES)}")
+    folder, options = Path(folder), dict(batch_size=8, chunk=observed, seed=seed)
+    if future == "true":
+        return extract_slots(model.slot_model, videos, folder / f"{name}-true.h5", **options)
+    seen = extract_slots(model.slot_model, FirstFrames(videos, observed), folder / f"{name}-seen.h5", **options)
+    if future == "none":
+        return seen
+    n_frames = len(videos[0]["image"]) - observed
+    return continue_slots(model, seen, folder / f"{name}-predicted.h5", observed=observed, n_frames=n_frames)
 
 # %% ../../nbs/data/slot_files.ipynb #import-export
 def import_slots(

@@ -50,9 +50,25 @@ class SAVi(MixtureSlotModel):
         loss = F.mse_loss(self.layers(factors)[0].float(), target)
         return add_losses("reconstruction", loss, losses)
 
+# %% ../../nbs/methods/savi.ipynb #own-frame-export
+def _own_frame(config: dict) -> dict:
+    "The same with slots that a decoder in their own frame reads as they are"
+    slots = config["slots_config"] | dict(slot_dim=208, window=11, out_dim=None, project_slots=False)
+    decoder = dict(kind="own_frame", window=11)
+    return config | dict(slots_config=slots, decoder_config=decoder, mask_source="attention")
+
+
+def _colours(window: int = 5) -> dict:
+    "Pixels of flat colours need not learn what belongs together; 64 numbers a slot, most of them place and outline"
+    config = _own_frame(small_encoder(32, stride=1) | clip_slots(7) | dict(zoom=1.0))
+    return config | dict(
+        slots_config=config["slots_config"] | dict(slot_dim=64, window=window),
+        decoder_config=config["decoder_config"] | dict(window=window),
+    )
+
 # %% ../../nbs/methods/savi.ipynb #preset-export
 def savi_preset(
-    name: str = "moving",  # "moving", "clusters" (CPU), "tiny"; published: "movi_d" …, "savi_small", "savi_boxes"
+    name: str = "moving",  # "moving", "clusters", "colours", "tiny"; published: "movi_d" …, "savi_small", "savi_boxes"
     **changes,  # keys of `SAVi`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SAVi` for a known setting"
@@ -63,19 +79,13 @@ def savi_preset(
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=dict(channels=[32, 32, 32], start=8)),
         "clusters": _own_frame(small_encoder() | clip_slots()),
+        "colours": _colours(),
         "savi_small": original,
         "savi_boxes": original | boxes,
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex"):
         presets[video] = video_encoder(video) | dict(decoder_config=dict(channels=[64, 64, 64, 64]))
     return from_preset(SAVi, presets, name, changes)
-
-
-def _own_frame(config: dict) -> dict:
-    "The same with slots that a decoder in their own frame reads as they are"
-    slots = config["slots_config"] | dict(slot_dim=208, window=11, out_dim=None, project_slots=False)
-    decoder = dict(kind="own_frame", window=11)
-    return config | dict(slots_config=slots, decoder_config=decoder, mask_source="attention")
 
 
 def _original() -> dict:

@@ -270,6 +270,15 @@ class SlotFormer(RolloutTraining):
         out = add_losses("slots", loss, losses)
         return out if self.training else out | _by_step(errors)
 
+    def parameter_groups(self) -> list[dict]:
+        "Momentum, where there is any, has a long way to go, and learns ten times as fast"
+        momentum = self.rollout.momentum
+        if momentum is None:
+            return [dict(name="all", params=list(self.parameters()))]
+        rest = [p for p in self.parameters() if p is not momentum]
+        fast = dict(name="momentum", params=[momentum], lr_scale=10.0)
+        return [dict(name="all", params=rest), fast]
+
 # %% ../../nbs/methods/slot_former.ipynb #model-private-export
 def _check_length(slots: Tensor, past: int, n: int) -> None:
     t = slots.shape[1]
