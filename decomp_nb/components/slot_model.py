@@ -98,6 +98,8 @@ class SlotFinder(Decomposer):
         require(encoder_config=encoder_config, slots_config=slots_config)
         self.encoder = build_encoder(encoder_config)
         self.slot_attention = build_slots(self.encoder.out_channels, slots_config)
+        if slots_config.get("ground") and not getattr(self.encoder, "marks_ground", False):
+            raise ValueError("slots_config: ground=True needs features that mark it, encoder_config kind='ground'")
         if self.slot_attention.init == "learned":
             nn.init.normal_(self.slot_attention.slot_mean)
         self.tracker = None
