@@ -205,12 +205,21 @@ class TokenTransformer(nn.Module):
         bias = None if weights is None else log_weights(weights.to(read))[:, None, None]
         return [block.over_slots.keys_and_values(read) for block in self.blocks], bias
 
-    def forward(self, tokens: Tensor, slots: Tensor, weights: Tensor | None = None) -> Tensor:
-        "Teacher forcing: true tokens `(b,n)`, slots `(b,k,d)` and their weights `(b,k)` → logits `(b,n,V)`"
+    def _at_places(self, maps: Tensor | None) -> Tensor:
+        return self.places if maps is None else self.places + maps.to(self.places.dtype)
+
+    def forward(
+        self,
+        tokens: Tensor,  # `(b,n)`, the true ones
+        slots: Tensor,  # `(b,k,d)`
+        weights: Tensor | None = None,  # `(b,k)`; 0: the slot is not there
+        maps: Tensor | None = None,  # `(b,n,dim)`, added to the places: what lies there, see `LayoutMaps`
+    ) -> Tensor:
+        "Teacher forcing: logits `(b,n,V)` of each token, given those before it"
         if tokens.shape[1] != self.length:
             raise ValueError(f"{tokens.shape[1]} tokens per picture: the decoder was built for {self.length}")
         before = F.pad(tokens[:, :-1], (1, 0), value=self.vocabulary)  # begin, then all but the last
-        x = F.dropout(self.words(before) + self.places, self.dropout, self.training)
+        x = F.dropout(self.words(before) + self._at_places(maps), self.dropout, self.training)
         read, bias = self._slots(slots, weights)
         for block, slot in zip(self.blocks, read):
             x = block(x, slot, bias)
@@ -241,8 +250,10 @@ class AutoregressiveDecoder(TokenTransformer):
         head_dim = self.words.embedding_dim // heads
         return [slots.new_empty(2, len(slots), heads, self.length, head_dim) for _ in self.blocks]
 
-    def _next_logits(self, token: Tensor, position: int, slots: list, bias: Tensor | None, caches: list) -> Tensor:
-        x = self.words(token) + self.places[:, position:position + 1]
+    def _next_logits(
+        self, token: Tensor, places: Tensor, position: int, slots: list, bias: Tensor | None, caches: list
+    ) -> Tensor:
+        x = self.words(token) + places[:, position:position + 1]
         for block, slot, cache in zip(self.blocks, slots, caches):
             x = block(x, slot, bias, cache, position)
         return self.head(self.norm(x))[:, 0]
@@ -252,6 +263,7 @@ class AutoregressiveDecoder(TokenTransformer):
         self,
         slots: Tensor,  # `(b,k,d)`
         weights: Tensor | None = None,  # `(b,k)`; 0: the slot is not there
+        maps: Tensor | None = None,  # `(b,n,dim)`, as in training
         *,
         prefix: Tensor | None = None,  # `(b,m)`: the first tokens are given
         return_logits: bool = False,
@@ -260,12 +272,13 @@ class AutoregressiveDecoder(TokenTransformer):
         "Token after token: `(b,n)`, with `return_logits` also the logits `(b,n,V)`"
         read, bias = self._slots(slots, weights)
         caches = self._caches(slots)
+        places = self._at_places(maps)
         token = torch.full((len(slots), 1), self.vocabulary, device=slots.device)  # begin
         n_given = 0 if prefix is None else prefix.shape[1]
         tokens = []
         kept = []
         for i in range(self.length):
-            logits = self._next_logits(token, i, read, bias, caches)
+            logits = self._next_logits(token, places, i, read, bias, caches)
             token = prefix[:, i:i + 1] if i < n_given else sample_token(logits, **sampling)[:, None]
             tokens.append(token)
             if return_logits:

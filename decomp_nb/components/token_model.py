@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor
 
 from .decoders import AutoregressiveDecoder
 from .dvae import DVAE
+from .layout import LayoutMaps
 from .slot_model import SlotModel, refuse_unknown, require
 from ..decomposer import fold_batch
 from ..factors import Factors
@@ -83,6 +85,7 @@ class TokenPredictor(TokenSpace, SlotModel):
         merge_threshold: float = 0.0,
         zoom: float = 1.0,
         tracking_config: dict | None = None,  # of `Tracker`, for clips
+        layout_maps: bool = False,  # the transformer is shown where slots lie, which they must say (`LayoutMaps`)
     ):
         super().__init__(
             image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
@@ -95,13 +98,29 @@ class TokenPredictor(TokenSpace, SlotModel):
         options = dict(decoder_config)
         vocabulary = options.pop("vocabulary")
         self.decoder = AutoregressiveDecoder(vocabulary, (image_size // 4) ** 2, self.factor_dim, **options)
+        self.layout = self.build_layout() if layout_maps else None
+
+    def build_layout(self) -> LayoutMaps:
+        "What draws the slots' layout as a map for each token; `ValueError` where slots do not say it"
+        if not getattr(self.slot_attention, "show_layout", False):
+            raise ValueError("layout_maps: slots do not say where they lie; slots_config needs show_layout=True")
+        return LayoutMaps(self.factor_dim, self.slot_attention.window, self.decoder.places.shape[-1])
+
+    def token_maps(self, pictures: Factors) -> Tensor | None:
+        "Maps of the layout `(b,N,dim)`, one row for each token; None where the transformer gets none"
+        if self.layout is None:
+            return None
+        return rearrange(self.layout(pictures, self.latent_shape[-1]), "b c h w -> b (h w) c")
+
+    def token_logits(self, tokens: Tensor, pictures: Factors) -> Tensor:
+        "Logits `(b,N,V)` of the tokens `(b,N)` of pictures, each given its slots and the tokens before it"
+        return self.decoder(tokens, pictures.codes, pictures.weights, self.token_maps(pictures))
 
     def predict_tokens(self, batch: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         "Of a training batch: the true tokens `(n,N)`, the logits `(n,N,V)` of each given those before, other losses"
         tokens = self.image_tokens(fold_batch(batch)).flatten(1)
         factors, losses = self.encode_to_learn(batch)
-        pictures = factors.fold_time()
-        return tokens, self.decoder(tokens, pictures.codes, pictures.weights), losses
+        return tokens, self.token_logits(tokens, factors.fold_time()), losses
 
 # %% ../../nbs/components/token_model.ipynb #decoding-export
 class TokenSlotModel(TokenPredictor):
@@ -116,7 +135,7 @@ class TokenSlotModel(TokenPredictor):
     def generate(self, factors: Factors, **options) -> Tensor:
         "Tokens `(b[,t],h/4,w/4)` of the slots; options of the transformer: temperature, top_k, generator, prefix"
         pictures = self.prune_slots(factors).fold_time()
-        tokens = self.decoder.generate(pictures.codes, pictures.weights, **options)
+        tokens = self.decoder.generate(pictures.codes, pictures.weights, self.token_maps(pictures), **options)
         return tokens.view(*factors.codes.shape[:-2], *self.latent_shape[1:])
 
     @torch.no_grad()

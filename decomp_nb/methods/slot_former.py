@@ -161,7 +161,7 @@ def drawing_errors(
     pictures, frames = factors.fold_time(), images.flatten(0, 1)
     if isinstance(model, TokenPredictor):
         tokens = model.image_tokens({"image": frames}).flatten(1)
-        logits = model.decoder(tokens, pictures.codes, pictures.weights)
+        logits = model.token_logits(tokens, pictures)
         errors = F.cross_entropy(logits.float().mT, tokens, reduction="none")
     elif isinstance(model, DiffusionSlotModel):
         given = dict(noise=noise, timesteps=timesteps)
