@@ -110,9 +110,7 @@ class SlotFinder(Decomposer):
                 if self.slot_attention.slot_log_sigma is not None:
                     self.slot_attention.slot_log_sigma.requires_grad_(False)
         if self.encoder.image_size != image_size:
-            raise ValueError(
-                f"image_size={image_size}, but encoder_config says image_size={self.encoder.image_size}"
-            )
+            raise ValueError(f"image_size={image_size}, but encoder_config says image_size={self.encoder.image_size}")
 
     @property
     def factor_dim(self) -> int:

@@ -52,7 +52,7 @@ class SAVi(MixtureSlotModel):
 
 # %% ../../nbs/methods/savi.ipynb #preset-export
 def savi_preset(
-    name: str = "moving",  # "moving", "clusters", "smooth_ground" (CPU), "tiny"; published: "movi_d" …, "savi_small", "savi_boxes"
+    name: str = "moving",  # also "clusters", "smooth_ground", "tiny"; published: "movi_d" …, "savi_small", "savi_boxes"
     **changes,  # keys of `SAVi`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SAVi` for a known setting"
@@ -63,7 +63,7 @@ def savi_preset(
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=dict(channels=[32, 32, 32], start=8)),
         "clusters": _own_frame(small_encoder() | clip_slots()),
-        "smooth_ground": on_smooth_ground(_own_frame(small_encoder() | clip_slots(n_slots=6))),
+        "smooth_ground": on_smooth_ground(_own_frame(small_encoder() | clip_slots(6))),
         "savi_small": original,
         "savi_boxes": original | boxes,
     }
