@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from decomp_nb.components.token_model import TokenSpace
 from decomp_nb.decomposer import load_decomposer, weights_folder
 from decomp_nb.training.run_directory import load_run
 
@@ -38,6 +39,13 @@ def write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def forget_where_it_was(folder: Path) -> None:
+    "Take out of a saved config the folder that its weights were read from"
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    write(folder / "config.json", config)
+
+
 def shorten(folder: Path, part: str) -> None:
     "Store the large weights of one part as float8; reading them again gives float32, as of the rest"
     file = folder / "diffusion_pytorch_model.safetensors"
@@ -55,7 +63,12 @@ def ship(run_dir: str, name: str, made_by: str, scores: str, eight_bits: str = "
     model = load_decomposer(run.path / "model").to(torch.float16)
     folder = weights_folder() / name
     shutil.rmtree(folder, ignore_errors=True)
+    if isinstance(model, TokenSpace):
+        model.dvae.to(torch.float16).save_pretrained(folder / "dvae")
+        forget_where_it_was(folder / "dvae")
+        model.register_to_config(dvae_path="dvae")
     model.save_pretrained(folder)
+    forget_where_it_was(folder)
     if eight_bits:
         shorten(folder, eight_bits)
     write(folder / "run.json", record(run))

@@ -119,8 +119,8 @@ class ClusterKeys(nn.Module):
             unit = F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1)
             if not self.ground:
                 return unit
-            share = places[..., -1:].float().detach()  # of objects, see `GroundEncoder`
-            return torch.cat([share.sqrt() * unit, (1 - share).sqrt()], -1)
+            angle = torch.pi / 2 * places[..., -1:].float().detach()  # by the share of objects, see `GroundEncoder`
+            return torch.cat([angle.sin() * unit, angle.cos()], -1)
 
     def means(self, slots: Tensor) -> Tensor:
         "The part of slots `(…, s, d)` that competes, `(…, s, key_dim)`"

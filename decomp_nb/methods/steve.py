@@ -75,9 +75,7 @@ def steve_preset(
     presets = {
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=moving),
-        "clusters": small_encoder()
-        | clip_slots(layout=True)
-        | dict(layout_maps=True, decoder_config=drawn, dvae_path="drawn_dvae"),
+        "clusters": small_encoder() | clip_slots(layout=True) | dict(layout_maps=True, decoder_config=drawn),
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex"):
         presets[video] = video_encoder(video) | dict(decoder_config=published)
