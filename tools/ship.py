@@ -64,7 +64,7 @@ def ship(run_dir: str, name: str, made_by: str, scores: str, eight_bits: str = "
     folder = weights_folder() / name
     shutil.rmtree(folder, ignore_errors=True)
     if isinstance(model, TokenSpace):
-        model.dvae.to(torch.float16).save_pretrained(folder / "dvae")
+        model.dvae.float().save_pretrained(folder / "dvae")  # it is read in the numbers it was saved in
         forget_where_it_was(folder / "dvae")
         model.register_to_config(dvae_path="dvae")
     model.save_pretrained(folder)
