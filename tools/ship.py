@@ -71,7 +71,10 @@ def ship(run_dir: str, name: str, made_by: str, scores: str, eight_bits: str = "
     forget_where_it_was(folder)
     if eight_bits:
         shorten(folder, eight_bits)
-    write(folder / "run.json", record(run))
+    told = record(run)
+    if isinstance(model, TokenSpace):
+        told["model"] = told["model"] | {"dvae_path": "dvae"}
+    write(folder / "run.json", told)
     write(folder / "card.json", describe(run, made_by, scores))
     return folder
 
