@@ -1,6 +1,7 @@
 "The cases of the performance page compute the same whatever lever is pulled."
 
 from training_benchmark import lsd_step, slot_diffusion_step
+from video_benchmark import clip_step
 
 from decomp_nb.methods.lsd import lsd_preset
 from decomp_nb.methods.slot_diffusion import slot_diffusion_denoiser
@@ -37,3 +38,8 @@ def test_caches_change_nothing_but_the_time_of_slot_diffusion():
     cached = ({}, {"latents": True}, {"features": True}, {"latents": True, "features": True})
     losses = [slot_diffusion_step(little, 2, vae=vq, **levers)[0]() for levers in cached]
     assert max(losses) - min(losses) < 1e-2 * losses[0], losses
+
+
+def test_a_clip_recomputed_in_the_backward_pass_has_the_same_loss():
+    kept, again = (clip_step(3, recompute, preset="tiny")[0]() for recompute in (False, True))
+    assert abs(kept - again) < 1e-5 * kept

@@ -1,5 +1,7 @@
 """Put the weights of a finished run into the package, in half precision, with what is needed to evaluate them by name.
 
+What draws (the denoiser) can take eight bits a number: --eight-bits denoiser.
+
     python tools/ship.py papermill_runs/out/lsd_shapes_long lsd_shapes \
         --made-by "recipe lsd_shapes_long, 45 minutes of one shared core" --scores "FG-ARI 0.978, …"
 """
@@ -10,9 +12,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from decomp_nb.components.readout import HiddenReadout, PhysionReadout
-from decomp_nb.components.token_model import VOCABULARIES, load_dvae
+from decomp_nb.components.token_model import VOCABULARIES, TokenSpace, load_dvae
 from decomp_nb.decomposer import load_decomposer, weights_folder
 from decomp_nb.methods.slot_former import FrozenSlots
 from decomp_nb.official.reading import keep_with
@@ -63,16 +66,42 @@ def forget_places(folder: Path) -> None:
         write(file, config)
 
 
-def ship(run_dir: str, name: str, made_by: str, scores: str) -> Path:
-    "The folder that was written"
+def keep_tokens(model: TokenSpace, folder: Path) -> None:
+    "The vocabulary of a model beside it, unless it comes with the package; it is read in the numbers it was saved in"
+    if (weights_folder() / str(model.config.dvae_path)).is_dir():
+        return
+    model.dvae.float().save_pretrained(folder / "dvae")
+    model.register_to_config(dvae_path="dvae")
+
+
+def shorten(folder: Path, part: str) -> None:
+    "Store the large weights of one part as float8; reading them again gives float32, as of the rest"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    large = [key for key, value in weights.items() if key.startswith(f"{part}.") and value.numel() >= 4096]
+    if not large:
+        raise ValueError(f"--eight-bits {part}: no large weights begin with this name")
+    weights |= {key: weights[key].to(torch.float8_e4m3fn) for key in large}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def ship(run_dir: str, name: str, made_by: str, scores: str, eight_bits: str = "") -> Path:
+    "The folder that was written; `eight_bits`: the part whose large weights take a byte each"
     folder = weights_folder() / name
     if (Path(run_dir) / "readout.json").is_file():
         return ship_readout(Path(run_dir), folder, made_by, scores)
     run = load_run(run_dir)
     model = load(run)
     shutil.rmtree(folder, ignore_errors=True)
+    if isinstance(model, TokenSpace):
+        keep_tokens(model, folder)
     save_half(model, folder)
-    write(folder / "run.json", record(run))
+    if eight_bits:
+        shorten(folder, eight_bits)
+    told = record(run)
+    if isinstance(model, TokenSpace):
+        told["model"] = told["model"] | {"dvae_path": model.config.dvae_path}
+    write(folder / "run.json", told)
     write(folder / "card.json", describe(run, made_by, scores))
     return folder
 
@@ -98,8 +127,9 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--made-by", required=True)
     parser.add_argument("--scores", required=True)
+    parser.add_argument("--eight-bits", default="", metavar="PART")
     asked = parser.parse_args()
-    folder = ship(asked.run_dir, asked.name, asked.made_by, asked.scores)
+    folder = ship(asked.run_dir, asked.name, asked.made_by, asked.scores, asked.eight_bits)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB. Write the same row into {folder.parent / 'README.md'}.")
 

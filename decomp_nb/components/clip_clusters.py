@@ -14,7 +14,7 @@ from .clusters import ClusterSlots, assign_to_means, cluster
 from .slots import SlotResult
 
 # %% auto #0
-__all__ = ['ClipStart', 'ClipClusters', 'clip_slots']
+__all__ = ['ClipStart', 'ClipClusters', 'clip_slots', 'on_smooth_ground']
 
 # %% ../../nbs/components/clip_clusters.ipynb #start-export
 class ClipStart(ClusterSlots):
@@ -78,3 +78,11 @@ def clip_slots(n_slots: int = 8, layout: bool = False) -> dict:
     sizes = dict(slot_dim=192, window=11, show_layout=True) if layout else dict(slot_dim=128, out_dim=64)
     slots = dict(kind="clip_clusters", n_slots=n_slots, sharpness=128.0, **sizes)
     return dict(slots_config=slots, tracking_config={}, zoom=2.0)
+
+# %% ../../nbs/components/clip_clusters.ipynb #ground-export
+def on_smooth_ground(config: dict) -> dict:
+    "A preset whose slots are clusters, for frames whose ground is a smooth plane: one slot takes it"
+    encoder = config["encoder_config"]
+    sizes = {name: encoder[name] for name in ("image_size", "channels", "stride")}
+    slots = config["slots_config"] | dict(ground=True)
+    return config | dict(encoder_config=dict(kind="ground", **sizes), slots_config=slots)

@@ -98,20 +98,28 @@ def co_occurrence_loss(
 class ClusterKeys(nn.Module):
     "Keys of the places of a feature map, and the part of a slot that is compared with them"
 
-    def __init__(self, in_dim: int, n_slots: int, slot_dim: int, key_dim: int, sharpness: float):
+    def __init__(
+        self, in_dim: int, n_slots: int, slot_dim: int, key_dim: int, sharpness: float, ground: bool = False
+    ):
         super().__init__()
         self.n_slots = n_slots
         self.slot_dim = slot_dim
         self.key_dim = key_dim
         self.sharpness = sharpness
+        self.ground = ground
+        learned = key_dim - 1 if ground else key_dim
         self.norm_keys = nn.LayerNorm(in_dim)
-        self.to_k = nn.Sequential(nn.Linear(in_dim, 2 * in_dim), nn.SiLU(), nn.Linear(2 * in_dim, key_dim, bias=False))
+        self.to_k = nn.Sequential(nn.Linear(in_dim, 2 * in_dim), nn.SiLU(), nn.Linear(2 * in_dim, learned, bias=False))
 
     def keys(self, features: Tensor) -> Tensor:
         "Unit vectors `(b, n, key_dim)` of a feature map `(b, c, h, w)`, row by row, always in float32"
         with torch.autocast(features.device.type, enabled=False):
             places = rearrange(features.to(self.norm_keys.weight.dtype), "b c h w -> b (h w) c")
-            return F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1)
+            unit = F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1)
+            if not self.ground:
+                return unit
+            angle = torch.pi / 2 * places[..., -1:].float().detach()  # by the share of objects, see `GroundEncoder`
+            return torch.cat([angle.sin() * unit, angle.cos()], -1)
 
     def means(self, slots: Tensor) -> Tensor:
         "The part of slots `(…, s, d)` that competes, `(…, s, key_dim)`"
@@ -220,8 +228,9 @@ class ClusterLayers(ClusterStart):
         window: int = 7,  # points along each side of the slot's own window
         show_layout: bool = False,  # `out` begins with the layout as it is, for `LayoutMaps` to read
         key_weight: float = 0.05,  # of the keys' loss beside the decoder's (they share no parameters)
+        ground: bool = False,  # the features' last channel tells objects from a smooth ground (`GroundEncoder`)
     ):
-        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness)
+        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground)
         self.n_iterations = n_iterations
         self.key_weight = key_weight
         self.window = window

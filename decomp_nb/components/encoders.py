@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .ground import above_ground
 from .text import quiet
 from .unets import build_with, check_choice, check_groups, check_halvings
 
 # %% auto #0
 __all__ = ['LSD_UNET', 'NORMALISATIONS', 'VIT_S8', 'VIT_KEYS', 'ENCODERS', 'check_image', 'FeatureEncoder', 'ConvEncoder',
-           'ResidualBlock', 'ResidualEncoder', 'UNetEncoder', 'normalisation', 'BasicBlock', 'ResNetEncoder',
-           'normalise', 'PatchEncoder', 'read_transformer_config', 'DinoEncoder', 'VitEncoder', 'vit_state',
-           'NoEncoder', 'build_encoder']
+           'ResidualBlock', 'ResidualEncoder', 'GroundEncoder', 'UNetEncoder', 'normalisation', 'BasicBlock',
+           'ResNetEncoder', 'normalise', 'PatchEncoder', 'read_transformer_config', 'DinoEncoder', 'VitEncoder',
+           'vit_state', 'NoEncoder', 'build_encoder']
 
 # %% ../../nbs/components/encoders.ipynb #check-export
 def check_image(images: Tensor, stride: int) -> None:
@@ -128,6 +129,29 @@ class ResidualEncoder(FeatureEncoder):
     def features(self, images: Tensor) -> Tensor:
         "As `forward`, for images of a checked size"
         return self.blocks(self.stem(images))
+
+# %% ../../nbs/components/encoders.ipynb #ground-export
+class GroundEncoder(FeatureEncoder):
+    "Local colours by a strided convolution; the last channel is the share of a place that is no smooth ground"
+    marks_ground = True
+
+    def __init__(
+        self,
+        image_size: int = 64,
+        channels: int = 64,  # `out_channels`, of which the last is the share
+        *,
+        stride: int = 2,  # also the kernel
+        **options: float,  # of `above_ground`: threshold, softness, brightness
+    ):
+        super().__init__(image_size, stride, channels)
+        self.stem = nn.Conv2d(3, channels - 1, stride, stride=stride)
+        self.options = options
+
+    def features(self, images: Tensor) -> Tensor:
+        "As `forward`, for images of a checked size"
+        shares = F.avg_pool2d(above_ground(images, **self.options), self.stride)
+        colours = self.stem(images)
+        return torch.cat([colours, shares.to(colours.dtype)], 1)
 
 # %% ../../nbs/components/encoders.ipynb #unet-export
 LSD_UNET = dict(
@@ -428,6 +452,7 @@ class NoEncoder(FeatureEncoder):
 ENCODERS = dict(
     conv=ConvEncoder,
     residual=ResidualEncoder,
+    ground=GroundEncoder,
     resnet=ResNetEncoder,
     unet=UNetEncoder,
     dino=DinoEncoder,

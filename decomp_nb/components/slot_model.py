@@ -107,6 +107,8 @@ class SlotFinder(Decomposer):
                 self.slot_attention.slot_mean.requires_grad_(False)  # slots start from boxes
                 if self.slot_attention.slot_log_sigma is not None:
                     self.slot_attention.slot_log_sigma.requires_grad_(False)
+        if slots_config.get("ground") and not getattr(self.encoder, "marks_ground", False):
+            raise ValueError("slots_config: ground=True needs features that mark it, encoder_config kind='ground'")
         if self.encoder.image_size != image_size:
             other = f"encoder_config says image_size={self.encoder.image_size}"
             raise ValueError(f"image_size={image_size}, but {other}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 
-from ..components.clip_clusters import clip_slots
+from ..components.clip_clusters import clip_slots, on_smooth_ground
 from ..components.mixture_model import MixtureSlotModel
 from ..components.presets import from_preset
 from ..components.slot_model import add_losses, moving_encoder, small_encoder, video_encoder
@@ -68,7 +68,7 @@ def _colours(window: int = 5) -> dict:
 
 # %% ../../nbs/methods/savi.ipynb #preset-export
 def savi_preset(
-    name: str = "moving",  # "moving", "clusters", "colours", "tiny"; published: "movi_d" …, "savi_small", "savi_boxes"
+    name: str = "moving",  # see the table below; published: "movi_d" …, "savi_small", "savi_boxes"
     **changes,  # keys of `SAVi`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SAVi` for a known setting"
@@ -79,6 +79,7 @@ def savi_preset(
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=dict(channels=[32, 32, 32], start=8)),
         "clusters": _own_frame(small_encoder() | clip_slots()),
+        "smooth_ground": on_smooth_ground(_own_frame(small_encoder() | clip_slots(6))),
         "colours": _colours(),
         "savi_small": original,
         "savi_boxes": original | boxes,

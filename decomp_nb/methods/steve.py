@@ -38,11 +38,13 @@ class STEVE(TokenSlotModel):
         keep_slots: int = 0,
         merge_threshold: float = 0.0,
         zoom: float = 1.0,
+        layout_maps: bool = False,  # the transformer is shown where slots lie (`LayoutMaps`)
     ):
         super().__init__(
             image_size=image_size, encoder_config=encoder_config, slots_config=slots_config,
             tracking_config=tracking_config or {}, decoder_config=decoder_config, dvae_path=dvae_path,
             slot_dropout=slot_dropout, keep_slots=keep_slots, merge_threshold=merge_threshold, zoom=zoom,
+            layout_maps=layout_maps,
         )
 
     def forward(self, batch: dict) -> dict:
@@ -68,11 +70,12 @@ def steve_preset(
     "Arguments of `STEVE` for a known setting"
     tiny = dict(vocabulary=64, dim=48, n_layers=2, n_heads=4, dropout=0.0)
     moving = dict(vocabulary=256, dim=64, n_layers=3, n_heads=4, dropout=0.1)
+    drawn = dict(vocabulary=512, dim=96, n_layers=3, n_heads=4, dropout=0.0)
     published = dict(vocabulary=4096, dim=192, n_layers=8, n_heads=4, dropout=0.1)
     presets = {
         "tiny": moving_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
         "moving": moving_encoder() | dict(decoder_config=moving),
-        "clusters": small_encoder() | clip_slots() | dict(decoder_config=moving),
+        "clusters": small_encoder() | clip_slots(layout=True) | dict(layout_maps=True, decoder_config=drawn),
     }
     for video in ("movi_d", "movi_e", "movi_solid", "movi_tex"):
         presets[video] = video_encoder(video) | dict(decoder_config=published)
