@@ -17,7 +17,7 @@ from ..components.words import WordDecomposer, sentence_costs
 from .concept_start import medoids
 
 # %% auto #0
-__all__ = ['FactorKinds', 'known_words', 'unhelped', 'find_kinds', 'init_from_kinds']
+__all__ = ['FactorKinds', 'known_words', 'find_kinds', 'init_from_kinds']
 
 # %% ../../nbs/methods/concept_kinds.ipynb #kinds-export
 class FactorKinds(NamedTuple):
@@ -45,12 +45,6 @@ def known_words(model: WordDecomposer, limit: int = 500) -> list[str]:
     return whole
 
 # %% ../../nbs/methods/concept_kinds.ipynb #find-export
-def unhelped(left: Tensor, enough: float = 0.03) -> Tensor:
-    "From the share of the loss `(n,m)` that is left with a word: 1 where it does not help an image, near 0 where it does"
-    gain = (1 - left).clamp_min(0)
-    return enough / (gain + enough)
-
-
 def _sentence(model: WordDecomposer, own: Sequence[str]) -> str:
     "The words of an image in the model's sentence, those found last first; without words the empty sentence"
     return model.templates[0].format(" ".join(own[::-1])) if own else ""
@@ -62,13 +56,12 @@ def _choose_kind(
     "The words of the kind at `place`, given each image's `own` words of the others, and each image's number `(n,)`"
     sentences = []
     for row in own:
-        others = row[:place], row[place + 1:]
-        candidates = [[*others[0], word, *others[1]] for word in words]
-        without = [*others[0], *others[1]]
-        sentences.append([_sentence(model, some) for some in (without, *candidates)])
+        candidates = [[*row[:place], word, *row[place + 1:]] for word in words]
+        sentences.append([_sentence(model, some) for some in ([], *candidates)])
     cost = sentence_costs(model, images, sentences, draws)
-    columns = medoids(unhelped(cost[:, 1:] / cost[:, :1]), size)
-    return [words[i] for i in columns], cost[:, 1:][:, columns].argmin(1)
+    cost = cost[:, 1:] / cost[:, :1]
+    columns = medoids(cost, size)
+    return [words[i] for i in columns], cost[:, columns].argmin(1)
 
 
 def find_kinds(
