@@ -21,6 +21,7 @@ from decomp_nb.data.class_folders import NumberedPictures, class_folders
 from decomp_nb.decomposer import load_decomposer
 from decomp_nb.factors import Factors
 from decomp_nb.methods.concept_drawing import compose, edit
+from decomp_nb.methods.concept_kinds import FactorKinds, find_kinds, init_from_kinds, known_words
 from decomp_nb.methods.concept_start import init_from_images, medoids
 from decomp_nb.methods.concepts import Concepts, concepts_preset, merge, select
 from decomp_nb.metrics import concepts as metrics
@@ -78,6 +79,25 @@ def test_every_family_learns_and_draws(family, places):
     before = model.codes.detach().clone()
     begun = init_from_images(model, images, steps=1, refine=1, draws=1, batch_size=2)
     assert set(begun) <= {0, 1, 2} and model.codes.isfinite().all() and not torch.equal(model.codes, before) and all(p.grad is None for p in model.base.parameters())
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_kinds_become_words_of_several_vectors(family, places):
+    "A kind has as many words as asked for, no word is in two kinds, and a concept holds the vectors of its words"
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    reader = Concepts(str(places / family), 0, ["<new>"], image_size=16).eval()
+    one, two, three, four = some = known_words(reader)[:4]
+    kinds = find_kinds(reader, images, [2, 1], known=some, draws=2)
+    assert [len(words) for words in kinds.words] == [2, 1] and len({w for words in kinds.words for w in words}) == 3
+    assert kinds.choice.shape == (3, 2) and (kinds.choice < torch.tensor([2, 1])).all()
+    kinds = FactorKinds([[one, two], [three]], torch.tensor([[0, 0], [1, 0], [0, 0]]))
+    model = Concepts(str(places / family), 3, n_concepts=2, n_vectors=2, image_size=16).eval()
+    assert init_from_kinds(model, kinds, [0, 1]) == [[three, one], [three, two]]
+    said = model.base.encode(["<c1>"], model.codes.detach()).states
+    assert torch.allclose(said, model.base.encode([f"{three} {one}"]).states, atol=1e-5)
+    assert model.weights().argmax(1).tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match="n_concepts=2, n_vectors=1"): init_from_kinds(model, kinds, [0])
+    with pytest.raises(ValueError, match="asks for 5 words"): find_kinds(reader, images, [3, 2], known=[one, four])
 
 
 def test_codes_of_each_picture_may_differ(places):
@@ -338,7 +358,7 @@ def test_eval_concepts(places, tmp_path):
 
 def test_eval_concepts_with_clip_and_maps(foundation_run, judges, tmp_path):
     execute("eval_concepts", tmp_path, out_dir=str(tmp_path / "scores"), foundation=str(foundation_run / "pipeline"), judge=str(judges / "clip"), class_names="red square,castle,red,a photo,square",
-            seeds=1, steps=3, batch_size=2, n_per_class=1, n_drawn=1, sample_steps=2, fit_draws=2, held_out=1, located=4, located_steps=2)
+            seeds=1, steps=3, kinds_draws=1, batch_size=2, n_per_class=1, n_drawn=1, sample_steps=2, fit_draws=2, held_out=1, located=4, located_steps=2)
     found = json.loads((tmp_path / "scores" / "attribution.json").read_text())
     assert {"given, 1 thing", "given, 2 things", "drawn, 1 thing", "discovered words"} == set(found) and found["given, 2 things"]["pictures"] == 4
     assert 0 < found["given, 1 thing"]["anywhere"] < 0.5 and all(0 <= v <= 1 for k, v in found["given, 2 things"].items() if k != "pictures")

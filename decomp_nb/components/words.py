@@ -30,7 +30,7 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['compose_scores', 'FoundationDecomposer', 'noise_per_concept', 'word_prompts', 'composed_noise', 'WordDecomposer',
-           'sample_times', 'add_noise', 'encode_latents', 'score_statistics']
+           'sample_times', 'add_noise', 'encode_latents', 'score_statistics', 'sentence_costs']
 
 # %% ../../nbs/components/words.ipynb #compose-export
 def compose_scores(
@@ -257,3 +257,34 @@ def score_statistics(
         some = shared or (_random_draw(model, x0, generator) for _ in range(draws))
         parts.append(_mean_statistics(model, prompts, x0, some))
     return ScoreStatistics(*map(torch.cat, zip(*parts)))
+
+# %% ../../nbs/components/words.ipynb #sentences-export
+@torch.no_grad()
+def sentence_costs(
+    model: WordDecomposer,
+    images: Tensor,  # `(n,3,h,w)` in [−1,1]
+    sentences: Sequence[Sequence[str]],  # of every image, equally many
+    draws: int = 8,  # of time and noise, the same for all
+    chunk: int = 200,  # predictions per call of the denoiser
+) -> Tensor:
+    "Loss `(n,m)` of every image under each of its sentences, which may use the model's own words"
+    same = torch.Generator().manual_seed(model.config.seed)
+    times, noises = zip(*_paired_draws(model, draws, same))
+    t, noise = torch.cat(times), torch.cat(noises)
+    rows = []
+    for image, some in zip(images.to(model.codes), sentences):
+        x_t, target = add_noise(model.base, encode_latents(model, image[None], same).expand_as(noise), noise, t)
+        prompts = model.base.encode(list(some), model.codes)
+        parts = torch.arange(len(some)).split(max(1, chunk // draws))
+        rows.append(torch.cat([_sentence_errors(model, prompts.rows(part), x_t, t, target) for part in parts]))
+    return torch.stack(rows)
+
+
+def _sentence_errors(model: WordDecomposer, prompts: Prompts, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+    "Mean squared error `(m,)` under m prompts, each for all of the noisy images `(draws,c,h,w)`"
+    m, draws = len(prompts.states), len(t)
+    rows = torch.arange(m).repeat_interleave(draws)
+    answers = model.base.predict(repeat(x_t, "b ... -> (m b) ...", m=m), t.repeat(m), prompts.rows(rows))
+    errors = answers.float().unflatten(0, (m, draws)) - target
+    return errors.square().flatten(1).mean(1)
+

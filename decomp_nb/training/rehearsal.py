@@ -50,6 +50,7 @@ _SMALLER = {  # the most that a rehearsal takes of what makes a run long
     "located_steps": 2,
     # steps of other trainings
     "begin_steps": 2,
+    "kinds_draws": 1,
     "vae_steps": 2,
     "decoder_steps": 2,
     "judge_steps": 5,
