@@ -230,7 +230,7 @@ class ClusterLayers(ClusterStart):
         content_dim = slot_dim - key_dim - layout_dim(window)
         if content_dim < 1:
             raise ValueError(
-                f"slot_dim={slot_dim}: must be above {slot_dim - content_dim}, for key_dim={key_dim} and window={window}"
+                f"slot_dim={slot_dim}: above {slot_dim - content_dim} is needed, key_dim={key_dim}, window={window}"
             )
         shown = layout_dim(window) if show_layout else 0
         out_dim = out_dim or slot_dim
