@@ -30,7 +30,7 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['compose_scores', 'FoundationDecomposer', 'noise_per_concept', 'word_prompts', 'composed_noise', 'WordDecomposer',
-           'sample_times', 'add_noise', 'encode_latents', 'score_statistics', 'sentence_costs']
+           'sample_times', 'add_noise', 'encode_latents', 'score_statistics', 'sentence_costs', 'medoids']
 
 # %% ../../nbs/components/words.ipynb #compose-export
 def compose_scores(
@@ -288,3 +288,31 @@ def _sentence_errors(model: WordDecomposer, prompts: Prompts, x_t: Tensor, t: Te
     errors = answers.float().unflatten(0, (m, draws)) - target
     return errors.square().flatten(1).mean(1)
 
+
+# %% ../../nbs/components/words.ipynb #medoids-export
+def medoids(
+    cost: Tensor,  # `(n,m)`: of every row with every column
+    k: int,  # columns to choose
+) -> list[int]:
+    "k columns such that the cheapest of them for every row cost least in all (Kaufman and Rousseeuw 1990)"
+    if not 1 <= k <= cost.shape[1]:
+        raise ValueError(f"k={k}: there are {cost.shape[1]} columns to choose from")
+    chosen = []
+    for _ in range(k):
+        chosen.append(_best_beside(cost, chosen)[0])
+    spent, before = torch.inf, None
+    while before != chosen:  # exchange one by one as long as that helps
+        before = chosen.copy()
+        for i in range(k):
+            column, total = _best_beside(cost, chosen[:i] + chosen[i + 1:])
+            if total < spent - 1e-9:
+                chosen[i], spent = column, total
+    return chosen
+
+
+def _best_beside(cost: Tensor, others: list[int]) -> tuple[int, float]:
+    "The best column beside the others, and the whole cost with it"
+    least = cost[:, others].amin(1, keepdim=True) if others else cost.amax()
+    total = cost.clamp_max(least).sum(0)
+    total[others] = torch.inf
+    return int(total.argmin()), float(total.min())

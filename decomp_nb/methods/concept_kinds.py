@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..components.foundations import codes_of
-from ..components.words import WordDecomposer, sentence_costs
-from .concept_start import medoids
+from ..components.words import WordDecomposer, medoids, sentence_costs
 
 # %% auto #0
 __all__ = ['FactorKinds', 'known_words', 'find_kinds', 'init_from_kinds']

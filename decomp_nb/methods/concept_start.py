@@ -17,40 +17,13 @@ from decomp_nb.components.words import (
     WordDecomposer,
     add_noise,
     encode_latents,
+    medoids,
     sample_times,
     score_statistics,
 )
 
 # %% auto #0
-__all__ = ['medoids', 'invert_images', 'mixtures_of_words', 'word_costs', 'init_from_images']
-
-# %% ../../nbs/methods/concept_start.ipynb #medoids-export
-def medoids(
-    cost: Tensor,  # `(n,m)`: of every row with every column
-    k: int,  # columns to choose
-) -> list[int]:
-    "k columns such that the cheapest of them for every row cost least in all (Kaufman and Rousseeuw 1990)"
-    if not 1 <= k <= cost.shape[1]:
-        raise ValueError(f"k={k}: there are {cost.shape[1]} columns to choose from")
-    chosen = []
-    for _ in range(k):
-        chosen.append(_best_beside(cost, chosen)[0])
-    spent, before = torch.inf, None
-    while before != chosen:  # exchange one by one as long as that helps
-        before = chosen.copy()
-        for i in range(k):
-            column, total = _best_beside(cost, chosen[:i] + chosen[i + 1:])
-            if total < spent - 1e-9:
-                chosen[i], spent = column, total
-    return chosen
-
-
-def _best_beside(cost: Tensor, others: list[int]) -> tuple[int, float]:
-    "The best column beside the others, and the whole cost with it"
-    least = cost[:, others].amin(1, keepdim=True) if others else cost.amax()
-    total = cost.clamp_max(least).sum(0)
-    total[others] = torch.inf
-    return int(total.argmin()), float(total.min())
+__all__ = ['invert_images', 'mixtures_of_words', 'word_costs', 'init_from_images']
 
 # %% ../../nbs/methods/concept_start.ipynb #inversion-export
 def invert_images(
