@@ -31,7 +31,6 @@ class Card(NamedTuple):
     box: tuple[float, float, float, float] = (0, 0, 1, 1)  # left, top, right, bottom, as shares of the picture
 
 
-IN_MINUTES = "train it in minutes"
 CARDS = [
     Card("methods/lsd", "LSD", "Objects as slots with masks, read by a latent diffusion model.", "lsd_shapes",
          "hero", (0, 0.12, 0.32, 0.68)),
@@ -50,9 +49,9 @@ CARDS = [
     Card("methods/slate", "SLATE", "A transformer draws the picture token by token from its slots.",
          "slate_shapes", "hero", (0.015, 0.345, 0.306, 0.765)),
     Card("methods/steve", "STEVE", "SLATE for clips, with slots that stay with their objects.",
-         IN_MINUTES, "learned-picture", (0.05, 0, 0.92, 0.62)),
-    Card("methods/slot_former", "SlotFormer", "Slots of the next frames, rolled out from those that were seen.", IN_MINUTES,
-         "result-picture", (0, 0.05, 0.62, 1)),
+         "steve_moving_textured", "learned-picture", (0.05, 0, 0.92, 0.62)),
+    Card("methods/slot_former", "SlotFormer", "Slots of the next frames, rolled out from those that were seen.",
+         "slot_former_billiards", "result-picture", (0, 0.05, 0.62, 1)),
     Card("methods/encdiff", "EncDiff", "Every factor is a token that the denoiser reads by cross-attention.",
          "recipe disdiff_shapes3d_tokens"),
     Card("methods/stable_lsd", "Stable-LSD", "Slots in place of the words of a frozen Stable Diffusion.",
