@@ -268,7 +268,7 @@ def sentence_costs(
     chunk: int = 200,  # predictions per call of the denoiser
 ) -> Tensor:
     "Loss `(n,m)` of every image under each of its sentences, which may use the model's own words"
-    same = torch.Generator().manual_seed(model.config.seed)
+    same = torch.Generator().manual_seed(model.config.get("seed", 0))
     times, noises = zip(*_paired_draws(model, draws, same))
     t, noise = torch.cat(times), torch.cat(noises)
     rows = []
