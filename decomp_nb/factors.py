@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self
 
@@ -219,6 +218,9 @@ class FactorChoice(FactorBatch):
         if places.shape != donors.shape:
             given, wanted = donors.shape[-1], places.shape[-1]
             raise ValueError(f"replace needs as many donors as places, got {given} for {wanted}")
+        ordered = places.sort(-1).values
+        if places.device.type == "cpu" and (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise ValueError(f"replace: a place is named twice in {index}, and takes one donor only")
         order = torch.arange(self.n_factors).to(places)
         order = order.expand(*places.shape[:-1], -1)
         order = order.scatter(-1, places, self.n_factors + donors)
@@ -234,7 +236,8 @@ class Factors(FactorChoice):
         weights = _weights(self)
         if isinstance(weight, Tensor) and weight.dim() == 2 and weights.dim() == 3:
             weight = weight[:, None]  # the same in all frames of a clip
-        if isinstance(weight, float) and not math.isfinite(weight):
+        at_hand = not isinstance(weight, Tensor) or weight.device.type == "cpu"  # elsewhere decode refuses them
+        if at_hand and not torch.as_tensor(weight).isfinite().all():
             raise ValueError(f"a weight of {weight}: expected are finite numbers")
         weighted = self._replace(weights=weights * weight)
         check_factors(weighted)

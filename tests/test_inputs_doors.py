@@ -309,9 +309,14 @@ def test_masks_of_other_codes_are_refused_where_they_are_drawn(model, images):
             with pytest.raises(ValueError, match=match): door(bad, steps=1)
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+@pytest.mark.parametrize("places, donors", [([0, 0], [1, 2]), (torch.tensor([[0, 1], [2, 2]]), None)], ids=["numbers", "of each picture"])
+def test_a_place_takes_one_donor_only(places, donors):
+    with pytest.raises(ValueError, match="a place is named twice"): a_set().replace(places, a_set(), donors)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), torch.tensor(float("nan")), torch.tensor([1.0, float("inf"), 0.0])], ids=str)
 def test_a_weight_that_is_no_number_is_refused(weight):
-    with pytest.raises(ValueError, match=f"a weight of {weight}: expected are finite numbers"): a_set() * weight
+    with pytest.raises(ValueError, match="a weight of .*: expected are finite numbers"): a_set() * weight
 
 
 @pytest.mark.parametrize("weight", [torch.ones(5, 3), torch.ones(2, 2, 3)], ids=lambda w: str(tuple(w.shape)))

@@ -301,3 +301,11 @@ def test_class_folders_take_the_first_frame_too(tmp_path):
     (tmp_path / "cats").mkdir()
     film(tmp_path / "cats" / "a.gif")
     assert class_folders(tmp_path, n_per_class=-1, size=16)["image"][0, :, 8, 8].tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize("train, val", [("training", "validate"), ("train", "holdout"), ("traindata", "valdata"), ("trn", "evalset")])
+def test_folders_of_splits_in_other_words(tmp_path, train, val):
+    pictures(tmp_path / train, [f"{i}.png" for i in range(6)])
+    pictures(tmp_path / val, [f"{i}.png" for i in range(2)])
+    taken = {split: open_dataset(str(tmp_path), split=split, size=8) for split in ("train", "val")}
+    assert {split: len(data) for split, data in taken.items()} == {"train": 6, "val": 2} and "hash" not in taken["train"].taken

@@ -71,7 +71,8 @@ def _shuffled(name):
 # %% ../../nbs/data/reader.ipynb #folder-names-export
 _SPLIT_OF = {spelling: short for short, spellings in SPLIT_NAMES.items() for spelling in spellings}
 _SPLIT_OF |= {"trainval": "train", "trainset": "train", "valset": "val", "testset": "test", "devset": "val"}
-_SPLIT_OF |= {"eval": "val", "evaluation": "val"}
+_SPLIT_OF |= {"eval": "val", "evaluation": "val", "evalset": "val", "validate": "val", "holdout": "val", "heldout": "val"}
+_SPLIT_OF |= {"trn": "train", "traindata": "train", "valdata": "val", "tst": "test", "testdata": "test"}
 
 
 def name_words(name: str) -> list[str]:
