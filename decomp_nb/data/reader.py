@@ -21,9 +21,9 @@ import numpy as np
 from .lists import NameIndex, find_listed, listed, read_list, split_table
 
 # %% auto #0
-__all__ = ['SPLIT_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders', 'split_lists',
-           'check_unread_lists', 'choose_split', 'choose_videos', 'subsample', 'evenly', 'check_arguments',
-           'check_levels', 'Reader']
+__all__ = ['SPLIT_NAMES', 'FOLDER_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders',
+           'split_lists', 'check_unread_lists', 'choose_split', 'choose_videos', 'subsample', 'evenly',
+           'check_arguments', 'check_levels', 'Reader']
 
 # %% ../../nbs/data/reader.ipynb #split-name-export
 SPLIT_NAMES = {
@@ -69,10 +69,17 @@ def _shuffled(name):
     return hashlib.sha1(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 # %% ../../nbs/data/reader.ipynb #folder-names-export
-_SPLIT_OF = {spelling: short for short, spellings in SPLIT_NAMES.items() for spelling in spellings}
-_SPLIT_OF |= {"trainval": "train", "trainset": "train", "valset": "val", "testset": "test", "devset": "val"}
-_SPLIT_OF |= {"eval": "val", "evaluation": "val", "evalset": "val", "validate": "val", "holdout": "val", "heldout": "val"}
-_SPLIT_OF |= {"trn": "train", "traindata": "train", "valdata": "val", "tst": "test", "testdata": "test"}
+FOLDER_NAMES = {  # of splits, besides SPLIT_NAMES
+    "train": ("trainval", "trainset", "traindata", "trn"),
+    "val": ("valset", "valdata", "devset", "validate", "eval", "evaluation", "evalset", "holdout", "heldout"),
+    "test": ("testset", "testdata", "tst"),
+}
+_SPLIT_OF = {
+    spelling: short
+    for names in (SPLIT_NAMES, FOLDER_NAMES)
+    for short, spellings in names.items()
+    for spelling in spellings
+}
 
 
 def name_words(name: str) -> list[str]:
