@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from ..components.presets import from_preset
-from ..components.slot_model import DiffusionSlotModel, cluster_encoder, moving_encoder, small_encoder
+from ..components.slot_denoising import DiffusionSlotModel
+from ..components.slot_model import cluster_encoder, moving_encoder, small_encoder
 from ..components.unets import denoiser_config
 
 # %% auto #0

@@ -9,8 +9,8 @@ from ..components.clip_clusters import clip_slots
 from ..components.latents import VQLatents
 from ..components.samplers import SinglestepSolver
 from ..components.presets import from_preset
+from ..components.slot_denoising import DiffusionSlotModel
 from decomp_nb.components.slot_model import (
-    DiffusionSlotModel,
     cluster_encoder,
     moving_encoder,
     published_encoder,

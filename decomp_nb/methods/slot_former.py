@@ -23,7 +23,8 @@ from decomp_nb.components.rollout import (
     rollout_loss,
     squared_error,
 )
-from ..components.slot_model import DiffusionSlotModel, add_losses, require
+from ..components.slot_denoising import DiffusionSlotModel
+from ..components.slot_model import add_losses, require
 from ..components.token_model import TokenPredictor
 from ..data.slot_files import finder_fingerprint
 from ..decomposer import Decomposer, load_decomposer

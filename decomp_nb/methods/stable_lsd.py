@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..components.latents import build_latents
-from ..components.slot_model import DiffusionSlotModel
+from ..components.slot_denoising import DiffusionSlotModel
 from ..components.text import PromptEncoder
 from ..components.unets import load_unet
 from ..factors import Factors
