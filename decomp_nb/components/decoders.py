@@ -17,7 +17,8 @@ from .positions import coordinate_grid, position_projection
 
 # %% auto #0
 __all__ = ['log_weights', 'mix_layers', 'count_doublings', 'BroadcastDecoder', 'MultiHeadAttention', 'decoder_mlp',
-           'DecoderBlock', 'decoder_blocks', 'TokenTransformer', 'sample_token', 'AutoregressiveDecoder']
+           'DecoderBlock', 'decoder_blocks', 'TokenLayers', 'TokenTransformer', 'StepDecoder', 'sample_token',
+           'AutoregressiveDecoder']
 
 # %% ../../nbs/components/decoders.ipynb #mixture-export
 def log_weights(weights: Tensor) -> Tensor:
@@ -172,8 +173,8 @@ def decoder_blocks(n_layers: int, dim: int, n_heads: int, dropout: float) -> nn.
     return blocks
 
 # %% ../../nbs/components/decoders.ipynb #writer-export
-class TokenTransformer(nn.Module):
-    "Transformer decoder of SLATE in training: logits of `length` tokens, each from the slots and the tokens before it"
+class TokenLayers(nn.Module):
+    "The layers of SLATE's transformer decoder, and what they read: slots, and places of the picture"
 
     def __init__(
         self,
@@ -208,6 +209,10 @@ class TokenTransformer(nn.Module):
     def _at_places(self, maps: Tensor | None) -> Tensor:
         return self.places if maps is None else self.places + maps.to(self.places.dtype)
 
+# %% ../../nbs/components/decoders.ipynb #teacher-export
+class TokenTransformer(TokenLayers):
+    "Transformer decoder of SLATE in training: logits of `length` tokens, each from the slots and the tokens before it"
+
     def forward(
         self,
         tokens: Tensor,  # `(b,n)`, the true ones
@@ -225,6 +230,24 @@ class TokenTransformer(nn.Module):
             x = block(x, slot, bias)
         return self.head(self.norm(x))
 
+# %% ../../nbs/components/decoders.ipynb #next-export
+class StepDecoder(TokenTransformer):
+    "One token at a time, with the keys and values of those before it kept"
+
+    def _caches(self, slots: Tensor) -> list[Tensor]:
+        "Room for the keys and values of all tokens, for every block"
+        heads = self.blocks[0].over_words.n_heads
+        head_dim = self.words.embedding_dim // heads
+        return [slots.new_empty(2, len(slots), heads, self.length, head_dim) for _ in self.blocks]
+
+    def _next_logits(
+        self, token: Tensor, places: Tensor, position: int, slots: list, bias: Tensor | None, caches: list
+    ) -> Tensor:
+        x = self.words(token) + places[:, position:position + 1]
+        for block, slot, cache in zip(self.blocks, slots, caches):
+            x = block(x, slot, bias, cache, position)
+        return self.head(self.norm(x))[:, 0]
+
 # %% ../../nbs/components/decoders.ipynb #sample-export
 def sample_token(
     logits: Tensor,  # `(b,V)`
@@ -241,22 +264,8 @@ def sample_token(
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 # %% ../../nbs/components/decoders.ipynb #generate-export
-class AutoregressiveDecoder(TokenTransformer):
+class AutoregressiveDecoder(StepDecoder):
     "Autoregressive transformer decoder of SLATE: slots → `length` tokens"
-
-    def _caches(self, slots: Tensor) -> list[Tensor]:
-        "Room for the keys and values of all tokens, for every block"
-        heads = self.blocks[0].over_words.n_heads
-        head_dim = self.words.embedding_dim // heads
-        return [slots.new_empty(2, len(slots), heads, self.length, head_dim) for _ in self.blocks]
-
-    def _next_logits(
-        self, token: Tensor, places: Tensor, position: int, slots: list, bias: Tensor | None, caches: list
-    ) -> Tensor:
-        x = self.words(token) + places[:, position:position + 1]
-        for block, slot, cache in zip(self.blocks, slots, caches):
-            x = block(x, slot, bias, cache, position)
-        return self.head(self.norm(x))[:, 0]
 
     @torch.no_grad()
     def generate(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from .layout import Layout, layout_dim, own_coordinates, read_layout, read_outline
 
 # %% auto #0
-__all__ = ['pixel_inputs', 'OwnFrameDecoder']
+__all__ = ['pixel_inputs', 'slot_parts', 'OwnFrameDecoder']
 
 # %% ../../nbs/components/own_frame.ipynb #pixels-export
 def pixel_inputs(layout: Layout, image_size: int) -> Tensor:
-    "Of every pixel, `(b,k,h,w,7)`: the outline there (1 inside, −1 outside), own coordinates, their squares, coordinates"
+    "Of every pixel, `(b,k,h,w,7)`: the outline there (1 in, −1 out), own coordinates, their squares, coordinates"
     own = own_coordinates(layout, image_size)
     here = 2 * read_outline(layout.outline, own)[..., None] - 1
     near = own.clamp(-2, 2) / 2
@@ -24,6 +24,17 @@ def pixel_inputs(layout: Layout, image_size: int) -> Tensor:
     rows_and_columns = torch.meshgrid(axis, axis, indexing="ij")
     picture = torch.stack(rows_and_columns, -1).expand_as(near)
     return torch.cat([here, near, near.square(), picture], -1)
+
+# %% ../../nbs/components/own_frame.ipynb #parts-export
+def slot_parts(slot_dim: int, key_dim: int, window: int) -> list[int]:
+    "How many numbers of a slot are mean of keys, layout, content; ValueError where none are left for the last"
+    said = key_dim + layout_dim(window)
+    if slot_dim <= said:
+        raise ValueError(
+            f"slots of {slot_dim} numbers have no content beside key_dim={key_dim}, place and size, and "
+            f"an outline of window={window}: does the slot module project its slots?"
+        )
+    return [key_dim, layout_dim(window), slot_dim - said]
 
 # %% ../../nbs/components/own_frame.ipynb #decoder-export
 class OwnFrameDecoder(nn.Module):
@@ -40,14 +51,8 @@ class OwnFrameDecoder(nn.Module):
         sharpness: float = 6.0,  # γ: logit inside the outline, and minus that outside
     ):
         super().__init__()
-        said = key_dim + layout_dim(window)
-        if slot_dim <= said:
-            raise ValueError(
-                f"slots of {slot_dim} numbers have no content beside key_dim={key_dim}, place and size, and "
-                f"an outline of window={window}: does the slot module project its slots?"
-            )
         self.image_size = image_size
-        self.parts = [key_dim, layout_dim(window), slot_dim - said]
+        self.parts = slot_parts(slot_dim, key_dim, window)
         self.sharpness = sharpness
         self.from_slot = nn.Linear(slot_dim, hidden_dim)
         self.from_pixel = nn.Linear(7, hidden_dim)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .dvae import PatchWords, one_hot
 
 # %% auto #0
-__all__ = ['pictures_to_patches', 'choose_patches', 'typical_patches', 'PatchCodebook']
+__all__ = ['pictures_to_patches', 'choose_patches', 'typical_patches', 'mending_network', 'PatchCodebook']
 
 # %% ../../nbs/components/patch_codebook.ipynb #patches-export
 def pictures_to_patches(images: Tensor) -> Tensor:
@@ -45,6 +45,22 @@ def typical_patches(images: Tensor, n: int, seed: int = 0) -> Tensor:
     means.fit(patches.flatten(1).numpy())
     return torch.from_numpy(means.cluster_centers_).to(images.dtype).unflatten(1, (3, 4, 4))
 
+# %% ../../nbs/components/patch_codebook.ipynb #mending-export
+def mending_network(width: int) -> nn.Sequential:
+    "Pictures to pictures at half the resolution, with `width` channels; what it adds begins at zero"
+    layers = nn.Sequential(
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(12, width, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(width, 12, 3, padding=1),
+        nn.PixelShuffle(2),
+    )
+    nn.init.zeros_(layers[-2].weight)
+    nn.init.zeros_(layers[-2].bias)
+    return layers
+
 # %% ../../nbs/components/patch_codebook.ipynb #codebook-export
 class PatchCodebook(PatchWords):
     "Every 4×4 patch becomes the nearest of `vocabulary` patches that k-means found; a network mends their borders"
@@ -57,17 +73,7 @@ class PatchCodebook(PatchWords):
     ):
         super().__init__()
         self.register_buffer("patches", torch.zeros(vocabulary, 3, 4, 4))
-        self.mend = nn.Sequential(
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(12, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, 12, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
-        nn.init.zeros_(self.mend[-2].weight)
-        nn.init.zeros_(self.mend[-2].bias)
+        self.mend = mending_network(width)
 
     def learn_patches(self, images: Tensor, seed: int = 0) -> PatchCodebook:
         "Find the codebook in pictures `(b,3,h,w)` in [−1,1]; once, before training"

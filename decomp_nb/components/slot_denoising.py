@@ -75,6 +75,11 @@ class SlotReading(LatentSpace, SlotModel):
         self.null_code = nn.Parameter(torch.zeros(1, 1, width)) if with_null else None
         self.registers = nn.Parameter(torch.randn(1, n_registers, width)) if n_registers else None
 
+    @property
+    def sampler(self) -> SchedulerMixin:
+        "The solver that draws pictures: DPM-Solver++, starting from pure noise"
+        return make_scheduler("dpm", self.scheduler, timestep_spacing="trailing")
+
 # %% ../../nbs/components/slot_denoising.ipynb #predicting-export
 class SlotPredicting(SlotReading):
     "One call of the denoiser"
@@ -211,8 +216,3 @@ class DiffusionSlotModel(SlotDenoising):
         self.build_tokens(n_registers, with_null=bool(null_dropout))
         self.scheduler = make_scheduler("ddpm", self.schedule if scheduler_config is None else scheduler_config)
         prediction_type_of(self.scheduler)  # refuses a target that no loss is known for
-
-    @property
-    def sampler(self) -> SchedulerMixin:
-        "The solver that draws pictures: DPM-Solver++, starting from pure noise"
-        return make_scheduler("dpm", self.scheduler, timestep_spacing="trailing")

@@ -22,7 +22,7 @@ from ..decomposer import fold_batch, weights_folder
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['VOCABULARIES', 'load_dvae', 'TokenSpace', 'TokenPredictor', 'TokenSlotModel']
+__all__ = ['VOCABULARIES', 'load_dvae', 'TokenSpace', 'TokenReading', 'TokenPredictor', 'TokenSlotModel']
 
 # %% ../../nbs/components/token_model.ipynb #load-export
 VOCABULARIES = {"DVAE": DVAE, "PatchCodebook": PatchCodebook}
@@ -79,8 +79,34 @@ class TokenSpace:
         "Tokens `(b,h/4,w/4)` of a batch of pictures: its own `tokens`, or those of the discrete VAE"
         return frames["tokens"] if "tokens" in frames else self.dvae.tokens(frames["image"])
 
+# %% ../../nbs/components/token_model.ipynb #reading-export
+class TokenReading(TokenSpace, SlotModel):
+    "How a transformer reads slots: as vectors, and as maps that draw them where they lie"
+
+    def build_layout(self) -> LayoutMaps:
+        "What draws the slots' layout as a map for each token; `ValueError` where slots do not say it"
+        if not getattr(self.slot_attention, "show_layout", False):
+            raise ValueError("layout_maps: slots do not say where they lie; slots_config needs show_layout=True")
+        return LayoutMaps(self.factor_dim, self.slot_attention.window, self.decoder.places.shape[-1])
+
+    def token_maps(self, pictures: Factors) -> Tensor | None:
+        "Maps of the layout `(b,N,dim)`, one row for each token; None where the transformer gets none"
+        if self.layout is None:
+            return None
+        return rearrange(self.layout(pictures, self.latent_shape[-1]), "b c h w -> b (h w) c")
+
+    def token_logits(self, tokens: Tensor, pictures: Factors) -> Tensor:
+        "Logits `(b,N,V)` of the tokens `(b,N)` of pictures, each given its slots and the tokens before it"
+        return self.decoder(tokens, pictures.codes, pictures.weights, self.token_maps(pictures))
+
+    def predict_tokens(self, batch: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        "Of a training batch: the true tokens `(n,N)`, the logits `(n,N,V)` of each given those before, other losses"
+        tokens = self.image_tokens(fold_batch(batch)).flatten(1)
+        factors, losses = self.encode_to_learn(batch)
+        return tokens, self.token_logits(tokens, factors.fold_time()), losses
+
 # %% ../../nbs/components/token_model.ipynb #learner-export
-class TokenPredictor(TokenSpace, SlotModel):
+class TokenPredictor(TokenReading):
     "A slot model whose slots are read by an autoregressive `decoder`"
 
     renamed = SlotModel.renamed | {"writer_config": "decoder_config"}
@@ -113,28 +139,6 @@ class TokenPredictor(TokenSpace, SlotModel):
         vocabulary = options.pop("vocabulary")
         self.decoder = AutoregressiveDecoder(vocabulary, (image_size // 4) ** 2, self.factor_dim, **options)
         self.layout = self.build_layout() if layout_maps else None
-
-    def build_layout(self) -> LayoutMaps:
-        "What draws the slots' layout as a map for each token; `ValueError` where slots do not say it"
-        if not getattr(self.slot_attention, "show_layout", False):
-            raise ValueError("layout_maps: slots do not say where they lie; slots_config needs show_layout=True")
-        return LayoutMaps(self.factor_dim, self.slot_attention.window, self.decoder.places.shape[-1])
-
-    def token_maps(self, pictures: Factors) -> Tensor | None:
-        "Maps of the layout `(b,N,dim)`, one row for each token; None where the transformer gets none"
-        if self.layout is None:
-            return None
-        return rearrange(self.layout(pictures, self.latent_shape[-1]), "b c h w -> b (h w) c")
-
-    def token_logits(self, tokens: Tensor, pictures: Factors) -> Tensor:
-        "Logits `(b,N,V)` of the tokens `(b,N)` of pictures, each given its slots and the tokens before it"
-        return self.decoder(tokens, pictures.codes, pictures.weights, self.token_maps(pictures))
-
-    def predict_tokens(self, batch: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        "Of a training batch: the true tokens `(n,N)`, the logits `(n,N,V)` of each given those before, other losses"
-        tokens = self.image_tokens(fold_batch(batch)).flatten(1)
-        factors, losses = self.encode_to_learn(batch)
-        return tokens, self.token_logits(tokens, factors.fold_time()), losses
 
 # %% ../../nbs/components/token_model.ipynb #decoding-export
 class TokenSlotModel(TokenPredictor):

@@ -45,33 +45,30 @@ def known_words(model: WordDecomposer, limit: int = 500) -> list[str]:
         raise ValueError(f"the dictionary has {len(whole)} words: {given}")
     return whole
 
-# %% ../../nbs/methods/concept_kinds.ipynb #find-export
-def _sentence(model: WordDecomposer, own: Sequence[str]) -> str:
-    "The words of an image in a sentence, those found last first; without words the empty sentence"
-    return model.templates[0].format(" ".join(own[::-1])) if own else ""
+# %% ../../nbs/methods/concept_kinds.ipynb #choose-export
+def _sentence(model: WordDecomposer, own: dict[int, str]) -> str:
+    "An image's words, by their kinds, in a sentence: the kind found last stands first; without words it is empty"
+    words = [own[kind] for kind in sorted(own, reverse=True)]
+    return model.templates[0].format(" ".join(words)) if words else ""
 
 
 def _choose_kind(
     model: WordDecomposer,
     images: Tensor,
-    own: list[list[str]],  # words of every image, kind by kind
+    own: list[dict[int, str]],  # words of every image, by kind
     words: list[str],  # candidates
     place: int,  # of the kind
     size: int,
     draws: int,
 ) -> tuple[list[str], Tensor]:
     "The words of a kind, given those of the others, and the number of each image's word `(n,)`"
-    sentences = []
-    for row in own:
-        before, behind = row[:place], row[place + 1:]
-        tried = [_sentence(model, [*before, word, *behind]) for word in words]
-        sentences.append(["", *tried])
+    sentences = [["", *(_sentence(model, row | {place: word}) for word in words)] for row in own]
     cost = sentence_costs(model, images, sentences, draws)
     cost = cost[:, 1:] / cost[:, :1]
     columns = medoids(cost, size)
     return [words[i] for i in columns], cost[:, columns].argmin(1)
 
-
+# %% ../../nbs/methods/concept_kinds.ipynb #find-export
 def find_kinds(
     model: WordDecomposer,
     images: Tensor,  # `(n,3,h,w)` in [−1,1]
@@ -86,19 +83,16 @@ def find_kinds(
     if sum(sizes) > len(known):
         asked = f"sizes={list(sizes)} asks for {sum(sizes)} words"
         raise ValueError(f"{asked}, and there are {len(known)} candidates")
-    kinds = []
-    choice = []
-    own = [[] for _ in images]
+    kinds = {}
+    choice = {}
+    own = [{} for _ in images]
     for place in [*range(len(sizes))] * (1 + passes):
-        others = kinds[:place] + kinds[place + 1:]
-        taken = {word for kind in others for word in kind}
+        taken = {word for other, kind in kinds.items() if other != place for word in kind}
         words = [word for word in known if word not in taken]
-        kind, numbers = _choose_kind(model, images, own, words, place, sizes[place], draws)
-        kinds[place:place + 1] = [kind]
-        choice[place:place + 1] = [numbers]
-        for row, number in zip(own, numbers.tolist()):
-            row[place:place + 1] = [kind[number]]
-    return FactorKinds(kinds, torch.stack(choice, 1))
+        kinds[place], choice[place] = _choose_kind(model, images, own, words, place, sizes[place], draws)
+        for row, number in zip(own, choice[place].tolist()):
+            row[place] = kinds[place][number]
+    return FactorKinds(list(kinds.values()), torch.stack(list(choice.values()), 1))
 
 # %% ../../nbs/methods/concept_kinds.ipynb #begin-export
 @torch.no_grad()
