@@ -1,6 +1,6 @@
 __version__ = "0.0.1"
 
-# `import decomp_nb` must cost milliseconds: a name brings in its module (and torch) when it is first used (PEP 562).
+# `import decomp_nb` must cost milliseconds: a name brings in its module, and torch, at its first use (PEP 562).
 _homes = {
     "factors": "Factors recombine interpolate",
     "decomposer": "Decomposer load_decomposer shipped",
@@ -269,7 +269,7 @@ _moved = {
     },
 }
 
-# Helpers that have become private, by module: their old names, without the underscore, work for one more version.
+# Names that are private now, by module: they work without the underscore for one more version.
 _private = {
     "training.forecast": "FIRST_STEPS FIRST_SECONDS",
     "training.kernel": "FORWARDED START_TIMEOUT printed_lines execute check_started Worker wait_for tell_failure",

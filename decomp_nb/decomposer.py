@@ -465,7 +465,7 @@ def weights_folder() -> Path:
 
 
 def shipped(name: str | None = None) -> Path | dict[str, dict[str, str]]:
-    "Folder of small trained weights that come with the package; without a name all of them: what, made by, data, scores"
+    "Folder of small weights that come with the package; without a name all of them: what, made by, data, scores"
     cards = sorted(weights_folder().glob("*/card.json"))
     if name is None:
         return {card.parent.name: json.loads(card.read_text()) for card in cards}

@@ -29,9 +29,7 @@ def level_channels(
     groups: int = 8,                            # of the group norms
 ) -> tuple[int, ...]:
     "Channels of every level of an autoencoder, from fine to coarse; `ValueError` where they do not fit"
-    levels = factor.bit_length()
-    if factor < 1 or factor != 2 ** (levels - 1):
-        raise ValueError(f"factor={factor}: must be a power of two, each halving is one level of the autoencoder")
+    levels = _levels_of(factor)
     multipliers = tuple(multipliers or (2 ** i for i in range(levels)))
     if len(multipliers) != levels:
         raise ValueError(f"multipliers={multipliers}: factor={factor} has {levels} levels")
@@ -42,6 +40,13 @@ def level_channels(
             "the number of groups of the group norms"
         )
     return channels
+
+
+def _levels_of(factor: int) -> int:
+    levels = factor.bit_length()
+    if factor < 1 or factor != 2 ** (levels - 1):
+        raise ValueError(f"factor={factor}: must be a power of two, each level of the autoencoder halves once")
+    return levels
 
 # %% ../../nbs/components/autoencoders.ipynb #builders-export
 def block_sizes(
@@ -66,12 +71,12 @@ def block_sizes(
 
 
 def kl_model(factor: int = 4, *, width: int = 32, latent_channels: int = 4, **sizes: Any) -> AutoencoderKL:
-    "A diffusers `AutoencoderKL` with random weights, `sizes` as `block_sizes`; the defaults are DisDiff's first stage"
+    "An `AutoencoderKL` with random weights, by default DisDiff's first stage; `sizes` as in `block_sizes`"
     return AutoencoderKL(latent_channels=latent_channels, **block_sizes(factor, width=width, **sizes))
 
 
 def small_vae(factor: int = 4, *, layers_per_block: int = 1, **options: Any) -> AutoencoderKL:
-    "A small `kl_model` without attention, whose width doubles once; `options` are `width` and `latent_channels`"
+    "A small `kl_model` without attention, its width doubles once; `options`: `width`, `latent_channels`"
     multipliers = [min(2 ** i, 2) for i in range(factor.bit_length())]
     sizes = {"multipliers": multipliers, "layers_per_block": layers_per_block, "groups": 8, "attention": False}
     return kl_model(factor, **sizes, **options)
@@ -93,7 +98,7 @@ class Reconstruction(NamedTuple):
 
 # %% ../../nbs/components/autoencoders.ipynb #base-export
 class AutoencoderTraining(nn.Module):
-    "An autoencoder of diffusers in training; a sub-class defines in `code` how pictures go through the latents"
+    "An autoencoder in training; a sub-class defines in `code` how pictures go through the latents"
     recorded: tuple[str, ...] = ()   # attributes that the run's config.json names
     latent_loss = ""                 # name of the loss of the latents
     latent_weight = 1.0
@@ -118,7 +123,7 @@ class AutoencoderTraining(nn.Module):
         return {**self.vae.config, **{name: getattr(self, name) for name in self.recorded}}
 
     def code(self, images: Tensor, noise: Tensor | None = None) -> tuple[Reconstruction, Tensor]:
-        "Pictures `(b,3,h,w)` through the latents, with the random draw `noise` if there is one; loss of the latents"
+        "Pictures `(b,3,h,w)` through the latents, with the draw `noise` if there is one; loss of the latents"
         raise NotImplementedError
 
     def reconstruct(self, images: Tensor) -> Reconstruction:

@@ -246,9 +246,12 @@ class CodeEncoder(CodeReader):
         noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
         t = batch.get("timesteps")
         if t is None:
-            how = dict(how=self.config.timestep_sampling, strength=self.config.timestep_strength)
-            t = sample_timesteps(len(x0), self.scheduler, device=x0.device, **how)
+            t = self._draw_times(x0)
         return x0, noise, t, noise_at(self.scheduler, x0, noise, t)
+
+    def _draw_times(self, x0: Tensor) -> Tensor:
+        density = dict(how=self.config.timestep_sampling, strength=self.config.timestep_strength)
+        return sample_timesteps(len(x0), self.scheduler, device=x0.device, **density)
 
 # %% ../../nbs/components/code_model.ipynb #start-export
 class CodeStart(CodeEncoder):

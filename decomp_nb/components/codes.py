@@ -134,11 +134,16 @@ def code_line(
     "Codes along the line on which a factor varies most, from end to end of the data"
     mean = codes.mean(0)
     axis = torch.linalg.svd(codes - mean, full_matrices=False).Vh[0]
-    places = (codes - mean) @ axis
-    limit = reach * places.std()
-    low = max(places.min().item(), -limit.item())
-    high = min(places.max().item(), limit.item())
-    return mean + torch.linspace(low, high, stops).to(codes)[:, None] * axis
+    ends = _line_ends((codes - mean) @ axis, reach)
+    return mean + torch.linspace(*ends, stops).to(codes)[:, None] * axis
+
+
+def _line_ends(places: Tensor, reach: float) -> tuple[float, float]:
+    "From where to where to go: to the ends of the data, or `reach` standard deviations"
+    limit = (reach * places.std()).item()
+    low = max(places.min().item(), -limit)
+    high = min(places.max().item(), limit)
+    return low, high
 
 
 @torch.no_grad()

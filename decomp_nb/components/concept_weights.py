@@ -132,10 +132,16 @@ def superfluous_words(
 ) -> list[int]:
     "Words that are not needed, the least used first"
     use = weights.abs().mean(0)
-    i, j = (direction_cosines(statistics).triu(1) > merge_threshold).nonzero().T
     superfluous = use < min_use * use.mean()
-    superfluous[torch.where(use[i] < use[j], i, j)] = True
+    superfluous[_lesser_twins(statistics, use, merge_threshold)] = True
     return [k for k in use.argsort().tolist() if superfluous[k]]
+
+
+def _lesser_twins(statistics: ScoreStatistics, use: Tensor, threshold: float) -> Tensor:
+    "Of every two words that point the same way the number of the one less used"
+    alike = direction_cosines(statistics).triu(1) > threshold
+    i, j = alike.nonzero().T
+    return torch.where(use[i] < use[j], i, j)
 
 # %% ../../nbs/components/concept_weights.ipynb #elimination-export
 def elimination(statistics: ScoreStatistics, how: str = "simplex") -> list[dict]:

@@ -229,9 +229,14 @@ def noise_batch(
     "Draw the noise, then the noise levels; mix them into the pictures"
     noise = batch.get("noise")
     if noise is None:
-        noise = torch.randn_like(x0)
-        noise = offset_noise(noise, offset) if offset else noise
+        noise = _draw_noise(x0, offset)
     t = batch.get("timesteps")
     if t is None:
         t = sample_timesteps(len(x0), scheduler, device=x0.device, **density)
-    return NoisyBatch(scheduler.add_noise(x0, noise, t), t, noise, diffusion_target(scheduler, x0, noise, t))
+    x_t = scheduler.add_noise(x0, noise, t)
+    return NoisyBatch(x_t, t, noise, diffusion_target(scheduler, x0, noise, t))
+
+
+def _draw_noise(x0: Tensor, offset: float) -> Tensor:
+    noise = torch.randn_like(x0)
+    return offset_noise(noise, offset) if offset else noise

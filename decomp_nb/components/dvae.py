@@ -36,9 +36,13 @@ def gumbel_softmax(
         exp_noise = torch.empty_like(logits).exponential_()
     gumbel = -(exp_noise.to(logits) + torch.finfo(logits.dtype).tiny).log()
     soft = ((logits.log_softmax(1) + gumbel) / tau).softmax(1)
-    if not hard:
-        return soft
-    return one_hot(soft.argmax(1), logits.shape[1]).to(soft) - soft.detach() + soft
+    return _straight_through(soft) if hard else soft
+
+
+def _straight_through(soft: Tensor) -> Tensor:
+    "One token per place, with the gradient of the mixture"
+    hard = one_hot(soft.argmax(1), soft.shape[1]).to(soft)
+    return hard - soft.detach() + soft
 
 # %% ../../nbs/components/dvae.ipynb #cooling-export
 def cosine_cooling(

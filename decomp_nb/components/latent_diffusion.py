@@ -47,7 +47,7 @@ def posterior(scheduler: Any) -> Posterior:
 
 
 def bound_weights(scheduler: Any) -> Tensor:
-    "Weight `(T,)` of a squared noise error in the variational bound; the first, infinite, is replaced by the second"
+    "Weight `(T,)` of a squared noise error in the variational bound; the first, infinite, becomes the second"
     betas = scheduler.betas.double()
     alphas = 1 - betas
     weights = betas ** 2 / (2 * posterior(scheduler).variance * alphas * (1 - alphas.cumprod(0)))
@@ -56,7 +56,7 @@ def bound_weights(scheduler: Any) -> Tensor:
 
 # %% ../../nbs/components/latent_diffusion.ipynb #loss-export
 def noise_loss(predicted: Tensor, noise: Tensor, t: Tensor, scheduler: Any, kind: str = "l1") -> dict[str, Tensor]:
-    "`loss`, the mean error of the noise, and `bound`, with the weights of the variational bound (logged, not trained)"
+    "`loss`, the mean error of the noise, and `bound`, weighted as in the variational bound (not trained)"
     difference = predicted.float() - noise.float()
     errors = difference.abs() if kind == "l1" else difference.square()
     errors = errors.flatten(1).mean(1)
@@ -71,7 +71,7 @@ def space_sizes(latents_path: str | None, image_size: int) -> dict[str, int]:
 
 # %% ../../nbs/components/latent_diffusion.ipynb #frozen-export
 class LatentSpaceModel(LatentSpace, Decomposer):
-    "A method with a `denoiser` in the latents of a frozen autoencoder, which its config names: path and fingerprint"
+    "A method with a `denoiser` in the latents of a frozen autoencoder; its config holds path and fingerprint"
 
     def check_latents(self, space: nn.Module) -> None:
         "ValueError where the latents have another size, or training used another autoencoder"

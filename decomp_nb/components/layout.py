@@ -84,13 +84,18 @@ def write_layout(layout: Layout) -> Tensor:
     return torch.cat([torch.stack(place, -1), outline], -1)
 
 
+def _window_of(n: int) -> int:
+    "Points along a side of the window of a layout of n numbers"
+    window = round((n - 3) ** 0.5)
+    if layout_dim(window) != n:
+        raise ValueError(f"{n} numbers are no layout: 3 for the place, then the points of a square window")
+    return window
+
+
 def read_layout(numbers: Tensor) -> Layout:
     "The layout that `write_layout` wrote `(…, 3 + w²)`"
     row, column, size = numbers[..., :3].unbind(-1)
-    window = round((numbers.shape[-1] - 3) ** 0.5)
-    if layout_dim(window) != numbers.shape[-1]:
-        wanted = "3 for the place, then the points of a square window"
-        raise ValueError(f"{numbers.shape[-1]} numbers are no layout: {wanted}")
+    window = _window_of(numbers.shape[-1])
     outline = (numbers[..., 3:] + 1) / 2
     return Layout((row + 2) / 4, (column + 2) / 4, ((size - 2) / 1.5).exp(), outline.unflatten(-1, (window, window)))
 
@@ -100,11 +105,15 @@ def find_layout(shares: Tensor, window: int) -> Layout:
     return Layout(*centre_and_size(shares), own_window(shares, window))
 
 # %% ../../nbs/components/layout.ipynb #again-export
+def _layout_of_masks(masks: Tensor, window: int) -> Tensor:
+    maps = masks.flatten(0, -4).float()
+    found = write_layout(find_layout(maps, window))
+    return found.unflatten(0, masks.shape[:-3])
+
+
 def rewrite_layout(factors: Factors, window: int, start: int = 0) -> Factors:
     "Merged slots (weight above 1) say the layout of their common mask, from number `start` of the code on"
-    clips = factors.masks.shape[:-3]
-    maps = factors.masks.flatten(0, -4).float()
-    found = write_layout(find_layout(maps, window)).unflatten(0, clips)
+    found = _layout_of_masks(factors.masks, window)
     end = start + layout_dim(window)
     codes = factors.codes.clone()
     merged = factors.weights[..., None] > 1

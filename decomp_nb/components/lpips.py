@@ -123,15 +123,18 @@ class VGGFeatures(nn.Module):
     maps = forward
 
 # %% ../../nbs/components/lpips.ipynb #vgg-load-export
+def _weights_of_vgg(vgg: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for name, value in wanted.items():
+        if name not in vgg or vgg[name].shape != value.shape:
+            raise ValueError(f"vgg: this is no VGG16: {name} {tuple(value.shape)} is missing or differs")
+    return {name: vgg[name].float() for name in wanted}
+
+
 def vgg_features(vgg: Mapping[str, Tensor], heads: Mapping[str, Tensor] | None = None) -> VGGFeatures:
     "Frozen features from state dicts of torchvision's VGG-16 and of LPIPS (`lin0.model.1.weight` …)"
     with torch.device("meta"):
         network = VGGFeatures()  # nothing is drawn that is overwritten at once
-    wanted = network.state_dict()
-    for name, value in wanted.items():
-        if name not in vgg or vgg[name].shape != value.shape:
-            raise ValueError(f"vgg: this is no VGG16: {name} {tuple(value.shape)} is missing or differs")
-    network.load_state_dict({name: vgg[name].float() for name in wanted}, assign=True)
+    network.load_state_dict(_weights_of_vgg(vgg, network.state_dict()), assign=True)
     if heads is not None:
         network.name = "VGG16"
         network.weights = _head_weights(heads)

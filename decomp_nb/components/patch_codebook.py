@@ -26,24 +26,32 @@ def pictures_to_patches(images: Tensor) -> Tensor:
 
 def choose_patches(patches: Tensor, n: int, generator: torch.Generator) -> Tensor:
     "At most `n` of patches `(m,3,4,4)`, drawn: those with edges, and of the flat ones half as many"
-    contrast = patches.flatten(2).std(-1).amax(-1)
     order = torch.randperm(len(patches), generator=generator)
-    edges = order[contrast[order] > 0.05]
-    flat = order[contrast[order] <= 0.05]
-    chosen = torch.cat([edges, flat[: max(len(edges) // 2, 1)]])
-    return patches[chosen[torch.randperm(len(chosen), generator=generator)[:n]]]
+    chosen = _edges_and_some_flat(patches, order)
+    shuffled = torch.randperm(len(chosen), generator=generator)
+    return patches[chosen[shuffled[:n]]]
+
+
+def _edges_and_some_flat(patches: Tensor, order: Tensor) -> Tensor:
+    contrast = patches.flatten(2).std(-1).amax(-1)[order]
+    edges = order[contrast > 0.05]
+    flat = order[contrast <= 0.05]
+    n_flat = max(len(edges) // 2, 1)
+    return torch.cat([edges, flat[:n_flat]])
 
 
 def typical_patches(images: Tensor, n: int, seed: int = 0) -> Tensor:
     "`n` patches `(n,3,4,4)` that stand for those of pictures `(b,3,h,w)`, found by k-means"
     from sklearn.cluster import MiniBatchKMeans
 
-    patches = choose_patches(pictures_to_patches(images), 60_000, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    patches = choose_patches(pictures_to_patches(images), 60_000, generator)
     if len(patches) < n:
         raise ValueError(f"vocabulary={n}: only {len(patches)} patches to learn it from; give more pictures")
     means = MiniBatchKMeans(n, n_init=1, batch_size=4096, max_iter=30, random_state=seed)
     means.fit(patches.flatten(1).numpy())
-    return torch.from_numpy(means.cluster_centers_).to(images.dtype).unflatten(1, (3, 4, 4))
+    centres = torch.from_numpy(means.cluster_centers_).to(images.dtype)
+    return centres.unflatten(1, (3, 4, 4))
 
 # %% ../../nbs/components/patch_codebook.ipynb #mending-export
 def mending_network(width: int) -> nn.Sequential:
@@ -82,7 +90,8 @@ class PatchCodebook(PatchWords):
 
     def encoder(self, images: Tensor) -> Tensor:
         "Scores of all tokens `(b,V,h/4,w/4)`: the nearest patch has the largest"
-        return F.conv2d(images, 2 * self.patches, -self.patches.square().sum((1, 2, 3)), stride=4)
+        squares = self.patches.square().sum((1, 2, 3))
+        return F.conv2d(images, 2 * self.patches, -squares, stride=4)
 
     def decode(self, words: Tensor) -> Tensor:
         "Pictures from numbers of tokens `(b,h,w)`, or from soft mixtures `(b,V,h,w)`"

@@ -341,15 +341,19 @@ def read_index(name_or_folder: str | Path) -> dict:
                                 "is not reachable or cached") from e
 
 
-def load_part(name_or_folder: str | Path, part: str, index: dict) -> Any:
-    "One part of a pipeline, in float32, by the class that the index names"
-    library, cls = index[part]
+def _check_part(name_or_folder: str | Path, part: str, library: str, cls: str) -> None:
     if library not in ("diffusers", "transformers"):
         raise ValueError(f"{part} of '{name_or_folder}' is a {library}.{cls}; "
                          "only parts of diffusers and transformers are read")
     folder = Path(name_or_folder)
     if folder.is_dir() and not (folder / part).is_dir():
         raise FileNotFoundError(f"{name_or_folder} has no {part}/: a text-to-image pipeline needs it")
+
+
+def load_part(name_or_folder: str | Path, part: str, index: dict) -> Any:
+    "One part of a pipeline, in float32, by the class that the index names"
+    library, cls = index[part]
+    _check_part(name_or_folder, part, library, cls)
     options = {"dtype" if library == "transformers" else "torch_dtype": torch.float32}
     if "okenizer" in cls:
         options = {}

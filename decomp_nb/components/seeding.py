@@ -35,7 +35,8 @@ def choose_places(
     chosen = []
     for i in range(n_slots):
         drawn = draw_in_proportion(distance, candidates, generator)
-        gaps = torch.cdist(keys, torch.take_along_dim(keys, drawn[..., None], 1)).square()  # (b, n, candidates)
+        centres = torch.take_along_dim(keys, drawn[..., None], 1)
+        gaps = torch.cdist(keys, centres).square()  # (b, n, candidates)
         left = torch.minimum(gaps, distance[..., None]) if i else gaps
         best = left.sum(1).argmin(-1)[:, None]
         distance = torch.take_along_dim(left, best[:, None], 2)[..., 0]

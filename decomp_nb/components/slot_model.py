@@ -43,7 +43,7 @@ def refuse_unknown(options: dict) -> None:
 
 # %% ../../nbs/components/slot_model.ipynb #add-losses-export
 def add_losses(name: str, loss: Tensor, others: dict[str, Tensor]) -> dict[str, Tensor]:
-    "The main loss, called `name`, and weighted others → `loss`, their sum, and each of them without a gradient"
+    "The main loss, called `name`, and weighted others → `loss`, their sum, and each without a gradient"
     if not others:
         return {"loss": loss}
     each = {part: value.detach() for part, value in ({name: loss} | others).items()}
@@ -54,7 +54,7 @@ SLOTS = dict(attention=SlotAttention, clusters=ClusterSlots, clip_clusters=ClipC
 
 
 def build_slots(in_dim: int, config: dict) -> SlotAttention | ClusterSlots:
-    "What turns a feature map of `in_dim` channels into slots: `kind` is a key of `SLOTS`, the rest are its arguments"
+    "What turns feature maps of `in_dim` channels into slots: `kind`, a key of `SLOTS`, and its arguments"
     options = dict(config)
     kind = options.pop("kind", "attention")
     if kind not in SLOTS:
@@ -78,7 +78,7 @@ def build_tracker(slots: SlotAttention | ClusterSlots, config: dict | None) -> T
 
 
 def check_encoder(encoder: nn.Module, image_size: int, ground: bool) -> None:
-    "ValueError where an encoder reads pictures of another size, or does not mark the ground that slots ask for"
+    "ValueError where an encoder reads another size of pictures, or does not mark the ground for slots"
     if ground and not getattr(encoder, "marks_ground", False):
         raise ValueError("slots_config: ground=True needs features that mark it, encoder_config kind='ground'")
     if encoder.image_size != image_size:
@@ -88,7 +88,7 @@ def check_encoder(encoder: nn.Module, image_size: int, ground: bool) -> None:
 class SlotFinder(Decomposer):
     "Encoder and slot attention, and what they find"
     renamed = {"merge_twins": "merge_threshold", "merge_above": "merge_threshold"}
-    fixed = {"ask_codebook": True}  # without the codebook: decode(…, scheduler=SinglestepSolver(model.scheduler))
+    fixed = {"ask_codebook": True}  # else: decode(…, scheduler=SinglestepSolver(model.scheduler))
     tracks = True  # on clips, slots are carried from frame to frame
 
     @register_to_config
@@ -150,7 +150,7 @@ class ChunkFinder(FrameFinder):
     def find(
         self, images: Tensor, features: Tensor | None = None, chunk: int | None = None, **options
     ) -> tuple[SlotResult | TrackResult, tuple[int, int]]:
-        "`find_slots` of pictures or clips, and height and width of the feature maps; `chunk`=None: all frames at once"
+        "`find_slots` of pictures or clips, and the feature maps' height, width; `chunk`=None: all frames at once"
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk}: must be at least 1 frame")
         whole = chunk is None or images.ndim == 4 or features is not None
@@ -222,7 +222,7 @@ class SlotLearning(SlotEncoder):
     "Slots of training batches"
 
     def encode_batch(self, batch: dict, **options) -> Factors:
-        "Slots of a training batch; `features` and `slot_noise` of the batch replace the encoder and the random start"
+        "Slots of a batch; its `features` and `slot_noise` replace the encoder and the random start"
         images = batch["image"]
         features = batch["features"].to(images.dtype) if "features" in batch else None
         if self.tracker is not None:
@@ -239,13 +239,19 @@ class SlotLearning(SlotEncoder):
         batch = batch | {"features": self.features_of(batch)}
         factors, found = self.encode_batch(batch, return_found=True, **options)
         losses = {} if self.tracker is None else self.tracker.losses(found)
-        if self.training and isinstance(self.slot_attention, ClusterSlots):
-            keys = self.slot_attention.key_loss(batch["features"].flatten(0, -4))
-            losses = losses | {"keys": self.slot_attention.key_weight * keys}
+        losses |= self._key_losses(batch["features"])
         return self.prune_slots(factors), losses
 
+    def _key_losses(self, features: Tensor) -> dict[str, Tensor]:
+        "While training, that of slots which are clusters"
+        slots = self.slot_attention
+        if not (self.training and isinstance(slots, ClusterSlots)):
+            return {}
+        loss = slots.key_loss(features.flatten(0, -4))
+        return {"keys": slots.key_weight * loss}
+
     def prune_slots(self, factors: Factors) -> Factors:
-        "What the decoder reads of the set: the `keep_slots` largest; while training `slot_dropout` leaves out some"
+        "What the decoder reads: the `keep_slots` largest; while training, `slot_dropout` leaves out some"
         if self.config.keep_slots and factors.masks is not None:
             factors = keep_largest(factors, self.config.keep_slots)
         return drop_slots(factors, self.config.slot_dropout) if self.training else factors
@@ -266,7 +272,7 @@ class SlotModel(SlotLearning):
         return super().decode(self.prune_slots(factors), **options)
 
     def parameter_groups(self) -> list[dict]:
-        """Two groups, so that `encoder_lr_scale` can slow down the first: encoder, slots, tracker; and the decoder.
+        """Two groups: encoder, slots, tracker, which `encoder_lr_scale` can slow down; and the decoder.
 
         Of slots that are clusters, the first holds what the keys' loss trains, the second what the decoder's does."""
         parts = [self.encoder] + ([] if self.tracker is None else [self.tracker])

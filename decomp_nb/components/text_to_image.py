@@ -41,14 +41,19 @@ def _learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
 
 
+def _all_tokens(merges: list[tuple[str, str]]) -> list[str]:
+    "Letters, inside a word and at its end, what is merged from them, start and end of a text; each once"
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = [*letters, *(x + "</w>" for x in letters), *(a + b for a, b in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return list(dict.fromkeys(tokens))
+
+
 def clip_tokenizer(words: Iterable[str], max_tokens: int = 77) -> Any:
     "A CLIP tokenizer for which each of `words` is one token"
     from transformers import CLIPTokenizer
     merges = _learn_merges(words)
-    letters = [chr(c) for c in range(33, 127)]
-    tokens = [*letters, *(x + "</w>" for x in letters), *(a + b for a, b in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    vocab = {token: number for number, token in enumerate(_all_tokens(merges))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 # %% ../../nbs/components/text_to_image.ipynb #parts-export
@@ -121,16 +126,21 @@ def identity_vae(scaling_factor: float = 1.0, level: float = 100.0) -> nn.Module
     return vae.eval()
 
 # %% ../../nbs/components/text_to_image.ipynb #save-export
+def _save_part(folder: Path, name: str, part: Any) -> tuple[str, str]:
+    "Write it; library and class, as the index names them"
+    with quiet():
+        part.save_pretrained(str(folder / name))
+    library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+    return library, type(part).__name__
+
+
 def save_pipeline(folder: str | Path, parts: dict[str, Any]) -> None:
     "Write the parts of a Stable Diffusion (unet, vae, scheduler, text_encoder, tokenizer), and their index"
     folder = Path(folder)
     index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
     index |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
     for name, part in parts.items():
-        with quiet():
-            part.save_pretrained(str(folder / name))
-        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
-        index[name] = (library, type(part).__name__)
+        index[name] = _save_part(folder, name, part)
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 # %% ../../nbs/components/text_to_image.ipynb #network-export

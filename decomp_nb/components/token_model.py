@@ -36,9 +36,9 @@ def _load_vocabulary(folder: Path) -> PatchWords:
 
 
 def load_dvae(path: str | None, base: str | Path | None = None) -> PatchWords:
-    """A saved discrete VAE or codebook of patches: a folder, its sub-folder dvae/ or model/, a run, or a shipped name.
+    """A saved discrete VAE or codebook of patches: folder, sub-folder dvae/ or model/, run, or shipped name.
 
-    Looked for in `base` first; FileNotFoundError where there is none, ValueError where something else is there."""
+    Looked for in `base` first; FileNotFoundError without one, ValueError for something else there."""
     if not path:
         raise ValueError(
             "dvae_path: a trained discrete VAE is needed; give its folder "
@@ -100,7 +100,7 @@ class TokenReading(TokenSpace, SlotModel):
         return self.decoder(tokens, pictures.codes, pictures.weights, self.token_maps(pictures))
 
     def predict_tokens(self, batch: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        "Of a training batch: the true tokens `(n,N)`, the logits `(n,N,V)` of each given those before, other losses"
+        "Of a batch: the true tokens `(n,N)`, the logits `(n,N,V)` of each given those before, other losses"
         tokens = self.image_tokens(fold_batch(batch)).flatten(1)
         factors, losses = self.encode_to_learn(batch)
         return tokens, self.token_logits(tokens, factors.fold_time()), losses
@@ -151,7 +151,7 @@ class TokenSlotModel(TokenPredictor):
 
     @torch.no_grad()
     def generate(self, factors: Factors, **options) -> Tensor:
-        "Tokens `(b[,t],h/4,w/4)` of the slots; options of the transformer: temperature, top_k, generator, prefix"
+        "Tokens `(b[,t],h/4,w/4)` of the slots; options: temperature, top_k, generator, prefix"
         pictures = self.prune_slots(factors).fold_time()
         tokens = self.decoder.generate(pictures.codes, pictures.weights, self.token_maps(pictures), **options)
         return tokens.view(*factors.codes.shape[:-2], *self.latent_shape[1:])

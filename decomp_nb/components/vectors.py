@@ -110,12 +110,15 @@ class VectorEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         "`(b, 3, image_size, image_size)` in [−1, 1] → `(b, out_dim)`"
-        side = self.image_size
-        if images.shape[1:] != (3, side, side):
-            shape = tuple(images.shape)
-            raise ValueError(f"images {shape} for an encoder built for (b, 3, {side}, {side}): resize one of them")
+        self._check_size(images)
         x = F.relu(self.first(images))
         for block, halve in zip(self.blocks, self.halve):
             x = F.relu(halve(block(x)))
         x = self.last(x.flatten(1) if isinstance(self.last, nn.Linear) else x)
         return F.relu(x) if self.end == "relu" else x
+
+    def _check_size(self, images: Tensor) -> None:
+        side = self.image_size
+        if images.shape[1:] != (3, side, side):
+            shape = tuple(images.shape)
+            raise ValueError(f"images {shape} for an encoder built for (b, 3, {side}, {side}): resize one of them")

@@ -27,15 +27,19 @@ def foreign(error: Exception) -> str:
     return found[1] if found else ""
 
 
+def _load(path: Path, kind: str) -> Any:
+    if kind == "safetensors":
+        from safetensors.torch import load_file
+        return load_file(path)
+    with path.open("rb") as file:  # by its name, PyTorch would guess the kind
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def open_weights(path: Path) -> Any:
     "What a safetensors or PyTorch file holds; a `ValueError` says what any other file is"
     kind = check_weight_file(path)
     try:
-        if kind == "safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        with path.open("rb") as file:  # by its name, PyTorch would guess the kind
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _load(path, kind)
     except pickle.UnpicklingError as error:
         name = foreign(error)
         held = f"{name} beside its weights" if name else "more than tensors, or is damaged,"
@@ -76,17 +80,21 @@ def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def _check_state_dict(state: Any, path: Path) -> None:
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{path} is no state dict: it holds {'nothing' if state == {} else type(state).__name__}")
+    wrong = [str(key) for key, value in state.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
+    if wrong:
+        raise ValueError(f"{path} is no state dict: {', '.join(wrong[:4])} hold no tensors")
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     "State dict of a file, unwrapped; a `ValueError` names the file and what is wrong with it"
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     state = unwrapped(open_weights(path))
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} is no state dict: it holds {'nothing' if state == {} else type(state).__name__}")
-    wrong = [str(key) for key, value in state.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
-    if wrong:
-        raise ValueError(f"{path} is no state dict: {', '.join(wrong[:4])} hold no tensors")
+    _check_state_dict(state, path)
     check_weights(state, path)
     return plain_names(dict(state))
 

@@ -21,7 +21,8 @@ class SlotAttentionAE(MixtureSlotModel):
     def forward(self, batch: dict) -> dict:
         "One training step: mean squared error of the mixture"
         factors, losses = self.encode_to_learn(batch, masks="attention")
-        loss = F.mse_loss(self.layers(factors)[0].float(), batch["image"])
+        mixture, _, _ = self.layers(factors)
+        loss = F.mse_loss(mixture.float(), batch["image"])
         return add_losses("reconstruction", loss, losses)
 
 # %% ../../nbs/methods/slot_attention_ae.ipynb #preset-export
@@ -31,11 +32,12 @@ def slot_attention_preset(
 ) -> dict:
     "Arguments of `SlotAttentionAE` for a known setting"
     tiny = dict(channels=[24, 24], start=8, kernel=5)
+    shapes = dict(channels=[32, 32, 32], start=8)
     own_frame = dict(kind="own_frame", window=11, key_dim=0, hidden_dim=48)
     published = dict(decoder_config=dict(channels=[128, 128, 128, 128]))
     presets = {
         "tiny": small_encoder(32, 5, stride=1) | dict(decoder_config=tiny),
-        "shapes": small_encoder() | dict(zoom=2.0, decoder_config=dict(channels=[32, 32, 32], start=8)),
+        "shapes": small_encoder() | dict(zoom=2.0, decoder_config=shapes),
         "clusters": cluster_encoder(layout=True) | dict(zoom=2.0, decoder_config=own_frame),
         "clevrtex": published_encoder(11) | published,
         "celeba": published_encoder(4) | published,

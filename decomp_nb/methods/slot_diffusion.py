@@ -30,11 +30,11 @@ def slot_diffusion_denoiser(
     layers_per_block: int = 2,
     head_dim: int = 32,
     in_channels: int = 3,
-    attention_levels: tuple[int, ...] | None = None,  # which levels attend, 0 the finest; None: all but the finest
+    attention_levels: tuple[int, ...] | None = None,  # which levels attend, 0 the finest; None: all but 0
     dropout: float = 0.1,
     groups: int = 32,
 ) -> dict:
-    "Config of SlotDiffusion's UNet for `slot_denoiser`; the defaults are the published one (134.2 M parameters)"
+    "Config of SlotDiffusion's UNet for `slot_denoiser`; by default the published one (134.2 M parameters)"
     levels = range(len(channels))
     attending = levels[1:] if attention_levels is None else attention_levels
     kinds = ["CrossAttn" if level in attending else "" for level in levels]
@@ -61,13 +61,13 @@ PUBLISHED_SCHEDULE = dict(
 
 
 class SlotDiffusion(DiffusionSlotModel):
-    "Encoder → slots with a learned start → a latent diffusion model in the space of a VQ-VAE (Wu et al., NeurIPS 2023)"
+    "Encoder → slots with a learned start → diffusion in the space of a VQ-VAE (Wu et al., NeurIPS 2023)"
 
     schedule = PUBLISHED_SCHEDULE
 
     @property
     def sampler(self) -> SinglestepSolver:
-        "Single-step DPM-Solver++ of order 3; predicted clean latents are moved onto the codebook, if there is one"
+        "Single-step DPM-Solver++ of order 3; predicted latents are moved onto the codebook, if there is one"
         project = self.latents.quantise if isinstance(self.latents, VQLatents) else None
         return SinglestepSolver(self.scheduler, project=project)
 
@@ -76,7 +76,10 @@ _NEAR_NOISE = dict(
     timestep_sampling="near_noise",
     timestep_strength=4.0,
     scheduler_config=dict(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="sample",
+        clip_sample=False,
     ),
 )
 
@@ -84,17 +87,24 @@ _NEAR_NOISE = dict(
 def _drawn(encoder: dict) -> dict:
     "Slots that say where they lie, in the latents of the autoencoder that comes with the package"
     unet = slot_diffusion_denoiser(
-        8, channels=(96,), attention_levels=(0,), layers_per_block=1, slot_dim=192, in_channels=8, groups=8, dropout=0.0
+        8,
+        channels=(96,),
+        attention_levels=(0,),
+        layers_per_block=1,
+        slot_dim=192,
+        in_channels=8,
+        groups=8,
+        dropout=0.0,
     )
     options = dict(latents_path="drawn_dc", timestep_strength=2.0, denoiser_config=unet, layout_channels=32)
     return encoder | _NEAR_NOISE | dict(zoom=2.0, merge_threshold=0.95) | options
 
 # %% ../../nbs/methods/slot_diffusion.ipynb #preset-export
 def slot_diffusion_preset(
-    name: str = "shapes",  # "shapes", "drawn", of clips "moving", "clusters" (CPU), "tiny", "tiny_clips", published ones
+    name: str = "shapes",  # "shapes", "drawn", of clips "moving", "clusters" (64 pixels, CPU); published: "clevrtex" …
     **changes,  # keys of `SlotDiffusion`, replacing the preset's; dicts are merged
 ) -> dict:
-    "Arguments of `SlotDiffusion` for a known setting; the published ones need `latents_path`, a trained VQ-VAE"
+    "Arguments of `SlotDiffusion` for a known setting; published ones need `latents_path`, a trained VQ-VAE"
     small = dict(layers_per_block=1, slot_dim=64, groups=8, dropout=0.0)
     tiny_unet = slot_diffusion_denoiser(8, channels=(32, 48), head_dim=16, in_channels=4, **small)
     shapes_unet = slot_diffusion_denoiser(16, channels=(64, 96), in_channels=48, **small)

@@ -19,14 +19,14 @@ __all__ = ['scheduler_of', 'FrozenUNetSlotModel', 'coco_setting', 'StableLSD']
 
 # %% ../../nbs/methods/stable_lsd.ipynb #scheduler-of-export
 def scheduler_of(name_or_folder: str) -> dict:
-    "The noise schedule that a text-to-image model was trained with, from its `scheduler/`; hub name or local folder"
+    "The noise schedule of a text-to-image model, from its `scheduler/`; hub name or local folder"
     from diffusers import DDPMScheduler
     try:
         return DDPMScheduler.load_config(name_or_folder, subfolder="scheduler")
     except OSError as e:
         raise FileNotFoundError(
-            f"no scheduler/ in '{name_or_folder}': give a hub name that is reachable or cached, or the local folder of "
-            "a pipeline"
+            f"no scheduler/ in '{name_or_folder}': give a hub name that is reachable or cached, "
+            "or the local folder of a pipeline"
         ) from e
 
 # %% ../../nbs/methods/stable_lsd.ipynb #frozen-export
@@ -60,7 +60,7 @@ class FrozenUNetSlotModel(DiffusionSlotModel):
 
     def enable_gradient_checkpointing(self) -> None:
         "Recompute the frozen UNet's activations on the way back to the slots"
-        self.denoiser.train()  # diffusers checkpoints only in this mode; there is no dropout, no batch statistics
+        self.denoiser.train()  # diffusers checkpoints only in this mode; nothing else here depends on it
         self.denoiser.enable_gradient_checkpointing()
 
 # %% ../../nbs/methods/stable_lsd.ipynb #setting-export
@@ -71,7 +71,7 @@ def coco_setting(image_size: int, width: int) -> tuple[dict, dict]:
 
 # %% ../../nbs/methods/stable_lsd.ipynb #stable-export
 class StableLSD(FrozenUNetSlotModel):
-    "LSD on a frozen text-to-image model: DINO features → slots in place of text tokens; only they are trained"
+    "LSD on a frozen text-to-image model: DINO features → slots in place of words; only they are trained"
 
     ignore_for_config = ["denoiser_config", "scheduler_config", "latents_path", "patch_size"]  # the foundation's own
 
@@ -99,12 +99,15 @@ class StableLSD(FrozenUNetSlotModel):
         unet = load_unet(foundation)
         encoder, slots = coco_setting(image_size, unet.config.cross_attention_dim)
         super().__init__(
-            image_size=image_size, encoder_config=encoder_config or encoder,
-            slots_config=slots | (slots_config or {}), denoiser_config=unet, scheduler_config=schedule,
-            timestep_sampling=timestep_sampling, timestep_strength=timestep_strength, min_snr_gamma=min_snr_gamma,
-            offset_noise=offset_noise, slot_dropout=slot_dropout, null_dropout=null_dropout, n_registers=n_registers,
-            contrast_weight=contrast_weight, contrast_rate=contrast_rate, keep_slots=keep_slots,
-            merge_threshold=merge_threshold, zoom=zoom,
+            image_size=image_size, merge_threshold=merge_threshold, zoom=zoom,
+            encoder_config=encoder_config or encoder,
+            slots_config=slots | (slots_config or {}),
+            denoiser_config=unet, scheduler_config=schedule,
+            timestep_sampling=timestep_sampling, timestep_strength=timestep_strength,
+            min_snr_gamma=min_snr_gamma, offset_noise=offset_noise,
+            slot_dropout=slot_dropout, null_dropout=null_dropout,
+            n_registers=n_registers, keep_slots=keep_slots,
+            contrast_weight=contrast_weight, contrast_rate=contrast_rate,
         )
         self.register_to_config(encoder_config=encoder_config)
         self.null_code = None  # the empty prompt takes its place

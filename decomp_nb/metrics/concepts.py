@@ -262,16 +262,21 @@ def resnet_judge(path: str, names: Sequence[str], batch_size: int = 32) -> Judge
     return Judge(_in_batches(score, batch_size), list(ordered), 10.0, 1e-8)
 
 # %% ../../nbs/metrics/concepts.ipynb #open-judge-export
-def open_judge(path: str, names: Sequence[str]) -> Judge:
-    "CLIP or ResNet by hub name or local folder"
+def _type_of_model(path):
+    "What a hub name or a local folder holds, as transformers calls it"
     from transformers import AutoConfig
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
+        return AutoConfig.from_pretrained(path).model_type
     except (OSError, ValueError) as error:
         hint = "give a folder or a hub name, such as 'openai/clip-vit-base-patch32' or 'microsoft/resnet-50'"
         if Path(path).is_dir():
             hint = "its config.json names no model of transformers"
         raise FileNotFoundError(f"no judge at {path!r}: {hint}") from error
+
+
+def open_judge(path: str, names: Sequence[str]) -> Judge:
+    "CLIP or ResNet by hub name or local folder"
+    kind = _type_of_model(path)
     judges = {"clip": clip_judge, "resnet": resnet_judge}
     if kind not in judges:
         raise ValueError(f"judge {path!r} is a {kind}: give a CLIP model or a ResNet")

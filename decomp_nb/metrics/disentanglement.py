@@ -46,10 +46,16 @@ def mutual_information(a: ndarray, b: ndarray) -> ndarray:
     return information
 
 
+def _joint_shares(u: ndarray, v: ndarray) -> ndarray:
+    "How often each pair of classes occurs, of all rows"
+    rows = u.max() + 1
+    columns = v.max() + 1
+    counts = np.bincount(u * columns + v, minlength=rows * columns)
+    return counts.reshape(rows, columns) / len(u)
+
+
 def _information_of_pair(u: ndarray, v: ndarray) -> float:
-    shape = u.max() + 1, v.max() + 1
-    cell = u * shape[1] + v
-    joint = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape) / len(u)
+    joint = _joint_shares(u, v)
     independent = joint.sum(1, keepdims=True) * joint.sum(0)
     seen = joint > 0
     ratio = joint[seen] / independent[seen]
@@ -112,23 +118,29 @@ def explicitness(
     test_factors: ndarray,
 ) -> tuple[float, float]:
     "Mean area under the ROC curves of readers of the factors, on trained rows, on test rows; 0.5 is guessing"
-    readers, known, new = _logistic_readers(codes, factors, test_codes)
-    trained = [_roc_area(reader, known, labels) for reader, labels in zip(readers, factors.T)]
-    tested = [_roc_area(reader, new, labels) for reader, labels in zip(readers, test_factors.T)]
-    return float(np.mean(trained)), float(np.mean(tested))
+    known, new = _standardised(codes, test_codes)
+    readers = _logistic_readers(known, factors)
+    return _mean_area(readers, known, factors), _mean_area(readers, new, test_factors)
+
+
+def _mean_area(readers: list, codes: ndarray, factors: ndarray) -> float:
+    areas = [_roc_area(reader, codes, labels) for reader, labels in zip(readers, factors.T)]
+    return float(np.mean(areas))
 
 # %% ../../nbs/metrics/disentanglement.ipynb #logistic-export
-def _logistic_readers(codes: ndarray, factors: ndarray, test_codes: ndarray) -> tuple[list, ndarray, ndarray]:
-    "A logistic regression for each factor, and the standardised codes that train and test it"
-    from sklearn.linear_model import LogisticRegression
+def _standardised(codes: ndarray, test_codes: ndarray) -> tuple[ndarray, ndarray]:
+    "Both with the mean and the deviation of the first"
     mean = codes.mean(0)
     scale = codes.std(0)
     scale[scale == 0] = 1
-    known = (codes - mean) / scale
-    new = (test_codes - mean) / scale
+    return (codes - mean) / scale, (test_codes - mean) / scale
+
+
+def _logistic_readers(codes: ndarray, factors: ndarray) -> list:
+    "A logistic regression for each factor"
+    from sklearn.linear_model import LogisticRegression
     with warnings.catch_warnings(action="ignore"):  # as above
-        readers = [LogisticRegression().fit(known, labels) for labels in factors.T]
-    return readers, known, new
+        return [LogisticRegression().fit(codes, labels) for labels in factors.T]
 
 
 def _accuracy(reader, codes: ndarray, labels: ndarray) -> float:
@@ -349,15 +361,19 @@ def med(
     return MED(*scores, float(train), float(test), importance, picked)
 
 # %% ../../nbs/metrics/disentanglement.ipynb #mcc-export
-def mcc(codes: ndarray, factors: ndarray, kind: str = "linear") -> float:
-    "Mean |correlation| of matched codes `(n,k)` and factors `(n,F)`, 0…1: `linear` (Pearson), `rank` (Spearman)"
-    from scipy.optimize import linear_sum_assignment
+def _correlations_of_kind(codes: ndarray, factors: ndarray, kind: str) -> ndarray:
     from scipy.stats import rankdata
     if kind not in ("linear", "rank"):
         raise ValueError(f"kind={kind!r} is unknown: use 'linear' or 'rank'")
-    if kind == "rank":
-        codes, factors = rankdata(codes, axis=0), rankdata(factors, axis=0)
-    matrix = np.abs(correlations(codes, factors))
+    if kind == "linear":
+        return correlations(codes, factors)
+    return correlations(rankdata(codes, axis=0), rankdata(factors, axis=0))
+
+
+def mcc(codes: ndarray, factors: ndarray, kind: str = "linear") -> float:
+    "Mean |correlation| of matched codes `(n,k)` and factors `(n,F)`, 0…1: `linear` (Pearson), `rank` (Spearman)"
+    from scipy.optimize import linear_sum_assignment
+    matrix = np.abs(_correlations_of_kind(codes, factors, kind))
     matched = matrix[linear_sum_assignment(matrix, maximize=True)]
     return float(matched.sum() / matrix.shape[1])
 
@@ -422,6 +438,12 @@ def _first_four(prefix: str, result: tuple) -> dict[str, float]:
     return {f"{prefix}_{name}": value for name, value in zip(result._fields[:4], result)}
 
 
+def _check_metrics(names: list[str]) -> None:
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"metrics: {', '.join(map(repr, unknown))} unknown: use some of {', '.join(METRICS)}")
+
+
 def disentanglement_scores(
     codes: ndarray | Tensor,  # `(n,k)`, or `(n,k,d)`
     factors: ndarray | Tensor,  # `(n,F)`, whole numbers from 0
@@ -431,9 +453,7 @@ def disentanglement_scores(
 ) -> dict[str, float]:
     "Every metric on the same codes and factors; higher is better, 1 is perfect"
     chosen = list(METRICS if metrics is None else metrics)
-    unknown = [name for name in chosen if name not in METRICS]
-    if unknown:
-        raise ValueError(f"metrics: {', '.join(map(repr, unknown))} unknown: use some of {', '.join(METRICS)}")
+    _check_metrics(chosen)
     evaluation = Evaluation(codes, factors, **options)
     scores = {}
     for name in chosen:

@@ -48,15 +48,20 @@ def _first_component(vectors: ndarray) -> ndarray:
     return pca.fit_transform(vectors)[:, 0]
 
 # %% ../../nbs/metrics/factor_table.ipynb #checks-export
-def as_numbers(values: ndarray | Tensor, name: str, axes: tuple[int, ...]) -> ndarray:
-    "A finite float32 or float64 array whose number of axes is one of `axes`"
+def _as_floats(values: ndarray | Tensor) -> ndarray:
+    "In float32 or float64"
     if isinstance(values, Tensor):
         values = values.detach().float().cpu().numpy()
     values = np.asarray(values)
+    known = values.dtype in (np.float32, np.float64)
+    return values if known else values.astype(np.float64)
+
+
+def as_numbers(values: ndarray | Tensor, name: str, axes: tuple[int, ...]) -> ndarray:
+    "A finite float32 or float64 array whose number of axes is one of `axes`"
+    values = _as_floats(values)
     if values.ndim not in axes:
         raise ValueError(f"{name} have the shape {values.shape}, expected {' or '.join(map(str, axes))} axes")
-    if values.dtype not in (np.float32, np.float64):
-        values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"{name} hold NaN or infinite values")
     return values
@@ -67,13 +72,17 @@ def as_classes(factors: ndarray | Tensor) -> ndarray:
     if isinstance(factors, Tensor):
         factors = factors.detach().cpu().numpy()
     factors = np.asarray(factors)
+    _check_classes(factors)
+    return factors.astype(np.int64)
+
+
+def _check_classes(factors: ndarray) -> None:
     if factors.ndim != 2 or not len(factors):
         raise ValueError(f"factors have the shape {factors.shape}, expected (n, number of factors) with n > 0")
     if not np.array_equal(factors, np.round(factors)):
         raise ValueError("factors have to be whole numbers, indices of their values: group continuous ones")
     if factors.min() < 0:
         raise ValueError(f"factors hold {factors.min()}: values are counted from 0")
-    return factors.astype(np.int64)
 
 
 

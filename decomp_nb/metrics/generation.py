@@ -30,8 +30,12 @@ def mse(
         return error.mean((-2, -1))
     if mask.shape != error.shape:
         raise ValueError(f"mask {tuple(mask.shape)} must be {tuple(error.shape)}, one value per pixel")
-    inside = mask > 0
-    return (error * inside).sum((-2, -1)) / inside.sum((-2, -1))  # 0/0 = NaN: nothing to compare
+    return _mean_inside(error, mask > 0)
+
+
+def _mean_inside(error, inside):
+    "Of each picture; NaN (0/0) where nothing is inside"
+    return (error * inside).sum((-2, -1)) / inside.sum((-2, -1))
 
 
 def psnr(
@@ -39,7 +43,7 @@ def psnr(
     reference: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    "Peak signal-to-noise ratio of each picture in dB, `(b,)`, of each frame of clips `(b,t)`, inf for equal ones; arguments as in `mse`"
+    "Peak signal-to-noise ratio in dB, inf for equal pictures; arguments and shapes as of `mse`"
     return 10 * torch.log10(4 / mse(images, reference, mask))
 
 # %% ../../nbs/metrics/generation.ipynb #ssim-export
@@ -142,8 +146,12 @@ def kid(
     for _ in range(n_subsets):
         x = _drawn(a.double(), subset, generator)
         y = _drawn(b.double(), subset, generator)
-        total += _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * _kernel(x, y).mean()
+        total += _kernel_distance(x, y)
     return float(total / n_subsets)
+
+
+def _kernel_distance(x, y):
+    return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * _kernel(x, y).mean()
 
 
 def _check_enough(a: Tensor, b: Tensor, least: int, what: str) -> None:

@@ -245,15 +245,15 @@ class OfficialProbe(NamedTuple):
     loss: float  # sum of the probes' losses at the last step, not divided
 
 
+def _official_reader(d, values):
+    if values.is_floating_point():
+        return nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, values[0].numel()))
+    return nn.Linear(d, int(values.max()) + 1)
+
+
 def official_lsd_readers(d: int, labels: Mapping[str, Tensor]) -> nn.ModuleDict:
     "Readers as in official LSD: linear for classes, Linear–ReLU–Linear of the codes' width for numbers"
-    readers = nn.ModuleDict()
-    for name, values in labels.items():
-        if values.is_floating_point():
-            readers[name] = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, values[0].numel()))
-        else:
-            readers[name] = nn.Linear(d, int(values.max()) + 1)
-    return readers
+    return nn.ModuleDict({name: _official_reader(d, values) for name, values in labels.items()})
 
 
 def official_lsd_targets(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -261,10 +261,15 @@ def official_lsd_targets(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
     targets = dict(labels)
     for name, values in labels.items():
         if values.is_floating_point():
-            values = values.reshape(len(values), -1)
-            low, high = values.amin(0), values.amax(0)
-            targets[name] = (values - low) / (high - low) * 2 - 1
+            targets[name] = _min_max_scaled(values.reshape(len(values), -1))
     return targets
+
+
+def _min_max_scaled(values):
+    "Every column from −1 to 1"
+    low = values.amin(0)
+    high = values.amax(0)
+    return (values - low) / (high - low) * 2 - 1
 
 # %% ../../nbs/metrics/probing.ipynb #official-probe-export
 def official_lsd_probe(

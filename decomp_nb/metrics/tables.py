@@ -92,13 +92,15 @@ def _markdown_line(cells: list[str]) -> str:
 
 def _aligned(grid: list[list[str]], is_text: list[bool]) -> str:
     "Columns of equal width, without bold, numbers to the right"
-    columns = []
-    for cells, text in zip(zip(*grid), is_text):
-        cells = [cell.replace("**", "") for cell in cells]
-        width = max(map(len, cells))
-        columns.append([cell.ljust(width) if text else cell.rjust(width) for cell in cells])
+    columns = map(_aligned_column, zip(*grid), is_text)
     lines = map("  ".join, zip(*columns))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _aligned_column(cells: tuple[str, ...], is_text: bool) -> list[str]:
+    plain = [cell.replace("**", "") for cell in cells]
+    width = max(map(len, plain))
+    return [cell.ljust(width) if is_text else cell.rjust(width) for cell in plain]
 
 # %% ../../nbs/metrics/tables.ipynb #table-class-export
 class Table:

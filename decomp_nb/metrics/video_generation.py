@@ -94,13 +94,18 @@ def boxes_found(
 ) -> tuple[float, float]:
     "Precision and recall of the boxes of one frame; 0/0 is NaN"
     predicted = predicted[predicted[:, 0] >= 0]
-    hits = 0
-    if len(true) and len(predicted):
-        overlap, best = box_overlap(true, predicted).nan_to_num().max(1)
-        hits = len(best[overlap >= least].unique())
+    hits = _hits(true, predicted, least)
     counts = torch.tensor([len(predicted), len(true)])
     precision, recall = (hits / counts).tolist()
     return precision, recall
+
+
+def _hits(true, predicted, least):
+    "How many of the predicted boxes are the best for a true one, and good enough"
+    if not (len(true) and len(predicted)):
+        return 0
+    overlap, best = box_overlap(true, predicted).nan_to_num().max(1)
+    return len(best[overlap >= least].unique())
 
 # %% ../../nbs/metrics/video_generation.ipynb #order-export
 def frame_order(n_frames: int, order: str = "time") -> list[int]:
@@ -140,11 +145,14 @@ class FrameFeatures:
         if t <= max(self.steps, default=0):
             raise ValueError(f"clips of {t} frames: the features change over {max(self.steps)} frames, give more")
         frames = self.extractor(videos.flatten(0, 1)).unflatten(0, (b, t))
-        features = [frames.mean(1)]
-        for step in self.steps:
-            change = frames[:, step:] - frames[:, :-step]
-            features.append(change.abs().mean(1))
-        return torch.cat(features, -1)
+        changes = [_mean_change(frames, step) for step in self.steps]
+        return torch.cat([frames.mean(1), *changes], -1)
+
+
+def _mean_change(frames, step):
+    "How much features `(b,t,d)` differ from those `step` frames before, mean over the clip"
+    change = frames[:, step:] - frames[:, :-step]
+    return change.abs().mean(1)
 
 # %% ../../nbs/metrics/video_generation.ipynb #script-export
 class ScriptNetwork:

@@ -125,7 +125,7 @@ def load_official_slot_former(
     averaged: bool = False,
     **settings,  # of `SlotFormer`: frame_offset, n_predicted, image_weight
 ) -> nn.Module:
-    "A `SlotFormer` on the slot model that it came with; of that one only the decoder, unless `slot_model` is given"
+    "A `SlotFormer` on the slot model that it came with: its decoder alone, unless `slot_model` is given"
     from decomp_nb.methods.slot_former import SlotFormer
     state = read_flat(path)
     rollout = take_rollout(state)

@@ -43,9 +43,12 @@ def sketch_item(item: Any) -> dict[str, list[float]]:
     sketch = {}
     for key, value in item.items():
         if isinstance(value, torch.Tensor) and value.numel():
-            value = value.double()
-            sketch[key] = [value.mean().item(), value.std(correction=0).item()]
+            sketch[key] = _mean_and_deviation(value.double())
     return sketch
+
+
+def _mean_and_deviation(value: torch.Tensor) -> list[float]:
+    return [value.mean().item(), value.std(correction=0).item()]
 
 
 def alike(one: Mapping[str, list], other: Mapping[str, list]) -> bool:
@@ -76,11 +79,16 @@ def checksum_of_names(data: Any) -> int | None:
     return None if inner is None else checksum_of_names(inner)
 
 
+def _spread_out(n: int) -> list[int]:
+    "`SKETCHED` numbers from 0 to n − 1, or all"
+    return sorted({k * (n - 1) // (SKETCHED - 1) for k in range(SKETCHED)})
+
+
 def data_record(data: Any) -> dict[str, Any]:
     "What is recorded of a data set: how many items, which names, and a sketch of a few"
     n = len(data)
     sketches = {}
-    for i in sorted({k * (n - 1) // (SKETCHED - 1) for k in range(SKETCHED)}):
+    for i in _spread_out(n):
         first = read_item(data, i)
         if _is_finite(first) and first == read_item(data, i):  # what is random at every reading is left out
             sketches[str(i)] = first
@@ -99,12 +107,15 @@ def data_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> l
         return [f"pictures: {recorded['n']} recorded, {asked['n']} now: the data set grew or shrank"]
     if None not in (recorded["names"], asked["names"]) and recorded["names"] != asked["names"]:
         return ["pictures: as many as recorded, but some file names are others"]
-    one, other = recorded["sketches"], asked["sketches"]
-    common = [i for i in one if i in other]
-    changed = [i for i in common if not alike(one[i], other[i])]
+    changed = _changed_items(recorded["sketches"], asked["sketches"])
     if not changed:
         return []
     return [f"pictures: number {', '.join(changed)} are others than recorded"]
+
+
+def _changed_items(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    common = [i for i in one if i in other]
+    return [i for i in common if not alike(one[i], other[i])]
 
 
 def run_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

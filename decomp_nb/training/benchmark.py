@@ -49,12 +49,17 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _build_case(place: str, options: dict) -> tuple[Callable[[], object], int]:
+    "The step to time, and how many pictures it takes"
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)(**options)
+
+
 def run_case(place: str, options: dict, steps: int, warmup: int, threads: int, processor: bool = False) -> dict:
     "Build the case `module:function` with `options` and time it, in this process"
     import torch
     torch.set_num_threads(threads)
-    module, _, name = place.partition(":")
-    step, images = getattr(importlib.import_module(module), name)(**options)
+    step, images = _build_case(place, options)
     seconds = time_steps(step, steps, warmup, processor)
     median = statistics.median(seconds)
     speed = images / median

@@ -49,10 +49,12 @@ def typed(
     fits = kind == "bool" if is_bool else isinstance(value, _KINDS[kind])
     if fits:
         return _TYPES[kind](value)
-    hint = ""
-    if kind == "float" and isinstance(value, str):
-        hint = "; in YAML write the point: 1.0e-4, not 1e-4" if "e" in value.lower() else "; remove the quotes"
+    hint = _hint_for_text(value) if kind == "float" and isinstance(value, str) else ""
     raise TypeError(f"{name}: expected {kind}, got {type(value).__name__} {value!r}{hint}")
+
+
+def _hint_for_text(value: str) -> str:
+    return "; in YAML write the point: 1.0e-4, not 1e-4" if "e" in value.lower() else "; remove the quotes"
 
 # %% ../../nbs/training/config.ipynb #config-word-export
 def unquoted_word(field: dataclasses.Field, value: Any) -> Any:

@@ -103,14 +103,17 @@ def evaluation_mode(model: nn.Module, params: list[nn.Parameter], ema=None):
             module.training = training
 
 # %% ../../nbs/training/engine.ipynb #losses-export
+def _check_loss(loss, name):
+    if not isinstance(loss, torch.Tensor) or loss.dim():
+        raise TypeError(f"{name}.forward(batch) must return a dict with a scalar tensor 'loss'")
+    if not loss.requires_grad:
+        raise ValueError(f"the loss of {name} does not depend on any trainable parameter")
+
+
 def read_losses(output: Any, model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "`loss` and the other scalars of what `forward(batch)` returned"
     loss = output.get("loss") if isinstance(output, Mapping) else None
-    if not isinstance(loss, torch.Tensor) or loss.dim():
-        name = type(model).__name__
-        raise TypeError(f"{name}.forward(batch) must return a dict with a scalar tensor 'loss'")
-    if not loss.requires_grad:
-        raise ValueError(f"the loss of {type(model).__name__} does not depend on any trainable parameter")
+    _check_loss(loss, type(model).__name__)
     tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
     del tensors["loss"]
     return loss, {name: value for name, value in tensors.items() if value.dim() == 0}

@@ -81,11 +81,7 @@ class WriterLock:
         "Take it, unless it is taken already; a `BlockingIOError` names the process that has it"
         if self.handle is not None:
             return
-        if self.key in _HELD:
-            raise BlockingIOError(_refusal(self.file, holder()))
-        if self.file.is_dir():
-            where = f"out_dir: {self.folder.name}/{self.file.name}"
-            raise IsADirectoryError(f"{where} is a folder, where the lock of a run belongs: remove it, or choose another out_dir")
+        self._check()
         handle = self.file.open("a+", encoding="utf-8")
         if not take(handle, self.file):
             handle.close()
@@ -93,6 +89,13 @@ class WriterLock:
         _HELD.add(self.key)
         self.handle = handle
         self.write(json.dumps(holder()))
+
+    def _check(self) -> None:
+        "Nothing in this process has it, and a file can lie there"
+        if self.key in _HELD:
+            raise BlockingIOError(_refusal(self.file, holder()))
+        if self.file.is_dir():
+            raise IsADirectoryError(f"out_dir: {self.folder.name}/.lock is a folder: remove it or take another out_dir")
 
     def write(self, text: str) -> None:
         "Replace what stands in the file, as far as the disk allows: the lock holds without it"

@@ -59,13 +59,17 @@ def read_cells(notebook: Path) -> list[dict]:
         raise ValueError(f"{notebook} is not a notebook: {error}") from None
 
 
-def parameters_source(notebook: str | Path) -> str:
-    "Source of the one cell tagged `parameters`"
-    path = Path(notebook)
+def _check_notebook(path: Path) -> None:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.ipynb")], 1, 0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise FileNotFoundError(f"no notebook at {path}{hint}")
+
+
+def parameters_source(notebook: str | Path) -> str:
+    "Source of the one cell tagged `parameters`"
+    path = Path(notebook)
+    _check_notebook(path)
     code = [cell for cell in read_cells(path) if cell.get("cell_type") == "code"]
     tagged = [cell for cell in code if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
@@ -267,12 +271,16 @@ def _check_ranges(values: dict) -> None:
             check_range(field, values[field.name])
 
 
-def check_values(accepted: Parameters, values: dict, source: str) -> dict:
-    "Values in their declared types; unknown names are refused, with the nearest known one"
+def _check_names(accepted: Parameters, values: dict, source: str) -> None:
     for name in values:
         if name not in accepted:
             hint = nearest(str(name), list(accepted))
             raise ValueError(f"unknown parameter {name!r} ({source}){hint} Allowed: {', '.join(accepted)}")
+
+
+def check_values(accepted: Parameters, values: dict, source: str) -> dict:
+    "Values in their declared types; unknown names are refused, with the nearest known one"
+    _check_names(accepted, values, source)
     try:
         values = {name: coerce(accepted[name], value) for name, value in values.items()}
         if _is_training(accepted):
@@ -289,17 +297,21 @@ def check_parameters_cell(source: str) -> list[str]:
     for field in fields(TrainConfig):
         if field.name not in found:
             problems.append(f"{field.name} is missing")
-            continue
-        _, kind, value, help = found[field.name]
-        if kind != field.type:
-            problems.append(f"{field.name}: annotated {kind}, should be {field.type}")
-        if help != describe(field):
-            problems.append(f"{field.name}: help is {help!r}, should be {describe(field)!r}")
-        try:
-            check_range(field, typed(field.name, field.type, value))
-        except (TypeError, ValueError) as error:
-            problems.append(str(error))
+        else:
+            problems += _problems_of(field, found[field.name])
     return problems
+
+
+def _problems_of(field, found):
+    "What disagrees between a field of `TrainConfig` and its line in the cell"
+    if found.type != field.type:
+        yield f"{field.name}: annotated {found.type}, should be {field.type}"
+    if found.help != describe(field):
+        yield f"{field.name}: help is {found.help!r}, should be {describe(field)!r}"
+    try:
+        check_range(field, typed(field.name, field.type, found.default))
+    except (TypeError, ValueError) as error:
+        yield str(error)
 
 # %% ../../nbs/training/parameters.ipynb #parameters-together
 def check_together(accepted: Parameters, values: dict) -> None:

@@ -294,15 +294,21 @@ def started_by_another() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def _join_store(layout: Layout) -> Board:
-    "The board of ranks that another launcher has started; where it serves no store, rank 0 does"
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+def _master_address() -> tuple[str, int]:
+    host = os.environ.get("MASTER_ADDR", "")
+    port = os.environ.get("MASTER_PORT", "")
     if not host or not port:
         raise ValueError("RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT are not: set them as torchrun "
                          "does, or unset the former to run on one process")
+    return host, int(port)
+
+
+def _join_store(layout: Layout) -> Board:
+    "The board of ranks that another launcher has started; where it serves no store, rank 0 does"
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = _master_address()
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = open_store(host, int(port), rank == 0 and not served, layout.timeout)
+    store = open_store(host, port, rank == 0 and not served, layout.timeout)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the kernels use the store that is there now
     os.environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
     return Board(store, rank, count, layout.timeout, word="rank")

@@ -210,7 +210,9 @@ def load_run(path: str | Path) -> Run:
         return run
     if (weights_folder() / path / "run.json").is_file():
         return run_of_weights(str(path))
-    raise FileNotFoundError(f"{path} is neither a run directory (it has no config.json) nor the name of shipped weights")
+    raise FileNotFoundError(
+        f"{path} is neither a run directory (it has no config.json) nor the name of shipped weights"
+    )
 
 # %% ../../nbs/training/run_directory.ipynb #resume-export
 def find_resume(run: Run, resume: str) -> Path | None:

@@ -102,13 +102,16 @@ def _mean_map(chosen, size, exact):
     "Mean over all heads of all layers, enlarged to `size`; `exact`: every head by itself"
     total = 0
     for maps in chosen:
-        n_heads = maps.shape[1]
-        maps = maps if exact else maps.mean(1, keepdim=True)
-        large = rearrange(maps, "b head token h w -> (b head) token h w")
-        large = F.interpolate(large, size, mode="bicubic", align_corners=False).clamp_min(0)
-        mean = reduce(large, "(b head) token h w -> b token h w", "mean", head=maps.shape[1])
-        total = total + n_heads * mean
+        heads = maps if exact else maps.mean(1, keepdim=True)
+        total = total + maps.shape[1] * _mean_enlarged(heads, size)
     return total / sum(maps.shape[1] for maps in chosen)
+
+
+def _mean_enlarged(maps, size):
+    "Mean over heads `(b,token,h,w)` of maps `(b,head,token,·,·)`, each enlarged to `size`"
+    large = rearrange(maps, "b head token h w -> (b head) token h w")
+    large = F.interpolate(large, size, mode="bicubic", align_corners=False).clamp_min(0)
+    return reduce(large, "(b head) token h w -> b token h w", "mean", head=maps.shape[1])
 
 # %% ../../nbs/viz/attribution.ipynb #layers-export
 def text_layers(

@@ -243,12 +243,16 @@ def _shortened(line, size, width):
 
 def _words(text, size, width, align=0.5):
     "A block of text, as wide as its longest line"
-    lines = []
-    for line in _wrap(str(text), size, width):
-        block = Image.new("RGB", (math.ceil(_font(size).getlength(line)), round(1.3 * size)), PAPER)
-        ImageDraw.Draw(block).text((0, block.height / 2), line, INK, _font(size), "lm")
-        lines.append(block)
+    lines = [_line(line, size) for line in _wrap(str(text), size, width)]
     return _stack(lines, align=align)
+
+
+def _line(text, size):
+    font = _font(size)
+    width = math.ceil(font.getlength(text))
+    block = Image.new("RGB", (width, round(1.3 * size)), PAPER)
+    ImageDraw.Draw(block).text((0, block.height / 2), text, INK, font, "lm")
+    return block
 
 
 def _page(block, title="", alt=""):
@@ -292,12 +296,16 @@ def _caption(text, size, width, dot=None):
     "Words in the middle of a column, with a dot in the colour of the factor"
     block = _words(text, size, width if dot is None else width - 25)
     if dot is not None:
-        spot = Image.new("RGB", (17, 17), PAPER)
-        ImageDraw.Draw(spot).ellipse((0, 0, 16, 16), tuple(dot))
-        block = _stack([spot, block], 8, across=True, align=0.5)
+        block = _stack([_dot(dot), block], 8, across=True, align=0.5)
     return _box(block, width)
 
 
+def _dot(colour):
+    spot = Image.new("RGB", (17, 17), PAPER)
+    ImageDraw.Draw(spot).ellipse((0, 0, 16, 16), tuple(colour))
+    return spot
+
+# %% ../../nbs/viz/sheets.ipynb #sheets-table-export
 def _table(rows, names, ncol, cell, dots=None):
     "Rows of tiles, each wrapped after `ncol`; above the first one stand names"
     lines = [line for row in rows for line in _chunks(row, ncol)]

@@ -36,28 +36,36 @@ def wall_times(table: Table) -> Tensor:
     "Time until each disc meets each wall ahead, `(b,k,2)` for left or right, top or bottom; inf for never"
     radius = table.radius[..., None]
     ahead = torch.where(table.velocity > 0, 1 - radius, radius)
-    time = ((ahead - table.place) / table.velocity).clamp(min=0)
-    never = (table.velocity == 0) | ~table.there[..., None]
+    distance = ahead - table.place
+    time = (distance / table.velocity).clamp(min=0)
+    still = table.velocity == 0
+    never = still | ~table.there[..., None]
     return time.masked_fill(never, torch.inf)
 
 # %% ../../nbs/worlds/billiards.ipynb #pair-export
 def dot(a: Tensor, b: Tensor) -> Tensor:
     "Scalar product along the last axis of two, in a fixed order"
-    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1]
+    first = a[..., 0] * b[..., 0]
+    second = a[..., 1] * b[..., 1]
+    return first + second
 
 
 def pair_times(table: Table, pairs: Tensor) -> Tensor:
     "Time until the discs of each pair `(2,p)` touch, `(b,p)`; inf for never"
-    one, two = (table.pick(slice(None), disc) for disc in pairs)
+    every = slice(None)
+    one = table.pick(every, pairs[0])
+    two = table.pick(every, pairs[1])
     distance = two.place - one.place
     velocity = two.velocity - one.velocity
     reach = one.radius + two.radius
     approach = dot(distance, velocity)
     speed = dot(velocity, velocity)
-    root = approach * approach - speed * (dot(distance, distance) - reach * reach)
+    gap = dot(distance, distance) - reach * reach
+    root = approach * approach - speed * gap
     time = (-approach - root.clamp(min=0).sqrt()) / speed
-    meet = (approach < 0) & (root > 0) & one.there & two.there
-    return torch.where(meet, time.clamp(min=0), torch.inf)
+    meet = (approach < 0) & (root > 0)
+    both = one.there & two.there
+    return torch.where(meet & both, time.clamp(min=0), torch.inf)
 
 # %% ../../nbs/worlds/billiards.ipynb #impact-export
 def bounce_off_wall(table: Table, rows: Tensor, disc: Tensor, axis: Tensor) -> Table:
@@ -72,7 +80,8 @@ def collide(table: Table, rows: Tensor, one: Tensor, two: Tensor) -> Table:
     first = table.pick(rows, one)
     second = table.pick(rows, two)
     line = second.place - first.place
-    line = line / dot(line, line).sqrt()[:, None]
+    length = dot(line, line).sqrt()
+    line = line / length[:, None]
     mass = first.radius**2
     mass_second = second.radius**2
     closing = dot(second.velocity - first.velocity, line)
@@ -96,8 +105,10 @@ def pass_impact(table: Table, pairs: Tensor, which: Tensor) -> Table:
     rows = torch.arange(len(which))
     n_walls = 2 * table.radius.shape[1]
     wall = which < n_walls
-    table = bounce_off_wall(table, rows[wall], which[wall] // 2, which[wall] % 2)
-    one, two = pairs[:, which[~wall] - n_walls]
+    walls = which[wall]
+    table = bounce_off_wall(table, rows[wall], disc=walls // 2, axis=walls % 2)
+    met = which[~wall] - n_walls
+    one, two = pairs[:, met]
     return collide(table, rows[~wall], one, two)
 
 
@@ -105,7 +116,8 @@ def follow(table: Table, pairs: Tensor, n_frames: int) -> Impacts:
     "All impacts until frame `n_frames - 1`"
     b, k = table.radius.shape
     clock = torch.zeros(b, dtype=torch.float64)
-    log = [(clock, table.place, table.velocity, torch.full((b,), -1))]
+    no_pair = torch.full((b,), -1)
+    log = [(clock, table.place, table.velocity, no_pair)]
     while (clock <= n_frames - 1).any():
         walls = wall_times(table).flatten(1)
         times = torch.cat([walls, pair_times(table, pairs)], 1)
@@ -116,18 +128,21 @@ def follow(table: Table, pairs: Tensor, n_frames: int) -> Impacts:
         table = pass_impact(table._replace(place=place), pairs, which)
         pair = (which - 2 * k).clamp(min=-1)
         log.append((clock, table.place, table.velocity, pair))
-    return Impacts(*(torch.stack(column, 1) for column in zip(*log)))
+    columns = zip(*log)
+    return Impacts(*(torch.stack(column, 1) for column in columns))
 
 # %% ../../nbs/worlds/billiards.ipynb #frames-export
 def states_at_frames(impacts: Impacts, n_frames: int) -> tuple[Tensor, Tensor]:
     "Places and velocities of the discs in every frame, `(b,k,t,2)`"
     b, _, k, _ = impacts.place.shape
-    times = torch.arange(n_frames, dtype=torch.float64).expand(b, -1).contiguous()
+    frames = torch.arange(n_frames, dtype=torch.float64)
+    times = frames.expand(b, -1).contiguous()
     before = torch.searchsorted(impacts.time.contiguous(), times, right=True) - 1
     rows = torch.arange(b)[:, None]
     since = times - impacts.time[rows, before]
     velocity = impacts.velocity[rows, before]
-    place = impacts.place[rows, before] + velocity * since[..., None, None]
+    moved = velocity * since[..., None, None]
+    place = impacts.place[rows, before] + moved
     return place.transpose(1, 2), velocity.transpose(1, 2)
 
 
@@ -135,8 +150,9 @@ def contacts_at_frames(impacts: Impacts, pairs: Tensor, n_frames: int) -> Tensor
     "Which discs have met since the frame before, bool `(b,k,t,k)`"
     b, _, k, _ = impacts.place.shape
     contact = torch.zeros(b, k, n_frames, k, dtype=torch.bool)
-    shown = (impacts.pair >= 0) & (impacts.time <= n_frames - 1)
-    rows, event = shown.nonzero(as_tuple=True)
+    met = impacts.pair >= 0
+    shown = impacts.time <= n_frames - 1
+    rows, event = (met & shown).nonzero(as_tuple=True)
     one, two = pairs[:, impacts.pair[rows, event]]
     frame = impacts.time[rows, event].ceil().long()
     contact[rows, one, frame, two] = True
@@ -153,7 +169,8 @@ def draw_discs(
     "Starts of discs on a table, `(b,k)` and `(b,)`"
     k = n_objects[1]
     radii = uniform(keys, "radius", k, low=radius[0], high=radius[1])
-    place = radii[:, None] + (1 - 2 * radii[:, None]) * uniform(keys, "position", 2, k)
+    margin = radii[:, None]
+    place = margin + (1 - 2 * margin) * uniform(keys, "position", 2, k)
     x, y = place.unbind(1)
     fast = uniform(keys, "speed", k, low=speed[0], high=speed[1])
     angle = uniform(keys, "direction", k + 1, high=2 * torch.pi).double()   # so rounding to float32 hides the last bits
@@ -173,17 +190,19 @@ def draw_discs(
         "nudge_y": red * toward_y[:, k:],
     }
 
-
+# %% ../../nbs/worlds/billiards.ipynb #apart-export
 def apart(starts: SceneFactors, gap: float = 0.01) -> Tensor:
     "Whether all discs of a start keep a distance, bool `(b,)`"
     place = torch.stack([starts["x"], starts["y"]], -1)
-    distance = (place[:, :, None] - place[:, None]).norm(dim=-1)
+    between = place[:, :, None] - place[:, None]
+    distance = between.norm(dim=-1)
     radius = starts["half"][..., 0]
     there = starts["visibility"] > 0
-    both = there[:, :, None] & there[:, None] & ~torch.eye(there.shape[1], dtype=torch.bool)
+    both = there[:, :, None] & there[:, None]
+    same = torch.eye(there.shape[1], dtype=torch.bool)
     reach = radius[:, :, None] + radius[:, None]
     near = distance < reach + gap
-    return ~(near & both).flatten(1).any(1)
+    return ~(near & both & ~same).flatten(1).any(1)
 
 # %% ../../nbs/worlds/billiards.ipynb #kind-export
 @dataclass(frozen=True)
@@ -218,10 +237,11 @@ class Billiards(Questions):
         pairs = torch.triu_indices(k, k, 1)
         impacts = follow(table_of(starts), pairs, self.n_frames)
         place, velocity = states_at_frames(impacts, self.n_frames)
+        rotation = starts["rotation"][..., None]
         return {
             "position": place.float(),
             "velocity": velocity.float(),
-            "rotation": starts["rotation"][..., None].expand(place.shape[:3]),
+            "rotation": rotation.expand(place.shape[:3]),
             "contact": contacts_at_frames(impacts, pairs, self.n_frames),
         }
 

@@ -31,15 +31,22 @@ def _fixed_tetrominoes():
     }
     pieces = {}
     for letter, drawing in letters.items():
-        filled = torch.tensor([[mark == "#" for mark in row] for row in drawing.split()])
-        for degrees in (0, 90, 180, 270):
-            cells = filled.nonzero().tolist()
-            if cells not in pieces.values():
-                pieces[f"{letter}{degrees}"] = cells
-            filled = filled.rot90(-1)
+        pieces |= _turned_pieces(letter, drawing.split())
     return pieces
 
 
+def _turned_pieces(letter, rows):
+    "Those of its four turns that differ"
+    filled = torch.tensor([[mark == "#" for mark in row] for row in rows])
+    pieces = {}
+    for degrees in (0, 90, 180, 270):
+        cells = filled.nonzero().tolist()
+        if cells not in pieces.values():
+            pieces[f"{letter}{degrees}"] = cells
+        filled = filled.rot90(-1)
+    return pieces
+
+# %% ../../nbs/worlds/blocks.ipynb #blocks-names
 TETROMINOES = _fixed_tetrominoes()
 PURE = {
     "red": (1, 0, 0),
@@ -178,9 +185,8 @@ class Tetrominoes(SceneType):
         k = self.n_objects[1]
         shape = 1 + integers(keys, "shape", len(TETROMINOES), k)
         factors = sample_blocks(keys, self.n_objects, shape, _PIECES, 5, 35)
-        if size % 35:   # the crop begins at pixel 1
-            for f in ("x", "y"):
-                factors[f] = (factors[f] * 35 - 1) / 32
+        if size % 35:
+            factors |= {name: _in_crop(factors[name]) for name in ("x", "y")}
         color = 1 + integers(keys, "color", len(PURE), k)
         return factors | {"color": color}
 
@@ -195,6 +201,11 @@ class Tetrominoes(SceneType):
     def phrase(self, row: dict[str, str]) -> str:
         "E.g. 'red T tetromino'"
         return f"{row['color']} {row['shape'][0]} tetromino"
+
+
+def _in_crop(place):
+    "The 32 pixels of the crop begin at pixel 1 of 35"
+    return (place * 35 - 1) / 32
 
 # %% ../../nbs/worlds/blocks.ipynb #toy-kind
 @dataclass(frozen=True)

@@ -178,6 +178,12 @@ class Outline(NamedTuple):
         return self.half[:, 1]
 
 
+def _draw_shapes(keys, name, shape):
+    if shape is None:
+        return integers(keys, f"{name}/shape", 2) + 1
+    return torch.full((len(keys),), shape)
+
+
 def draw_outline(
     keys: Tensor,
     name: str,
@@ -186,10 +192,7 @@ def draw_outline(
     shape: int | None = None,   # 1 disc, 2 box; None: either
 ) -> Outline:
     "Discs and boxes; boxes are up to a quarter smaller in each direction"
-    if shape is None:
-        shapes = integers(keys, f"{name}/shape", 2) + 1
-    else:
-        shapes = torch.full((len(keys),), shape)
+    shapes = _draw_shapes(keys, name, shape)
     side = uniform(keys, f"{name}/size", 1, low=low, high=high)
     shrink = uniform(keys, f"{name}/sides", 2, low=0.75)
     disc = (shapes == 1)[:, None]

@@ -34,7 +34,8 @@ def body_distance(
     "Signed distance to discs and boxes, negative inside, in the unit of what is given"
     width, height = half[:, :, None, None].unbind(1)
     corner = width * disc[:, None, None]
-    return _square(right, up, (width - corner, height - corner)) - corner
+    box = (width - corner, height - corner)
+    return _square(right, up, box) - corner
 
 # %% ../../nbs/worlds/questions.ipynb #mark-export
 _ARC = (0.02, 0.045)   # how deep inside the outline the arc lies, in pictures
@@ -43,17 +44,39 @@ _ARC = (0.02, 0.045)   # how deep inside the outline the arc lies, in pictures
 def body_coverage(distance: Tensor, right: Tensor, size: int) -> tuple[Tensor, Tensor]:
     "How much of each pixel a body covers, and how much of it the arc inside, in [0,1], from lengths in pictures"
     outer, inner = (pixel_coverage((distance + depth) * size) for depth in _ARC)
-    return pixel_coverage(distance * size), (outer - inner) * pixel_coverage(-right * size)
+    body = pixel_coverage(distance * size)
+    left_half = pixel_coverage(-right * size)
+    return body, (outer - inner) * left_half
 
 # %% ../../nbs/worlds/questions.ipynb #paint-export
 def _window(body, size):
     "Rows `(n,w,1)` and columns `(n,1,w)` around each body, and the pictures `(n,1,1)` they belong to"
     reach = body["half"].norm(dim=-1).max().item()
-    steps = torch.arange(2 * int(reach * size + 2) + 1, device=body["x"].device) - int(reach * size + 2)
+    most = int(reach * size + 2)
+    steps = torch.arange(-most, most + 1, device=body["x"].device)
     place = torch.stack([body["y"], body["x"]]) * size
-    rows, columns = (place.long()[..., None] + steps).clamp(0, size - 1)
+    centre = place.long()[..., None]
+    rows, columns = (centre + steps).clamp(0, size - 1)
     picture = torch.arange(len(rows), device=rows.device)
     return picture[:, None, None], rows[:, :, None], columns[:, None, :]
+
+
+def _own_places(body, window, size):
+    "Where the pixels of a window lie as seen from each body, to its right and upwards"
+    _, rows, columns = window
+    x, y, turn = (body[name][:, None, None] for name in ("x", "y", "rotation"))
+    along_x = (columns + 0.5) / size - x
+    along_y = y - (rows + 0.5) / size
+    return _turned(along_x, along_y, turn)
+
+
+def _cover(body, window, size):
+    "What `body_coverage` says of the pixels of a window, for the bodies that are visible"
+    right, up = _own_places(body, window, size)
+    is_disc = body["shape"] == 1
+    distance = body_distance(right, up, body["half"], is_disc)
+    cover, arc = body_coverage(distance, right, size)
+    return cover * body["visibility"][:, None, None], arc
 
 
 def paint_body(
@@ -65,16 +88,25 @@ def paint_body(
     "Paint one body into each picture"
     size = image.shape[1]
     window = _window(body, size)
-    x, y, turn = (body[name][:, None, None] for name in ("x", "y", "rotation"))
-    right, up = _turned((window[2] + 0.5) / size - x, y - (window[1] + 0.5) / size, turn)
-    distance = body_distance(right, up, body["half"], body["shape"] == 1)
-    cover, arc = body_coverage(distance, right, size)
-    cover = cover * body["visibility"][:, None, None]
-    colour = body["rgb"][:, None, None] * (1 - 0.4 * arc[..., None])
-    image[window] = torch.lerp(image[window], colour, cover[..., None].expand_as(colour))
+    cover, arc = _cover(body, window, size)
+    shade = 1 - 0.4 * arc[..., None]
+    colour = body["rgb"][:, None, None] * shade
+    share = cover[..., None].expand_as(colour)
+    image[window] = torch.lerp(image[window], colour, share)
     masks[window] = torch.where(cover > 0.5, number, masks[window])
 
 # %% ../../nbs/worlds/questions.ipynb #frames-export
+def _body_in_frames(factors, i):
+    "What `paint_body` needs to know of object `i`, a row for each frame of each clip"
+    position = factors["position"][:, i]
+    frames = position.shape[1]
+    x, y = rearrange(position, "b t xy -> xy (b t)")
+    body = {"x": x, "y": y, "rotation": factors["rotation"][:, i].flatten()}
+    for name in ("shape", "half", "visibility", "rgb"):
+        body[name] = repeat(factors[name][:, i], "b ... -> (b t) ...", t=frames)
+    return body
+
+
 def render_bodies(
     factors: SceneFactors,   # of clips `(b,k)`, with `position` `(b,k,t,2)` and `rotation` `(b,k,t)`
     ground: Tensor,          # `(b,3,h,w)`
@@ -84,21 +116,25 @@ def render_bodies(
     image = repeat(ground, "b rgb h w -> (b t) h w rgb", t=t).contiguous()
     masks = torch.zeros(image.shape[:3], dtype=torch.int64, device=image.device)
     for i in range(k):
-        x, y = rearrange(factors["position"][:, i], "b t xy -> xy (b t)")
-        body = {"x": x, "y": y, "rotation": factors["rotation"][:, i].flatten()}
-        for name in ("shape", "half", "visibility", "rgb"):
-            body[name] = repeat(factors[name][:, i], "b ... -> (b t) ...", t=t)
-        paint_body(image, masks, i + 1, body)
-    return rearrange(image, "(b t) h w rgb -> b t rgb h w", t=t), masks.unflatten(0, (-1, t))
+        paint_body(image, masks, i + 1, _body_in_frames(factors, i))
+    clips = rearrange(image, "(b t) h w rgb -> b t rgb h w", t=t)
+    return clips, masks.unflatten(0, (-1, t))
+
+
+def _draw_tint(keys):
+    hue = uniform(keys, "ground", 1)
+    saturation = torch.full_like(hue, 0.12)
+    value = torch.full_like(hue, 0.8)
+    return hsv_to_rgb(torch.cat([hue, saturation, value], 1))
 
 
 def shaded_ground(keys: Tensor, size: int, floor: float = 1.0) -> Tensor:
     "A light tint per scene, darker downwards, and below `floor` (in pictures) darker still, `(b,3,h,w)`"
-    hue = uniform(keys, "ground", 1)
-    tint = hsv_to_rgb(torch.cat([hue, torch.full_like(hue, 0.12), torch.full_like(hue, 0.8)], 1))
     height = pixel_centres(size, keys.device)
-    shade = (1 - 0.2 * height) * torch.where(height > floor, 0.75, 1.0)
-    return repeat(tint, "b rgb -> b rgb h w", h=size, w=size) * shade[:, None]
+    below = torch.where(height > floor, 0.75, 1.0)
+    shade = (1 - 0.2 * height) * below
+    picture = repeat(_draw_tint(keys), "b rgb -> b rgb h w", h=size, w=size)
+    return picture * shade[:, None]
 
 # %% ../../nbs/worlds/questions.ipynb #bodies-export
 OTHERS = ("green", "blue", "purple", "cyan", "pink", "white")   # whatever is neither red nor yellow
@@ -106,12 +142,14 @@ OTHERS = ("green", "blue", "purple", "cyan", "pink", "white")   # whatever is ne
 
 def draw_roles(keys: Tensor, k: int) -> SceneFactors:
     "`color` int64 `(b,k)`, numbering `COLORS` from 1, and `rgb` `(b,k,3)`: object 1 is red, object 2 yellow"
-    order = permutation(keys, "colour", len(OTHERS))[:, : k - 2]
     names = list(COLORS)
-    others = torch.tensor([names.index(name) for name in OTHERS])[order]
-    roles = torch.tensor([names.index("red"), names.index("yellow")]).expand(len(keys), 2)
-    color = torch.cat([roles, others], 1)
-    return {"color": color + 1, "rgb": torch.tensor([*COLORS.values()])[color]}
+    others = torch.tensor([names.index(name) for name in OTHERS])
+    order = permutation(keys, "colour", len(OTHERS))
+    drawn = others[order[:, : k - 2]]
+    roles = torch.tensor([names.index("red"), names.index("yellow")])
+    color = torch.cat([roles.expand(len(keys), 2), drawn], 1)
+    palette = torch.tensor([*COLORS.values()])
+    return {"color": color + 1, "rgb": palette[color]}
 
 
 @dataclass(frozen=True)
@@ -121,13 +159,17 @@ class Bodies(SceneType):
     n_frames: int = 30                    # at 10 a second
 
     labels = ("shape", "color", "rgb", "half", "position", "velocity", "rotation", "visible_pixels", "visibility")
-    factor_names: ClassVar = {"shape": ["none", "disc", "box"], "color": ["none", *COLORS]}
+    factor_names: ClassVar = {
+        "shape": ["none", "disc", "box"],
+        "color": ["none", *COLORS],
+    }
     floor: ClassVar[float] = 1.0          # where the ground is darker, in pictures from the top
     smallest: ClassVar[int] = 32
 
     def render(self, factors: SceneFactors, size: int) -> tuple[Tensor, Tensor]:
         "Clips `(b,t,3,h,w)` and label maps `(b,t,h,w)`"
-        return render_bodies(factors, shaded_ground(factors["key"], size, self.floor))
+        ground = shaded_ground(factors["key"], size, self.floor)
+        return render_bodies(factors, ground)
 
     def count(self, masks: Tensor) -> SceneFactors:
         "`visible_pixels` `(b,k,t)`"
@@ -149,6 +191,21 @@ TRIES = 400   # starts that are drawn for an item before giving up
 Attempt = Callable[[Tensor, Tensor], tuple[Tensor, SceneFactors]]   # fresh keys, and the places of those
 
 
+def _in_order(places, parts):
+    "Factors that were found part by part, in the order of their places"
+    order = torch.cat(places).argsort()
+    joined = {}
+    for name in parts[-1]:
+        joined[name] = torch.cat([part[name] for part in parts])[order]
+    return joined
+
+
+def _all_but(values, where):
+    left = torch.ones(len(values), dtype=torch.bool)
+    left[where] = False
+    return values[left]
+
+
 def search_starts(keys: Tensor, attempt: Attempt) -> SceneFactors:
     """Factors of every key. `attempt` says which of those that it was given succeeded, and their factors.
 
@@ -157,15 +214,13 @@ def search_starts(keys: Tensor, attempt: Attempt) -> SceneFactors:
     pending = torch.arange(len(keys))
     places, parts = [], []
     for number in range(TRIES):
-        where, found = attempt(part_keys(keys[pending], 3 * number + 1), pending)
+        fresh = part_keys(keys[pending], 3 * number + 1)
+        where, found = attempt(fresh, pending)
         places.append(pending[where])
         parts.append(found)
-        failed = torch.ones(len(pending), dtype=torch.bool)
-        failed[where] = False
-        pending = pending[failed]
+        pending = _all_but(pending, where)
         if not len(pending):
-            order = torch.cat(places).argsort()
-            return {name: torch.cat([part[name] for part in parts])[order] for name in found}
+            return _in_order(places, parts)
     raise ValueError(
         f"after {TRIES} tries no start was found that fits: use fewer or smaller objects, or a larger span"
     )
@@ -191,10 +246,22 @@ def pick_rows(factors: SceneFactors, where: Tensor) -> SceneFactors:
 def scan_answers(starts: SceneFactors, outcome: Callable, grid: Tensor) -> Tensor:
     "Outcomes of starts nudged by every value of the grid, `(b,g)`: 1 yes, 0 no, −1 does not count"
     b = len(starts["visibility"])
-    copies = {name: value.repeat_interleave(len(grid), 0) for name, value in starts.items()}
-    return outcome(nudge(copies, grid.repeat(b))).view(b, len(grid))
+    copies = {}
+    for name, value in starts.items():
+        copies[name] = value.repeat_interleave(len(grid), 0)
+    nudged = nudge(copies, grid.repeat(b))
+    return outcome(nudged).view(b, len(grid))
 
 # %% ../../nbs/worlds/questions.ipynb #halving-export
+def _first_change(answers):
+    "The rows of answers `(b,g)` that turn from yes to no or back, and after which column they first do"
+    left = answers[:, :-1]
+    right = answers[:, 1:]
+    differ = (left + right == 1) & (left * right == 0)
+    where = differ.any(1).nonzero()[:, 0]
+    return where, differ[where].float().argmax(1)
+
+
 def find_twins(
     starts: SceneFactors,   # that may be used
     outcome: Callable,      # factors → 1 yes, 0 no, −1 does not count, `(b,)`
@@ -204,12 +271,10 @@ def find_twins(
     "Places of the starts that have twins, and those, `(b,2,…)`: first the one that says no, then yes"
     grid = torch.linspace(-span, span, GRID)
     answers = scan_answers(starts, outcome, grid)
-    left, right = answers[:, :-1], answers[:, 1:]
-    differ = (left + right == 1) & (left * right == 0)
-    where = differ.any(1).nonzero()[:, 0]
-    first = differ[where].float().argmax(1)
+    where, first = _first_change(answers)
     chosen = pick_rows(starts, where)
-    low, high = grid[first], grid[first + 1]
+    low = grid[first]
+    high = grid[first + 1]
     says = answers[where, first]
     good = torch.ones(len(where), dtype=torch.bool)
     for _ in range(halvings if len(where) else 0):
@@ -231,12 +296,15 @@ def _together(no, yes):
 def first_contact(contact: Tensor) -> Tensor:
     "Frame `(b,)` by which objects 1 and 2 have first touched, −1 for never, from contacts `(b,k,t,k)`"
     touched = contact[:, 0, :, 1]
-    return torch.where(touched.any(1), touched.int().argmax(1), -1)
+    frame = touched.int().argmax(1)
+    return torch.where(touched.any(1), frame, -1)
 
 
 def judge(first: Tensor, observed: int) -> Tensor:
     "Outcome of a story: 1 yes, 0 no, −1 where they touch while one still observes"
-    return torch.where((first >= 0) & (first < observed), -1, (first >= 0).long())
+    touch = first >= 0
+    too_early = touch & (first < observed)
+    return torch.where(too_early, -1, touch.long())
 
 # %% ../../nbs/worlds/questions.ipynb #pairs-export
 _FOUND: dict = {}   # (world, key of the pair) → both starts, `(2,…)`
@@ -264,20 +332,36 @@ def _search_pairs(world, keys):
     task = integers(keys, "task", len(world.tasks))
     if world.twins:
         return search_starts(keys, partial(_attempt_twins, world, task))
-    no, yes = (search_starts(part_keys(keys, 2 + i), partial(_attempt_answer, world, task, i)) for i in range(2))
+    no = _search_answer(world, task, keys, 0)
+    yes = _search_answer(world, task, keys, 1)
     return _together(no, yes)
+
+
+def _search_answer(world, task, keys, wanted):
+    attempt = partial(_attempt_answer, world, task, wanted)
+    return search_starts(part_keys(keys, 2 + wanted), attempt)
+
+# %% ../../nbs/worlds/questions.ipynb #draw-pairs-export
+def _pairs_of(world, keys):
+    "Both starts of each pair; those that were searched for before are remembered"
+    new = [key for key in keys if (world, key) not in _FOUND]
+    if new:
+        found = _search_pairs(world, torch.tensor(new))
+        for i, key in enumerate(new):
+            _FOUND[world, key] = pick_rows(found, i)
+    return [_FOUND[world, key] for key in keys]
 
 
 def draw_pairs(world: Bodies, keys: Tensor) -> SceneFactors:
     "The starts of items with these keys, see `twin_keys`; the world is one of `Questions`, below"
     pairs, place = (keys - keys % 2).unique(return_inverse=True)
-    new = torch.tensor([key for key in pairs.tolist() if (world, key) not in _FOUND], dtype=torch.int64)
-    if len(new):
-        found = _search_pairs(world, new)
-        _FOUND.update({(world, key): pick_rows(found, i) for i, key in enumerate(new.tolist())})
-    rows = [_FOUND[world, key] for key in pairs.tolist()]
-    says = (integers(pairs, "who", 2)[place] + keys) % 2
-    starts = {name: torch.stack([row[name] for row in rows])[place, says] for name in rows[0]}
+    found = _pairs_of(world, pairs.tolist())
+    first_says = integers(pairs, "who", 2)[place]
+    says = (first_says + keys) % 2
+    starts = {}
+    for name in found[0]:
+        both = torch.stack([pair[name] for pair in found])
+        starts[name] = both[place, says]
     return starts | {"key": pairs[place]}
 
 # %% ../../nbs/worlds/questions.ipynb #kind-export
@@ -294,7 +378,8 @@ class Questions(Bodies):
     def check(self) -> None:
         "ValueError for options that make no sense"
         for name, value in vars(self).items():
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
         _check_questions(self)
 
     def keys(self, index: Tensor, seed: int, split: str) -> Tensor:
@@ -303,7 +388,8 @@ class Questions(Bodies):
 
     def outcome(self, starts: SceneFactors) -> Tensor:
         "See `judge`"
-        return judge(first_contact(self.simulate(starts)["contact"]), self.observed)
+        contact = self.simulate(starts)["contact"]
+        return judge(first_contact(contact), self.observed)
 
     def sample(self, keys: Tensor, size: int) -> SceneFactors:
         "Starts of the items with these keys"
@@ -313,13 +399,19 @@ class Questions(Bodies):
         "Starts and what becomes of them: `position`, `velocity`, `rotation`, `contact`"
         on_cpu = {name: value.cpu() for name, value in factors.items()}
         story = self.simulate(on_cpu)
-        return factors | {name: value.to(factors["key"].device) for name, value in story.items()}
+        device = factors["key"].device
+        return factors | {name: value.to(device) for name, value in story.items()}
 
     def extras(self, factors: SceneFactors) -> dict:
         "`answer` int64 0 or 1, `first_contact` (a frame, or −1), `contact` bool `(b,k,t,k)`, `task` (names)"
         first = first_contact(factors["contact"])
         tasks = [self.tasks[number] for number in factors["task"].tolist()]
-        return {"answer": (first >= 0).long(), "first_contact": first, "contact": factors["contact"], "task": tasks}
+        return {
+            "answer": (first >= 0).long(),
+            "first_contact": first,
+            "contact": factors["contact"],
+            "task": tasks,
+        }
 
 # %% ../../nbs/worlds/questions.ipynb #check-export
 def _check_questions(world):
@@ -341,9 +433,13 @@ def true_states(factors: SceneFactors) -> Tensor:
     """
     t = factors["position"].shape[2]
     turned = torch.deg2rad(factors["rotation"])[..., None]
-    moving = [factors["position"], 10 * factors["velocity"], turned.sin(), turned.cos()]
-    number = torch.arange(factors["shape"].shape[1]).expand_as(factors["shape"])
-    kinds = torch.stack([factors["shape"] == 1, number == 0, number == 1, number >= 0], -1).float()
-    lasting = repeat(torch.cat([factors["half"], kinds], -1), "b k d -> b k t d", t=t)
-    states = torch.cat([*moving, lasting], -1) * factors["visibility"][..., None, None]
+    per_second = 10 * factors["velocity"]
+    moving = [factors["position"], per_second, turned.sin(), turned.cos()]
+    disc = factors["shape"] == 1
+    number = torch.arange(disc.shape[1]).expand_as(disc)
+    kinds = torch.stack([disc, number == 0, number == 1, number >= 0], -1)
+    lasting = torch.cat([factors["half"], kinds.float()], -1)
+    lasting = repeat(lasting, "b k d -> b k t d", t=t)
+    states = torch.cat([*moving, lasting], -1)
+    states = states * factors["visibility"][..., None, None]
     return rearrange(states, "b k t d -> b t k d")

@@ -66,10 +66,16 @@ def uniform(
     high: float = 1.0,
 ) -> Tensor:        # float32 `(b, *shape)`
     "Random numbers in [low, high) that depend on key, name and position only"
-    position = torch.arange(1, math.prod(shape) + 1, device=keys.device)
+    bits = _bits(keys, name, math.prod(shape))
+    values = low + (high - low) * (bits.float() / 2**24)
+    return values.view(len(keys), *shape)
+
+
+def _bits(keys, name, n):
+    "Whole numbers `(b,n)` of 24 bits"
+    position = torch.arange(1, n + 1, device=keys.device)
     stream = _mix(keys ^ _int64(zlib.crc32(name.encode()) << 20))
-    bits = _shift_right(_mix(stream[:, None] + position * _int64(_GOLDEN)), 40)
-    return (low + (high - low) * (bits.float() / 2**24)).view(len(keys), *shape)
+    return _shift_right(_mix(stream[:, None] + position * _int64(_GOLDEN)), 40)
 
 
 def integers(

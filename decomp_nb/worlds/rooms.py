@@ -43,9 +43,14 @@ def _sharp_normals(shape, p):
     if shape == "cube":
         facing = p.abs() == p.abs().amax(1, keepdim=True)
         return p.sign() * facing
-    x, y, z = p.unbind(1)
     if shape == "pill":
+        x, y, z = p.unbind(1)
         return torch.stack([x, y, z - z.clamp(0, PILL)], 1)
+    return _cylinder_normals(p)
+
+
+def _cylinder_normals(p):
+    x, y, z = p.unbind(1)
     on_side = torch.hypot(x, y) > z.abs()
     return torch.stack([x * on_side, y * on_side, z.sign() * ~on_side], 1)
 
@@ -55,14 +60,16 @@ _HALF_WIDTH = 2.5
 _WALL_HEIGHT = 1.53
 
 
+def _place_on_circle(angle):
+    turn = math.radians(angle)
+    place = [math.sin(turn), -math.cos(turn), 0]
+    return torch.tensor([place], dtype=torch.float64)
+
+
 def _room_rays(angle, size, samples):
     "Origins and directions `(1,3,r)` of a camera that has gone round the object by `angle` degrees"
-    turn = math.radians(angle)
     pitch = math.radians(5.8)
-    place = torch.tensor(
-        [[math.sin(turn), -math.cos(turn), 0]],
-        dtype=torch.float64,
-    )
+    place = _place_on_circle(angle)
     down = place.new_tensor([0, 0, -1])
     towards = -place * math.cos(pitch) + down * math.sin(pitch)
     directions = camera_rays(towards, size, samples, zoom=1.5)   # focal length 96 px of 64
