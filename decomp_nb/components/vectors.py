@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .encoders import BasicBlock
-from .unets import check_choice, coordinate_channels
+from .plain_unets import coordinate_channels
+from .unets import check_choice
 
 # %% auto #0
 __all__ = ['SpatialSoftmax', 'convolutions_first', 'halved_side', 'make_readout', 'VectorEncoder']
