@@ -22,7 +22,7 @@ from decomp_nb.decomposer import fingerprint, load_decomposer
 from decomp_nb.components.latents import KLLatents, VQLatents, decode_latents
 from decomp_nb.components.samplers import DDIM, latent_sampler
 from decomp_nb.components.shift_decoder import FactorNames, TwoConditions
-from decomp_nb.components.unets import unet_down, unet_up
+from decomp_nb.components.plain_unets import unet_down, unet_up
 from decomp_nb.factors import Factors
 from decomp_nb.methods.disdiff import DisDiff, disdiff_preset, disentangling_logits
 from decomp_nb.methods.encdiff import EncDiff, encdiff_preset

@@ -224,6 +224,8 @@ def test_checks_are_folded_and_so_is_long_drawing():
     drawing = "\n".join(f"x{i} = {i}" for i in range(12))
     assert options(code(drawing, shown(image_png=png())))["code-fold"] == "true"
     assert not options(code(drawing, shown(image_png=png())), everything=False)
+    assert options(code("import os\nfrom sys import path"))["code-summary"] == '"Imports"'
+    assert not options(code("import os"), everything=False) and not options(code("import os\nos.name", shown(text_plain="'posix'")))
     assert not options(code("show()", shown(image_png=png()))) and not options(code("assert 1\n1", shown(text_plain="1")))
 
 

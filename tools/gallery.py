@@ -29,29 +29,40 @@ class Card(NamedTuple):
     weights: str  # shipped weights, or where they come from
     cell: str = ""  # whose picture is shown
     box: tuple[float, float, float, float] = (0, 0, 1, 1)  # left, top, right, bottom, as shares of the picture
+    alt: str = ""  # what the picture shows, for those who do not see it
 
 
 CARDS = [
     Card("methods/lsd", "LSD", "Objects as slots with masks, read by a latent diffusion model.", "lsd_shapes",
-         "hero", (0, 0.12, 0.32, 0.68)),
+         "hero", (0.01, 0.128, 0.306, 0.701),
+         "Two scenes of coloured shapes, each beside its reconstruction and its segmentation into objects"),
     Card("methods/decomp_diffusion", "Decomp Diffusion", "A few short vectors, each of which draws a picture by itself.",
-         "decomp_diffusion_toy_squares", "hero", (0.13, 0.05, 0.86, 0.62)),
+         "decomp_diffusion_toy_squares", "hero", (0.133, 0.061, 0.702, 0.613),
+         "Pictures of three coloured squares; below them, one component draws the red square alone, another the blue one"),
     Card("methods/disdiff", "DisDiff", "Attributes (hue, size, angle) as fields inside a frozen diffusion model.",
-         "disdiff_shapes3d", "traverse", (0.08, 0.04, 1, 0.44)),
+         "disdiff_shapes3d", "traverse", (0.145, 0.052, 0.986, 0.452),
+         "A room drawn seven times in a row: the hue of the object changes, below that of the wall, then that of the floor"),
     Card("methods/concepts", "Concepts", "New words for a text-to-image model, found in unlabelled pictures.",
-         "text_to_image", "trained-use", (0.17, 0, 0.8, 0.75)),
+         "text_to_image", "trained-use", (0.185, 0.034, 0.685, 0.733),
+         "A discovered word drawn as a purple shape, then in sketch style, on white, and in other lights"),
     Card("methods/slot_diffusion", "SlotDiffusion", "Slots with a latent diffusion model over a learned codebook.",
-         "slot_diffusion_textured", "hero", (0, 0.06, 0.52, 0.3)),
+         "slot_diffusion_textured", "hero", (0.011, 0.072, 0.5, 0.316),
+         "A textured scene, the picture drawn from its slots, and its segmentation into objects and ground"),
     Card("methods/savi", "SAVi", "Slots that follow their objects through a clip.",
-         "savi_moving_textured", "patterned-film"),
+         "savi_moving_textured", "patterned-film",
+         alt="A film of patterned objects: a frame, the slots that follow the objects, and the frame drawn from them"),
     Card("methods/slot_attention_ae", "Slot Attention", "The baseline: slots compete for pixels, each is decoded to a layer.",
-         "slot_attention_shapes", "hero", (0.015, 0.44, 0.306, 0.96)),
+         "slot_attention_shapes", "hero", (0.015, 0.44, 0.306, 0.96),
+         "Scenes of coloured shapes beside their reconstruction and their segmentation into objects"),
     Card("methods/slate", "SLATE", "A transformer draws the picture token by token from its slots.",
-         "slate_shapes", "hero", (0.015, 0.345, 0.306, 0.765)),
+         "slate_shapes", "hero", (0.015, 0.345, 0.306, 0.765),
+         "Scenes of coloured shapes beside the pictures that the transformer draws and their segmentation"),
     Card("methods/steve", "STEVE", "SLATE for clips, with slots that stay with their objects.",
-         "steve_moving_textured", "learned-picture", (0.05, 0, 0.92, 0.62)),
+         "steve_moving_textured", "learned-picture", (0.193, 0.06, 0.975, 0.537),
+         "Five frames of a film with two moving ellipses, and the slots that stay with them"),
     Card("methods/slot_former", "SlotFormer", "Slots of the next frames, rolled out from those that were seen.",
-         "slot_former_billiards", "result-picture", (0, 0.05, 0.62, 1)),
+         "slot_former_billiards", "result-picture", (0.02, 0.08, 0.586, 0.947),
+         "Frames of a film: the truth, frames predicted by SlotFormer, and the slots of the objects"),
     Card("methods/encdiff", "EncDiff", "Every factor is a token that the denoiser reads by cross-attention.",
          "recipe disdiff_shapes3d_tokens"),
     Card("methods/stable_lsd", "Stable-LSD", "Slots in place of the words of a frozen Stable Diffusion.",
@@ -87,7 +98,7 @@ def framed(image: Image.Image) -> Image.Image:
 def card_html(card: Card) -> str:
     "A cell of the table: picture, name, line, weights, Colab"
     name = Path(card.page).name
-    alt = html.escape(f"{card.title}: a figure of its page")
+    alt = html.escape(f"{card.title}: {card.alt}")
     shown = f'<img src="images/gallery/{name}.webp" width="{SIZE[0]}" alt="{alt}"><br>' if card.cell else ""
     return (f'<td valign="top"><a href="{card.page}.ipynb">{shown}<b>{card.title}</b></a><br>{html.escape(card.line)}<br>'
             f'<small>weights: {card.weights} · <a href="{badge_url(card.page)}">Colab</a></small></td>')

@@ -2,7 +2,7 @@
 
 * Every picture gets its description as alternative text (`fig-alt`), from the figure itself; a wide one keeps its width on a phone.
 * Names in back-ticks become links, but not inside of code and not inside of links.
-* Checks and the code of figures are folded; tables get columns as wide as their words.
+* Checks, imports and the code of figures are folded; tables get columns as wide as their words.
 * A class is shown as a class, with its fields, its parameters in a table, and its methods.
 
 Signatures are read from the package's source, not from objects: nothing has to be imported or evaluated for them.
@@ -443,12 +443,20 @@ def is_check(cell: dict) -> bool:
     return not cell.get("outputs") and any(isinstance(s, ast.Assert) for s in statements(cell))
 
 
+def is_imports(cell: dict) -> bool:
+    "Does the cell import, and do nothing else?"
+    found = statements(cell)
+    return bool(found) and all(isinstance(s, ast.Import | ast.ImportFrom) for s in found)
+
+
 def fold_code(cell: dict, everything: bool) -> None:
-    "Checks are folded; where `everything` may be, the long code of a figure too"
+    "Checks are folded; where `everything` may be, imports and the long code of a figure too"
     lines = [line for line in cell["source"].splitlines() if line.strip() and not line.startswith("#|")]
     summary = ""
     if is_check(cell):
         summary = "Checks"
+    elif everything and is_imports(cell):
+        summary = "Imports"
     elif everything and pictures(cell) and len(lines) >= FOLDED_FROM:
         summary = "Code of the figure"
     if summary and not has_option(cell, "code-fold") and not has_option(cell, "echo"):

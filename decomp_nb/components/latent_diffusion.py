@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .diffusion import LSD_SCHEDULE, make_scheduler, noise_batch, prediction_type_of
 from .latents import LatentSpace, build_latents
-from .unets import build_with, latent_unet
+from .plain_unets import latent_unet
+from .unets import build_with
 from ..decomposer import Decomposer, fingerprint, old_name
 from ..factors import Factors
 

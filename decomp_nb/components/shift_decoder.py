@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .code_model import check_choices
 from .diffusion import signal_and_noise
 from .latent_diffusion import posterior
-from .unets import UNetFeatures, build_with, latent_unet, unet_up
+from .plain_unets import UNetFeatures, latent_unet, unet_up
+from .unets import build_with
 
 # %% auto #0
 __all__ = ['WAY_UP', 'TwoConditions', 'add_conditions', 'FactorNames', 'up_many', 'ShiftDecoder', 'field_coefficient']

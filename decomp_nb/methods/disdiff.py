@@ -26,7 +26,7 @@ from ..components.latents import build_latents, decode_latents
 from ..components.samplers import latent_sampler
 from ..components.shift_decoder import ShiftDecoder, field_coefficient
 from ..components.presets import from_preset
-from ..components.unets import UNetFeatures, latent_unet, unet_down, unet_up
+from ..components.plain_unets import UNetFeatures, latent_unet, unet_down, unet_up
 from ..decomposer import Decomposer, fingerprint
 from ..factors import Factors
 

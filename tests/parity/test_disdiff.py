@@ -28,7 +28,7 @@ from decomp_nb.components.latent_diffusion import bound_weights, noise_loss, pos
 from decomp_nb.components.latents import decode_latents
 from decomp_nb.components.samplers import latent_sampler
 from decomp_nb.components.shift_decoder import field_coefficient
-from decomp_nb.components.unets import unet_down, unet_up
+from decomp_nb.components.plain_unets import unet_down, unet_up
 from decomp_nb.decomposer import sample
 from decomp_nb.factors import Factors
 from decomp_nb.methods.disdiff import choice_losses, disentangling_logits
