@@ -198,14 +198,15 @@ _moved = {
     "components.vectors": {
         "components.encoders": "normalisation",
         "components.unets": "build_with",
-        "components.plain_unets": "TimeBeside=TimeConcat vector_denoiser place_channels=n_coordinate_channels "
-                                  "where=coordinate_channels denoise_with=call_vector_unet "
-                                  "start_at_zero=zero_start",
+        "components.plain_unets": "TimeBeside=TimeConcat vector_denoiser "
+                                  "place_channels=n_coordinate_channels where=coordinate_channels "
+                                  "denoise_with=call_vector_unet start_at_zero=zero_start",
     },
     "components.unets": {
-        "components.plain_unets": "RESAMPLE_BLOCKS VECTOR_UNET block_types check_attention zero_start plain_unet "
-                                  "TimeConcat n_coordinate_channels coordinate_channels vector_denoiser "
-                                  "call_vector_unet latent_unet UNetFeatures unet_down unet_up",
+        "components.plain_unets": "RESAMPLE_BLOCKS VECTOR_UNET block_types check_attention zero_start "
+                                  "plain_unet TimeConcat n_coordinate_channels coordinate_channels "
+                                  "vector_denoiser call_vector_unet latent_unet "
+                                  "UNetFeatures unet_down unet_up",
     },
     "components.denoisers": {
         "components.unets": "POSITIONS sincos_table QuickAttention PositionAttention resize_table "
