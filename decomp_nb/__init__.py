@@ -204,9 +204,10 @@ _moved = {
                                   "start_at_zero=zero_start",
     },
     "components.unets": {
-        "components.plain_unets": "RESAMPLE_BLOCKS VECTOR_UNET block_types check_attention zero_start plain_unet "
-                                  "TimeConcat n_coordinate_channels coordinate_channels vector_denoiser "
-                                  "call_vector_unet latent_unet UNetFeatures unet_down unet_up",
+        "components.plain_unets": "RESAMPLE_BLOCKS VECTOR_UNET block_types check_attention zero_start "
+                                  "plain_unet TimeConcat n_coordinate_channels coordinate_channels "
+                                  "vector_denoiser call_vector_unet latent_unet "
+                                  "UNetFeatures unet_down unet_up",
     },
     "components.denoisers": {
         "components.unets": "POSITIONS sincos_table QuickAttention PositionAttention resize_table "

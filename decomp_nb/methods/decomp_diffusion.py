@@ -28,7 +28,8 @@ from decomp_nb.components.diffusion import (
 from ..components.latents import Pixels, build_latents
 from ..components.recombination import ComponentFilms, Recombination
 from ..components.presets import changed, from_preset
-from ..components.unets import build_with, call_vector_unet, load_unet, slot_denoiser, vector_denoiser
+from ..components.plain_unets import call_vector_unet, vector_denoiser
+from ..components.unets import build_with, load_unet, slot_denoiser
 from ..components.vectors import VectorEncoder
 from ..decomposer import Decomposer
 from ..factors import Factors
