@@ -240,6 +240,7 @@ _moved = {
                           "convert_writer=convert_transformer",
     },
     "components.slot_model": {
+        "components.slot_denoising": "DiffusionSlotModel call_fixed fixed_denoiser",
         "components.presets": "changed",
         "components.slot_sets": "mix_slots",
         "components.slot_model": "small_eyes=small_encoder",
@@ -250,7 +251,7 @@ _moved = {
     },
     "methods.slate": {"components.token_model": "load_dvae"},
     "methods.slot_diffusion": {
-        "components.slot_model": "judged=fixed_denoiser",
+        "components.slot_denoising": "judged=fixed_denoiser",
         "official.slots": "published_rate",
     },
     "training.benchmark": {"training.benchmark": "measure=measure_step"},

@@ -11,13 +11,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .context import Surroundings
+from .ground import plane_places
 from .layout import find_layout, layout_dim, write_layout
 from .seeding import choose_places
 from .slots import SlotResult
 
 # %% auto #0
-__all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'ClusterKeys', 'ClusterStart',
-           'mean_under', 'SlotContent', 'ClusterLayers', 'ClusterSlots']
+__all__ = ['assign_to_means', 'cluster', 'near_groups', 'join_near', 'draw_places', 'draw_near', 'co_occurrence_loss',
+           'ground_keys', 'ClusterKeys', 'ClusterStart', 'mean_under', 'tilt_under', 'SlotContent', 'ClusterLayers',
+           'ClusterSlots']
 
 # %% ../../nbs/components/clusters.ipynb #assign-export
 def assign_to_means(
@@ -49,6 +51,34 @@ def cluster(
         means = weights.mT @ keys
         rounds.append((means, shares))
     return rounds
+
+# %% ../../nbs/components/clusters.ipynb #join-export
+def near_groups(
+    means: Tensor,  # `(b, s, d)`
+    distance: float,
+) -> Tensor:
+    "1 where two slots are nearer than `distance`, perhaps by way of others, else 0, `(b, s, s)`"
+    gaps = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
+    near = (gaps < distance).to(means.dtype)
+    for _ in range(means.shape[1].bit_length()):  # doubles the length of chains
+        near = (near @ near).clamp_max(1)
+    return near
+
+
+def join_near(
+    keys: Tensor,  # `(b, n, d)`
+    means: Tensor,  # `(b, s, d)`
+    shares: Tensor,  # `(b, n, s)`
+    distance: float,
+    sharpness: float = 64.0,
+    slot_mask: Tensor | None = None,  # `(b, s)`
+) -> tuple[Tensor, Tensor]:
+    "Means and shares after groups of near clusters have got their common mean, and one more round"
+    groups = near_groups(means, distance)
+    mass = shares.sum(1)[..., None]
+    common = groups @ (mass * means) / (groups @ mass + 1e-6)
+    return cluster(keys, common, 1, sharpness, slot_mask)[0]
+
 
 # %% ../../nbs/components/clusters.ipynb #places-export
 def draw_places(
@@ -94,32 +124,51 @@ def co_occurrence_loss(
     logits = torch.cat(agreement, -1).flatten(0, 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=keys.device))
 
+# %% ../../nbs/components/clusters.ipynb #ground-export
+def ground_keys(
+    unit: Tensor,  # `(b, n, d)`, unit vectors
+    share: Tensor,  # `(b, n, 1)` in [0, 1], of what is no ground
+    grid: tuple[int, int],  # rows and columns of the n places
+    place: float = 0.0,  # weight of where things lie
+) -> Tensor:
+    "Keys of things that stand on a smooth ground, and one for all of the ground, `(b, n, d + 1)`, with `place` d + 3"
+    angle = torch.pi / 2 * share
+    parts = [angle.sin() * unit, angle.cos()]
+    if place:
+        where = plane_places(*grid, unit.device)[:, 1:]
+        parts.append(place * angle.sin() * where)
+    return torch.cat(parts, -1)
+
+
 # %% ../../nbs/components/clusters.ipynb #layers-export
 class ClusterKeys(nn.Module):
     "Keys of the places of a feature map, and the part of a slot that is compared with them"
 
     def __init__(
-        self, in_dim: int, n_slots: int, slot_dim: int, key_dim: int, sharpness: float, ground: bool = False
+        self, in_dim: int, n_slots: int, slot_dim: int, key_dim: int, sharpness: float,
+        ground: bool = False, place: float = 0.0,
     ):
         super().__init__()
+        if place and not ground:
+            raise ValueError(f"place={place}: needs ground=True, or the ground falls into pieces")
         self.n_slots = n_slots
         self.slot_dim = slot_dim
         self.key_dim = key_dim
         self.sharpness = sharpness
         self.ground = ground
-        learned = key_dim - 1 if ground else key_dim
+        self.place = place
+        learned = key_dim - int(ground) - 2 * bool(place)
         self.norm_keys = nn.LayerNorm(in_dim)
         self.to_k = nn.Sequential(nn.Linear(in_dim, 2 * in_dim), nn.SiLU(), nn.Linear(2 * in_dim, learned, bias=False))
 
     def keys(self, features: Tensor) -> Tensor:
-        "Unit vectors `(b, n, key_dim)` of a feature map `(b, c, h, w)`, row by row, always in float32"
+        "Keys `(b, n, key_dim)` of a feature map `(b, c, h, w)`, row by row, in float32; without `place` unit vectors"
         with torch.autocast(features.device.type, enabled=False):
             places = rearrange(features.to(self.norm_keys.weight.dtype), "b c h w -> b (h w) c")
             unit = F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1)
             if not self.ground:
                 return unit
-            angle = torch.pi / 2 * places[..., -1:].float().detach()  # by the share of objects, see `GroundEncoder`
-            return torch.cat([angle.sin() * unit, angle.cos()], -1)
+            return ground_keys(unit, places[..., -1:].float().detach(), features.shape[-2:], self.place)
 
     def means(self, slots: Tensor) -> Tensor:
         "The part of slots `(…, s, d)` that competes, `(…, s, key_dim)`"
@@ -130,8 +179,10 @@ class ClusterKeys(nn.Module):
         return self.means(slots)
 
     def key_loss(self, features: Tensor, **options) -> Tensor:
-        "`co_occurrence_loss` of a feature map `(b, c, h, w)`"
+        "`co_occurrence_loss` of a feature map `(b, c, h, w)`; where things lie is no part of it"
         keys = self.keys(features).unflatten(1, features.shape[-2:])
+        if self.place:
+            keys = keys[..., :-2]
         return co_occurrence_loss(keys, **options)
 
 # %% ../../nbs/components/clusters.ipynb #start-export
@@ -170,15 +221,29 @@ def mean_under(features: Tensor, shares: Tensor) -> Tensor:
     weights = shares / (shares.sum((-2, -1), keepdim=True) + 1e-6)
     return torch.einsum("bshw,bchw->bsc", weights, features.float())
 
+# %% ../../nbs/components/clusters.ipynb #tilt-export
+def tilt_under(features: Tensor, shares: Tensor) -> Tensor:
+    "How features `(b, c, h, w)` change within each slot, downwards and to the right, `(b, s, 2c)`"
+    weights = shares.flatten(2) / (shares.sum((-2, -1)) + 1e-6)[..., None]
+    places = plane_places(*features.shape[-2:], features.device)[:, 1:]
+    centred = places - (weights @ places)[:, :, None]  # (b, s, n, 2)
+    spread = torch.einsum("bsn,bsnp->bsp", weights, centred.square()).sqrt() + 0.03  # at least one place
+    change = torch.einsum("bsn,bsnp,bcn->bspc", weights, centred, features.float().flatten(2))
+    return (change / spread[..., None]).flatten(2)
+
+
 # %% ../../nbs/components/clusters.ipynb #content-export
 class SlotContent(nn.Module):
     "What slots say about the pixels that they won"
 
-    def __init__(self, in_dim: int, content_dim: int, hidden_dim: int, context: int, window: int):
+    def __init__(
+        self, in_dim: int, content_dim: int, hidden_dim: int, context: int, window: int, tilt: bool = False
+    ):
         super().__init__()
         self.window = window
+        self.tilt = tilt
         self.surroundings = Surroundings(in_dim, context)
-        n_inputs = 2 * in_dim + layout_dim(window)
+        n_inputs = (4 if tilt else 2) * in_dim + layout_dim(window)
         self.norm_here = nn.LayerNorm(in_dim)
         self.skip = nn.Linear(n_inputs, content_dim)
         self.layers = nn.Sequential(
@@ -196,7 +261,8 @@ class SlotContent(nn.Module):
         here = self.norm_here(mean_under(features, shares))
         there = mean_under(around, F.adaptive_avg_pool2d(shares, around.shape[-2:]))
         layout = write_layout(find_layout(shares, self.window))
-        inputs = torch.cat([here, there, layout], -1)
+        change = [tilt_under(features, shares)] if self.tilt else []
+        inputs = torch.cat([here, there, layout, *change], -1)
         content = self.norm(self.skip(inputs) + self.layers(inputs))
         return torch.cat([layout, content.float()], -1)
 
@@ -229,18 +295,21 @@ class ClusterLayers(ClusterStart):
         show_layout: bool = False,  # `out` begins with the layout as it is, for `LayoutMaps` to read
         key_weight: float = 0.05,  # of the keys' loss beside the decoder's (they share no parameters)
         ground: bool = False,  # the features' last channel tells objects from a smooth ground (`GroundEncoder`)
+        place: float = 0.0,  # weight of where an object's place lies, in its key; 0: it does not count
+        tilt: bool = False,  # content also says how features change across the slot (`tilt_under`)
+        join: float = 0.0,  # clusters whose means are nearer than this are one (`join_near`); 0: never
     ):
-        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground)
+        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground, place)
+        self.join = join
         self.n_iterations = n_iterations
         self.key_weight = key_weight
         self.window = window
         self.show_layout = show_layout
         content_dim = _content_dim(slot_dim, key_dim, window)
         shown = layout_dim(window) if show_layout else 0
-        out_dim = out_dim or slot_dim
-        if out_dim <= shown:
+        if (out_dim := out_dim or slot_dim) <= shown:
             raise ValueError(f"out_dim={out_dim}: must be above {shown}, the layout with window={window}")
-        self.content = SlotContent(in_dim, content_dim, hidden_dim, context, window)
+        self.content = SlotContent(in_dim, content_dim, hidden_dim, context, window, tilt)
         self.to_out = nn.Linear(slot_dim, out_dim - shown)
 
     def project(self, slots: Tensor) -> Tensor:
@@ -278,8 +347,11 @@ class ClusterSlots(ClusterLayers):
             slots = self.start_among(keys, n_slots, generator)
         with torch.autocast(features.device.type, enabled=False):
             found = cluster(keys, self.means(slots).float(), rounds, self.sharpness, slot_mask)
+            if self.join:
+                found.append(join_near(keys, *found[-1], self.join, self.sharpness, slot_mask))
             means, shares = found[-1]
-        maps = rearrange(shares, "b (h w) s -> b s h w", h=features.shape[-2])
+        whole = shares @ near_groups(means, 1e-3) if self.join else shares  # twins say what they won together
+        maps = rearrange(whole, "b (h w) s -> b s h w", h=features.shape[-2])
         slots = torch.cat([means, self.content(features.detach(), maps)], -1)
         history = [(means, shares[:, None]) for means, shares in found] if record else None
         return SlotResult(slots, self.project(slots), shares[:, None], history)

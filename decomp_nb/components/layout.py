@@ -206,13 +206,13 @@ def _check_layout(factors):
 
 
 def _outline_fit(factors, window):
-    "Correlation of the outlines in codes with those of the masks"
+    "Correlation of the outlines in codes with those of the masks; merged duplicates, whose masks are empty, aside"
     shares = factors.masks.flatten(0, -4).float()
-    seen = own_window(shares, window)
-    written = factors.codes[..., 3:layout_dim(window)]
+    there = shares.sum((-2, -1)) > 0
+    seen = own_window(shares, window)[there]
+    written = factors.codes[..., 3:layout_dim(window)].flatten(0, -3)[there]
     pairs = torch.stack([
-        seen.flatten(),
-        written.flatten().float(),
+        seen.flatten(), written.flatten().float(),
     ])
     return torch.corrcoef(pairs)[0, 1].item()
 

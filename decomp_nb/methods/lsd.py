@@ -5,6 +5,7 @@
 # %% ../../nbs/methods/lsd.ipynb #imports-export
 from __future__ import annotations
 
+from ..components.clip_clusters import on_smooth_ground
 from ..components.presets import from_preset
 from ..components.slot_denoising import DiffusionSlotModel
 from ..components.slot_model import cluster_encoder, moving_encoder, small_encoder
@@ -51,14 +52,22 @@ def _in_latents(width: int, encoder: dict) -> dict:
         scheduler_config=SMALL_SCHEDULE, denoiser_config=_one_level(width, 8, slot_dim), layout_channels=32,
     )
 
+
+def _on_a_floor() -> dict:
+    "Slots as clusters of colour and place above a smooth ground, for rendered scenes"
+    encoder = on_smooth_ground(cluster_encoder(n_slots=8, layout=True))
+    encoder["slots_config"] |= dict(place=2.0, join=0.75, tilt=True)
+    return encoder
+
 # %% ../../nbs/methods/lsd.ipynb #preset-export
 def lsd_preset(
-    name: str = "shapes",  # "shapes", "clevr", of clips "moving" (64 pixels, CPU), "movi_e" (published), "tiny"
+    name: str = "shapes",  # "shapes", "smooth_ground", "clevr", "moving" (clips), "movi_e" (published), "tiny"
     **changes,  # keys of `LSD`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `LSD` for a known setting"
     presets = {
         "shapes": _in_latents(80, cluster_encoder(layout=True)) | dict(zoom=2.0, merge_threshold=0.95),
+        "smooth_ground": _in_latents(80, _on_a_floor()) | dict(zoom=2.0, merge_threshold=0.999),
         "moving": _in_patches(80, moving_encoder()),
         "clevr": _in_patches(64, small_encoder(n_blocks=1, position_in="both")),
         "tiny": dict(
