@@ -128,3 +128,64 @@ def test_plain_tracking_is_as_before():
     noise = torch.randn(1, 3, 16)
     found = track(module, x, noise=noise)
     torch.testing.assert_close(found.slots[:, 1], module(x[:, 1], slots=module(x[:, 0], noise=noise).slots).slots)
+
+
+# -- all frames at once ------------------------------------------------------------------------------
+
+AT_ONCE = dict(parallel=dict(n_layers=2, n_heads=2, hidden=16, gain=1.0), contrast_weight=0.5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_frames_that_look_back_in_every_method(name, tmp_path):
+    "What is learned gets gradients, chunks give the whole clip, a folder the same model, and the future changes nothing"
+    torch.manual_seed(0)
+    model = METHODS[name](tracking_config=AT_ONCE)
+    for p in model.parameters(): p.requires_grad and torch.nn.init.normal_(p, std=0.1)
+    model.train()({"image": CLIPS[:, :3]})["loss"].backward()
+    silent = [n for n, p in model.named_parameters() if n.startswith("tracker.") and (p.grad is None or not p.grad.abs().sum())]
+    assert not silent, silent
+    model.eval()
+    later = CLIPS.clone()
+    later[:, 3:] = 0.5
+    with torch.no_grad():
+        whole, chunks, changed = model.encode(CLIPS), model.encode(CLIPS, chunk=2), model.encode(later)
+        start, first = model.encode(CLIPS[:, :3], return_found=True)
+        rest = model.encode(CLIPS[:, 3:], state=first.state.detach())
+        assert model.encode(CLIPS[:, 0]).codes.shape == (2, 4, 16)
+    for found in (chunks.codes, torch.cat([start.codes, rest.codes], 1)): torch.testing.assert_close(found, whole.codes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(changed.codes[:, :3], whole.codes[:, :3], rtol=0, atol=1e-5)
+    assert not torch.allclose(changed.codes[:, 4], whole.codes[:, 4])
+    model.save_pretrained(tmp_path)
+    with torch.no_grad(): assert torch.equal(type(model).from_pretrained(tmp_path).eval().encode(CLIPS).codes, whole.codes)
+
+
+def test_a_frame_knows_its_past():
+    "The same last frame behind another past has other slots; where nothing is read from the past, the same ones"
+    torch.manual_seed(0)
+    model = savi(tracking_config=dict(parallel=dict(n_layers=1, n_heads=2, gain=1.0))).eval()
+    other = torch.cat([CLIPS.flip(0)[:, :4], CLIPS[:, 4:]], 1)
+    last = lambda: [model.encode(clips).codes[:, 4] for clips in (CLIPS, other)]
+    with torch.no_grad():
+        assert not torch.allclose(*last(), atol=1e-3)
+        model.tracker.layers[0].over_time.to_out.weight.zero_()
+        torch.testing.assert_close(*last())
+
+
+def test_absent_slots_stay_away_at_once():
+    module, tracker = SlotAttention(8, n_slots=4, slot_dim=16), Tracker(16, 4, parallel=dict(gain=1.0)).eval()
+    features, start = torch.randn(2, 3, 8, 4, 4), torch.randn(2, 4, 16)
+    mask, other = torch.tensor([[True, True, True, False]] * 2), start.clone()
+    other[:, 3] = 7.0
+    found = [tracker(module, features, slots=s, slot_mask=mask).slots[:, :, :3] for s in (start, other)]
+    torch.testing.assert_close(*found)
+
+
+def test_options_that_go_from_frame_to_frame_are_refused_at_once():
+    for wrong in (dict(predictor={}), dict(gaussian={}), dict(first_iterations=3), dict(truncate=2), dict(recompute=True)):
+        with pytest.raises(ValueError, match=f"parallel: no frame follows another, so leave out {next(iter(wrong))}"): savi(tracking_config=dict(parallel={}, **wrong))
+    with pytest.raises(ValueError, match="n_layers=0"): savi(tracking_config=dict(parallel=dict(n_layers=0)))
+    clusters = savi(slots_config=dict(kind="clusters", n_slots=4, slot_dim=80), tracking_config=dict(parallel={}))
+    with pytest.raises(ValueError, match="kind='attention'"): clusters.encode(CLIPS)
+    boxes = savi(tracking_config=dict(parallel={}, condition="boxes"))
+    with pytest.raises(ValueError, match="pass boxes="): boxes.encode(CLIPS)
+    assert boxes.encode(CLIPS, boxes=torch.zeros(2, 3, 4)).codes.shape == (2, 5, 4, 16)

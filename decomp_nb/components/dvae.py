@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,12 +63,14 @@ def cosine_cooling(
 
 # %% ../../nbs/components/dvae.ipynb #dvae-block-export
 class NormedConv(nn.Module):
-    "Convolution without bias → group norm with one group → ReLU"
+    "Convolution without bias → group norm with one group → ReLU; not `normed`: with a bias, and no norm"
 
-    def __init__(self, before: int, after: int, kernel: int = 1, stride: int = 1, padding: int = 0):
+    def __init__(
+        self, before: int, after: int, kernel: int = 1, stride: int = 1, padding: int = 0, *, normed: bool = True
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(before, after, kernel, stride, padding, bias=False)
-        self.norm = nn.GroupNorm(1, after)
+        self.conv = nn.Conv2d(before, after, kernel, stride, padding, bias=not normed)
+        self.norm = nn.GroupNorm(1, after) if normed else nn.Identity()
         nn.init.kaiming_uniform_(self.conv.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,18 +85,20 @@ def _last(before, after):
     return layer
 
 
-def _encoder(vocabulary, width):
-    layers = [NormedConv(3, width, 4, 4)]
-    layers += [NormedConv(width, width) for _ in range(6)]
+def _encoder(vocabulary, width, normed):
+    block = partial(NormedConv, normed=normed)
+    layers = [block(3, width, 4, 4)]
+    layers += [block(width, width) for _ in range(6)]
     return nn.Sequential(*layers, _last(width, vocabulary))
 
 
-def _decoder(vocabulary, width):
-    layers = [NormedConv(vocabulary, width)]
+def _decoder(vocabulary, width, normed):
+    block = partial(NormedConv, normed=normed)
+    layers = [block(vocabulary, width)]
     for _ in range(2):
-        layers.append(NormedConv(width, width, 3, padding=1))
-        layers += [NormedConv(width, width) for _ in range(2)]
-        layers += [NormedConv(width, 4 * width), nn.PixelShuffle(2)]
+        layers.append(block(width, width, 3, padding=1))
+        layers += [block(width, width) for _ in range(2)]
+        layers += [block(width, 4 * width), nn.PixelShuffle(2)]
     return nn.Sequential(*layers, _last(width, 3))
 
 
@@ -115,10 +120,10 @@ class PatchWords(ModelMixin, ConfigMixin):
         return size // self.factor, size // self.factor
 
     def logits(self, images: Tensor) -> Tensor:
-        "Scores of all tokens at every place `(b,V,h/4,w/4)`, of pictures `(b,3,h,w)`"
+        "Scores of all tokens at every place `(b,V,h/4,w/4)`, of pictures `(b,3,h,w)` in [−1,1]"
         for side in images.shape[-2:]:
             self.shape(side)
-        return self.encoder(images)
+        return self.encoder((images + 1) / 2 if self.config.get("unit") else images)
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
@@ -129,7 +134,8 @@ class PatchWords(ModelMixin, ConfigMixin):
         "Pictures from numbers of tokens `(b,h,w)`, or from soft mixtures `(b,V,h,w)`"
         if not words.is_floating_point():
             words = one_hot(words, self.config.vocabulary).to(self.dtype)
-        return self.decoder(words)
+        pictures = self.decoder(words)
+        return 2 * pictures - 1 if self.config.get("unit") else pictures
 
 # %% ../../nbs/components/dvae.ipynb #dvae-export
 class DVAE(PatchWords):
@@ -145,10 +151,12 @@ class DVAE(PatchWords):
         cooling_steps: int = 9000,   # training steps over which the temperature falls; published: the first 15 %
         hard: bool = False,          # train with single tokens instead of mixtures
         sharpness: float = 1.0,      # of the scores at the start; > 1: different patches begin with different tokens
+        normed: bool = True,         # group norms behind convolutions; False: biases in their place
+        unit: bool = False,          # the networks work on pictures in [0, 1], as in the original SLATE and STEVE
     ):
         super().__init__()
-        self.encoder = _encoder(vocabulary, width)
-        self.decoder = _decoder(vocabulary, width)
+        self.encoder = _encoder(vocabulary, width, normed)
+        self.decoder = _decoder(vocabulary, width, normed)
         if sharpness != 1:
             _sharpen(self.encoder[-1], sharpness)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))

@@ -18,10 +18,10 @@ from .text import quiet
 from .unets import build_with, check_choice, check_groups, check_halvings
 
 # %% auto #0
-__all__ = ['LSD_UNET', 'NORMALISATIONS', 'VIT_S8', 'VIT_KEYS', 'ENCODERS', 'check_image', 'FeatureEncoder', 'ConvEncoder',
-           'ResidualBlock', 'ResidualEncoder', 'GroundEncoder', 'UNetEncoder', 'normalisation', 'BasicBlock',
-           'ResNetEncoder', 'normalise', 'PatchEncoder', 'read_transformer_config', 'DinoEncoder', 'VitEncoder',
-           'vit_state', 'NoEncoder', 'build_encoder']
+__all__ = ['PIXELS_AT_ONCE', 'LSD_UNET', 'NORMALISATIONS', 'VIT_S8', 'VIT_KEYS', 'ENCODERS', 'check_image', 'FeatureEncoder',
+           'ConvEncoder', 'ResidualBlock', 'ResidualEncoder', 'GroundEncoder', 'UNetEncoder', 'normalisation',
+           'BasicBlock', 'ResNetEncoder', 'normalise', 'PatchEncoder', 'read_transformer_config', 'DinoEncoder',
+           'VitEncoder', 'vit_state', 'NoEncoder', 'build_encoder']
 
 # %% ../../nbs/components/encoders.ipynb #check-export
 def check_image(images: Tensor, stride: int) -> None:
@@ -32,6 +32,9 @@ def check_image(images: Tensor, stride: int) -> None:
     if height % stride or width % stride:
         misfit = "smaller than" if min(height, width) < stride else "no multiple of"
         raise ValueError(f"image of {height}×{width} is {misfit} the encoder's stride {stride}: resize it")
+
+
+PIXELS_AT_ONCE = 2 ** 16  # of a batch, on a processor: what stays in its cache
 
 
 class FeatureEncoder(nn.Module):
@@ -53,7 +56,10 @@ class FeatureEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         "Images `(b, 3, h, w)` in [−1, 1] → features `(b, out_channels, h/stride, w/stride)`"
         check_image(images, self.stride)
-        return self.features(images)
+        n = max(PIXELS_AT_ONCE // images.shape[-2:].numel(), 1)
+        if torch.is_grad_enabled() or images.device.type != "cpu" or len(images) <= n:
+            return self.features(images)
+        return torch.cat([self.features(part) for part in images.split(n)])
 
 # %% ../../nbs/components/encoders.ipynb #conv-export
 class ConvEncoder(FeatureEncoder):
@@ -68,6 +74,7 @@ class ConvEncoder(FeatureEncoder):
         kernel: int = 5,
         groups: int = 8,  # of the group norms; 0: no norm (SlotAttention's original CNN)
         activation: str = "silu",  # "silu" or "relu"
+        unit: bool = False,  # the network reads pictures in [0, 1], and pads with black (original STEVE)
     ):
         halvings = stride.bit_length() - 1
         if stride != 2**halvings or halvings > len(channels):
@@ -77,6 +84,7 @@ class ConvEncoder(FeatureEncoder):
         if groups:
             check_groups(channels, groups)
         super().__init__(image_size, stride, channels[-1])
+        self.unit = unit
         activate = dict(silu=nn.SiLU, relu=nn.ReLU)[activation]
         layers = []
         for i, (before, width) in enumerate(pairwise([3, *channels])):
@@ -89,7 +97,7 @@ class ConvEncoder(FeatureEncoder):
 
     def features(self, images: Tensor) -> Tensor:
         "As `forward`, for images of a checked size"
-        return self.layers(images)
+        return self.layers((images + 1) / 2 if self.unit else images)
 
 # %% ../../nbs/components/encoders.ipynb #residual-export
 class ResidualBlock(nn.Module):

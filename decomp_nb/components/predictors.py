@@ -11,11 +11,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .decoders import MultiHeadAttention, decoder_mlp, log_weights
 from .slots import two_layers
 
 # %% auto #0
-__all__ = ['Memory', 'PREDICTORS', 'SlotPredictor', 'TransformerPredictor', 'MLPPredictor', 'RecurrentPredictor', 'predict_slots',
-           'build_predictor']
+__all__ = ['Memory', 'PREDICTORS', 'SlotPredictor', 'TransformerPredictor', 'SetBlock', 'BlockPredictor', 'MLPPredictor',
+           'RecurrentPredictor', 'predict_slots', 'build_predictor']
 
 # %% ../../nbs/components/predictors.ipynb #transformer-export
 class SlotPredictor(nn.Module):
@@ -51,6 +52,49 @@ class TransformerPredictor(SlotPredictor):
         "Slots `(b, s, d)` → start of the next frame `(b, s, d)`"
         absent = None if slot_mask is None else ~slot_mask.bool()
         return self.transformer(slots, src_key_padding_mask=absent)
+
+# %% ../../nbs/components/predictors.ipynb #blocks-export
+class SetBlock(nn.Module):
+    "Members of a set read each other, then an MLP; `first`: the residual starts behind the norm"
+
+    def __init__(self, dim: int, n_heads: int, dropout: float, gain: float, first: bool):
+        super().__init__()
+        self.first = first
+        self.norm_self = nn.LayerNorm(dim)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.over_slots = MultiHeadAttention(dim, n_heads, dropout, gain)
+        self.mlp = decoder_mlp(dim, dropout, gain)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        "`(b, s, d)` → the same shape; `bias` `(b, 1, 1, s)` is added to the logits of who is read"
+        normed = self.norm_self(x)
+        read = self.over_slots.attend(normed, *self.over_slots.keys_and_values(normed), bias=bias)
+        x = (normed if self.first else x) + read
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class BlockPredictor(SlotPredictor):
+    "Self-attention among the slots of a frame as in the original STEVE"
+
+    def __init__(
+        self,
+        dim: int,  # d, width of a slot
+        *,
+        n_layers: int = 1,
+        n_heads: int = 4,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        gain = (2 * n_layers) ** -0.5
+        self.blocks = nn.ModuleList(SetBlock(dim, n_heads, dropout, gain, first=i == 0) for i in range(n_layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, slots: Tensor, slot_mask: Tensor | None = None) -> Tensor:
+        "Slots `(b, s, d)` → start of the next frame `(b, s, d)`"
+        bias = None if slot_mask is None else log_weights(slot_mask.to(slots))[:, None, None]
+        for block in self.blocks:
+            slots = block(slots, bias)
+        return self.norm(slots)
 
 # %% ../../nbs/components/predictors.ipynb #mlp-export
 class MLPPredictor(SlotPredictor):
@@ -121,16 +165,16 @@ def predict_slots(
     return predictor(slots), None
 
 # %% ../../nbs/components/predictors.ipynb #build-export
-PREDICTORS = dict(transformer=TransformerPredictor, mlp=MLPPredictor)
+PREDICTORS = dict(transformer=TransformerPredictor, mlp=MLPPredictor, blocks=BlockPredictor)
 
 
 def build_predictor(
     dim: int,  # d, width of a slot
-    kind: str = "transformer",  # "transformer", "mlp"
+    kind: str = "transformer",  # "transformer", "mlp", "blocks" (original STEVE)
     *,
     recurrent: bool = False,  # inside an LSTM
     memory_dim: int | None = None,  # width of its memory; None: 2 · dim
-    **options,  # of `TransformerPredictor` or `MLPPredictor`
+    **options,  # of `TransformerPredictor`, `MLPPredictor` or `BlockPredictor`
 ) -> SlotPredictor | RecurrentPredictor:
     "A predictor from a config"
     if kind not in PREDICTORS:

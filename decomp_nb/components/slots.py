@@ -262,14 +262,16 @@ class SlotRound(SlotReader):
     epsilon = 1e-6
     temperature = 1.0
 
-    def step(self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self, slots: Tensor, k: Tensor, v: Tensor, slot_mask: Tensor | None = None, mlp: bool = True
+    ) -> tuple[Tensor, Tensor]:
         "One iteration: new slots `(b, s, d)` and the attention `(b, heads, n, s)` that made them"
         q = self.split_heads(self.to_q(self.norm_slots(slots)))
         hardness = dict(epsilon=self.epsilon, temperature=self.temperature)
         attention, update = attend(q, k, v, slot_mask=slot_mask, **hardness)
         update = update.transpose(1, 2).flatten(2).to(slots.dtype)  # heads side by side again
         slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-        return slots + self.mlp(self.norm_mlp(slots)), attention
+        return slots + self.mlp(self.norm_mlp(slots)) if mlp else slots, attention
 
     def assign(self, slots: Tensor, features: Tensor, slot_mask: Tensor | None = None) -> Tensor:
         "Shares `(b, heads, n, s)` of the places of any feature map `(b, c, h, w)` that slots `(b, s, d)` win"
@@ -284,6 +286,7 @@ class SlotLoop(SlotRound):
 
     n_iterations = 3
     gradient = "full"
+    last_mlp = True
 
     def forward(
         self,
@@ -312,7 +315,7 @@ class SlotLoop(SlotRound):
             for i in range(steps):
                 if i == steps - 1:
                     slots = cut_gradient(slots, origin, self.gradient)
-                slots, attention = self.step(slots, k, v, slot_mask)
+                slots, attention = self.step(slots, k, v, slot_mask, self.last_mlp or i < steps - 1)
                 if record:
                     history.append((slots, attention))
         return SlotResult(slots, self.to_out(self.norm_out(slots)), attention, history)
@@ -333,6 +336,7 @@ class SlotAttention(SlotLoop):
         gradient: str = "full",  # "full", "last" or "bi_level"
         epsilon: float = 1e-6,
         temperature: float = 1.0,
+        last_mlp: bool = True,  # the MLP in the last iteration of a picture too (original STEVE: not there)
         position: str | None = "centers",  # grid added to the features: "centers", "ends" or None
         position_in: str = "both",  # what the grid is added to: keys and values ("both"), or the "values" alone
         start_as: str = "random",  # weights before training: "random", or "clusters", see `start_as_clusters`
@@ -346,6 +350,7 @@ class SlotAttention(SlotLoop):
         self.gradient = gradient
         self.epsilon = epsilon
         self.temperature = temperature
+        self.last_mlp = last_mlp
         self.ends = position == "ends"
         self.position_in = position_in
         if start_as == "clusters":
@@ -464,9 +469,6 @@ def empty_slot_rate(attention: Tensor) -> Tensor:
 
 def slot_diagnostics(found: SlotResult) -> dict[str, float]:
     "Means of the three: `slot_entropy` (1 = all share all), `slot_cosine` (1 = all alike), `empty_slots`"
-    signs = {
-        "slot_entropy": slot_entropy(found.attention),
-        "slot_cosine": slot_cosine(found.slots),
-        "empty_slots": empty_slot_rate(found.attention),
-    }
+    signs = {"slot_entropy": slot_entropy(found.attention), "slot_cosine": slot_cosine(found.slots)}
+    signs["empty_slots"] = empty_slot_rate(found.attention)
     return {name: value.mean().item() for name, value in signs.items()}

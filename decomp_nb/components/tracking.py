@@ -14,18 +14,20 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .looking_back import LookBack
 from .predictors import Memory, build_predictor, predict_slots
 from .slots import SlotAttention, SlotResult, two_layers
 
 # %% auto #0
-__all__ = ['TrackState', 'TrackResult', 'start_of_frame', 'join_time', 'GaussianStart', 'draw_start', 'track', 'boxes_of_labels',
-           'CoordinateStart', 'given_start', 'temporal_contrast', 'losses_over_time', 'Tracker']
+__all__ = ['TrackState', 'TrackResult', 'start_of_frame', 'join_time', 'GaussianStart', 'draw_start', 'track', 'start_of_clip',
+           'track_at_once', 'boxes_of_labels', 'CoordinateStart', 'given_start', 'temporal_contrast',
+           'losses_over_time', 'layers_at_once', 'TrackerParts', 'Tracker']
 
 # %% ../../nbs/components/tracking.ipynb #state-export
 class TrackState(NamedTuple):
     "What the frames so far hand to the next; slots of an earlier clip alone make one too"
     slots: Tensor  # `(b, s, d)` of the last frame
-    memory: Memory | None = None  # of a recurrent predictor
+    memory: Memory | tuple[Tensor, ...] | None = None  # of a recurrent predictor, or of `track_at_once`
     origin: Tensor | None = None  # start of the first frame `(b, s, d)`, for the gradient of "bi_level"
     n_frames: int = 1  # so far; 0: the slots are the start of a first frame
 
@@ -179,6 +181,49 @@ def track(
         frames.append(_with_time(found, state, drawn_from))
     return join_time(frames)
 
+# %% ../../nbs/components/tracking.ipynb #start-of-clip-export
+def start_of_clip(
+    slot_attention: SlotAttention, features: Tensor, slots: Tensor | None, state: TrackState | None, **drawn
+) -> Tensor:
+    "Slots `(b, s, d)` that all frames of features `(b, t, c, h, w)` begin with; `drawn`: options of `start_on`"
+    if state is not None:
+        return state.slots if state.origin is None else state.origin
+    return slot_attention.start_on(features[:, 0], **drawn) if slots is None else slots
+
+# %% ../../nbs/components/tracking.ipynb #at-once-export
+def track_at_once(
+    slot_attention: SlotAttention,
+    features: Tensor,  # `(b, t, c, h, w)`
+    layers: nn.ModuleList,  # of `LookBack`; after each of them there is one more round
+    *,
+    slots: Tensor | None = None,  # start of every frame `(b, s, d)`; None: drawn or learned
+    state: TrackState | None = None,  # go on from the frames before
+    slot_mask: Tensor | None = None,  # `(b, s)`, False where a slot does not exist
+    n_iterations: int | None = None,  # rounds before the first layer; None: slot attention's
+    **drawn,  # noise, generator, n_slots of the start
+) -> TrackResult:
+    "As `track`, but no frame waits for the one before: layers that look back tell it of the past"
+    if not hasattr(slot_attention, "step"):
+        raise ValueError("tracking_config parallel: needs slots that compete in rounds, slots_config kind='attention'")
+    b, t = features.shape[:2]
+    origin = start_of_clip(slot_attention, features, slots, state, **drawn)
+    before = [None] * len(layers) if state is None or state.memory is None else state.memory
+    mask = None if slot_mask is None else slot_mask.repeat_interleave(t, 0)
+    keys, values = (part.float() for part in slot_attention.read(features.flatten(0, 1)))
+    memory = []
+    with torch.autocast(features.device.type, enabled=False):  # the competition needs float32
+        found = origin.to(slot_attention.slot_mean.dtype).repeat_interleave(t, 0)
+        for _ in range(n_iterations or slot_attention.n_iterations):
+            found, attention = slot_attention.step(found, keys, values, mask)
+        for layer, past in zip(layers, before):
+            told, seen = layer(found.unflatten(0, (b, t)), past, slot_mask)
+            found, attention = slot_attention.step(told.flatten(0, 1), keys, values, mask)
+            memory.append(seen)
+    parts = found, slot_attention.to_out(slot_attention.norm_out(found)), attention
+    parts = [part.unflatten(0, (b, t)) for part in parts]
+    n_before = 0 if state is None else state.n_frames
+    return TrackResult(*parts, state=TrackState(parts[0][:, -1], tuple(memory), origin, n_before + t))
+
 # %% ../../nbs/components/tracking.ipynb #boxes-export
 def boxes_of_labels(labels: Tensor, n_objects: int) -> Tensor:
     "Boxes `(b, n, 4)` of the objects 1 … n of label maps `(b, h, w)`: top, left, bottom, right in 0 … 1; absent: zeros"
@@ -258,9 +303,23 @@ def losses_over_time(
         out["contrast"] = contrast_weight * temporal_contrast(found.slots, temperature)
     return out
 
-# %% ../../nbs/components/tracking.ipynb #tracker-export
-class Tracker(nn.Module):
-    "Predictor, start and losses of slots over time; around `track`"
+# %% ../../nbs/components/tracking.ipynb #at-once-refuse-export
+def layers_at_once(dim: int, parallel: dict | None, **from_frame_to_frame) -> nn.ModuleList | None:
+    "Layers of `track_at_once` from `tracking_config` parallel; ValueError where an option of `track` is set as well"
+    if parallel is None:
+        return None
+    set_too = [name for name, value in from_frame_to_frame.items() if value not in (None, False)]
+    if set_too:
+        raise ValueError(f"tracking_config parallel: no frame follows another, so leave out {', '.join(set_too)}")
+    options = dict(parallel)
+    n_layers = options.pop("n_layers", 2)
+    if n_layers < 1:
+        raise ValueError(f"tracking_config parallel: n_layers={n_layers}, at least 1 is needed")
+    return nn.ModuleList(LookBack(dim, **options) for _ in range(n_layers))
+
+# %% ../../nbs/components/tracking.ipynb #tracker-parts-export
+class TrackerParts(nn.Module):
+    "What `Tracker` holds: predictor or layers that look back, start, weights of losses"
 
     def __init__(
         self,
@@ -271,6 +330,7 @@ class Tracker(nn.Module):
         gaussian: dict | None = None,  # of `GaussianStart` (StoSAVi); None: nothing is drawn
         condition: str | None = None,  # start from "boxes" or "centers" (conditional SAVi)
         condition_dim: int = 256,  # width inside its network
+        parallel: dict | None = None,  # of `LookBack`, and n_layers: all frames at once (PSB); None: one after another
         first_iterations: int | None = None,  # of the first frame (SlotContrast: 3, then 2); None: as the others
         truncate: int | None = None,  # gradients flow through at most so many frames
         recompute: bool = False,  # save memory in training, for about a third more time
@@ -279,11 +339,16 @@ class Tracker(nn.Module):
         contrast_temperature: float = 0.1,
     ):
         super().__init__()
+        self.over_time = dict(first_iterations=first_iterations, truncate=truncate, recompute=recompute)
+        self.layers = layers_at_once(dim, parallel, predictor=predictor, gaussian=gaussian, **self.over_time)
         self.predictor = None if predictor is None else build_predictor(dim, **predictor)
         self.gaussian = None if gaussian is None else GaussianStart(dim, **gaussian)
         self.condition = None if condition is None else CoordinateStart(dim, n_slots, condition, hidden=condition_dim)
-        self.over_time = dict(first_iterations=first_iterations, truncate=truncate, recompute=recompute)
         self.weights = dict(kld_weight=kld_weight, contrast_weight=contrast_weight, temperature=contrast_temperature)
+
+# %% ../../nbs/components/tracking.ipynb #tracker-export
+class Tracker(TrackerParts):
+    "Predictor, start and losses of slots over time; around `track` and `track_at_once`"
 
     def forward(
         self,
@@ -293,9 +358,11 @@ class Tracker(nn.Module):
         boxes: Tensor | None = None,  # `(b, n, 4)` of the first frame, for `condition`
         **options,  # of `track`
     ) -> TrackResult:
-        "`track` with what this module holds"
+        "`track`, or `track_at_once`, with what this module holds"
         begins = options.get("slots") is None and options.get("state") is None
         options |= given_start(self.condition, boxes, begins)
+        if self.layers is not None:
+            return track_at_once(slot_attention, features, self.layers, **options)
         options = dict(predictor=self.predictor, gaussian=self.gaussian) | self.over_time | options
         return track(slot_attention, features, **options)
 

@@ -123,7 +123,8 @@ def convert_dvae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def read_dvae(state: dict[str, Tensor]) -> DVAE:
-    "`DVAE` with the weights of an official discrete VAE"
-    model = DVAE(vocabulary=len(state["encoder.7.weight"]), width=len(state["encoder.0.weight"]))
+def read_dvae(state: dict[str, Tensor], unit: bool = False) -> DVAE:
+    "`DVAE` with the weights of an official discrete VAE; `unit`: trained on pictures in [0, 1]"
+    sizes = dict(vocabulary=len(state["encoder.7.weight"]), width=len(state["encoder.0.m.weight"]))
+    model = DVAE(**sizes, normed="encoder.0.weight" in state, unit=unit)
     return load_strict(model, convert_dvae(state), "the discrete VAE").eval()

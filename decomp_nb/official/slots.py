@@ -329,6 +329,8 @@ def _autoencoder_alone(state: dict[str, Tensor], path: str | Path, z_scale: floa
         return read_vq(state, z_scale)
     if "encoder.0.m.weight" in state:
         return read_dvae(state)
+    if any(key.startswith("steve_encoder.") for key in state):
+        raise ValueError(f"{path} is of the original STEVE: load_original_steve reads it")
     raise ValueError(
         f"{path} holds no model of this family: neither slots (init_latents), nor a codebook "
         "(quantize.embedding.weight), nor a discrete VAE (encoder.0.m.weight)"
