@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import list_images, read_image, to_image_tensor
-from .reader import check_arguments, split_folders, split_name
+from .reader import check_arguments, split_folders, split_name, warn_of_lone_split
 
 # %% auto #0
 __all__ = ['class_folders', 'NumberedPictures']
@@ -35,7 +35,9 @@ def _split_roots(root):
     if not root.is_dir():
         return {}
     names = sorted(p.name for p in root.iterdir() if p.is_dir())
-    told = dict(zip(names, split_folders([f"{name}/x" for name in names])))
+    paths = [f"{name}/x" for name in names]
+    warn_of_lone_split(paths, root)
+    told = dict(zip(names, split_folders(paths)))
     return told if any(told.values()) else {}
 
 
