@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +70,10 @@ def _pair_roots(roots, names):
     roots = list(roots) if several else [roots] * len(names)
     if len(roots) != len(names):
         raise ValueError(f"{len(roots)} roots for {len(names)} class folders: give one root, or one for each")
-    return [Path(root) / name for root, name in zip(roots, names)]
+    folders = [Path(root) / name for root, name in zip(roots, names)]
+    if twice := [folder for folder, count in Counter(folders).items() if count > 1]:
+        raise ValueError(f"class folder {twice[0]} is named twice: name each once")
+    return folders
 
 
 def _class_files(folder, each, split):
@@ -115,6 +119,8 @@ def class_folders(
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r}: choose 'train' or 'val'")
     check_arguments({"size": size})
+    if n_per_class == 0 or n_per_class < -1:
+        raise ValueError(f"n_per_class={n_per_class}: expected is a number of pictures, at least 1, or −1 for all")
     if isinstance(roots, str | Path):
         names = names or _names_of_all_splits(Path(roots))
         roots, by_folders = _root_of_split(Path(roots), split)

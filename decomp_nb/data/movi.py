@@ -224,6 +224,23 @@ def dump_split_folders(path: Path, split: str) -> tuple[list[Path], list[str]]:
     return own, [child.name for child in folders]
 
 
+def _videos_of_split(path, split):
+    "Videos of the split's folders, else whole videos by hash of relative paths; and how they were chosen"
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}: check the path")
+    own, folders = dump_split_folders(path, split)
+    if own:
+        how = f"split by folder names {', '.join(folders)}" + _left_out(path, folders)
+        videos = [video for folder in own for video in dump_videos(folder)]
+        return videos, how + others_note(videos)
+    if folders:
+        raise ValueError(f"{path} has split folders {folders} but none for split={split!r}")
+    videos = dump_videos(path)
+    names = [Path(video.folder).relative_to(path).as_posix() for video in videos]
+    chosen, how = choose_videos(names, split, path)
+    return [videos[i] for i in chosen], how + others_note(videos)
+
+# %% ../../nbs/data/movi.ipynb #left-out-export
 def _left_out(path, folders):
     "What lies beside the split folders, after a UserWarning; nothing where nothing does"
     beside = sorted(child for child in path.iterdir() if child.is_dir() and child.name not in folders)
@@ -243,24 +260,17 @@ def _videos_in(folder):
     except ValueError:
         return []
 
+# %% ../../nbs/data/movi.ipynb #of-dumps-export
+class _OfDumps(ClipReader):
+    "A reader whose items are (video, first frame)"
 
-def _videos_of_split(path, split):
-    "Videos of the split's folders, else whole videos by hash of relative paths; and how they were chosen"
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}: check the path")
-    own, folders = dump_split_folders(path, split)
-    if own:
-        how = f"split by folder names {', '.join(folders)}" + _left_out(path, folders)
-        return [video for folder in own for video in dump_videos(folder)], how
-    if folders:
-        raise ValueError(f"{path} has split folders {folders} but none for split={split!r}")
-    videos = dump_videos(path)
-    names = [Path(video.folder).relative_to(path).as_posix() for video in videos]
-    chosen, how = choose_videos(names, split, path)
-    return [videos[i] for i in chosen], how
+    def source_files(self) -> list[Path]:
+        "Pictures of all frames of the videos"
+        videos = sorted({video for video, _ in self.index})
+        return [video.image(t) for video in videos for t in range(len(video.frames))]
 
 # %% ../../nbs/data/movi.ipynb #movi-dump-export
-class MoviDump(ClipReader):
+class MoviDump(_OfDumps):
     "Frames or clips of MOVi, from any of the three dumps; splits keep videos whole"
 
     def __init__(
@@ -288,7 +298,7 @@ class MoviDump(ClipReader):
             raise ValueError(f"{path}: videos have {lengths} frames, pass clip_length=")
         starts = {length: self.cut(length, frames, clip_length, frame_step, hop) for length in lengths}
         self.index = subsample([(v, start) for v in videos for start in starts[len(v.frames)]], n, seed)
-        self.taken = f"{len(self.index):,} {self.items} of {len(videos):,} of {in_split:,} videos; {how}{others_note(videos)}"
+        self.taken = f"{len(self.index):,} {self.items} of {len(videos):,} of {in_split:,} videos; {how}"
 
     def __getitem__(self, i: int) -> dict:
         video, start = self.index[i]

@@ -454,6 +454,12 @@ class Reader:
             self[i]
         return len(chosen)
 
+    def source_files(self) -> list[Path]:
+        "Files that are read, as far as the reader knows them; see `data.file_marks`"
+        if files := getattr(self, "files", None):
+            return [self.path / file for file in files]
+        return [self.path] if self.path.is_file() else []
+
     def __repr__(self) -> str:
         what = f"{len(self)} {self.items}, {self.size} px{self.limit}, split {self.split}"
         return f"{type(self).__name__}({self.path.name!r}: {what})"

@@ -392,6 +392,10 @@ class VideoClips(SceneReader):
         self.index = index if n is None else np.array(subsample(index, n, seed))
         self.taken = f"{len(self.index):,} {self.items} of {len(self.videos):,} videos; {self.how}"
 
+    def source_files(self) -> list[Path]:
+        "Frames or files of all videos"
+        return [Path(file) for video in self.videos for file in _files_of(video)] or super().source_files()
+
     def __getitem__(self, i: int) -> dict:
         v, start = self.index[i].tolist()
         video = self.videos[v]
@@ -404,6 +408,15 @@ def _checked(resample):
     if resample not in ("area", "bilinear"):
         raise ValueError(f"resample={resample!r} is unknown: use 'area' or 'bilinear'")
     return resample
+
+
+def _files_of(video):
+    "Files of a video that has some of its own"
+    if isinstance(video, FrameFolder):
+        return [Path(video.folder, file) for file in video.files]
+    if isinstance(video, DumpClips):
+        return [video.video.image(t) for t in range(len(video))]
+    return [video.path] if isinstance(video, VideoFile) else []
 
 
 def _clip_item(clips, frames, name):
