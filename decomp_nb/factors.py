@@ -42,7 +42,8 @@ def _check_positions(index: Tensor, n: int, what: str) -> Tensor:
 def _check_rows(index: Tensor, codes: Tensor) -> Tensor:
     "The index; IndexError where numbers `(b,n)` are those of more or fewer pictures than there are"
     rows = index.shape[:-1]
-    if len(rows) > codes.dim() - 2 or rows not in (codes.shape[:len(rows)], (1,) * len(rows)):
+    fits = all(n in (1, there) for n, there in zip(rows, codes.shape))  # (b,1,n): the same in all frames of a clip
+    if len(rows) > codes.dim() - 2 or not fits:
         raise IndexError(f"numbers of factors are {tuple(index.shape)}, expected are (n,) or ({len(codes)},n)")
     return index
 

@@ -246,3 +246,9 @@ def test_classes_that_are_none_are_named(tmp_path, options, match):
         assert class_folders(tmp_path, n_per_class=1, size=8)["names"] == ["cat", "dog"]
         return
     with pytest.raises(ValueError, match=match): class_folders(tmp_path, size=8, **options)
+
+
+def test_factors_of_each_clip_are_replaced_in_all_of_its_frames():
+    clips, other = Factors(torch.zeros(2, 3, 4, 5)), Factors(torch.ones(2, 3, 4, 5))
+    found = clips.replace(torch.tensor([[0], [3]]), other).codes[..., 0]
+    assert found.sum(-1).eq(1).all() and found[0, :, 0].eq(1).all() and found[1, :, 3].eq(1).all()
