@@ -254,6 +254,7 @@ _moved = {
         "components.slot_denoising": "judged=fixed_denoiser",
         "official.slots": "published_rate",
     },
+    "data.natural": {"data.outlines": "unpack_runs mask_of_runs mask_of_polygons"},
     "training.benchmark": {"training.benchmark": "measure=measure_step"},
     "training.config": {
         "training.parameters": "check_parameters_cell",

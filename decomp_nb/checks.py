@@ -5,11 +5,13 @@
 # %% ../nbs/checks.ipynb #imports-export
 from __future__ import annotations
 
+import json
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +19,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['SIGNATURES', 'OLD_TORCH', 'UnitRangeWarning', 'value_range', 'in_unit_range', 'check_range', 'check_pictures',
-           'as_labels', 'check_finite', 'reading', 'printable', 'check_weights', 'kind_of_zip', 'kind_of_file',
-           'check_weight_file']
+           'stacked', 'as_labels', 'check_finite', 'reading', 'printable', 'read_object', 'check_weights',
+           'kind_of_zip', 'kind_of_file', 'check_weight_file']
 
 # %% ../nbs/checks.ipynb #pictures-export
 class UnitRangeWarning(UserWarning):
@@ -71,36 +73,59 @@ def check_pictures(
         raise ValueError(f"{found}, expected are pictures (b,3,h,w) or clips (b,t,3,h,w){hint}")
     if not images.is_floating_point():
         raise ValueError(f"{found}, expected are floats in [−1,1]: pass x / 127.5 - 1")
-    if images.dtype == torch.float64 and dtype not in (None, torch.float64):
-        raise ValueError(f"{name} are torch.float64, but the model computes in {dtype}: pass {name}.float()")
+    if dtype not in (None, images.dtype) and not torch.is_autocast_enabled(images.device.type):
+        ours = f"but the model computes in {dtype}: pass {name}.to({dtype})"
+        raise ValueError(f"{name} are {images.dtype}, {ours}")
+    if images.dim() == 5 and not images.shape[1]:
+        raise ValueError(f"{found}: a clip needs at least one frame")
     if images.numel() and images.device.type != "meta":
         check_range(*value_range(images), name, limit)
 
+# %% ../nbs/checks.ipynb #stacked-export
+def stacked(maps: Any, name: str) -> Tensor:
+    "A tensor, array, or list of maps of one size as one tensor; ValueError for anything else"
+    if isinstance(maps, np.ndarray) and maps.dtype.kind in "ui":
+        maps = maps.astype(np.int64)
+    try:
+        if isinstance(maps, (list, tuple)) and any(hasattr(one, "__array__") for one in maps):
+            return torch.stack([torch.as_tensor(one) for one in maps])
+        return torch.as_tensor(maps)
+    except (TypeError, ValueError, RuntimeError):
+        wanted = "a tensor (b,h,w), or a list of maps (h,w)"
+        raise ValueError(f"{name} are no maps of one size: pass {wanted}") from None
+
 # %% ../nbs/checks.ipynb #labels-export
 def as_labels(
-    labels: Tensor | np.ndarray,  # `(b,h,w)` or `(b,t,h,w)`, integers or bool
+    labels: Tensor | np.ndarray | Sequence,  # `(b,h,w)` or `(b,t,h,w)`, integers or bool
     name: str,  # how to call them in the error
 ) -> Tensor:
     "Label maps as a tensor of signed integers; ValueError for floats, and for a map without a batch axis"
-    if isinstance(labels, np.ndarray) and labels.dtype.kind in "ui":
-        labels = labels.astype(np.int64)
-    labels = torch.as_tensor(labels)
+    labels = stacked(labels, f"{name} labels")
     if labels.is_floating_point():
         found = f"{name} labels must be integers, got {labels.dtype}"
         raise ValueError(f"{found}; soft masks go through segmentation()")
     if labels.dim() < 3:
         found = f"{name} labels are {tuple(labels.shape)}, expected are maps (b,h,w) or (b,t,h,w)"
         raise ValueError(f"{found}: add a batch axis with [None]")
-    if labels.dim() == 4 and labels.shape[1] > 1 and labels.numel() and _is_one_hot(labels):
-        found = f"{name} labels {tuple(labels.shape)} are 0 and 1, and 1 once in each pixel: they look like masks"
-        raise ValueError(f"{found} (b,k,h,w): pass their labels, x.argmax(1)")
     signed = labels.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-    return labels if signed else labels.to(torch.int64)
+    labels = labels if signed else labels.to(torch.int64)
+    if labels.dim() in (3, 4):
+        _check_one_hot(labels, labels.dim() - 3, name)
+    return labels
 
 
-def _is_one_hot(labels):
-    "Whether axis 1 holds a 1 in every place, and else 0"
-    return bool(labels.min() >= 0 and labels.max() == 1 and (labels.sum(1) == 1).all())
+def _check_one_hot(labels, axis, name):
+    "ValueError where labels look like masks, whose slots stand on this axis; fewer than 16 pixels tell nothing"
+    if labels.numel() and labels[0].numel() >= 16 and labels.shape[axis] > 1 and _is_one_hot(labels, axis):
+        found = f"{name} labels {tuple(labels.shape)} are 0 and 1, and 1 once in each pixel"
+        meant = "(b,k,h,w)" if axis else "(k,h,w) of one picture"
+        remedy = "x.argmax(1)" if axis else "x.argmax(0)[None]"
+        raise ValueError(f"{found}: they look like masks {meant}: pass their labels, {remedy}")
+
+
+def _is_one_hot(labels, axis):
+    "Whether an axis holds a 1 in every place, and else 0"
+    return bool(labels.max() == 1 and labels.min() >= 0 and (labels.sum(axis) == 1).all())
 
 
 def check_finite(values: Tensor, name: str) -> None:
@@ -128,6 +153,18 @@ def reading(name: object, remedy: str = "Delete or replace the file") -> Iterato
 def printable(text: str) -> str:
     "A file name as it can be printed and stored: bytes that are no UTF-8 become `�`"
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+# %% ../nbs/checks.ipynb #read-object-export
+def read_object(file: Path) -> dict[str, Any]:
+    "The named fields of a JSON file; ValueError that names a file which is damaged, or holds anything else"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): the file is damaged") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"{file} holds a {kind} instead of named fields: it is another file")
+    return content
 
 # %% ../nbs/checks.ipynb #weights-export
 def check_weights(state: Mapping[str, Tensor], where: object) -> None:

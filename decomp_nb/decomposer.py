@@ -21,7 +21,7 @@ from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .checks import check_pictures, check_weight_file, check_weights
+from .checks import check_pictures, check_weight_file, check_weights, read_object
 from .factors import Factors, _join, check_factors
 
 # %% auto #0
@@ -225,7 +225,7 @@ def _check_folder(cls: type, path: str | Path) -> None:
         return  # a hub name
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder at {path}")
-    name = _read_config(folder).get("_class_name")
+    name = str(_read_config(folder).get("_class_name"))
     if name != cls.__name__:
         advice = f"use load_decomposer or {name}.from_pretrained"
         raise ValueError(f"{path} holds a {name}, not a {cls.__name__}: {advice}")
@@ -239,10 +239,7 @@ def _read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {folder}: this is not a saved model")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{file} is not valid JSON ({e}): the file is damaged") from e
+    return read_object(file)
 
 # %% ../nbs/decomposer.ipynb #fingerprint-export
 def fingerprint(module: nn.Module) -> str:
@@ -478,7 +475,7 @@ def shipped(name: str | None = None) -> Path | dict[str, dict[str, str]]:
 
 def load_decomposer(path: str | Path, **kwargs) -> Decomposer:
     "Load whatever method lies in a local folder: its config.json names the class"
-    name = _read_config(Path(path)).get("_class_name", "")
+    name = str(_read_config(Path(path)).get("_class_name", ""))
     cls = getattr(importlib.import_module("decomp_nb"), name, None)
     if not (isinstance(cls, type) and issubclass(cls, Decomposer)):
         raise ValueError(f"{path} holds a {name or 'nameless model'}, which is no method of this library")

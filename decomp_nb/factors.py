@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple, Self
 
 import torch
@@ -29,21 +30,56 @@ def to_uint8(images: Tensor) -> Tensor:
     pixels = levels.round().to(torch.uint8).cpu()
     return rearrange(pixels, "... c h w -> (...) h w c")
 
+# %% ../nbs/factors.ipynb #factors-numbers-export
+def _check_positions(index: Tensor, n: int, what: str) -> Tensor:
+    "Whole numbers, none of them negative; IndexError for a picture or factor that does not exist"
+    low, high = index.aminmax() if index.numel() else (0, 0)
+    if low < -n or high >= n:
+        raise IndexError(f"{what} {int(high if high >= n else low)} was named, but there are {n}")
+    return index % n if n else index
+
+
+def _check_rows(index: Tensor, codes: Tensor) -> Tensor:
+    "The index; IndexError where numbers `(b,n)` are those of more or fewer pictures than there are"
+    rows = index.shape[:-1]
+    fits = all(n in (1, there) for n, there in zip(rows, codes.shape))  # (b,1,n): the same in all frames of a clip
+    if len(rows) > codes.dim() - 2 or not fits:
+        raise IndexError(f"numbers of factors are {tuple(index.shape)}, expected are (n,) or ({len(codes)},n)")
+    return index
+
 # %% ../nbs/factors.ipynb #factors-rows-export
+def _as_numbers(index: Index, what: str) -> Tensor:
+    "What names pictures or factors as a tensor of whole numbers or booleans; IndexError for anything else"
+    if isinstance(index, Iterable) and not hasattr(index, "__array__"):
+        index = list(index)
+    try:
+        numbers = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise IndexError(f"{what} are named by numbers, not by {index!r}") from None
+    chosen = numbers.dtype == torch.bool  # one boolean for each
+    fractions = numbers.is_floating_point() or numbers.is_complex()
+    if numbers.numel() and fractions or chosen and numbers.dim() != 1:
+        found = f"{numbers.dtype} {tuple(numbers.shape)}"
+        raise IndexError(f"{what} are named by whole numbers or a boolean each, not by {found}")
+    return numbers if chosen else numbers.long()
+
+
 def _picture_numbers(index: Index, n: int) -> slice | Tensor:
     "What chooses rows of a tensor, a whole axis of them; IndexError for what names no pictures"
     if isinstance(index, slice):
         return index
-    if isinstance(index, int) and not isinstance(index, bool):
-        index = [range(n)[index]]
-    if not hasattr(index, "__array__"):
-        index = list(index) if isinstance(index, Iterable) else index
-    numbers = torch.as_tensor(index)
-    if numbers.dim() == 0 and not isinstance(index, bool):
-        numbers = numbers[None]
-    if numbers.numel() and numbers.is_floating_point() or numbers.dim() != 1:
-        raise IndexError(f"pictures are chosen by numbers (n,), not by {numbers.dtype} {tuple(numbers.shape)}")
-    return numbers if numbers.dtype == torch.bool else numbers.long()
+    numbers = _as_numbers(index, "pictures")
+    if numbers.dim() > 1:
+        raise IndexError(f"pictures are chosen by numbers (n,), not by {tuple(numbers.shape)}")
+    if numbers.dtype == torch.bool:
+        return _check_length(numbers, n, "pictures")
+    return _check_positions(numbers.reshape(-1), n, "picture")
+
+
+def _check_length(chosen: Tensor, n: int, what: str) -> Tensor:
+    if len(chosen) != n:
+        raise IndexError(f"{len(chosen)} booleans were given for {n} {what}")
+    return chosen
 
 # %% ../nbs/factors.ipynb #factors-export
 class FactorTensors(NamedTuple):
@@ -81,6 +117,8 @@ class FactorBatch(FactorTensors):
 
     def repeat(self, n: int) -> Self:
         "Each picture `n` times in a row (`repeat_interleave`), to draw several samples of the same set"
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+            raise ValueError(f"repeat({n!r}): expected is a whole number, at least 1")
         return self.each(lambda v: v.repeat_interleave(n, 0))
 
     def fold_time(self) -> Self:
@@ -100,31 +138,14 @@ _AXES = FactorTensors(-2, -1, -3)  # where k lives, counted from the right, so t
 
 def _positions(index: Index, k: int) -> Tensor:
     "Numbers of factors as a tensor `(n,)`, none of them negative; `(b,n)` stays as it is"
-    if isinstance(index, bool):
-        raise IndexError(f"factors are named by numbers, not {index}")
-    if hasattr(index, "__array__"):  # also NumPy's numbers and arrays
-        index = torch.as_tensor(index)
-        if index.dim() > 1:
-            return _check_positions(index, k)
-        index = index.cpu()
     if isinstance(index, slice):
-        index = range(k)[index]
-    if not isinstance(index, int | Tensor):
-        index = list(index)
-    try:
-        return torch.arange(k)[index].reshape(-1)
-    except IndexError as e:
-        raise IndexError(f"factor {index} was named, but there are {k}") from e
-
-
-def _check_positions(index: Tensor, k: int) -> Tensor:
-    "Numbers `(b,n)` of integers, none of them negative; IndexError for a factor that does not exist"
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise IndexError(f"factors of each picture are named by integers (b,n), not {index.dtype}")
-    low, high = index.aminmax() if index.numel() else (0, 0)
-    if low < -k or high >= k:
-        raise IndexError(f"factor {int(high if high >= k else low)} was named, but there are {k}")
-    return index % k
+        return torch.arange(k)[index]
+    index = _as_numbers(index, "factors")
+    if index.dtype == torch.bool:
+        return _check_length(index, k, "factors").nonzero()[:, 0].cpu()
+    if index.dim() > 1:
+        return _check_positions(index, k, "factor")
+    return _check_positions(index.reshape(-1).cpu(), k, "factor")
 
 
 def _take(v: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -137,6 +158,8 @@ def _take(v: Tensor, index: Tensor, axis: int) -> Tensor:
 # %% ../nbs/factors.ipynb #factors-join-export
 def check_factors(factors: FactorTensors, finite: bool = False) -> None:
     "ValueError unless weights and masks are those of the codes; with `finite` also for NaN and infinite values"
+    if not isinstance(factors, FactorTensors):
+        raise TypeError(f"expected are Factors, got {type(factors).__name__}")
     codes, weights, masks = factors
     if codes.dim() not in (3, 4):
         raise ValueError(f"codes are {tuple(codes.shape)}, expected are (b,k,d), of clips (b,t,k,d)")
@@ -189,7 +212,7 @@ class FactorChoice(FactorBatch):
     def _places(self, index: Index) -> Tensor:
         "Numbers of factors `(n,)`, `(b,n)`, or `(b,1,n)` for all frames of a clip"
         check_factors(self)
-        index = _positions(index, self.n_factors)
+        index = _check_rows(_positions(index, self.n_factors), self.codes)
         return index[:, None] if index.dim() == 2 and self.codes.dim() == 4 else index
 
     def pick(self, index: Index) -> Self:
@@ -226,6 +249,21 @@ class FactorChoice(FactorBatch):
         order = order.scatter(-1, places, self.n_factors + donors)
         return self.cat(other).pick(order)
 
+# %% ../nbs/factors.ipynb #factors-weight-export
+def _as_weight(weight: float | Tensor, weights: Tensor) -> float | Tensor:
+    "What weights `(b,k)` can be multiplied by; ValueError for what is no number, infinite, or of another shape"
+    if isinstance(weight, int | float):
+        weight = torch.tensor(float(weight))
+    try:
+        weight = torch.as_tensor(weight).to(weights.device)
+        torch.broadcast_shapes(weight.shape, weights.shape)
+    except (TypeError, ValueError, RuntimeError):
+        shape = tuple(getattr(weight, "shape", ())) or repr(weight)
+        raise ValueError(f"a weight of {shape}: expected are numbers for weights {tuple(weights.shape)}") from None
+    if weight.device.type == "cpu" and not weight.isfinite().all():  # elsewhere decode refuses them
+        raise ValueError(f"a weight of {weight}: expected are finite numbers")
+    return weight
+
 # %% ../nbs/factors.ipynb #factors-set-export
 class Factors(FactorChoice):
     "A set of `k` factors per picture; its verbs return new sets"
@@ -236,9 +274,7 @@ class Factors(FactorChoice):
         weights = _weights(self)
         if isinstance(weight, Tensor) and weight.dim() == 2 and weights.dim() == 3:
             weight = weight[:, None]  # the same in all frames of a clip
-        at_hand = not isinstance(weight, Tensor) or weight.device.type == "cpu"  # elsewhere decode refuses them
-        if at_hand and not torch.as_tensor(weight).isfinite().all():
-            raise ValueError(f"a weight of {weight}: expected are finite numbers")
+        weight = _as_weight(weight, weights)
         weighted = self._replace(weights=weights * weight)
         check_factors(weighted)
         return weighted
@@ -312,10 +348,7 @@ def recombine(
     if a.n_factors != b.n_factors:
         raise ValueError(f"recombine pairs factors one to one, but k is {a.n_factors} and {b.n_factors}")
     check_alike(a, b, (-3, -1), "recombine")
-    chosen = torch.as_tensor(from_b)
-    if chosen.dtype == torch.bool and len(chosen) != a.n_factors:
-        raise ValueError(f"from_b has {len(chosen)} entries for {a.n_factors} factors")
-    return a.replace(chosen, b)
+    return a.replace(from_b, b)
 
 # %% ../nbs/factors.ipynb #align-export
 def align(a: Factors, b: Factors) -> Factors:
@@ -336,6 +369,17 @@ def _directions(factors: Factors) -> Tensor:
     codes = factors.codes.detach()
     return F.normalize(codes.float(), dim=-1)
 
+# %% ../nbs/factors.ipynb #share-export
+def _share(t: float | Tensor, codes: Tensor) -> Tensor:
+    "How far from one to the other, as a tensor like `codes`; ValueError unless it is a number, or one per picture"
+    try:
+        t = torch.as_tensor(t, dtype=codes.dtype, device=codes.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"t={t!r}: expected is a number, or one per picture") from None
+    if t.shape not in ((), (1,), codes.shape[:1]):
+        raise ValueError(f"t is {tuple(t.shape)}: expected is a number, or one per picture ({len(codes)},)")
+    return t
+
 # %% ../nbs/factors.ipynb #interpolate-export
 def interpolate(
     a: Factors,
@@ -346,7 +390,7 @@ def interpolate(
 ) -> Factors:
     "Between two sets, codes, weights and masks"
     check_alike(a, b, (-2, -1), "interpolate")
-    t = torch.as_tensor(t, dtype=a.codes.dtype, device=a.codes.device)
+    t = _share(t, a.codes)
     blend = _slerp if spherical else _lerp
     weights = masks = None
     if a.weights is not None or b.weights is not None:

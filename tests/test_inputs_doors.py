@@ -345,7 +345,7 @@ def test_what_holds_no_layout_cannot_be_moved(model, images):
 
 def test_pictures_of_double_precision_are_named(model, images):
     small = torch.nn.functional.interpolate(images, model.config.image_size)
-    with pytest.raises(ValueError, match=r"images are torch.float64, but the model computes in torch.float32: pass images.float\(\)"): model.encode(small.double())
+    with pytest.raises(ValueError, match=r"images are torch.float64, but the model computes in torch.float32: pass images.to\(torch.float32\)"): model.encode(small.double())
     Mean().eval().encode(small.double())  # a method without weights takes them
 
 

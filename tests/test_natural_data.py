@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_data import packed, runs_of, write_coco, write_voc
 
-from decomp_nb.data import natural
+from decomp_nb.data import outlines
 from decomp_nb.data.catalog import detect_format, open_dataset, validate_dataset
 from decomp_nb.data.natural import CocoScenes, VocScenes
 
@@ -69,12 +69,12 @@ def test_missing_files_are_named(coco):
 def test_run_lengths_come_back(seed):
     mask = np.random.default_rng(seed).random((13, 17)) < (0.1, 0.5, 0.9, 0.02)[seed]
     runs = runs_of(mask)
-    assert natural.unpack_runs(packed(runs)) == runs
-    assert (natural.mask_of_runs(runs, 13, 17) == mask).all()
+    assert outlines.unpack_runs(packed(runs)) == runs
+    assert (outlines.mask_of_runs(runs, 13, 17) == mask).all()
 
 
 def test_polygons_are_united_and_filled_to_the_pixel():
-    mask = natural.mask_of_polygons([[0, 0, 4, 0, 4, 3, 0, 3], [6, 1, 9, 1, 9, 5, 6, 5]], 6, 10)
+    mask = outlines.mask_of_polygons([[0, 0, 4, 0, 4, 3, 0, 3], [6, 1, 9, 1, 9, 5, 6, 5]], 6, 10)
     assert mask[:3, :4].all() and mask[1:5, 6:9].all() and mask.sum() == 12 + 12
 
 
@@ -87,7 +87,7 @@ def crosses(x, y, x0, y0, x1, y1) -> bool:
 def test_a_pixel_belongs_to_a_polygon_if_its_centre_does(seed):
     corners = np.random.default_rng(seed).uniform(-3, 25, (7, 2)).round(1)  # crosses itself, and leaves the picture
     edges = np.c_[corners, np.roll(corners, -1, 0)]
-    mask = natural.mask_of_polygons([corners.ravel().tolist()], 20, 22)
+    mask = outlines.mask_of_polygons([corners.ravel().tolist()], 20, 22)
     for row, column in np.ndindex(20, 22):
         odd = sum(crosses(column + 0.5, row + 0.5, *edge) for edge in edges) % 2
         assert mask[row, column] == odd, (row, column)

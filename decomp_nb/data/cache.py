@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .file_marks import files_mark, source_files
+
 # %% auto #0
 __all__ = ['cache_key', 'Cached', 'store_outputs', 'cache_latents', 'cache_features']
 
 # %% ../../nbs/data/cache.ipynb #fingerprint-export
 def cache_key(data: Any, network: nn.Module) -> str:
-    "16 letters: hash of the network's weights and of the length and a few items of the data set"
-    found = hashlib.sha256(str(len(data)).encode())
+    "16 letters: hash of the network's weights and of the length, the files and a few items of the data set"
+    found = hashlib.sha256(f"{len(data)} {files_mark(source_files(data)) or ''}".encode())
     for value in network.state_dict().values():
         found.update(value.detach().float().cpu().numpy().tobytes())
     for i in {0, len(data) // 3, len(data) // 2, len(data) - 1}:

@@ -10,7 +10,9 @@ import fnmatch
 import inspect
 import warnings
 import zipfile
+from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,8 +25,8 @@ from .dsprites import DSprites
 from .factor_files import MPI3D, Cars3D, CelebA, Falcor3D, SmallNORB
 from .hdf5 import H5Photos, open_h5
 from .home import data_home, find_data
-from .images import ImageFolder, walk_folders
-from .movi import MoviDump
+from .images import ImageFolder, image_suffixes, walk_folders
+from .movi import MoviDump, is_dump
 from .mp4 import VIDEO_SUFFIXES
 from .natural import CocoScenes, VocScenes
 from .official_folders import FOLDERS, OfficialFolder
@@ -36,8 +38,8 @@ from .shapes3d import Shapes3D
 from .video import VideoClips, default_clips
 
 # %% auto #0
-__all__ = ['READERS', 'GENERATORS', 'detect_format', 'split_file', 'own_split', 'check_options', 'open_dataset', 'check_image',
-           'check_masks', 'validate_dataset']
+__all__ = ['READERS', 'GENERATORS', 'detect_format', 'has_pictures', 'split_file', 'own_split', 'check_options', 'open_dataset',
+           'check_image', 'check_masks', 'validate_dataset']
 
 # %% ../../nbs/data/catalog.ipynb #readers-export
 READERS = {
@@ -81,29 +83,23 @@ _FOLDER_MARKS = [
     ("smallnorb-*-dat.mat", "smallnorb"),
     ("annotations/instances_*2017.json", "coco"),
     ("SegmentationClass", "voc"),
-    ("*.mat", "cars3d"),
-    ("cars/*.mat", "cars3d"),
 ]
 _H5_MARKS = {"jpeg": "h5_photos", "edited_object": "h5_edits", "image": "h5_scenes", "video": "h5_scenes"}
 
 
 def _format_of_folder(path):
-    "By its lists or MATLAB files, else by the first sub-folder that holds pictures or videos"
+    "By its lists or MATLAB files, else by what most files of its first folders are"
     for mark, kind in _FOLDER_MARKS:
         if any(path.glob(mark)):
             return kind
-    for _, _, files in walk_folders(path):
-        patterns = ("CLEVRTEX_*_??????.png", "*_image.png", "*_mask.png", "*.png", "*.jpg")
-        seen = {p for p in patterns if fnmatch.filter(files, p)}
-        if "CLEVRTEX_*_??????.png" in seen:
-            return "clevrtex"
-        if "*_image.png" in seen or {"*.jpg", "*_mask.png"} <= seen:
-            return "movi"
-        if seen:
+    if not has_pictures(path) and any(file.suffix == ".mat" for file in [*path.iterdir(), *path.glob("cars/*")]):
+        return "cars3d"
+    votes = Counter()
+    for number, (_, _, files) in enumerate(walk_folders(path)):
+        votes.update(_kinds_of(files))
+        if number >= 10 and votes:
             break
-        if any(Path(file).suffix.lower() in VIDEO_SUFFIXES for file in files):
-            return "video"
-    return "images"
+    return votes.most_common(1)[0][0] if votes else "images"
 
 
 def _format_of_h5(path):
@@ -116,6 +112,28 @@ def _format_of_h5(path):
             return kind
     there = ", ".join(keys) or "nothing"
     raise ValueError(f"{path} has none of the datasets 'image', 'video', 'jpeg'; it has: {there}")
+
+# %% ../../nbs/data/catalog.ipynb #folder-kinds-export
+_SOME = 10  # pictures that make a folder of pictures; fewer may be a preview of a data file beside them
+
+
+def has_pictures(folder: Path | str) -> bool:
+    "Whether ten pictures or more lie below a folder"
+    known = image_suffixes()
+    every = (file for _, _, files in walk_folders(folder) for file in files)
+    pictures = (file for file in every if Path(file).suffix.lower() in known)
+    return len(list(islice(pictures, _SOME))) == _SOME
+
+
+def _kinds_of(files):
+    "How many files of a folder speak for which kind of set"
+    known = image_suffixes()
+    pictures = [file for file in files if Path(file).suffix.lower() in known and not file.startswith(".")]
+    videos = [file for file in files if Path(file).suffix.lower() in VIDEO_SUFFIXES and not file.startswith(".")]
+    kind = "movi" if is_dump(files) else "images"
+    if fnmatch.filter(files, "CLEVRTEX_*_??????.png"):
+        kind = "clevrtex"
+    return +Counter({kind: len(pictures), "video": len(videos)})
 
 # %% ../../nbs/data/catalog.ipynb #formats-more-export
 def _format_of_npz(path):
@@ -215,6 +233,28 @@ def _file_of_split(path, split, whole):
         return own_split(path, split)
     return archives[0] if len(archives) == 1 else path, split
 
+# %% ../../nbs/data/catalog.ipynb #pictures-or-file-export
+def _is_of_pictures(path):
+    "Whether the pictures in a folder are the set; ValueError where a data file beside them may be it as well"
+    if not path.is_dir() or not has_pictures(path):
+        return False
+    files = [file for file in sorted(path.iterdir()) if file.suffix in (*_H5, ".npz") and _is_set(file)]
+    if not files:
+        return True
+    beside = [file for file in path.iterdir() if file.suffix.lower() in image_suffixes()]
+    if len(beside) >= _SOME:
+        both = f"{path} holds {len(beside):,} pictures and {files[0].name}, which is a data set, too"
+        raise ValueError(f"{both}: name that file, pass kind='images', or put one of them elsewhere")
+    return False
+
+
+def _is_set(file):
+    "Whether a file is known to hold a data set"
+    try:
+        return bool(detect_format(file))
+    except (ValueError, OSError):
+        return False
+
 # %% ../../nbs/data/catalog.ipynb #open-dataset-export
 # These read a folder, whatever lies there
 _WHOLE = ("images", "clevrtex", "movi", "cars3d", "smallnorb", "celeba", "coco", "voc", "physion", *FOLDERS)
@@ -246,7 +286,8 @@ def open_dataset(
     if kind is None and "n_frames" in options:
         kind = "physion" if any(path.glob("Physion*MP4s")) else "video"
     wanted = split
-    path, split = _file_of_split(path, split, kind in _WHOLE)
+    whole = kind in _WHOLE or kind is None and _is_of_pictures(path)
+    path, split = _file_of_split(path, split, whole)
     kind = kind or detect_format(path)
     if kind == "video":  # of a file that is a split, all is read, but cut as for that split
         options = {"clips": default_clips(wanted), **options}

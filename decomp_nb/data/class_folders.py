@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import list_images, read_image, to_image_tensor
-from .reader import check_arguments, split_folders, split_name
+from .reader import check_arguments, split_folders, split_name, warn_of_lone_split
 
 # %% auto #0
 __all__ = ['class_folders', 'NumberedPictures']
@@ -35,7 +36,9 @@ def _split_roots(root):
     if not root.is_dir():
         return {}
     names = sorted(p.name for p in root.iterdir() if p.is_dir())
-    told = dict(zip(names, split_folders([f"{name}/x" for name in names])))
+    paths = [f"{name}/x" for name in names]
+    warn_of_lone_split(paths, root)
+    told = dict(zip(names, split_folders(paths)))
     return told if any(told.values()) else {}
 
 
@@ -67,7 +70,10 @@ def _pair_roots(roots, names):
     roots = list(roots) if several else [roots] * len(names)
     if len(roots) != len(names):
         raise ValueError(f"{len(roots)} roots for {len(names)} class folders: give one root, or one for each")
-    return [Path(root) / name for root, name in zip(roots, names)]
+    folders = [Path(root) / name for root, name in zip(roots, names)]
+    if twice := [folder for folder, count in Counter(folders).items() if count > 1]:
+        raise ValueError(f"class folder {twice[0]} is named twice: name each once")
+    return folders
 
 
 def _class_files(folder, each, split):
@@ -113,6 +119,8 @@ def class_folders(
     if split not in ("train", "val"):
         raise ValueError(f"split={split!r}: choose 'train' or 'val'")
     check_arguments({"size": size})
+    if n_per_class == 0 or n_per_class < -1:
+        raise ValueError(f"n_per_class={n_per_class}: expected is a number of pictures, at least 1, or −1 for all")
     if isinstance(roots, str | Path):
         names = names or _names_of_all_splits(Path(roots))
         roots, by_folders = _root_of_split(Path(roots), split)

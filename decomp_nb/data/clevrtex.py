@@ -15,7 +15,15 @@ import numpy as np
 
 from ..checks import reading
 from .images import read_annotated, walk_folders
-from .reader import check_unread_lists, choose_split, evenly, split_folders, split_lists, subsample
+from decomp_nb.data.reader import (
+    check_unread_lists,
+    choose_split,
+    evenly,
+    split_folders,
+    split_lists,
+    subsample,
+    warn_of_lone_split,
+)
 from .scene_item import SceneReader, check_listed, read_json, read_labels
 
 # %% auto #0
@@ -142,6 +150,7 @@ def _clevrtex_split(files, split, path):
         return choose_split(files, split, path)
     if split != "all":
         check_unread_lists(path, files)
+        warn_of_lone_split(files, path)
     start, stop = (int(len(files) * share) for share in _TENTHS[split])
     by_position = "split by position: the first tenth is test, the second val"
     return range(start, stop), "all" if split == "all" else by_position

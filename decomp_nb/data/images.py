@@ -400,8 +400,39 @@ def _are_frames(paths):
     parents = {Path(p).parent for p in paths}
     return numbered and all(_VIDEO_WORDS & set(name_words(parent.as_posix())) for parent in parents)
 
+# %% ../../nbs/data/images.ipynb #complaint-export
+def _picture(folder, i, at_least):
+    "The decoded picture of item `i`"
+    file = folder.path / folder.files[i]
+    return read_image(file, at_least=at_least, min_size=folder.min_size, levels=folder.levels)
+
+
+def _complaint(folder, i):
+    "Why a picture cannot be read; None if it can"
+    try:
+        _picture(folder, i, at_least=32)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+
+
+class _Pictures(Reader):
+    "A reader of picture files that can say what is wrong with each"
+
+    def complaints(self, n: int | None = None) -> list[str]:
+        "What is wrong with every picture that cannot be used; looks at all, or at `n` spread evenly"
+        return list(filter(None, [_complaint(self, i) for i in evenly(len(self), n)]))
+
+    def check(self, n: int | None = None) -> int:
+        "Decode all pictures, or `n` spread evenly; returns how many. One ValueError names bad ones, see `complaints`"
+        count = len(evenly(len(self), n))
+        if bad := self.complaints(n):
+            more = [f"… and {len(bad) - 5:,} more, which complaints() lists"] * (len(bad) > 5)
+            head = f"{len(bad)} of {count} images in {self.path} cannot be used:"
+            raise ValueError("\n".join([head, *bad[:5], *more]))
+        return count
+
 # %% ../../nbs/data/images.ipynb #image-folder-export
-class ImageFolder(Reader):
+class ImageFolder(_Pictures):
     "Pictures below a folder as `{image, image_id}`; a damaged one is named by `check()`, or when it is read"
 
     def __init__(
@@ -435,26 +466,3 @@ class ImageFolder(Reader):
         at_least = 2 * self.size if self.crop is None else None  # a box names pixels of the full picture
         image = square_image(_picture(self, i, at_least), self.size, self.crop, self.flip)
         return {"image": image, "image_id": printable(self.files[i])}
-
-    def check(self, n: int | None = None) -> int:
-        "Decode all pictures, or `n` spread evenly; returns how many. One ValueError names every bad one"
-        chosen = evenly(len(self), n)
-        bad = list(filter(None, [_complaint(self, i) for i in chosen]))
-        if bad:
-            head = f"{len(bad)} of {len(chosen)} images in {self.path} cannot be used:"
-            raise ValueError("\n".join([head, *bad[:5], *["…"] * (len(bad) > 5)]))
-        return len(chosen)
-
-# %% ../../nbs/data/images.ipynb #complaint-export
-def _picture(folder, i, at_least):
-    "The decoded picture of item `i`"
-    file = folder.path / folder.files[i]
-    return read_image(file, at_least=at_least, min_size=folder.min_size, levels=folder.levels)
-
-
-def _complaint(folder, i):
-    "Why a picture cannot be read; None if it can"
-    try:
-        _picture(folder, i, at_least=32)
-    except (ValueError, FileNotFoundError) as error:
-        return str(error)

@@ -35,6 +35,11 @@ def picture_name(path: str) -> str:
     return name
 
 
+def _is_depth(path):
+    "Whether a folder's name says that its greys are distances, which are many and smooth"
+    return bool({"depth", "disparity"} & {word for part in PurePosixPath(path).parts for word in name_words(part)})
+
+
 def _group(path):
     "The folder, or the ending of the name, that says that a file is a label map; None where neither does"
     *folders, _ = PurePosixPath(path).parts
@@ -45,8 +50,14 @@ def _group(path):
     return "*" if {*_FOLDERS, "parts"} & set(words) else None
 
 # %% ../../nbs/data/label_maps.ipynb #few-colours-export
+def _is_flat(values):
+    "Whether there are few numbers, or most neighbours are equal; greys of photographs are many, and differ"
+    equal = values[:, 1:] == values[:, :-1]
+    return len(np.unique(values)) <= 64 or equal.mean() >= 0.75
+
+
 def has_label_colours(file: Path | str) -> bool:
-    """Whether a picture holds greys, a palette or at most 256 colours, as label maps do.
+    """Whether a picture holds few or flat greys, a palette or at most 256 colours, as label maps do.
 
     A JPEG, which keeps no colour as it is, has to be black and white. False for one that cannot be read.
     """
@@ -55,7 +66,9 @@ def has_label_colours(file: Path | str) -> bool:
             if picture.format in ("JPEG", "MPO"):
                 pixels = np.asarray(picture.convert("RGB"))
                 return ((pixels < 24) | (pixels > 231)).mean() > 0.9 and np.ptp(pixels, -1).mean() < 4
-            return picture.mode not in ("RGB", "RGBA") or picture.getcolors(256) is not None
+            if picture.mode in ("RGB", "RGBA"):
+                return picture.getcolors(256) is not None
+            return _is_flat(np.asarray(picture))
     except Exception:  # whatever a decoder raises; who reads the picture names it
         return False
 
@@ -70,6 +83,6 @@ def find_label_maps(folder: Path | str, paths: Sequence[str]) -> set[str]:
     for candidates in kinds.values():
         paired = [path for path in candidates if picture_name(path) in pictures]
         looked_at = [paired[i] for i in evenly(len(paired), 5)] if 2 * len(paired) > len(candidates) else []
-        if looked_at and all(has_label_colours(Path(folder, path)) for path in looked_at):
+        if looked_at and all(_is_depth(path) or has_label_colours(Path(folder, path)) for path in looked_at):
             found.update(candidates)
     return found

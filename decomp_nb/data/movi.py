@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..checks import reading
-from .images import read_annotated, read_image, walk_folders
+from .images import image_suffixes, read_annotated, read_image, walk_folders
 from .reader import choose_videos, split_in_name, subsample
 from .records import RECORD_LAYOUTS, code_names
 from .scene_item import ClipReader, check_listed, label_names, object_ids, read_json, read_labels
 
 # %% auto #0
-__all__ = ['MOVI_CLASSES', 'DumpVideo', 'dump_videos', 'instance_factors', 'read_instances', 'read_mask', 'most_objects',
-           'read_frame', 'stack_frames', 'dump_split_folders', 'MoviDump']
+__all__ = ['MOVI_CLASSES', 'DumpVideo', 'dump_videos', 'is_dump', 'others_note', 'instance_factors', 'read_instances',
+           'read_mask', 'most_objects', 'read_frame', 'stack_frames', 'dump_split_folders', 'MoviDump']
 
 # %% ../../nbs/data/movi.ipynb #dump-videos-export
 _PICTURES = {"lsd": "_image.png", "slot_diffusion": ".jpg", "steve": "_image.png"}
@@ -34,6 +35,7 @@ class DumpVideo(NamedTuple):
     folder: str  # of the pictures
     label_folder: str  # of what belongs to them
     frames: tuple[str, ...]  # file names up to the first underscore or dot, in order of time
+    others: int = 0  # pictures beside the frames that belong to none of them
 
     def image(self, t: int) -> Path:
         "File of the picture"
@@ -67,17 +69,47 @@ def dump_videos(path: Path | str) -> list[DumpVideo]:
         frames = _frames(files, _PICTURES[layout])
         labels = Path(path, "labels", Path(folder).relative_to(base)) if layout == "lsd" else folder
         if frames and (layout == "lsd" or base != images):
-            videos.append(DumpVideo(layout, folder, str(labels), frames))
+            others = len(_others(files, frames))
+            videos.append(DumpVideo(layout, folder, str(labels), frames, others))
     if not videos:
         expected = "…/<video>/<frame>_image.png or …/<video>/<frame>.jpg"
         raise ValueError(f"no video frames in {path}: expected {expected}")
     return videos
 
 
+def _others(files, frames):
+    "Pictures that are no frames, nor begin with the name of one"
+    frames = set(frames)
+    beginnings = {file: {file[:m.start()] for m in re.finditer(r"[_.]", file)} for file in files}
+    return [file for file in _pictures_of(files) if not beginnings[file] & frames]
+
+
+def _pictures_of(files):
+    known = image_suffixes()
+    return [file for file in files if Path(file).suffix.lower() in known and not file.startswith(".")]
+
+
 def _frames(files, ending):
     "Names of the pictures in order of time"
     frames = [file.removesuffix(ending) for file in files if file.endswith(ending)]
     return tuple(sorted(frames, key=lambda frame: (len(frame), frame)))
+
+# %% ../../nbs/data/movi.ipynb #is-dump-export
+_OF_FRAME = re.compile(r"(\d+)(_image\.png|_segment\.png|\.jpg)")
+
+
+def is_dump(files: Sequence[str]) -> bool:
+    "Whether the files of a folder are those of a dump: more than half of the pictures belong to numbered frames"
+    found = [_OF_FRAME.fullmatch(file) for file in files]
+    names = set(files)
+    frames = {m[1] for m in found if m and (m[2] != ".jpg" or f"{m[1]}_mask.png" in names)}
+    return bool(frames) and 2 * len(_others(files, frames)) < len(_pictures_of(files))
+
+
+def others_note(videos: Collection[DumpVideo]) -> str:
+    "`; 3 pictures that belong to no frame left out`, or nothing"
+    others = sum(video.others for video in videos)
+    return f"; {others:,} pictures that belong to no frame left out" if others else ""
 
 # %% ../../nbs/data/movi.ipynb #movi-classes-export
 MOVI_CLASSES = {  # class order of the published data sets
@@ -198,17 +230,47 @@ def _videos_of_split(path, split):
         raise FileNotFoundError(f"there is no folder {path}: check the path")
     own, folders = dump_split_folders(path, split)
     if own:
-        how = f"split by folder names {', '.join(folders)}"
-        return [video for folder in own for video in dump_videos(folder)], how
+        how = f"split by folder names {', '.join(folders)}" + _left_out(path, folders)
+        videos = [video for folder in own for video in dump_videos(folder)]
+        return videos, how + others_note(videos)
     if folders:
         raise ValueError(f"{path} has split folders {folders} but none for split={split!r}")
     videos = dump_videos(path)
     names = [Path(video.folder).relative_to(path).as_posix() for video in videos]
     chosen, how = choose_videos(names, split, path)
-    return [videos[i] for i in chosen], how
+    return [videos[i] for i in chosen], how + others_note(videos)
+
+# %% ../../nbs/data/movi.ipynb #left-out-export
+def _left_out(path, folders):
+    "What lies beside the split folders, after a UserWarning; nothing where nothing does"
+    beside = sorted(child for child in path.iterdir() if child.is_dir() and child.name not in folders)
+    counts = {child.name: len(_videos_in(child)) for child in beside}
+    names = [name for name, count in counts.items() if count]
+    if not names:
+        return ""
+    rest = f"{sum(counts.values()):,} videos in folders of no split ({', '.join(names)})"
+    warnings.warn(f"{path}: {rest} are left out, since {', '.join(folders)} are splits", stacklevel=4)
+    return f"; {rest} left out"
+
+
+def _videos_in(folder):
+    "Videos below a folder; [] where there are none"
+    try:
+        return dump_videos(folder)
+    except ValueError:
+        return []
+
+# %% ../../nbs/data/movi.ipynb #of-dumps-export
+class _OfDumps(ClipReader):
+    "A reader whose items are (video, first frame)"
+
+    def source_files(self) -> list[Path]:
+        "Pictures of all frames of the videos"
+        videos = sorted({video for video, _ in self.index})
+        return [video.image(t) for video in videos for t in range(len(video.frames))]
 
 # %% ../../nbs/data/movi.ipynb #movi-dump-export
-class MoviDump(ClipReader):
+class MoviDump(_OfDumps):
     "Frames or clips of MOVi, from any of the three dumps; splits keep videos whole"
 
     def __init__(

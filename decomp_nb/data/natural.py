@@ -12,19 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from ..checks import reading
 from .images import read_annotated, resize_crop, to_image_tensor
 from .lists import NameIndex, listed
+from .outlines import mask_of
 from .reader import Reader, split_name, subsample
 from .scene_item import read_json, read_labels
 
 # %% auto #0
-__all__ = ['VOC_CLASSES', 'cut_alike', 'unpack_runs', 'mask_of_runs', 'mask_of_polygons', 'mask_of', 'InstanceFile', 'label_maps',
-           'instance_labels', 'CocoScenes', 'VocScenes']
+__all__ = ['VOC_CLASSES', 'cut_alike', 'InstanceFile', 'label_maps', 'instance_labels', 'CocoScenes', 'VocScenes']
 
 # %% ../../nbs/data/natural.ipynb #square-export
 def cut_alike(
@@ -53,87 +52,6 @@ def cut_alike(
         return {key: value.flip(-1) for key, value in out.items()}
     return out
 
-# %% ../../nbs/data/natural.ipynb #rle-export
-def _unpack_number(text, at):
-    "The number written at `at`, five bits a letter with the lowest first, and the position behind it"
-    value = shift = 0
-    while at < len(text):
-        letter = ord(text[at]) - 48
-        value |= (letter & 31) << shift
-        at += 1
-        shift += 5
-        if not letter & 32:
-            return (value | -1 << shift if letter & 16 else value), at
-    raise ValueError("the packed run lengths are cut short")
-
-
-def unpack_runs(text: str) -> list[int]:
-    "Run lengths from COCO's packed text; from the third number on, differences to the last but one"
-    runs = []
-    at = 0
-    while at < len(text):
-        value, at = _unpack_number(text, at)
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-    return runs
-
-
-def mask_of_runs(runs: Sequence[int], height: int, width: int) -> np.ndarray:
-    "Bool mask `(h,w)` from run lengths of 0, 1, 0 … down the columns"
-    if sum(runs) != height * width:
-        raise ValueError(f"run lengths cover {sum(runs)} pixels, the picture has {height * width}")
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return rearrange(flat, "(w h) -> h w", h=height)
-
-# %% ../../nbs/data/natural.ipynb #polygons-export
-def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
-    "Bool mask `(h,w)` of the union of polygons `[x0, y0, x1, y1 …]`; pixels whose centres lie inside"
-    mask = np.zeros((height, width), bool)
-    for points in polygons:
-        if len(points) < 6 or len(points) % 2:
-            raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
-        corners = rearrange(np.asarray(points, float), "(n xy) -> n xy", xy=2)
-        sides = np.array([width, height])
-        _check_corners(corners, height, width)
-        beyond = np.maximum(corners - sides, -corners)
-        if (beyond > sides / 4).any():  # some tools draw a little over the edge
-            found = f"a polygon leaves the picture of {height}×{width} (height×width)"
-            raise ValueError(f"{found} by more than a quarter: one of them was resized")
-        mask |= _inside(corners - 0.5, height, width)
-    return mask
-
-
-def _check_corners(corners, height, width):
-    "ValueError for corners that are no places in a picture: NaN, or shares of its sides"
-    if not np.isfinite(corners).all():
-        raise ValueError("a polygon holds NaN or infinite numbers")
-    if corners.max() <= 1 and max(height, width) > 4:
-        found = f"a polygon lies between {corners.min():g} and {corners.max():g}, in shares of the sides"
-        raise ValueError(f"{found}: multiply x by {width} and y by {height}")
-
-
-def _inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    "Pixels, with centres at whole numbers, that have an odd number of edges of a polygon `(n,2)` to their left"
-    crossings = np.zeros((height, width + 1), np.int32)
-    for (x, y), (next_x, next_y) in zip(corners, np.roll(corners, -1, axis=0)):
-        first, last = np.ceil(np.sort([y, next_y])).clip(0, height).astype(int)
-        rows = np.arange(first, last)
-        at = x + (rows - y) * (next_x - x) / ((next_y - y) or 1)  # a level edge crosses no row
-        column = np.ceil(at).clip(0, width).astype(int)
-        crossings[rows, column] += 1
-    return crossings.cumsum(1)[:, :width] % 2 == 1
-
-# %% ../../nbs/data/natural.ipynb #segmentation-export
-def mask_of(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    "Bool mask of a COCO `segmentation`: polygons, run lengths, or packed run lengths"
-    if isinstance(segmentation, list):
-        return mask_of_polygons(segmentation, height, width)
-    made_for = segmentation.get("size", [height, width])
-    if list(made_for) != [height, width]:
-        sizes = f"{made_for[0]}×{made_for[1]}, the picture is {height}×{width}"
-        raise ValueError(f"its run lengths are for {sizes} (height×width)")
-    runs = segmentation["counts"]
-    return mask_of_runs(unpack_runs(runs) if isinstance(runs, str) else runs, height, width)
-
 # %% ../../nbs/data/natural.ipynb #instances-export
 class InstanceFile:
     "A COCO instance file: its pictures, and what is annotated in each of them"
@@ -144,11 +62,11 @@ class InstanceFile:
             content = _read_instances(self.path)
             self.pictures = sorted(content["images"], key=_id)
             self.names = [_name(p) for p in self.pictures]
-            categories = sorted(content["categories"], key=_id)
-            self.class_of = {str(c["id"]): i for i, c in enumerate(categories, 1)}
-            self.class_names = ["none", *(str(c["name"]) for c in categories)]
+            categories = _categories(content["categories"])
+            self.class_of = {number: i for i, number in enumerate(categories, 1)}
+            self.class_names = ["none", *categories.values()]
             self.annotations = defaultdict(list)  # of each picture, by its id
-            for annotation in content["annotations"]:
+            for annotation in _once_each(content["annotations"]):
                 self.annotations[str(annotation["image_id"])].append(annotation)
             _check_ids(self.pictures, self.annotations)
             self.counts = [_count_instances(self.annotations[str(p["id"])]) for p in self.pictures]
@@ -165,7 +83,7 @@ class InstanceFile:
                 raise ValueError(f"{picture['file_name']}, annotation {a.get('id')}: {error}") from None
             if kind is None:
                 crowd |= mask
-            else:
+            elif not _is_there(mask, kind, found, self.path):
                 found.append((kind, mask))
         return found, crowd
 
@@ -224,6 +142,57 @@ def _class_of(annotation, class_of):
         raise ValueError(f"category_id {annotation['category_id']} is not in 'categories'")
     return class_of[str(annotation["category_id"])]
 
+# %% ../../nbs/data/natural.ipynb #instances-once-export
+def _categories(entries):
+    "Names of the categories by their numbers; ValueError where two have the same"
+    names = {}
+    for entry in sorted(entries, key=_id):
+        number, name = str(entry["id"]), str(entry["name"])
+        if names.setdefault(number, name) != name:
+            raise ValueError(f"two categories have the id {number}, {names[number]!r} and {name!r}: give each its own")
+    return names
+
+
+def _once_each(annotations):
+    "Annotations that have an outline, each object once; UserWarning for others"
+    drawn = [a for a in annotations if a.get("segmentation") not in (None, [], [[]])]
+    if annotations and not drawn:
+        raise ValueError("no annotation has a 'segmentation': boxes are no masks, export polygons or run lengths")
+    if lost := len(annotations) - len(drawn):
+        warnings.warn(f"{lost:,} annotations have no 'segmentation': they are left out", stacklevel=4)
+    alike = defaultdict(list)
+    for annotation in drawn:
+        twins = alike[_looks(annotation)]
+        if not any(annotation["segmentation"] == other["segmentation"] for other in twins):
+            twins.append(annotation)
+    kept = {id(annotation) for twins in alike.values() for annotation in twins}
+    if twice := len(drawn) - len(kept):
+        warnings.warn(f"{twice:,} objects are annotated twice: each counts once", stacklevel=4)
+    return [annotation for annotation in drawn if id(annotation) in kept]
+
+
+def _looks(annotation):
+    "What is quickly compared: picture, class, crowd or not, and how the outline begins"
+    outline = annotation["segmentation"]
+    if isinstance(outline, dict):
+        outline = outline.get("counts")
+    if isinstance(outline, list) and outline and isinstance(outline[0], list):
+        outline = outline[0]
+    start = outline[:8] if isinstance(outline, list | str) else outline
+    return str([annotation["image_id"], annotation["category_id"], _is_crowd(annotation), start])
+
+# %% ../../nbs/data/natural.ipynb #instances-there-export
+def _is_there(mask, kind, found, where):
+    "Whether an instance of this class with nearly the same pixels was found before; then a UserWarning"
+    pixels = mask.sum()
+    for other_kind, other in found:
+        close = other_kind == kind and 0.9 * pixels <= other.sum() <= pixels / 0.9
+        if close and pixels and (mask & other).sum() >= 0.9 * (mask | other).sum():
+            seen = f"{where}: two annotations of one class share nine tenths of their pixels"
+            warnings.warn(f"{seen}: they count as one object", stacklevel=3)
+            return True
+    return False
+
 # %% ../../nbs/data/natural.ipynb #coco-pictures-export
 def label_maps(
     instances: Sequence[tuple[int, np.ndarray]],  # class and mask `(h,w)` of each, in order
@@ -278,6 +247,10 @@ class CocoScenes(Reader):
         suitable = _suitable(self.file, self.max_objects, self.keep_empty)
         self.index = subsample(suitable, n, seed)
         self.taken = _taken(self, len(suitable))
+
+    def source_files(self) -> list[Path]:
+        "The instance file and the pictures"
+        return [self.file.path, *(self.folder / str(entry["file_name"]) for entry in self.index)]
 
     def __getitem__(self, i: int) -> dict:
         entry = self.index[i]
@@ -374,6 +347,10 @@ class VocScenes(Reader):
         self.has_objects = self.split != "trainaug"
         self.taken = f"{len(self.index):,} of {len(names):,} pictures; split by list {self.split}.txt"
         self.factor_names = {"class": ["none", *VOC_CLASSES[1:]]}
+
+    def source_files(self) -> list[Path]:
+        "The pictures"
+        return [self.folder / f"{name}.jpg" for name in self.index]
 
     def __getitem__(self, i: int) -> dict:
         name = self.index[i]

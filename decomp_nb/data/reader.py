@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
@@ -18,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from .lists import NameIndex, find_listed, listed, read_list, split_table
+from .lists import NameIndex, find_listed, read_list, split_table
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'FOLDER_NAMES', 'split_name', 'split_by_group', 'name_words', 'split_in_name', 'split_folders',
-           'split_lists', 'check_unread_lists', 'choose_split', 'choose_videos', 'subsample', 'evenly',
-           'check_arguments', 'check_levels', 'Reader']
+           'warn_of_lone_split', 'split_lists', 'check_unread_lists', 'choose_split', 'choose_videos', 'subsample',
+           'evenly', 'check_arguments', 'check_levels', 'Reader']
 
 # %% ../../nbs/data/reader.ipynb #split-name-export
 SPLIT_NAMES = {
@@ -102,13 +103,17 @@ def _are_splits(names):
 # %% ../../nbs/data/reader.ipynb #folder-splits-export
 def split_folders(paths: Sequence[str]) -> list[tuple[str, str] | None]:
     "Split of each path by the folders that it lies in, at any depth, and that folder's name; None for neither"
+    levels = {level for level, names in _folders_inside(paths).items() if _are_splits(names)}
+    return [_split_of_path(PurePosixPath(path).parent.parts, levels) for path in paths]
+
+
+def _folders_inside(paths):
+    "Names of the folders side by side, by what they lie in"
     inside = defaultdict(set)
-    parents = [PurePosixPath(path).parent.parts for path in set(paths)]
-    for parts in set(parents):
+    for parts in {PurePosixPath(path).parent.parts for path in set(paths)}:
         for depth, name in enumerate(parts):
             inside[parts[:depth]].add(name)
-    levels = {level for level, names in inside.items() if _are_splits(names)}
-    return [_split_of_path(PurePosixPath(path).parent.parts, levels) for path in paths]
+    return inside
 
 
 def _split_of_path(parts, levels):
@@ -116,6 +121,20 @@ def _split_of_path(parts, levels):
         if parts[:depth] in levels and split_in_name(name):
             return split_in_name(name), name
     return None
+
+# %% ../../nbs/data/reader.ipynb #lone-split-export
+_FEW = 8  # folders side by side; among more, one that is called `train` is one of many classes
+
+
+def warn_of_lone_split(paths: Sequence[str], where: object) -> None:
+    "UserWarning where a folder is called like a split, but the few beside it are not, so that it counts as a class"
+    for names in _folders_inside(paths).values():
+        told = sorted(filter(split_in_name, names))
+        others = sorted(names - set(told))
+        if told and others and len(names) <= _FEW and not _are_splits(names):
+            seen = f"{where}: folder {told[0]!r} is called like a split, but not those beside it ({', '.join(others)})"
+            remedy = "if it is one, give the others names such as val and test, or move them out"
+            warnings.warn(f"{seen}: it does not count as one; {remedy}", stacklevel=3)
 
 # %% ../../nbs/data/reader.ipynb #lists-export
 _LIST_FOLDERS = set("split splits list lists set sets imagesets partition partitions meta metadata labels".split())
@@ -177,8 +196,9 @@ def _lists_of(files, names) -> _Lists:
     "Those of the files that are lists; of two for the same split, the one with the shorter name"
     found = {}
     for file in sorted(files, key=lambda file: -len(file.name)):
-        if positions := listed(file, names):
-            found[split_in_name(file.stem)] = file.name, positions
+        its = split_in_name(file.stem)
+        if positions := _find_in_split(read_list(file), file, names, its):
+            found[its] = file.name, positions
     return found
 
 
@@ -187,10 +207,21 @@ def _table_of(files, names) -> _Lists:
     for file in files:
         if _TABLE_WORDS & set(name_words(file.stem)):
             parts = split_table(file, _SPLIT_OF)
-            found = {split: find_listed(lines, file, names) for split, lines in parts.items()}
+            found = {split: _find_in_split(lines, file, names, split) for split, lines in parts.items()}
             if any(found.values()):
                 return {split: (file.name, positions) for split, positions in found.items()}
     return {}
+
+# %% ../../nbs/data/reader.ipynb #list-in-split-export
+def _find_in_split(lines, file, names, split):
+    "Positions that a list of a split names: in the folder of that split where all lie there, else anywhere"
+    told = split_folders(names.paths)
+    own = [i for i, its in enumerate(told) if its and its[0] == split]
+    if own:  # train/1.jpg and test/1.jpg are two pictures, and train.csv means one of them
+        with suppress(ValueError):
+            if positions := find_listed(lines, file, NameIndex([names.paths[i] for i in own])):
+                return [own[i] for i in positions]
+    return find_listed(lines, file, names)
 
 # %% ../../nbs/data/reader.ipynb #agreeing-export
 def _agreeing(files, names) -> _Lists:
@@ -210,7 +241,7 @@ def _agreeing(files, names) -> _Lists:
 def _all_listed(file, names):
     "Positions of the pictures that a file names; [] where one of them is not there"
     try:
-        return listed(file, names)
+        return _find_in_split(read_list(file), file, names, split_in_name(file.stem))
     except ValueError:
         return []
 
@@ -265,25 +296,28 @@ def choose_split(
     wanted = split_name(split)
     if wanted == "all":
         return list(range(len(paths))), "all"
-    if lists := split_lists(str(where), paths) or _lists_of_groups(where, groups or paths):
-        return _split_by_lists(lists, wanted, len(paths), where)
     by = "folder"
     told = split_folders(paths)
+    lists = split_lists(str(where), paths) or _lists_of_groups(where, groups or paths)
+    if lists and (wanted in lists or not any(its and its[0] == wanted for its in told)):
+        return _split_by_lists(lists, wanted, len(paths), where)
     if not any(told):
         by = "file"
         told = _split_file_names(paths)
     if not any(told):
         check_unread_lists(str(where), list(dict.fromkeys(groups or paths)))
+        warn_of_lone_split(paths, where)
         return split_by_group(groups or paths, wanted), "split by hash of names"
     counts = Counter(its[1] if its else "no split" for its in told)
     how = f"split by {by} names " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-    chosen = [i for i, its in enumerate(told) if its and its[0] == wanted]
+    listed_elsewhere = {i for _, positions in lists.values() for i in positions}
+    chosen = [i for i, its in enumerate(told) if its and its[0] == wanted and i not in listed_elsewhere]
     if not chosen:
         names = sorted({its[1] for its in told if its})
         raise ValueError(f"{where} has split {by}s {names} but none for split={split!r}")
     return chosen, how
 
-
+# %% ../../nbs/data/reader.ipynb #file-names-export
 def _split_file_names(paths):
     "Split of each path by its file's name, as `train_3.png`, where all names tell one and not all the same"
     told = [split_in_name(PurePosixPath(path).stem) for path in paths]
@@ -419,6 +453,12 @@ class Reader:
         for i in chosen:
             self[i]
         return len(chosen)
+
+    def source_files(self) -> list[Path]:
+        "Files that are read, as far as the reader knows them; see `data.file_marks`"
+        if files := getattr(self, "files", None):
+            return [self.path / file for file in files]
+        return [self.path] if self.path.is_file() else []
 
     def __repr__(self) -> str:
         what = f"{len(self)} {self.items}, {self.size} px{self.limit}, split {self.split}"

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import reading
+from .file_marks import files_mark, source_files
 from .hdf5 import LazyH5, h5_dataset, open_h5
 from .video import cut_videos
 from ..decomposer import fingerprint
@@ -68,6 +70,7 @@ def store_slots(
     path: str | Path,  # of the .h5 file
     card: SlotCard,
     dtype: str = "float16",  # or "float32"
+    about: Mapping[str, str] = MappingProxyType({}),  # attributes of the file besides
 ) -> Path:
     "Write slots of videos; the file appears when it is whole"
     import h5py
@@ -84,6 +87,7 @@ def store_slots(
                 names.append(name)
                 lengths.append(len(slots))
             _write_index(file, names, lengths, card)
+            file.attrs.update(about)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -165,11 +169,13 @@ def extract_slots(
         if len(there.names) != len(data):
             held = f"{path} holds {len(there.names)} videos, but the data set has {len(data)}"
             raise ValueError(f"{held}: choose another file")
+        _check_same_files(path, data)
         return path
     training = model.training
     model.eval()
     try:
-        return store_slots(_encoded(model, data, batch_size, chunk, seed), path, card, dtype)
+        mark = files_mark(source_files(data)) or ""
+        return store_slots(_encoded(model, data, batch_size, chunk, seed), path, card, dtype, {"files": mark})
     finally:
         model.train(training)
 
@@ -188,6 +194,15 @@ def _encoded(model: nn.Module, data: Any, batch_size: int, chunk: int, seed: int
             generator = torch.Generator().manual_seed(seed + start + number)
             codes = model.encode(images.to(device), chunk=chunk, generator=generator).codes
             yield from zip([video_name(item) for item in group], codes)
+
+
+def _check_same_files(path: Path, data: Any) -> None:
+    "ValueError where the slots in `path` were found in other files than those of the data set"
+    with open_h5(path) as file:
+        before = file.attrs.get("files", "")
+    now = files_mark(source_files(data)) or ""
+    if before and now and before != now:
+        raise ValueError(f"{path} holds slots of other files than those of the data set now: choose another file")
 
 
 def _items_of(data: Any, numbers: Sequence[int]) -> list[dict]:

@@ -22,7 +22,17 @@ from ..checks import printable, reading
 from .hdf5 import LazyH5, h5_dataset, open_h5, stored_split
 from .images import crop_box, image_suffixes, read_image, walk_folders
 from .mp4 import VIDEO_SUFFIXES, frame_times, read_frames
-from .movi import MOVI_CLASSES, DumpVideo, dump_videos, most_objects, read_frame, read_instances, stack_frames
+from decomp_nb.data.movi import (
+    MOVI_CLASSES,
+    DumpVideo,
+    dump_videos,
+    is_dump,
+    most_objects,
+    others_note,
+    read_frame,
+    read_instances,
+    stack_frames,
+)
 from .reader import choose_split, choose_videos, split_name, subsample
 from .scene_item import SceneReader, check_classes, object_ids, scene_item, split_by_position
 from .scenes_h5 import SceneFile, read_scene
@@ -257,16 +267,14 @@ def find_videos(path: Path | str) -> list[Video]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}: check the path")
-    if path.is_file():
-        files = [path]
-    else:
-        files = [place / file for place, _, files in walk_folders(path) for file in files]
+    folders = [(path.parent, [path.name])] if path.is_file() else [(p, files) for p, _, files in walk_folders(path)]
+    files = [place / file for place, names in folders for file in names]
     films = sorted(file for file in files if file.suffix.lower() in VIDEO_SUFFIXES)
     if films:
         return [VideoFile(_name_below(file, path), str(file), frame_times(file)) for file in films]
     if path.is_file():
         raise ValueError(f"{path} is no video: expected are {' '.join(VIDEO_SUFFIXES)}, .h5 or a folder")
-    if any(file.name.endswith(("_image.png", "_mask.png")) for file in files):
+    if any(is_dump(names) for _, names in folders):
         return dump_clips(path)
     if found := frame_folders(path):
         return found
@@ -384,6 +392,10 @@ class VideoClips(SceneReader):
         self.index = index if n is None else np.array(subsample(index, n, seed))
         self.taken = f"{len(self.index):,} {self.items} of {len(self.videos):,} videos; {self.how}"
 
+    def source_files(self) -> list[Path]:
+        "Frames or files of all videos"
+        return [Path(file) for video in self.videos for file in _files_of(video)] or super().source_files()
+
     def __getitem__(self, i: int) -> dict:
         v, start = self.index[i].tolist()
         video = self.videos[v]
@@ -396,6 +408,15 @@ def _checked(resample):
     if resample not in ("area", "bilinear"):
         raise ValueError(f"resample={resample!r} is unknown: use 'area' or 'bilinear'")
     return resample
+
+
+def _files_of(video):
+    "Files of a video that has some of its own"
+    if isinstance(video, FrameFolder):
+        return [Path(video.folder, file) for file in video.files]
+    if isinstance(video, DumpClips):
+        return [video.video.image(t) for t in range(len(video))]
+    return [video.path] if isinstance(video, VideoFile) else []
 
 
 def _clip_item(clips, frames, name):
@@ -422,8 +443,9 @@ def _find(clips, size, max_objects, names):
     clips.videos, clips.how = _videos_of_folder(clips.path, clips.split, names)
     first = clips.videos[0]
     clips.has_masks = isinstance(first, DumpClips) and first.video.has_masks
+    dumped = [video.video for video in clips.videos if isinstance(video, DumpClips)]
+    clips.how += others_note(dumped)
     if clips.has_masks:
-        dumped = [video.video for video in clips.videos]
         clips.max_objects = max_objects or most_objects(dumped, clips.path)
         clips.factor_names = _dump_classes(first.video)
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..checks import as_labels, check_finite
+from ..checks import as_labels, check_finite, stacked
 
 # %% auto #0
 __all__ = ['contingency', 'renumber', 'ari_of_table', 'ari', 'fg_ari', 'iou_of_table', 'iou_matrix', 'match', 'segmentation',
@@ -54,7 +54,7 @@ def contingency(
 ) -> Tensor:
     "Pixels that true segment i and predicted segment j share: int64 counts `(b, n_true, n_pred)`"
     true, pred = as_labels(true, "true"), as_labels(pred, "predicted")
-    ignore = None if ignore is None else torch.as_tensor(ignore)
+    ignore = None if ignore is None else stacked(ignore, "ignore")
     _check_labels(true, pred, ignore)
     b = len(true)
     m = _table_side(true, "true", n_true)
@@ -147,7 +147,7 @@ def match(
 # %% ../../nbs/metrics/segmentation.ipynb #masks-export
 def segmentation(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     "Labels `(b,h,w)` from soft masks `(b,k,h',w')`: enlarged to `size`, then argmax; integers pass unchanged"
-    masks = torch.as_tensor(masks)
+    masks = stacked(masks, "masks")
     if not masks.is_floating_point():
         return masks
     if masks.dim() != 4:
@@ -161,14 +161,22 @@ def segmentation(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     return masks.argmax(1)
 
 # %% ../../nbs/metrics/segmentation.ipynb #scene-helpers-export
-def _visible(visibility: Tensor, objects: int) -> Tensor:
+def _visible(visibility: Tensor, b: int, objects: int) -> Tensor:
     "Which of the true labels 1 … objects are to be scored, bool `(b,objects)`"
-    visibility = torch.as_tensor(visibility)
-    check_finite(visibility, "visibility")
-    if visibility.dim() != 2 or visibility.shape[1] < objects:
-        found = f"visibility has {visibility.shape[-1]} objects"
+    visibility = _of_each_picture(visibility, b)
+    if visibility.shape[1] < objects:
+        found = f"visibility has {visibility.shape[1]} objects"
         raise ValueError(f"{found}, the true labels reach {objects}: expected is (b,objects)")
     return visibility[:, :objects] > 0
+
+
+def _of_each_picture(visibility: Tensor, b: int) -> Tensor:
+    "Visibility as a tensor; ValueError unless it has a row for each of `b` pictures, and no NaN"
+    visibility = stacked(visibility, "visibility")
+    check_finite(visibility, "visibility")
+    if visibility.dim() != 2 or len(visibility) != b:
+        raise ValueError(f"visibility is {tuple(visibility.shape)}, expected is (b,objects) for {b} pictures")
+    return visibility
 
 
 def _at_slot(overlap: Tensor, slot: Tensor) -> Tensor:
@@ -212,11 +220,12 @@ def scene_scores(
     "All scores of every scene and object, from one contingency table"
     _one_of("background", background, "ignore", "include")
     _one_of("unmatched", unmatched, "zero", "drop")
+    true = as_labels(true, "true")
     table = contingency(true, segmentation(pred, true.shape[-2:]), ignore=ignore)
     counted = table.sum(2) >= min_pixels
     counted[:, 0] &= background == "include"
     if visibility is not None:
-        counted[:, 1:] &= _visible(visibility, counted.shape[1] - 1).to(counted.device)
+        counted[:, 1:] &= _visible(visibility, len(counted), counted.shape[1] - 1).to(counted.device)
     overlap = iou_of_table(table)
     slot = match(overlap, counted)
     iou = torch.where(slot < 0, 0.0, _at_slot(overlap, slot))
@@ -330,9 +339,10 @@ def official_lsd_scenes(
     n_slots: int | None = None,  # slots, also those that own no pixel; default: as many as soft masks
 ) -> SceneScores:
     "Scenes scored as by official LSD's evaluation, quirks included; `SegmentationScores` gives its means"
+    true, pred = as_labels(true, "true"), stacked(pred, "masks")
     if pred.is_floating_point():
         n_slots = n_slots or pred.shape[1]
-    check_finite(visibility, "visibility")
+    visibility = _of_each_picture(visibility, len(true))
     labels = segmentation(pred, true.shape[-2:])
     table = contingency(true, labels, n_true=max_objects + 1, n_pred=n_slots)
     visible = F.pad(visibility > 0, (max_objects + 1 - visibility.shape[1], 0)).to(table.device)

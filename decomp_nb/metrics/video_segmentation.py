@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..checks import as_labels, stacked
 from decomp_nb.metrics.segmentation import (
     SceneScores,
     colour_partition,
@@ -29,11 +30,20 @@ def video_labels(
     size: tuple[int, int] | None = None,  # soft masks are enlarged to this before the argmax
 ) -> Tensor:
     "Labels `(b,t,h,w)` of videos"
+    masks = stacked(masks, "masks")
     if not masks.is_floating_point():
         return masks
     if masks.dim() != 5:
         raise ValueError(f"soft masks of videos must be (b,t,k,h,w), got {tuple(masks.shape)}")
     return segmentation(masks.flatten(0, 1), size).unflatten(0, masks.shape[:2])
+
+
+def _true_labels(true: Tensor) -> Tensor:
+    "True labels `(b,t,h,w)`; ValueError for any other shape"
+    true = as_labels(true, "true")
+    if true.dim() != 4:
+        raise ValueError(f"true labels of videos must be (b,t,h,w), got {tuple(true.shape)}")
+    return true
 
 
 def frame_tables(
@@ -42,8 +52,7 @@ def frame_tables(
     ignore: Tensor | None = None,  # `(b,t,h,w)`, pixels that count nowhere
 ) -> Tensor:
     "Contingency table of every frame, `(b,t,m,n)`; that of a video is their sum over t"
-    if true.dim() != 4:
-        raise ValueError(f"true labels of videos must be (b,t,h,w), got {tuple(true.shape)}")
+    true = _true_labels(true)
     labels = video_labels(pred, true.shape[-2:])
     ignored = None if ignore is None else ignore.flatten(0, 1)
     table = contingency(true.flatten(0, 1), labels.flatten(0, 1), ignore=ignored)
@@ -58,9 +67,16 @@ def video_scores(
     **conventions,  # of `scene_scores`
 ) -> SceneScores:
     "Scores of whole videos, in which a slot has to stay with its object"
-    if true.dim() != 4:
-        raise ValueError(f"true labels of videos must be (b,t,h,w), got {tuple(true.shape)}")
+    true = _true_labels(true)
     return scene_scores(true, video_labels(pred, true.shape[-2:]), ignore=ignore, **conventions)
+
+
+def _of_frames(visibility: Tensor, b: int, t: int) -> Tensor:
+    "Visibility of every frame, from that of the videos `(b,objects)` or of their frames `(b,t,objects)`"
+    visibility = stacked(visibility, "visibility")
+    if visibility.dim() == 3:
+        return visibility.flatten(0, 1)
+    return visibility.repeat_interleave(t, 0) if len(visibility) == b else visibility
 
 
 def frame_scores(
@@ -71,8 +87,11 @@ def frame_scores(
     **conventions,
 ) -> dict[str, Tensor]:
     "Means over the frames of each video, `(b,)`: ari, fg_ari, miou, mbo; frames that say nothing are left out"
+    true = _true_labels(true)
     labels = video_labels(pred, true.shape[-2:])
     ignored = None if ignore is None else ignore.flatten(0, 1)
+    if conventions.get("visibility") is not None:
+        conventions["visibility"] = _of_frames(conventions["visibility"], *true.shape[:2])
     frames = scene_scores(true.flatten(0, 1), labels.flatten(0, 1), ignore=ignored, **conventions)
     of_frames = _columns(frames)
     return {name: values.unflatten(0, true.shape[:2]).nanmean(1) for name, values in of_frames.items()}

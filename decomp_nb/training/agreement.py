@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..data.file_marks import files_mark, source_files
 from .record import differences
 from .stream import preserve_random_state, seed_everything
 
@@ -85,14 +86,15 @@ def _spread_out(n: int) -> list[int]:
 
 
 def data_record(data: Any) -> dict[str, Any]:
-    "What is recorded of a data set: how many items, which names, and a sketch of a few"
+    "What is recorded of a data set: how many items, which names and files, and a sketch of a few"
     n = len(data)
     sketches = {}
     for i in _spread_out(n):
         first = read_item(data, i)
         if _is_finite(first) and first == read_item(data, i):  # what is random at every reading is left out
             sketches[str(i)] = first
-    return {"n": n, "names": checksum_of_names(data), "sketches": sketches}
+    files = files_mark(source_files(data))
+    return {"n": n, "names": checksum_of_names(data), "files": files, "sketches": sketches}
 
 
 def _is_finite(sketch: Mapping[str, list]) -> bool:
@@ -107,6 +109,9 @@ def data_differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> l
         return [f"pictures: {recorded['n']} recorded, {asked['n']} now: the data set grew or shrank"]
     if None not in (recorded["names"], asked["names"]) and recorded["names"] != asked["names"]:
         return ["pictures: as many as recorded, but some file names are others"]
+    files = {record.get("files") for record in (recorded, asked)}
+    if len(files) > 1 and None not in files:
+        return ["pictures: as many as recorded, of the same names, but their files are others"]
     changed = _changed_items(recorded["sketches"], asked["sketches"])
     if not changed:
         return []

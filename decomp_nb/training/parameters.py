@@ -330,6 +330,15 @@ def check_trackers(trackers: str) -> None:
             raise ValueError(f"trackers: {name!r} is not installed; install it (pip install {name}) or leave it out")
 
 # %% ../../nbs/training/parameters.ipynb #parameters-read-recipe
+def _yaml_fault(error: Exception) -> str:
+    "What is wrong with a YAML text and in which line, in one sentence"
+    mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+    if mark is None:
+        return str(error)
+    tab = "there is a tab; YAML wants spaces" if "\\t" in problem else problem
+    return f"line {mark.line + 1}: {tab}"
+
+
 def read_recipe(path: str | Path) -> dict:
     "Parameters from a YAML file, `name: value` a line"
     import yaml
@@ -339,7 +348,7 @@ def read_recipe(path: str | Path) -> dict:
     try:
         recipe = read_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
+        raise ValueError(f"recipe {path} is not valid YAML: {_yaml_fault(error)}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe {path} must hold lines `name: value`, not a {type(recipe).__name__}")
     return recipe
