@@ -6,6 +6,7 @@ from decomp_nb.components.dvae import DVAE
 from decomp_nb.components.slots import SlotAttention
 from decomp_nb.components.tracking import Tracker, boxes_of_labels, track
 from decomp_nb.components.unets import denoiser_config
+from decomp_nb.factors import interpolate
 from decomp_nb.methods.lsd import LSD
 from decomp_nb.methods.savi import SAVi, savi_preset
 from decomp_nb.methods.slot_diffusion import SlotDiffusion, slot_diffusion_denoiser
@@ -189,3 +190,22 @@ def test_options_that_go_from_frame_to_frame_are_refused_at_once():
     boxes = savi(tracking_config=dict(parallel={}, condition="boxes"))
     with pytest.raises(ValueError, match="pass boxes="): boxes.encode(CLIPS)
     assert boxes.encode(CLIPS, boxes=torch.zeros(2, 3, 4)).codes.shape == (2, 5, 4, 16)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_verbs_of_factors_work_on_clips_of_every_method(name):
+    "An object is dropped from all frames, swapped between clips, and two clips are blended; each changes what is drawn"
+    torch.manual_seed(0)
+    model = METHODS[name](tracking_config={}).eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)
+    draw = lambda factors: model.decode(factors, steps=2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        factors = model.encode(CLIPS[:, :2])
+        other = factors.rows([1, 0])
+        edits = dict(plain=factors, dropped=factors.drop([0]), swapped=factors.replace([1], other), blended=interpolate(factors, other, 0.5), joined=factors.pick([0]).cat(other.pick([2, 3])))
+        drawn = {what: draw(edit) for what, edit in edits.items()}
+    assert torch.equal(edits["swapped"].codes[:, :, 1], other.codes[:, :, 1]) and edits["dropped"].n_factors == 3
+    for what, film in drawn.items():
+        assert film.shape == (2, 2, 3, 16, 16) and film.isfinite().all()
+    if name != "steve": assert all(not torch.allclose(film, drawn["plain"], atol=1e-5) for what, film in drawn.items() if what != "plain")
+    with pytest.raises((ValueError, IndexError)): factors.drop([9])
