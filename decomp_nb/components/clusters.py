@@ -16,8 +16,8 @@ from .seeding import choose_places
 from .slots import SlotResult
 
 # %% auto #0
-__all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'ClusterKeys', 'ClusterStart',
-           'mean_under', 'SlotContent', 'ClusterLayers', 'ClusterSlots']
+__all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'KeyLayers', 'ClusterKeys',
+           'ClusterStart', 'mean_under', 'SlotContent', 'ClusterLayers', 'ClusterSlots']
 
 # %% ../../nbs/components/clusters.ipynb #assign-export
 def assign_to_means(
@@ -95,11 +95,18 @@ def co_occurrence_loss(
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=keys.device))
 
 # %% ../../nbs/components/clusters.ipynb #layers-export
-class ClusterKeys(nn.Module):
-    "Keys of the places of a feature map, and the part of a slot that is compared with them"
+class KeyLayers(nn.Module):
+    "From features of places to directions: layers that learn, or the features as they are"
 
     def __init__(
-        self, in_dim: int, n_slots: int, slot_dim: int, key_dim: int, sharpness: float, ground: bool = False
+        self,
+        in_dim: int,
+        n_slots: int,
+        slot_dim: int,
+        key_dim: int,
+        sharpness: float,
+        ground: bool = False,
+        learned_keys: bool = True,
     ):
         super().__init__()
         self.n_slots = n_slots
@@ -107,15 +114,34 @@ class ClusterKeys(nn.Module):
         self.key_dim = key_dim
         self.sharpness = sharpness
         self.ground = ground
-        learned = key_dim - 1 if ground else key_dim
-        self.norm_keys = nn.LayerNorm(in_dim)
-        self.to_k = nn.Sequential(nn.Linear(in_dim, 2 * in_dim), nn.SiLU(), nn.Linear(2 * in_dim, learned, bias=False))
+        self.to_k = None
+        if learned_keys:
+            wide, found = 2 * in_dim, key_dim - int(ground)
+            self.norm_keys = nn.LayerNorm(in_dim)
+            self.to_k = nn.Sequential(nn.Linear(in_dim, wide), nn.SiLU(), nn.Linear(wide, found, bias=False))
+        elif key_dim != in_dim:
+            raise ValueError(f"key_dim={key_dim}: keys that are not learned are the {in_dim} features of a place")
+
+    def directions(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        "Unit vectors `(b, n, …)` without what says the share of the ground, and the features of places `(b, n, c)`"
+        if self.to_k is None:
+            places = rearrange(features.float(), "b c h w -> b (h w) c")
+            return F.normalize(places[..., :-1] if self.ground else places, dim=-1), places
+        places = rearrange(features.to(self.norm_keys.weight.dtype), "b c h w -> b (h w) c")
+        return F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1), places
+
+    def key_layers(self) -> list[nn.Module]:
+        "What the keys' loss trains"
+        return [] if self.to_k is None else [self.norm_keys, self.to_k]
+
+# %% ../../nbs/components/clusters.ipynb #keys-export
+class ClusterKeys(KeyLayers):
+    "Keys of the places of a feature map, and the part of a slot that is compared with them"
 
     def keys(self, features: Tensor) -> Tensor:
         "Unit vectors `(b, n, key_dim)` of a feature map `(b, c, h, w)`, row by row, always in float32"
         with torch.autocast(features.device.type, enabled=False):
-            places = rearrange(features.to(self.norm_keys.weight.dtype), "b c h w -> b (h w) c")
-            unit = F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1)
+            unit, places = self.directions(features)
             if not self.ground:
                 return unit
             angle = torch.pi / 2 * places[..., -1:].float().detach()  # by the share of objects, see `GroundEncoder`
@@ -130,7 +156,9 @@ class ClusterKeys(nn.Module):
         return self.means(slots)
 
     def key_loss(self, features: Tensor, **options) -> Tensor:
-        "`co_occurrence_loss` of a feature map `(b, c, h, w)`"
+        "`co_occurrence_loss` of a feature map `(b, c, h, w)`; 0 where keys are not learned"
+        if self.to_k is None:
+            return features.new_zeros(())
         keys = self.keys(features).unflatten(1, features.shape[-2:])
         return co_occurrence_loss(keys, **options)
 
@@ -229,8 +257,9 @@ class ClusterLayers(ClusterStart):
         show_layout: bool = False,  # `out` begins with the layout as it is, for `LayoutMaps` to read
         key_weight: float = 0.05,  # of the keys' loss beside the decoder's (they share no parameters)
         ground: bool = False,  # the features' last channel tells objects from a smooth ground (`GroundEncoder`)
+        learned_keys: bool = True,  # False: keys are the features as they are (`ColourEncoder`), key_dim as many
     ):
-        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground)
+        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground, learned_keys)
         self.n_iterations = n_iterations
         self.key_weight = key_weight
         self.window = window
