@@ -64,7 +64,7 @@ def test_recipe_of_a_comparison(recipe, farm):
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.startswith("readout")], ids=lambda path: path.stem)
 def test_recipe_of_a_readout(recipe, farm):
-    space = farm.rehearse(recipe, dict(n_train=4, n_val=4, epochs=1, seeds=1), until="choice")
+    space = farm.rehearse(recipe, dict(n_train=4, n_unrelated=4, n_val=4, epochs=1, seeds=1), until="choice")
     assert math.isfinite(space["runs"][0][0].loss) and space["former"].rollout.slot_dim == space["train"][0].shape[-1]
     assert (space["folder"] / "readout_0" / "config.json").is_file()
 

@@ -49,10 +49,9 @@ def load(run) -> torch.nn.Module:
 
 
 def save_half(model: torch.nn.Module, folder: Path) -> None:
-    "A model in half precision; a roll-out takes its slot model along"
+    "A model in half precision; a roll-out takes its slot model along, and feeds on its own numbers: both stay as they are"
     if isinstance(model, FrozenSlots):
-        model.slot_model.to(torch.float16)
-        keep_with(model.to(torch.float16), folder)
+        keep_with(model, folder)
     else:
         model.to(torch.float16).save_pretrained(folder)
     forget_places(folder)

@@ -17,9 +17,14 @@ from .seeding import choose_places
 from .slots import SlotResult
 
 # %% auto #0
+<<<<<<< HEAD
 __all__ = ['assign_to_means', 'cluster', 'near_groups', 'join_near', 'draw_places', 'draw_near', 'co_occurrence_loss',
            'ground_keys', 'ClusterKeys', 'ClusterStart', 'mean_under', 'tilt_under', 'SlotContent', 'ClusterLayers',
            'ClusterSlots']
+=======
+__all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'KeyLayers', 'ClusterKeys',
+           'ClusterStart', 'mean_under', 'SlotContent', 'ClusterLayers', 'ClusterSlots']
+>>>>>>> r_ahead
 
 # %% ../../nbs/components/clusters.ipynb #assign-export
 def assign_to_means(
@@ -141,12 +146,23 @@ def ground_keys(
 
 
 # %% ../../nbs/components/clusters.ipynb #layers-export
-class ClusterKeys(nn.Module):
-    "Keys of the places of a feature map, and the part of a slot that is compared with them"
+class KeyLayers(nn.Module):
+    "From features of places to directions: layers that learn, or the features as they are"
 
     def __init__(
+<<<<<<< HEAD
         self, in_dim: int, n_slots: int, slot_dim: int, key_dim: int, sharpness: float,
         ground: bool = False, place: float = 0.0,
+=======
+        self,
+        in_dim: int,
+        n_slots: int,
+        slot_dim: int,
+        key_dim: int,
+        sharpness: float,
+        ground: bool = False,
+        learned_keys: bool = True,
+>>>>>>> r_ahead
     ):
         super().__init__()
         if place and not ground:
@@ -156,16 +172,41 @@ class ClusterKeys(nn.Module):
         self.key_dim = key_dim
         self.sharpness = sharpness
         self.ground = ground
+<<<<<<< HEAD
         self.place = place
         learned = key_dim - int(ground) - 2 * bool(place)
         self.norm_keys = nn.LayerNorm(in_dim)
         self.to_k = nn.Sequential(nn.Linear(in_dim, 2 * in_dim), nn.SiLU(), nn.Linear(2 * in_dim, learned, bias=False))
+=======
+        self.to_k = None
+        if learned_keys:
+            wide, found = 2 * in_dim, key_dim - int(ground)
+            self.norm_keys = nn.LayerNorm(in_dim)
+            self.to_k = nn.Sequential(nn.Linear(in_dim, wide), nn.SiLU(), nn.Linear(wide, found, bias=False))
+        elif key_dim != in_dim:
+            raise ValueError(f"key_dim={key_dim}: keys that are not learned are the {in_dim} features of a place")
+
+    def directions(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        "Unit vectors `(b, n, …)` without what says the share of the ground, and the features of places `(b, n, c)`"
+        if self.to_k is None:
+            places = rearrange(features.float(), "b c h w -> b (h w) c")
+            return F.normalize(places[..., :-1] if self.ground else places, dim=-1), places
+        places = rearrange(features.to(self.norm_keys.weight.dtype), "b c h w -> b (h w) c")
+        return F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1), places
+
+    def key_layers(self) -> list[nn.Module]:
+        "What the keys' loss trains"
+        return [] if self.to_k is None else [self.norm_keys, self.to_k]
+
+# %% ../../nbs/components/clusters.ipynb #keys-export
+class ClusterKeys(KeyLayers):
+    "Keys of the places of a feature map, and the part of a slot that is compared with them"
+>>>>>>> r_ahead
 
     def keys(self, features: Tensor) -> Tensor:
         "Keys `(b, n, key_dim)` of a feature map `(b, c, h, w)`, row by row, in float32; without `place` unit vectors"
         with torch.autocast(features.device.type, enabled=False):
-            places = rearrange(features.to(self.norm_keys.weight.dtype), "b c h w -> b (h w) c")
-            unit = F.normalize(self.to_k(self.norm_keys(places)).float(), dim=-1)
+            unit, places = self.directions(features)
             if not self.ground:
                 return unit
             return ground_keys(unit, places[..., -1:].float().detach(), features.shape[-2:], self.place)
@@ -179,7 +220,13 @@ class ClusterKeys(nn.Module):
         return self.means(slots)
 
     def key_loss(self, features: Tensor, **options) -> Tensor:
+<<<<<<< HEAD
         "`co_occurrence_loss` of a feature map `(b, c, h, w)`; where things lie is no part of it"
+=======
+        "`co_occurrence_loss` of a feature map `(b, c, h, w)`; 0 where keys are not learned"
+        if self.to_k is None:
+            return features.new_zeros(())
+>>>>>>> r_ahead
         keys = self.keys(features).unflatten(1, features.shape[-2:])
         if self.place:
             keys = keys[..., :-2]
@@ -295,12 +342,18 @@ class ClusterLayers(ClusterStart):
         show_layout: bool = False,  # `out` begins with the layout as it is, for `LayoutMaps` to read
         key_weight: float = 0.05,  # of the keys' loss beside the decoder's (they share no parameters)
         ground: bool = False,  # the features' last channel tells objects from a smooth ground (`GroundEncoder`)
+<<<<<<< HEAD
         place: float = 0.0,  # weight of where an object's place lies, in its key; 0: it does not count
         tilt: bool = False,  # content also says how features change across the slot (`tilt_under`)
         join: float = 0.0,  # clusters whose means are nearer than this are one (`join_near`); 0: never
     ):
         super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground, place)
         self.join = join
+=======
+        learned_keys: bool = True,  # False: keys are the features as they are (`ColourEncoder`), key_dim as many
+    ):
+        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground, learned_keys)
+>>>>>>> r_ahead
         self.n_iterations = n_iterations
         self.key_weight = key_weight
         self.window = window

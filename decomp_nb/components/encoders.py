@@ -13,13 +13,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .ground import above_ground
+from .ground import above_ground, hue_features
 from .text import quiet
 from .unets import build_with, check_choice, check_groups, check_halvings
 
 # %% auto #0
+<<<<<<< HEAD
 __all__ = ['PIXELS_AT_ONCE', 'LSD_UNET', 'NORMALISATIONS', 'VIT_S8', 'VIT_KEYS', 'ENCODERS', 'check_image', 'FeatureEncoder',
            'ConvEncoder', 'ResidualBlock', 'ResidualEncoder', 'GroundEncoder', 'UNetEncoder', 'normalisation',
+=======
+__all__ = ['LSD_UNET', 'NORMALISATIONS', 'VIT_S8', 'VIT_KEYS', 'ENCODERS', 'check_image', 'FeatureEncoder', 'ConvEncoder',
+           'ResidualBlock', 'ResidualEncoder', 'GroundEncoder', 'ColourEncoder', 'UNetEncoder', 'normalisation',
+>>>>>>> r_ahead
            'BasicBlock', 'ResNetEncoder', 'normalise', 'PatchEncoder', 'read_transformer_config', 'DinoEncoder',
            'VitEncoder', 'vit_state', 'NoEncoder', 'build_encoder']
 
@@ -160,6 +165,19 @@ class GroundEncoder(FeatureEncoder):
         shares = F.avg_pool2d(above_ground(images, **self.options), self.stride)
         colours = self.stem(images)
         return torch.cat([colours, shares.to(colours.dtype)], 1)
+
+# %% ../../nbs/components/encoders.ipynb #colour-encoder-export
+class ColourEncoder(FeatureEncoder):
+    "`hue_features` of every pixel: nothing is learned"
+    marks_ground = True
+
+    def __init__(self, image_size: int = 64, **options: float):  # of `hue_features`: light, grey, threshold …
+        super().__init__(image_size, 1, 8)
+        self.options = options
+
+    def features(self, images: Tensor) -> Tensor:
+        "As `forward`, for images of a checked size"
+        return hue_features(images, **self.options)
 
 # %% ../../nbs/components/encoders.ipynb #unet-export
 LSD_UNET = dict(
@@ -461,6 +479,7 @@ ENCODERS = dict(
     conv=ConvEncoder,
     residual=ResidualEncoder,
     ground=GroundEncoder,
+    colours=ColourEncoder,
     resnet=ResNetEncoder,
     unet=UNetEncoder,
     dino=DinoEncoder,

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['plane_places', 'fit_plane', 'above_ground']
+__all__ = ['plane_places', 'fit_plane', 'above_ground', 'hue_features']
 
 # %% ../../nbs/components/ground.ipynb #places-export
 def plane_places(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -59,3 +59,18 @@ def above_ground(
     weighted = (difference - shade).square() + (brightness * shade).square()
     distance = weighted.sum(1, keepdim=True).sqrt()
     return torch.sigmoid((distance - threshold) / softness)
+
+# %% ../../nbs/components/ground.ipynb #hues-export
+def hue_features(
+    images: Tensor,  # `(b, 3, h, w)` in [−1, 1]
+    *,
+    light: float = 0.4,  # what brightness counts beside hue
+    grey: float = 0.25,  # the constant: colours whose hue is weaker are alike
+    **options: float,  # of `above_ground`: threshold, softness, brightness
+) -> Tensor:
+    "Hue (3), brightness, a constant, nothing (2), and the share that is no ground, `(b, 8, h, w)`"
+    bright = images.mean(1, keepdim=True)
+    constant = torch.full_like(bright, grey)
+    nothing = torch.zeros_like(images[:, :2])  # group norms want eight channels
+    share = above_ground(images, **options).to(images.dtype)
+    return torch.cat([images - bright, light * bright, constant, nothing, share], 1)

@@ -71,9 +71,11 @@ class HiddenReadout(PhysionReadout):
         feature_dim: int | None = 128,
         join: str = "max",       # see `PhysionReadout`
         n_hidden: int = 2,       # layers between the first one and the maxima
+        compare: bool = False,   # also read squared differences of the two slots: distances
     ):
         super().__init__(slot_dim, feature_dim, join)
         width = feature_dim or slot_dim
+        self.differences = nn.Linear(slot_dim, width, bias=False) if compare else None
         layers = []
         for _ in range(n_hidden):
             layers += [nn.GELU(), nn.Linear(width, width)]
@@ -81,7 +83,12 @@ class HiddenReadout(PhysionReadout):
 
     def pair_features(self, slots: Tensor) -> Tensor:
         "`(…,k,d)` → `(…,p,f)`"
-        return self.hidden(super().pair_features(slots))
+        features = super().pair_features(slots)
+        if self.differences is not None:
+            one, two = torch.triu_indices(slots.shape[-2], slots.shape[-2], 1)
+            apart = slots[..., one, :] - slots[..., two, :]
+            features = features + self.differences(apart.square())
+        return self.hidden(features)
 
 # %% ../../nbs/components/readout.ipynb #fit-export
 class Epoch(NamedTuple):
@@ -112,6 +119,7 @@ def fit_readout(
     batch_size: int = 64,
     weight_decay: float = 0.0,
     seed: int = 0,                  # order of the clips
+    shuffle_slots: bool = False,    # the slots of each batch in a drawn order: which one holds what means nothing
 ) -> list[Epoch]:
     "Train with Adam; every epoch is kept"
     slots, answers = train
@@ -123,7 +131,10 @@ def fit_readout(
     for _ in range(epochs):
         losses = []
         for rows in _batches(len(slots), batch_size, generator):
-            logits = readout(slots[rows].float())
+            read = slots[rows].float()
+            if shuffle_slots:
+                read = read[..., torch.randperm(slots.shape[-2], generator=generator), :]
+            logits = readout(read)
             loss = F.binary_cross_entropy_with_logits(logits, answers[rows].float())
             optimizer.zero_grad()
             loss.backward()

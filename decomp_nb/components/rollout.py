@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['sine_codes', 'RolloutLayers', 'RolloutTransformer', 'roll_out', 'interleaved_frames', 'roll_out_interleaved',
-           'frame_weights', 'squared_error', 'rollout_loss', 'decay_factor', 'curriculum_length']
+__all__ = ['sine_codes', 'SlotUnits', 'RolloutLayers', 'RolloutTokens', 'RolloutTransformer', 'roll_out', 'interleaved_frames',
+           'roll_out_interleaved', 'frame_weights', 'squared_error', 'rollout_loss', 'decay_factor',
+           'curriculum_length']
 
 # %% ../../nbs/components/rollout.ipynb #codes-export
 def sine_codes(
@@ -26,8 +27,36 @@ def sine_codes(
     angle = position[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
+# %% ../../nbs/components/rollout.ipynb #units-export
+class SlotUnits(nn.Module):
+    "The units in which slots are read and written"
+
+    def __init__(self, slot_dim: int | None):  # None: as they come
+        super().__init__()
+        self.standardise = slot_dim is not None
+        if self.standardise:
+            self.register_buffer("mean", torch.zeros(slot_dim))
+            self.register_buffer("deviation", torch.ones(slot_dim))
+
+    def measure(self, slots: Tensor) -> None:
+        "From now on units are the deviations of the numbers of these slots `(…, d)` from their means"
+        if not self.standardise:
+            raise ValueError("rollout: measure is for standardise=True")
+        rows = slots.float().flatten(0, -2)
+        deviation = rows.std(0)
+        self.mean.copy_(rows.mean(0))
+        self.deviation.copy_(torch.where(deviation > 1e-3, deviation, 1.0))
+
+    def scaled(self, slots: Tensor) -> Tensor:
+        "Slots as the transformer reads them"
+        return (slots - self.mean) / self.deviation if self.standardise else slots
+
+    def unscaled(self, slots: Tensor) -> Tensor:
+        "And back"
+        return slots * self.deviation + self.mean if self.standardise else slots
+
 # %% ../../nbs/components/rollout.ipynb #layers-export
-class RolloutLayers(nn.Module):
+class RolloutLayers(SlotUnits):
     "What a `RolloutTransformer` consists of"
 
     def __init__(
@@ -47,21 +76,22 @@ class RolloutLayers(nn.Module):
         norm_first: bool = True,  # layer norms before attention and MLP, or behind
         residual: bool = False,  # predict the change of the slots (official: the slots)
         momentum: bool = False,  # with residual: learn how much of its last step each number of a slot repeats, 0 … 1
+        joined: bool = False,  # a token reads its slot in all H frames side by side; False, as official: in one
+        standardise: bool = False,  # read and write numbers of mean 0 and deviation 1, see `measure`
     ):
-        super().__init__()
-        self.slot_dim, self.n_slots, self.residual = slot_dim, n_slots, residual
-        self.history = history
+        super().__init__(slot_dim if standardise else None)
+        self.slot_dim, self.n_slots, self.residual, self.history = slot_dim, n_slots, residual, history
         self.observed = history if observed is None else observed
         _check_sizes(self.history, self.observed, dim, n_heads)
         if momentum and not (residual and self.observed > 1):
             raise ValueError("rollout: momentum=True needs residual=True, and two frames to begin with")
-        self.read = nn.Linear(slot_dim, dim)
-        self.time_code = _time_code(time_code, history, dim)
+        if joined and self.observed < history:
+            raise ValueError("rollout: joined=True reads a history of one length: leave out observed")
+        self.joined = joined
+        self.read = nn.Linear(slot_dim * history if joined else slot_dim, dim)
+        self.time_code = None if joined else _time_code(time_code, history, dim)
         self.slot_code = nn.Parameter(torch.zeros(n_slots, dim)) if slot_code else None
-        layer = nn.TransformerEncoderLayer(
-            dim, n_heads, hidden or 4 * dim, dropout, batch_first=True, norm_first=norm_first
-        )
-        self.transformer = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
+        self.transformer = _layers(n_layers, dim, n_heads, hidden or 4 * dim, dropout, norm_first)
         self.write = nn.Linear(dim, slot_dim)
         self.momentum = nn.Parameter(torch.full((slot_dim,), -2.0)) if momentum else None  # before a sigmoid
         if momentum:  # begins near "nothing moves"
@@ -84,14 +114,35 @@ def _time_code(kind: str, history: int, dim: int) -> nn.Parameter:
         raise ValueError(f"rollout: time_code={kind!r}, choose 'sine' or 'learned'")
     return nn.Parameter(sine_codes(history, dim), requires_grad=False)
 
-# %% ../../nbs/components/rollout.ipynb #transformer-export
-class RolloutTransformer(RolloutLayers):
-    "Slots of a few frames → slots of the next (SlotFormer, Wu et al., ICLR 2023, section 3.2)"
+
+def _layers(n_layers, dim, n_heads, hidden, dropout, norm_first):
+    layer = nn.TransformerEncoderLayer(dim, n_heads, hidden, dropout, batch_first=True, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
+
+# %% ../../nbs/components/rollout.ipynb #tokens-export
+class RolloutTokens(RolloutLayers):
+    "What the transformer reads of slots"
 
     def tokens(self, slots: Tensor) -> Tensor:
-        "Slots `(…, k, d)` → tokens `(…, k, dim)`, not dated yet"
-        found = self.read(slots)
+        "Slots `(…, k, d)` → tokens `(…, k, dim)`, not dated yet; joined ones are still slots"
+        if self.joined:
+            return slots
+        return self.coded(self.read(slots))
+
+    def coded(self, found: Tensor) -> Tensor:
+        "Tokens `(…, k, dim)` with the codes of their slots, if there are any"
         return found if self.slot_code is None else found + self.slot_code
+
+    def sequence(self, tokens: Tensor) -> Tensor:
+        "What the transformer reads of tokens `(b, t, k, …)`: `(b, t·k, dim)`, or joined `(b, k, dim)`"
+        if self.joined:
+            return self.coded(self.read(rearrange(tokens, "b t k d -> b k (t d)")))
+        dated = tokens + self.time_code[-tokens.shape[1]:, None]
+        return rearrange(dated, "b t k d -> b (t k) d")
+
+# %% ../../nbs/components/rollout.ipynb #transformer-export
+class RolloutTransformer(RolloutTokens):
+    "Slots of a few frames → slots of the next (SlotFormer, Wu et al., ICLR 2023, section 3.2)"
 
     def forward(
         self,
@@ -101,11 +152,11 @@ class RolloutTransformer(RolloutLayers):
         previous: Tensor | None = None,  # slots of the frame before `(b, k, d)`, for `momentum`
     ) -> Tensor:
         "Slots `(b, k, d)` of the next frame"
-        t, k = tokens.shape[1:3]
-        dated = tokens + self.time_code[-t:, None]
-        sequence = rearrange(dated, "b t k d -> b (t k) d")
-        absent = None if present is None else ~present.flatten(1)
-        written = self.write(self.transformer(sequence, src_key_padding_mask=absent)[:, -k:])
+        absent = None
+        if present is not None:
+            absent = ~(present[:, -1] if self.joined else present.flatten(1))
+        read = self.transformer(self.sequence(tokens), src_key_padding_mask=absent)
+        written = self.write(read[:, -slots.shape[1]:])
         if not self.residual:
             return written
         if self.momentum is not None:
@@ -125,7 +176,7 @@ def roll_out(
 ) -> Tensor:
     "Predicted slots `(b, n_frames, k, d)`; of slots that are absent in the last frame they mean nothing"
     _check_past(model, past, present)
-    n = model.history
+    n, past = model.history, model.scaled(past)
     previous, slots = past[:, max(past.shape[1] - 2, 0)], past[:, -1]
     tokens = list(model.tokens(past[:, -n:]).unbind(1))
     there = None if present is None else list(present[:, -n:].bool().unbind(1))
@@ -137,7 +188,7 @@ def roll_out(
         tokens.append(model.tokens(slots))
         if there is not None:
             there.append(there[-1])
-    return torch.stack(found, 1)
+    return model.unscaled(torch.stack(found, 1))
 
 # %% ../../nbs/components/rollout.ipynb #rollout-private-export
 def _check_past(model: RolloutTransformer, past: Tensor, present: Tensor | None) -> None:
@@ -193,9 +244,12 @@ def frame_weights(n_frames: int, factor: float = 1.0) -> Tensor:
     return weights * n_frames / weights.sum()
 
 
-def squared_error(predicted: Tensor, true: Tensor) -> Tensor:
-    "Mean squared error of each frame `(b, n)` of slots or pictures `(b, n, …)`"
-    return (predicted.float() - true.float()).square().flatten(2).mean(2)
+def squared_error(predicted: Tensor, true: Tensor, weights: Tensor | None = None) -> Tensor:
+    "Mean squared error of each frame `(b, n)` of slots or pictures `(b, n, …)`; `weights` of each number `(d,)`"
+    errors = (predicted.float() - true.float()).square()
+    if weights is not None:
+        errors = errors * weights
+    return errors.flatten(2).mean(2)
 
 
 def rollout_loss(

@@ -277,7 +277,7 @@ class SlotModel(SlotLearning):
         Of slots that are clusters, the first holds what the keys' loss trains, the second what the decoder's does."""
         parts = [self.encoder] + ([] if self.tracker is None else [self.tracker])
         if isinstance(self.slot_attention, ClusterSlots):
-            parts += [self.slot_attention.norm_keys, self.slot_attention.to_k]
+            parts += self.slot_attention.key_layers()
         else:
             parts.append(self.slot_attention)
         first = {id(p) for part in parts for p in part.parameters()}

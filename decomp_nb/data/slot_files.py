@@ -25,8 +25,8 @@ from ..factors import Factors
 
 # %% auto #0
 __all__ = ['FINDERS', 'FUTURES', 'finder_fingerprint', 'SlotCard', 'store_slots', 'SlotIndex', 'read_index', 'extract_slots',
-           'video_name', 'StoredVideo', 'stored_videos', 'SlotClips', 'continue_slots', 'FirstFrames', 'slots_to_read',
-           'import_slots']
+           'video_name', 'StoredVideo', 'stored_videos', 'InMemory', 'open_slots', 'SlotClips', 'continue_slots',
+           'FirstFrames', 'slots_to_read', 'import_slots']
 
 # %% ../../nbs/data/slot_files.ipynb #fingerprint-export
 FINDERS = ("encoder", "slot_attention", "tracker")
@@ -238,6 +238,22 @@ def stored_videos(index: SlotIndex, names: Sequence[str] | None = None) -> list[
         raise ValueError(f"there are no slots of video {unknown[0]!r}: check videos=, or extract them")
     return [every[name] for name in names]
 
+# %% ../../nbs/data/slot_files.ipynb #memory-export
+@dataclass(frozen=True)
+class InMemory:
+    "Arrays that are read as those of a `LazyH5` are"
+    arrays: dict[str, np.ndarray]
+
+    def read(self, key: str, index: slice | tuple = ()) -> np.ndarray:
+        "A part of an array"
+        return self.arrays[key][index]
+
+
+def open_slots(path: str | Path, in_memory: bool = False) -> LazyH5 | InMemory:
+    "The table `slots` of a file, to be read piece by piece or at once"
+    file = LazyH5(path)
+    return InMemory({"slots": file.read("slots")}) if in_memory else file
+
 # %% ../../nbs/data/slot_files.ipynb #reader-export
 class SlotClips(torch.utils.data.Dataset):
     "Clips of stored slots: items `slots` `(t,k,d)`, `image_id`; with `images` also `image`, with `pad` `length`"
@@ -254,9 +270,10 @@ class SlotClips(torch.utils.data.Dataset):
         model: nn.Module | None = None,  # the slots must be those of this slot model
         images: Any = None,  # data set of the whole videos that the slots were extracted from
         pad: bool = False,  # fill up videos that are too short
+        in_memory: bool = False,  # read the file once, now: small clips are then read much faster
     ):
         index = read_index(path)
-        self.card, self.data, self.images = index.card, LazyH5(path), images
+        self.card, self.data, self.images = index.card, open_slots(path, in_memory), images
         if model is not None:
             self.card.check(SlotCard.of(model), path)
         self.frame_offset, self.pad = frame_offset, pad

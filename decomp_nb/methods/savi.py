@@ -66,6 +66,18 @@ def _colours(window: int = 5) -> dict:
         decoder_config=config["decoder_config"] | dict(window=window),
     )
 
+
+def _hues(window: int = 5) -> dict:
+    "Flat colours on a smooth ground, which one slot takes; 40 numbers a slot, and nothing learned but the decoder"
+    config = _colours(window)
+    slots = dict(n_slots=6, slot_dim=40, key_dim=8, ground=True, learned_keys=False)
+    return config | dict(
+        image_size=64,
+        encoder_config=dict(kind="colours", image_size=64),
+        slots_config=config["slots_config"] | slots,
+        decoder_config=config["decoder_config"] | dict(key_dim=8),
+    )
+
 # %% ../../nbs/methods/savi.ipynb #preset-export
 def savi_preset(
     name: str = "moving",  # see the table below; published: "movi_d" …, "savi_small", "savi_boxes"
@@ -81,6 +93,7 @@ def savi_preset(
         "clusters": _own_frame(small_encoder() | clip_slots()),
         "smooth_ground": on_smooth_ground(_own_frame(small_encoder() | clip_slots(6))),
         "colours": _colours(),
+        "hues": _hues(),
         "savi_small": original,
         "savi_boxes": original | boxes,
     }

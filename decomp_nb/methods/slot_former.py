@@ -31,8 +31,8 @@ from ..decomposer import Decomposer, load_decomposer
 from ..factors import Factors
 
 # %% auto #0
-__all__ = ['load_slot_model', 'FrozenSlots', 'FrozenParts', 'FrozenContract', 'drawing_errors', 'SlotRollouts', 'RolloutTraining',
-           'SlotFormer', 'slot_former_preset']
+__all__ = ['load_slot_model', 'place_start', 'FrozenSlots', 'FrozenParts', 'FrozenContract', 'drawing_errors', 'SlotRollouts',
+           'RolloutSchedule', 'RolloutTraining', 'SlotFormer', 'slot_former_preset']
 
 # %% ../../nbs/methods/slot_former.ipynb #load-export
 def load_slot_model(path: str | None, base: str | Path | None = None) -> Decomposer:
@@ -49,6 +49,14 @@ def load_slot_model(path: str | None, base: str | Path | None = None) -> Decompo
     raise FileNotFoundError(
         f"slot_model_path: no slot model at '{path}' (no config.json there, in slot_model/ or in model/)"
     )
+
+
+def place_start(model: nn.Module) -> int | None:
+    "From which number on a slot says its place, row and column; None where it does not say it in the open"
+    finder = model.slot_attention
+    if getattr(finder, "show_layout", False):
+        return 0
+    return finder.key_dim if isinstance(getattr(finder, "to_out", None), nn.Identity) else None
 
 # %% ../../nbs/methods/slot_former.ipynb #frozen-export
 class FrozenSlots(Decomposer):
@@ -187,12 +195,15 @@ class SlotRollouts(FrozenContract):
         image_weight: float = 0.0,  # of the error of the drawn frames, through the frozen decoder; 0: off
         curriculum_steps: int = 0,  # training steps over which the roll-out grows 1, 2, 4 … n_predicted; 0: official
         decay_steps: int = 0,  # training steps over which later frames come to count as much; 0: they always do
+        slot_weights: list[float] | None = None,  # what each number of a slot counts in the loss; None: all the same
     ):
         super().__init__()
         require(rollout_config=rollout_config)
         if n_predicted < 1 or frame_offset < 1:
             raise ValueError(f"n_predicted={n_predicted} and frame_offset={frame_offset} must be at least 1")
         self.rollout = RolloutTransformer(**rollout_config)
+        if slot_weights and len(slot_weights) != self.rollout.slot_dim:
+            raise ValueError(f"slot_weights: {len(slot_weights)} weights for slots of {self.rollout.slot_dim} numbers")
         if curriculum_steps or decay_steps:
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -208,9 +219,34 @@ class SlotRollouts(FrozenContract):
             weights = weights[:, -1:].expand(-1, n_frames, -1)
         return Factors(codes, weights)
 
+# %% ../../nbs/methods/slot_former.ipynb #schedule-export
+class RolloutSchedule(SlotRollouts):
+    "How far a training step rolls out, from where, and what counts how much"
+
+    def next_length(self) -> int:
+        "Frames that the next step rolls out: those of the curriculum while training"
+        longest = self.config.n_predicted
+        if not self.training or not self.config.curriculum_steps:
+            return longest
+        return curriculum_length(int(self.steps), self.config.curriculum_steps, longest)
+
+    def first_frame(self, n_frames: int, n: int) -> int:
+        "Where in clips a roll-out of `n` frames begins: anywhere while training, where they are longer"
+        room = n_frames - self.rollout.observed - n
+        return int(torch.randint(room + 1, ())) if self.training and room > 0 else 0
+
+    def number_weights(self) -> Tensor | None:
+        "What errors of each number of a slot count `(d,)`; with `standardise` of errors in deviations"
+        given, rollout = self.config.slot_weights, self.rollout
+        if not given and not rollout.standardise:
+            return None
+        weights = torch.tensor(given or [1.0] * rollout.slot_dim, device=self.device)
+        weights = weights / weights.mean()
+        return weights / rollout.deviation.square() if rollout.standardise else weights
+
 # %% ../../nbs/methods/slot_former.ipynb #batches-export
-class RolloutTraining(SlotRollouts):
-    "What a training step reads of its batch and of the schedules"
+class RolloutTraining(RolloutSchedule):
+    "What a training step reads of its batch"
 
     def slots_of(self, batch: dict) -> Tensor:
         "Slots `(b,t,k,d)` of a training batch: its own, or found by the frozen slot model"
@@ -221,27 +257,20 @@ class RolloutTraining(SlotRollouts):
         with torch.no_grad():
             return self.encode(batch["image"]).codes.float()
 
-    def next_length(self) -> int:
-        "Frames that the next step rolls out: those of the curriculum while training"
-        longest = self.config.n_predicted
-        if not self.training or not self.config.curriculum_steps:
-            return longest
-        return curriculum_length(int(self.steps), self.config.curriculum_steps, longest)
-
-    def weighting(self, batch: dict, n: int) -> dict:
-        "Options of `rollout_loss`: how much later frames count, and which exist"
+    def weighting(self, batch: dict, n: int, first: int = 0) -> dict:
+        "Options of `rollout_loss` from frame `first` on: how much later frames count, and which exist"
         factor = 1.0
         if self.training and self.config.decay_steps:
             factor = decay_factor(int(self.steps), self.config.decay_steps)
         if "length" not in batch:
             return dict(factor=factor)
-        frames = self.rollout.observed + torch.arange(n, device=batch["length"].device)
+        frames = first + self.rollout.observed + torch.arange(n, device=batch["length"].device)
         return dict(factor=factor, counts=frames < batch["length"][:, None])
 
     def drawing_loss(self, batch: dict, factors: Factors, frames: slice, weighting: dict) -> Tensor:
         "Error of the drawn frames; `noise` and `timesteps` of the batch replace random draws of a denoiser"
         if "image" not in batch:
-            raise ValueError("image_weight: the batch has no 'image' beside its slots; give frames, or image_weight=0")
+            raise ValueError("image_weight: the batch has no 'image'; give frames too, or image_weight=0")
         drawn = {name: batch.get(name) for name in ("noise", "timesteps")}
         errors = drawing_errors(self.slot_model, factors, batch["image"][:, frames], **drawn)
         return rollout_loss(errors, **weighting)
@@ -258,10 +287,11 @@ class SlotFormer(RolloutTraining):
         slots = self.slots_of(batch)
         past, n = self.rollout.observed, self.next_length()
         _check_length(slots, past, n)
-        true = slice(past, past + n)
-        found = self.rollout.roll_out(slots[:, :past], n)
-        weighting = self.weighting(batch, n)
-        errors = squared_error(found, slots[:, true])
+        first = self.first_frame(slots.shape[1], n)
+        seen, true = slice(first, first + past), slice(first + past, first + past + n)
+        found = self.rollout.roll_out(slots[:, seen], n)
+        weighting = self.weighting(batch, n, first)
+        errors = squared_error(found, slots[:, true], self.number_weights())
         loss, losses = rollout_loss(errors, **weighting), {}
         if self.config.image_weight:
             drawn = self.drawing_loss(batch, Factors(found), true, weighting)
