@@ -81,6 +81,12 @@ def _check_length(chosen: Tensor, n: int, what: str) -> Tensor:
         raise IndexError(f"{len(chosen)} booleans were given for {n} {what}")
     return chosen
 
+
+def _times(n: int) -> int:
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+        raise ValueError(f"repeat({n!r}): expected is a whole number, at least 1")
+    return int(n)
+
 # %% ../nbs/factors.ipynb #factors-export
 class FactorTensors(NamedTuple):
     "The tensors of `k` factors per picture"
@@ -117,9 +123,7 @@ class FactorBatch(FactorTensors):
 
     def repeat(self, n: int) -> Self:
         "Each picture `n` times in a row (`repeat_interleave`), to draw several samples of the same set"
-        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
-            raise ValueError(f"repeat({n!r}): expected is a whole number, at least 1")
-        return self.each(lambda v: v.repeat_interleave(n, 0))
+        return self.each(lambda v: v.repeat_interleave(_times(n), 0))
 
     def fold_time(self) -> Self:
         "Clips `(b,t,…)` as a batch of frames `(b·t,…)`; stills as they are"
