@@ -183,7 +183,7 @@ def check_alike(a: FactorTensors, b: FactorTensors, axes: Sequence[int], what: s
     if len(first) != len(second) or any(first[axis] != second[axis] for axis in axes):
         raise ValueError(f"{what}: codes {tuple(first)} and {tuple(second)} do not fit each other")
 
-
+# %% ../nbs/factors.ipynb #factors-join-parts-export
 def _weights(factors: FactorTensors) -> Tensor:
     "Weights `(b,k)`, 1 where the set has none"
     if factors.weights is None:

@@ -161,7 +161,8 @@ def write_data(data: Path) -> None:
     write_voc(data / "voc", train=("2008_000002", "2008_000003"))
     write_clevrtex(data / "clevrtex")
     for split, videos, frames in (("train", range(3), 3), ("validation", range(3, 5), 24)):
-        write_dump(data / "movi-e" / f"movi-e-{split}-with-label", "lsd", videos, frames)
+        for name in ("movi-e", "movi-c", "clevr_with_masks"):
+            write_dump(data / name / f"{name}-{split}-with-label", "lsd", videos, frames)
         write_dump(data / "movi-d" / split, "slot_diffusion", videos, frames)
     for name in ("movi-solid", "movi-tex"):  # no split folders: whole videos by hash
         write_dump(data / name, "steve", range(12), 24)
@@ -172,6 +173,7 @@ def write_data(data: Path) -> None:
         data / "mpi3d_toy.npz", images=np.random.default_rng(0).integers(0, 255, (96, 64, 64, 3), np.uint8)
     )
     write_places(data, ["clevr", "clevr_toy", "celebahq", "tetris", "anime", "vkitti"], count=40)
+    write_pictures(data / "ffhq", [f"{i:05d}.png" for i in range(40)])
     write_pictures(data / "celebahq" / "data256x256", [f"{i:05d}.jpg" for i in range(40)])
     write_pictures(data / "Falcor3D_down128" / "images", [f"{i:06d}.png" for i in range(40)])
 

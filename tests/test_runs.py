@@ -75,6 +75,15 @@ def test_stable_lsd_runs_from_local_folders(tmp_path):
 
 
 @pytest.mark.skipif(not (data_home() / "clevr").is_dir(), reason="no clevr in the data folder: set DECOMP_DATA")
+def test_edits_are_measured_against_renders(lsd_run, tmp_path):
+    execute("eval_renders", tmp_path, run_dir=str(lsd_run), n_scenes=2, sample_steps=2, seeds=2, examples=1)
+    found = json.loads((lsd_run / "eval_renders.json").read_text())
+    assert found["scenes"] == 2 and 0 <= found["slot_overlap"] <= 1
+    assert set(found["edits"]) == {f"{edit}, {where}" for edit in ("removed", "added") for where in ("whole", "at the object")}  # slots of no layout cannot move
+    assert all(row["left"]["n"] == 2 and row["drawn"]["mean"] > 0 for row in found["edits"].values())
+
+
+@pytest.mark.skipif(not (data_home() / "clevr").is_dir(), reason="no clevr in the data folder: set DECOMP_DATA")
 def test_real_files_go_the_same_way(tmp_path):
     data = data_home() / "clevr" / "clevr6_tiny64.h5"
     execute("train_lsd", tmp_path, out_dir=str(tmp_path / "run"), data=str(data), n_images=0, preset="tiny", eval_scenes=6, sample_steps=2, eval_seeds=1, **QUICK)

@@ -17,14 +17,9 @@ from .seeding import choose_places
 from .slots import SlotResult
 
 # %% auto #0
-<<<<<<< HEAD
 __all__ = ['assign_to_means', 'cluster', 'near_groups', 'join_near', 'draw_places', 'draw_near', 'co_occurrence_loss',
-           'ground_keys', 'ClusterKeys', 'ClusterStart', 'mean_under', 'tilt_under', 'SlotContent', 'ClusterLayers',
-           'ClusterSlots']
-=======
-__all__ = ['assign_to_means', 'cluster', 'draw_places', 'draw_near', 'co_occurrence_loss', 'KeyLayers', 'ClusterKeys',
-           'ClusterStart', 'mean_under', 'SlotContent', 'ClusterLayers', 'ClusterSlots']
->>>>>>> r_ahead
+           'ground_keys', 'KeyLayers', 'ClusterKeys', 'ClusterStart', 'mean_under', 'tilt_under', 'SlotContent',
+           'ClusterLayers', 'ClusterSlots']
 
 # %% ../../nbs/components/clusters.ipynb #assign-export
 def assign_to_means(
@@ -150,10 +145,6 @@ class KeyLayers(nn.Module):
     "From features of places to directions: layers that learn, or the features as they are"
 
     def __init__(
-<<<<<<< HEAD
-        self, in_dim: int, n_slots: int, slot_dim: int, key_dim: int, sharpness: float,
-        ground: bool = False, place: float = 0.0,
-=======
         self,
         in_dim: int,
         n_slots: int,
@@ -161,8 +152,8 @@ class KeyLayers(nn.Module):
         key_dim: int,
         sharpness: float,
         ground: bool = False,
+        place: float = 0.0,
         learned_keys: bool = True,
->>>>>>> r_ahead
     ):
         super().__init__()
         if place and not ground:
@@ -172,19 +163,15 @@ class KeyLayers(nn.Module):
         self.key_dim = key_dim
         self.sharpness = sharpness
         self.ground = ground
-<<<<<<< HEAD
         self.place = place
-        learned = key_dim - int(ground) - 2 * bool(place)
-        self.norm_keys = nn.LayerNorm(in_dim)
-        self.to_k = nn.Sequential(nn.Linear(in_dim, 2 * in_dim), nn.SiLU(), nn.Linear(2 * in_dim, learned, bias=False))
-=======
+        said = 2 * bool(place)  # numbers of the key that say where
         self.to_k = None
         if learned_keys:
-            wide, found = 2 * in_dim, key_dim - int(ground)
+            wide, found = 2 * in_dim, key_dim - int(ground) - said
             self.norm_keys = nn.LayerNorm(in_dim)
             self.to_k = nn.Sequential(nn.Linear(in_dim, wide), nn.SiLU(), nn.Linear(wide, found, bias=False))
-        elif key_dim != in_dim:
-            raise ValueError(f"key_dim={key_dim}: keys that are not learned are the {in_dim} features of a place")
+        elif key_dim != in_dim + said:
+            raise ValueError(f"key_dim={key_dim}: keys that are not learned have {in_dim + said} numbers here")
 
     def directions(self, features: Tensor) -> tuple[Tensor, Tensor]:
         "Unit vectors `(b, n, …)` without what says the share of the ground, and the features of places `(b, n, c)`"
@@ -201,7 +188,6 @@ class KeyLayers(nn.Module):
 # %% ../../nbs/components/clusters.ipynb #keys-export
 class ClusterKeys(KeyLayers):
     "Keys of the places of a feature map, and the part of a slot that is compared with them"
->>>>>>> r_ahead
 
     def keys(self, features: Tensor) -> Tensor:
         "Keys `(b, n, key_dim)` of a feature map `(b, c, h, w)`, row by row, in float32; without `place` unit vectors"
@@ -220,13 +206,9 @@ class ClusterKeys(KeyLayers):
         return self.means(slots)
 
     def key_loss(self, features: Tensor, **options) -> Tensor:
-<<<<<<< HEAD
-        "`co_occurrence_loss` of a feature map `(b, c, h, w)`; where things lie is no part of it"
-=======
-        "`co_occurrence_loss` of a feature map `(b, c, h, w)`; 0 where keys are not learned"
+        "`co_occurrence_loss` of a feature map `(b, c, h, w)` without what says where; 0 where keys are not learned"
         if self.to_k is None:
             return features.new_zeros(())
->>>>>>> r_ahead
         keys = self.keys(features).unflatten(1, features.shape[-2:])
         if self.place:
             keys = keys[..., :-2]
@@ -322,6 +304,12 @@ def _content_dim(slot_dim: int, key_dim: int, window: int) -> int:
         raise ValueError(f"slot_dim={slot_dim}: must be above {taken}, {parts}")
     return slot_dim - taken
 
+
+def _check_room(out_dim: int, shown: int, window: int) -> None:
+    "ValueError where what the decoder reads has no room beside the layout"
+    if out_dim <= shown:
+        raise ValueError(f"out_dim={out_dim}: must be above {shown}, the layout with window={window}")
+
 # %% ../../nbs/components/clusters.ipynb #sizes-export
 class ClusterLayers(ClusterStart):
     "All that is learned: keys, content, and the layer that the decoder reads slots through"
@@ -342,26 +330,21 @@ class ClusterLayers(ClusterStart):
         show_layout: bool = False,  # `out` begins with the layout as it is, for `LayoutMaps` to read
         key_weight: float = 0.05,  # of the keys' loss beside the decoder's (they share no parameters)
         ground: bool = False,  # the features' last channel tells objects from a smooth ground (`GroundEncoder`)
-<<<<<<< HEAD
+        learned_keys: bool = True,  # False: keys are the features as they are (`ColourEncoder`), key_dim as many
         place: float = 0.0,  # weight of where an object's place lies, in its key; 0: it does not count
         tilt: bool = False,  # content also says how features change across the slot (`tilt_under`)
         join: float = 0.0,  # clusters whose means are nearer than this are one (`join_near`); 0: never
     ):
-        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground, place)
+        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground, place, learned_keys)
         self.join = join
-=======
-        learned_keys: bool = True,  # False: keys are the features as they are (`ColourEncoder`), key_dim as many
-    ):
-        super().__init__(in_dim, n_slots, slot_dim, key_dim, sharpness, ground, learned_keys)
->>>>>>> r_ahead
         self.n_iterations = n_iterations
         self.key_weight = key_weight
         self.window = window
         self.show_layout = show_layout
         content_dim = _content_dim(slot_dim, key_dim, window)
         shown = layout_dim(window) if show_layout else 0
-        if (out_dim := out_dim or slot_dim) <= shown:
-            raise ValueError(f"out_dim={out_dim}: must be above {shown}, the layout with window={window}")
+        out_dim = out_dim or slot_dim
+        _check_room(out_dim, shown, window)
         self.content = SlotContent(in_dim, content_dim, hidden_dim, context, window, tilt)
         self.to_out = nn.Linear(slot_dim, out_dim - shown)
 

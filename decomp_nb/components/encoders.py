@@ -18,15 +18,10 @@ from .text import quiet
 from .unets import build_with, check_choice, check_groups, check_halvings
 
 # %% auto #0
-<<<<<<< HEAD
 __all__ = ['PIXELS_AT_ONCE', 'LSD_UNET', 'NORMALISATIONS', 'VIT_S8', 'VIT_KEYS', 'ENCODERS', 'check_image', 'FeatureEncoder',
-           'ConvEncoder', 'ResidualBlock', 'ResidualEncoder', 'GroundEncoder', 'UNetEncoder', 'normalisation',
-=======
-__all__ = ['LSD_UNET', 'NORMALISATIONS', 'VIT_S8', 'VIT_KEYS', 'ENCODERS', 'check_image', 'FeatureEncoder', 'ConvEncoder',
-           'ResidualBlock', 'ResidualEncoder', 'GroundEncoder', 'ColourEncoder', 'UNetEncoder', 'normalisation',
->>>>>>> r_ahead
-           'BasicBlock', 'ResNetEncoder', 'normalise', 'PatchEncoder', 'read_transformer_config', 'DinoEncoder',
-           'VitEncoder', 'vit_state', 'NoEncoder', 'build_encoder']
+           'ConvEncoder', 'ResidualBlock', 'ResidualEncoder', 'GroundEncoder', 'ColourEncoder', 'UNetEncoder',
+           'normalisation', 'BasicBlock', 'ResNetEncoder', 'normalise', 'PatchEncoder', 'read_transformer_config',
+           'DinoEncoder', 'VitEncoder', 'vit_state', 'NoEncoder', 'build_encoder']
 
 # %% ../../nbs/components/encoders.ipynb #check-export
 def check_image(images: Tensor, stride: int) -> None:
