@@ -341,11 +341,10 @@ class ClusterLayers(ClusterStart):
         self.key_weight = key_weight
         self.window = window
         self.show_layout = show_layout
-        content_dim = _content_dim(slot_dim, key_dim, window)
         shown = layout_dim(window) if show_layout else 0
         out_dim = out_dim or slot_dim
         _check_room(out_dim, shown, window)
-        self.content = SlotContent(in_dim, content_dim, hidden_dim, context, window, tilt)
+        self.content = SlotContent(in_dim, _content_dim(slot_dim, key_dim, window), hidden_dim, context, window, tilt)
         self.to_out = nn.Linear(slot_dim, out_dim - shown)
 
     def project(self, slots: Tensor) -> Tensor:
