@@ -57,7 +57,8 @@ class FeatureEncoder(nn.Module):
         "Images `(b, 3, h, w)` in [−1, 1] → features `(b, out_channels, h/stride, w/stride)`"
         check_image(images, self.stride)
         n = max(PIXELS_AT_ONCE // images.shape[-2:].numel(), 1)
-        if torch.is_grad_enabled() or images.device.type != "cpu" or len(images) <= n:
+        learning = self.training or torch.is_grad_enabled()
+        if learning or images.device.type != "cpu" or len(images) <= n:
             return self.features(images)
         return torch.cat([self.features(part) for part in images.split(n)])
 
@@ -471,14 +472,9 @@ class NoEncoder(FeatureEncoder):
 
 # %% ../../nbs/components/encoders.ipynb #build-export
 ENCODERS = dict(
-    conv=ConvEncoder,
-    residual=ResidualEncoder,
-    ground=GroundEncoder,
-    colours=ColourEncoder,
-    resnet=ResNetEncoder,
-    unet=UNetEncoder,
-    dino=DinoEncoder,
-    vit=VitEncoder,
+    conv=ConvEncoder, residual=ResidualEncoder, resnet=ResNetEncoder, unet=UNetEncoder,
+    ground=GroundEncoder, colours=ColourEncoder,
+    dino=DinoEncoder, vit=VitEncoder,
     none=NoEncoder,
 )
 
