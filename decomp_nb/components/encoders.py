@@ -467,8 +467,7 @@ class NoEncoder(FeatureEncoder):
 
     def features(self, images: Tensor) -> Tensor:
         "ValueError: there is nothing that could"
-        remedy = "to find slots in pictures, give the slot model they came from"
-        raise ValueError(f"these weights hold a decoder only: {remedy}")
+        raise ValueError("these weights hold a decoder only: to find slots, give the slot model they came from")
 
 # %% ../../nbs/components/encoders.ipynb #build-export
 ENCODERS = dict(

@@ -16,7 +16,7 @@ __all__ = ['SMALL_SCHEDULE', 'LSD', 'lsd_preset']
 
 # %% ../../nbs/methods/lsd.ipynb #lsd-export
 class LSD(DiffusionSlotModel):
-    "Latent Slot Diffusion: encoder → slots → a denoiser that cross-attends to them (Jiang et al., NeurIPS 2023)"
+    "Latent Slot Diffusion: encoder → slots → a denoiser that reads them (Jiang et al., NeurIPS 2023)"
 
 # %% ../../nbs/methods/lsd.ipynb #small-export
 SMALL_SCHEDULE = dict(
@@ -61,7 +61,7 @@ def _on_a_floor() -> dict:
 
 # %% ../../nbs/methods/lsd.ipynb #preset-export
 def lsd_preset(
-    name: str = "shapes",  # "shapes", "smooth_ground", "clevr", "moving" (clips), "movi_e" (published), "tiny"
+    name: str = "shapes",  # "shapes", "smooth_ground", "clevr", "moving" (clips), "movi_e" (paper), "tiny"
     **changes,  # keys of `LSD`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `LSD` for a known setting"

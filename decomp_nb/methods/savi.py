@@ -59,7 +59,7 @@ def _own_frame(config: dict) -> dict:
 
 
 def _colours(window: int = 5) -> dict:
-    "Pixels of flat colours need not learn what belongs together; 64 numbers a slot, most of them place and outline"
+    "Flat colours, with nothing to learn about what belongs together; 64 numbers a slot, most its outline"
     config = _own_frame(small_encoder(32, stride=1) | clip_slots(7) | dict(zoom=1.0))
     return config | dict(
         slots_config=config["slots_config"] | dict(slot_dim=64, window=window),
@@ -68,7 +68,7 @@ def _colours(window: int = 5) -> dict:
 
 
 def _hues(window: int = 5) -> dict:
-    "Flat colours on a smooth ground, which one slot takes; 40 numbers a slot, and nothing learned but the decoder"
+    "Flat colours on a smooth ground, which one slot takes; only the decoder learns; 40 numbers a slot"
     config = _colours(window)
     slots = dict(n_slots=6, slot_dim=40, key_dim=8, ground=True, learned_keys=False)
     return config | dict(
@@ -103,7 +103,7 @@ def savi_preset(
 
 
 def _original() -> dict:
-    "The sizes of SAVi-S (Kipf et al. 2022): 64 pixels, one iteration a frame, layer norms behind the residuals"
+    "The sizes of SAVi-S (Kipf et al. 2022): 64 pixels, one iteration a frame, norms behind residuals"
     encoder = dict(
         kind="conv", image_size=64, channels=[32, 32, 32, 32], stride=1, kernel=5, groups=0, activation="relu"
     )

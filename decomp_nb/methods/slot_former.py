@@ -77,7 +77,7 @@ class FrozenSlots(Decomposer):
         return super().attach(module, name)
 
     def check_slots(self, model: nn.Module) -> None:
-        "ValueError unless this model's slots are of the number, the width and the weights that this one was made for"
+        "ValueError unless this model's slots have the number, width and weights that this one was made for"
         kind, known = type(model).__name__, self.rollout
         if not getattr(model, "tracks", False):
             raise ValueError(f"slot_model: the factors of a {kind} do not follow objects through a clip")
@@ -147,7 +147,7 @@ class FrozenContract(FrozenParts):
 
     @torch.no_grad()
     def draw_masks(self, factors: Factors, **options) -> Factors:
-        "The set with masks: those of the decoder's mixture, else which slot wins which place of the decoded frames"
+        "The set with masks: of the decoder's mixture, else which slot wins which place of decoded frames"
         model = self.slot_model
         if isinstance(model, MixtureModel):
             return factors._replace(masks=model.layers(factors)[2])
@@ -193,9 +193,9 @@ class SlotRollouts(FrozenContract):
         frame_offset: int = 1,  # of the frames it is trained on, in frames of the video; the data is cut so
         n_predicted: int = 10,  # frames that a training step rolls out
         image_weight: float = 0.0,  # of the error of the drawn frames, through the frozen decoder; 0: off
-        curriculum_steps: int = 0,  # training steps over which the roll-out grows 1, 2, 4 … n_predicted; 0: official
-        decay_steps: int = 0,  # training steps over which later frames come to count as much; 0: they always do
-        slot_weights: list[float] | None = None,  # what each number of a slot counts in the loss; None: all the same
+        curriculum_steps: int = 0,  # steps over which the roll-out grows 1, 2, 4 … n_predicted; 0: official
+        decay_steps: int = 0,  # steps over which later frames come to count as much; 0: always
+        slot_weights: list[float] | None = None,  # what each number of a slot counts in the loss; None: 1
     ):
         super().__init__()
         require(rollout_config=rollout_config)
@@ -209,9 +209,9 @@ class SlotRollouts(FrozenContract):
 
     @torch.no_grad()
     def roll_out(self, factors: Factors, n_frames: int, offset: int = 1) -> Factors:
-        """What follows the given frames: factors of `n_frames` frames, without masks. Slots of weight 0 are not there.
+        """What follows the given frames: factors of `n_frames`, without masks. Slots of weight 0 are not there.
 
-        `offset`: the given frames, and those to predict, are so many times closer than the frames of training."""
+        `offset`: given and predicted frames are so many times closer than the frames of training."""
         weights = factors.weights
         present = None if weights is None else weights > 0
         codes = roll_out_interleaved(self.rollout, factors.codes, n_frames, offset, present)
@@ -277,7 +277,7 @@ class RolloutTraining(RolloutSchedule):
 
 # %% ../../nbs/methods/slot_former.ipynb #model-export
 class SlotFormer(RolloutTraining):
-    "Slots of a video, rolled out into the future (Wu et al., ICLR 2023; with a denoiser: SlotDiffusion, NeurIPS 2023)"
+    "Slots of a video, rolled out (Wu et al., ICLR 2023; with a denoiser: SlotDiffusion, NeurIPS 2023)"
 
     def forward(self, batch: dict) -> dict:
         """One training step: squared error of slots that are rolled out from the first frames.
@@ -324,7 +324,7 @@ def _by_step(errors: Tensor) -> dict[str, Tensor]:
 
 # %% ../../nbs/methods/slot_former.ipynb #preset-export
 def slot_former_preset(
-    name: str = "moving",  # "moving" (CPU), "tiny"; published: "physion", "physion_steve", "obj3d", "clevrer", "phyre"
+    name: str = "moving",  # "moving" (CPU), "tiny"; "physion", "physion_steve", "obj3d", "clevrer", "phyre"
     **changes,  # keys of `SlotFormer`, replacing the preset's; dicts are merged
 ) -> dict:
     "Arguments of `SlotFormer` for a known setting; `slot_model_path` says where the slots come from"
