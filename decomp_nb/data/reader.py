@@ -456,9 +456,12 @@ class Reader:
 
     def source_files(self) -> list[Path]:
         "Files that are read, as far as the reader knows them; see `data.file_marks`"
+        path = getattr(self, "path", None)
+        if path is None:  # drawn, not read
+            return []
         if files := getattr(self, "files", None):
-            return [self.path / file for file in files]
-        return [self.path] if self.path.is_file() else []
+            return [path / file for file in files]
+        return [path] if path.is_file() else []
 
     def __repr__(self) -> str:
         what = f"{len(self)} {self.items}, {self.size} px{self.limit}, split {self.split}"

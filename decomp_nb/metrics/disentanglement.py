@@ -355,7 +355,8 @@ def med(
     picked = top_codes(importance, top_k)
     top = importance[picked]
     scores = disentanglement(importance), completeness(importance), disentanglement(top), completeness(top)
-    readers, known, new = _logistic_readers(codes, factors, test_codes)
+    known, new = _standardised(codes, test_codes)
+    readers = _logistic_readers(known, factors)
     train = np.mean([_accuracy(reader, known, labels) for reader, labels in zip(readers, factors.T)])
     test = np.mean([_accuracy(reader, new, labels) for reader, labels in zip(readers, test_factors.T)])
     return MED(*scores, float(train), float(test), importance, picked)
