@@ -35,10 +35,12 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from decomp_nb import decomposer
 from decomp_nb.components import latent_diffusion
 from decomp_nb.components.text_to_image import TextToImage, clip_tokenizer
+from decomp_nb.data import physion, video
 from decomp_nb.data.class_folders import NumberedPictures
 from decomp_nb.data.shapes3d import Shapes3D
 from decomp_nb.data.slot_files import SlotCard, store_slots, video_name
 from decomp_nb.methods import disdiff
+from decomp_nb.methods.slot_former import load_slot_model
 from decomp_nb.official.concepts import published_folders
 from decomp_nb.training.config import resolve_out_dir
 from decomp_nb.training.engine import read_losses
@@ -153,6 +155,45 @@ def write_pictures(folder: Path, names: list[str], side: int = 64) -> None:
         )
 
 
+N_FRAMES = 150  # of every video file
+
+
+def write_empty(file: Path) -> None:
+    "A video file, whose frames are made up where it is read: PyAV is not needed"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+
+
+def made_up_frames(path: str, stamps: np.ndarray) -> np.ndarray:
+    "In place of the frames of a video file"
+    return np.random.default_rng(len(str(path))).integers(0, 255, (len(stamps), 32, 32, 3), np.uint8)
+
+
+def make_up_videos(patch: pytest.MonkeyPatch) -> None:
+    "From now on every video file holds noise"
+    for module in (physion, video):
+        patch.setattr(module, "frame_times", lambda path: np.arange(N_FRAMES))
+    patch.setattr(video, "read_frames", made_up_frames)
+
+
+def write_physion(folder: Path) -> None:
+    "Physion's training and readout parts: two tasks of two videos each, split files and labels"
+    answers = {}
+    for part in ("training", "readout"):
+        for split in ("train", "val"):
+            files = {
+                task: [f"PhysionTrainMP4s/{task}_{part}_MP4s/pilot_{task}_{split}_{i:04d}_img.mp4" for i in range(2)]
+                for task in ("Drop", "Roll")
+            }
+            write_json(folder / "splits" / f"{part}_{split}.json", files)
+            for file in sum(files.values(), []):
+                write_empty(folder / file)
+                if part == "readout":
+                    answers[Path(file).stem.removesuffix("_img")] = len(answers) % 2 == 0
+    rows = [",ground truth outcome", *(f"{name},{answer}" for name, answer in answers.items())]
+    (folder / "PhysionTrainMP4s" / "readout_labels.csv").write_text("\n".join(rows) + "\n")
+
+
 def write_data(data: Path) -> None:
     "The data folder: what users download, each set with a few pictures"
     write_cars(data / "cars")
@@ -173,6 +214,12 @@ def write_data(data: Path) -> None:
         data / "mpi3d_toy.npz", images=np.random.default_rng(0).integers(0, 255, (96, 64, 64, 3), np.uint8)
     )
     write_places(data, ["clevr", "clevr_toy", "celebahq", "tetris", "anime", "vkitti"], count=40)
+    write_physion(data / "Physion")
+    for split in ("train", "val"):
+        write_pictures(data / "Physion_frames" / split, [f"{i:06d}.jpg" for i in range(8)])
+        for i in range(2):
+            write_pictures(data / "OBJ3D" / split / f"{i}", [f"test_{t}.png" for t in range(1, 51)], 16)
+            write_empty(data / "CLEVRER" / "videos" / split / "video_00000-01000" / f"video_{i:05d}.mp4")
     write_pictures(data / "ffhq", [f"{i:05d}.png" for i in range(40)])
     write_pictures(data / "celebahq" / "data256x256", [f"{i:05d}.jpg" for i in range(40)])
     write_pictures(data / "Falcor3D_down128" / "images", [f"{i:06d}.png" for i in range(40)])
@@ -319,6 +366,14 @@ def keep_read_slots(model, videos, folder, name, **options):
     return keep_slots(model.slot_model, videos, Path(folder) / f"{name}.h5")
 
 
+def load_undrawn(path, **options):
+    "A slot model whose frames are black: drawing whole videos takes minutes"
+    model = load_slot_model(path, **options)
+    frame = 3, model.config.image_size, model.config.image_size
+    model.decode = lambda factors, **options: torch.zeros(*factors.codes.shape[:2], *frame)
+    return model
+
+
 def without_latents(images, latents, **options):
     return NumberedPictures(images, None, **options)
 
@@ -357,6 +412,7 @@ STAND_INS = dict(
     keep_features=keep_features,
     extract_slots=keep_slots,
     slots_to_read=keep_read_slots,
+    load_slot_model=load_undrawn,
 )
 
 
@@ -366,8 +422,8 @@ def runs(cell) -> bool:
 
 
 def heavy(space: dict) -> bool:
-    "Whether the run is too large to be computed in a test; autoencoders are not, they can be shown a corner of a picture"
-    limit = {"train_autoencoder": 10**6, "train_decomp_diffusion": 32}.get(space["__name__"], 64)
+    "Whether the run is too large to be computed in a test; autoencoders see a corner of a picture, SlotFormer slots"
+    limit = {"train_autoencoder": 10**6, "train_decomp_diffusion": 32, "train_slot_former": 128}.get(space["__name__"], 64)
     return max(space.get("size", 0), space.get("image_size", 0)) > limit or bool(space.get("foundation"))
 
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from recipe_stage import RECIPES, Farm, OneStep, heavy, training_step, write_farm
+from recipe_stage import RECIPES, Farm, OneStep, heavy, make_up_videos, training_step, write_farm
 
 from decomp_nb.data import factors
 from decomp_nb.training.accelerator import tracker_names
@@ -21,6 +21,7 @@ def farm(project, monkeypatch):
     monkeypatch.chdir(project)
     monkeypatch.setenv("DECOMP_DATA", str(project.parent / "data"))
     monkeypatch.setenv("DECOMP_CACHE", str(project / "cache"))
+    make_up_videos(monkeypatch)
     monkeypatch.setitem(
         factors.GRIDS,
         "mpi3d",
@@ -64,7 +65,8 @@ def test_recipe_of_a_comparison(recipe, farm):
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem.startswith("readout")], ids=lambda path: path.stem)
 def test_recipe_of_a_readout(recipe, farm):
-    space = farm.rehearse(recipe, dict(n_train=4, n_unrelated=4, n_val=4, epochs=1, seeds=1), until="choice")
+    unrelated = 4 * ("n_unrelated" in recipe.read_text())
+    space = farm.rehearse(recipe, dict(n_train=4, n_unrelated=unrelated, n_val=4, epochs=1, seeds=1), until="choice")
     assert math.isfinite(space["runs"][0][0].loss) and space["former"].rollout.slot_dim == space["train"][0].shape[-1]
     assert (space["folder"] / "readout_0" / "config.json").is_file()
 

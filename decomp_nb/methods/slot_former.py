@@ -56,7 +56,7 @@ def place_start(model: nn.Module) -> int | None:
     finder = model.slot_attention
     if getattr(finder, "show_layout", False):
         return 0
-    return finder.key_dim if isinstance(getattr(finder, "to_out", None), nn.Identity) else None
+    return getattr(finder, "key_dim", None) if isinstance(getattr(finder, "to_out", None), nn.Identity) else None
 
 # %% ../../nbs/methods/slot_former.ipynb #frozen-export
 class FrozenSlots(Decomposer):
