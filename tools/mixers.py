@@ -68,6 +68,18 @@ MIXERS = {
         {"methods/lsd": "mixer-why"},
         "Objects of two scenes, found by LSD without labels; every mixture is drawn by the denoiser from the slots alone.",
         "two scenes of coloured shapes, and all pictures that their objects make together"),
+    "slot_attention_shapes": Recipe(
+        "slot_attention_shapes", scenes("shapes", 64, [34, 22]), lambda model: {"n_each": 3, "limit": 120_000},
+        {"methods/slot_attention_ae": "mixer-why"},
+        "Objects of two scenes, the largest first. The background is the first picture's and always stays; "
+        "every mixture is one pass of the decoder.",
+        "two scenes of coloured shapes, and the 64 pictures that three objects of each make together, drawn by Slot Attention"),
+    "slate_shapes": Recipe(
+        "slate_shapes", scenes("shapes", 64, [34, 21]), lambda model: {"n_each": 3, "limit": 120_000},
+        {"methods/slate": "mixer-why"},
+        "Objects of two scenes, the largest first. The background is the first picture's and always stays; "
+        "every mixture is written anew, likeliest token by token.",
+        "two scenes of coloured shapes, and the 64 pictures that three objects of each make together, drawn by SLATE"),
     "disdiff_shapes3d": Recipe(
         "disdiff_shapes3d", rooms([17, 141]),
         lambda model: {"steps": 20, "names": names_by_truth(model)},
