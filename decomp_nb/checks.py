@@ -84,6 +84,8 @@ def check_pictures(
 # %% ../nbs/checks.ipynb #stacked-export
 def stacked(maps: Any, name: str) -> Tensor:
     "A tensor, array, or list of maps of one size as one tensor; ValueError for anything else"
+    if isinstance(maps, np.ma.MaskedArray):
+        raise ValueError(f"{name} are a masked array, whose mask would be lost: pass x.filled(-1) for void pixels")
     if isinstance(maps, np.ndarray) and maps.dtype.kind in "ui":
         maps = maps.astype(np.int64)
     try:

@@ -238,7 +238,7 @@ def _check_folder(cls: type, path: str | Path) -> None:
 def _read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}: this is not a saved model")
+        raise FileNotFoundError(f"no config.json in {folder}: this is not a saved model, give its folder")
     return read_object(file)
 
 # %% ../nbs/decomposer.ipynb #fingerprint-export

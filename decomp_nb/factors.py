@@ -133,6 +133,8 @@ class FactorBatch(FactorTensors):
 
     def unfold_time(self, t: int) -> Self:
         "Frames `(b·t,…)` as clips of `t` frames `(b,t,…)`"
+        if t < 1 or len(self.codes) % t:
+            raise ValueError(f"unfold_time({t}): {len(self.codes)} frames are no whole clips of so many")
         return self.each(lambda v: v.unflatten(0, (-1, t)))
 
 # %% ../nbs/factors.ipynb #factors-machinery-export
@@ -143,7 +145,7 @@ _AXES = FactorTensors(-2, -1, -3)  # where k lives, counted from the right, so t
 def _positions(index: Index, k: int) -> Tensor:
     "Numbers of factors as a tensor `(n,)`, none of them negative; `(b,n)` stays as it is"
     if isinstance(index, slice):
-        return torch.arange(k)[index]
+        return torch.as_tensor(range(k)[index], dtype=torch.long)
     index = _as_numbers(index, "factors")
     if index.dtype == torch.bool:
         return _check_length(index, k, "factors").nonzero()[:, 0].cpu()
@@ -165,6 +167,8 @@ def check_factors(factors: FactorTensors, finite: bool = False) -> None:
     if not isinstance(factors, FactorTensors):
         raise TypeError(f"expected are Factors, got {type(factors).__name__}")
     codes, weights, masks = factors
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes are {type(codes).__name__}, expected is a tensor (b,k,d), of clips (b,t,k,d)")
     if codes.dim() not in (3, 4):
         raise ValueError(f"codes are {tuple(codes.shape)}, expected are (b,k,d), of clips (b,t,k,d)")
     if weights is not None and weights.shape != codes.shape[:-1]:
@@ -183,7 +187,14 @@ def check_alike(a: FactorTensors, b: FactorTensors, axes: Sequence[int], what: s
     if len(first) != len(second) or any(first[axis] != second[axis] for axis in axes):
         raise ValueError(f"{what}: codes {tuple(first)} and {tuple(second)} do not fit each other")
 
-# %% ../nbs/factors.ipynb #factors-join-parts-export
+
+def _check_even(kept):
+    "ValueError where other numbers of factors are kept in one picture than in another; on a GPU, PyTorch refuses"
+    counts = kept.sum(-1)
+    if counts.device.type == "cpu" and counts.min() < counts.max():
+        raise ValueError("drop would leave more factors in one picture than in another: name as many in each")
+
+# %% ../nbs/factors.ipynb #factors-union-export
 def _weights(factors: FactorTensors) -> Tensor:
     "Weights `(b,k)`, 1 where the set has none"
     if factors.weights is None:
@@ -231,6 +242,7 @@ class FactorChoice(FactorBatch):
         kept = kept.scatter(-1, index, 0)
         if not kept.any():
             raise ValueError(f"drop would leave no factor: all {self.n_factors} were named")
+        _check_even(kept)
         left = kept.nonzero()[:, -1]
         return self.pick(left.reshape(*index.shape[:-1], -1))
 
@@ -241,6 +253,7 @@ class FactorChoice(FactorBatch):
     def replace(self, index: Index, other: Self, other_index: Index | None = None) -> Self:
         "Put factors of `other`, by default those of the same numbers, in the places `index` of this set"
         places = self._places(index)
+        check_factors(other)
         donors = other._places(index if other_index is None else other_index)
         if places.shape != donors.shape:
             given, wanted = donors.shape[-1], places.shape[-1]
@@ -261,6 +274,8 @@ def _as_weight(weight: float | Tensor, weights: Tensor) -> float | Tensor:
     try:
         weight = torch.as_tensor(weight).to(weights.device)
         torch.broadcast_shapes(weight.shape, weights.shape)
+        if weight.is_complex():
+            raise ValueError("complex")
     except (TypeError, ValueError, RuntimeError):
         shape = tuple(getattr(weight, "shape", ())) or repr(weight)
         raise ValueError(f"a weight of {shape}: expected are numbers for weights {tuple(weights.shape)}") from None
@@ -272,6 +287,7 @@ def _as_weight(weight: float | Tensor, weights: Tensor) -> float | Tensor:
 class Factors(FactorChoice):
     "A set of `k` factors per picture; its verbs return new sets"
     __slots__ = ()
+    __array_ufunc__ = None  # so that NumPy's numbers leave 2 * factors to __rmul__
 
     def __mul__(self, weight: float | Tensor) -> Self:
         "Weight the factors: a number, `(k,)` or `(b,k)`; weights multiply up"
@@ -293,11 +309,21 @@ class Factors(FactorChoice):
         masks = self.masks.flatten(0, -4).float()
         check_finite(masks, "masks")
         if size is not None:
+            _check_size(size)
             masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
         return masks.argmax(1).unflatten(0, self.masks.shape[:-3])
 
     def _repr_png_(self) -> bytes:
+        check_factors(self)
         return _draw(self)
+
+
+def _check_size(size):
+    "ValueError unless this is one side, or height and width"
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    whole = all(isinstance(side, Integral) and side > 0 for side in sides)
+    if len(sides) != 2 or not whole:
+        raise ValueError(f"size={size!r}: expected is a whole number, at least 1, or two: (height, width)")
 
 # %% ../nbs/factors.ipynb #draw-export
 def _draw(factors: Factors, rows: int = 4, height: int = 96) -> bytes:
@@ -359,6 +385,8 @@ def align(a: Factors, b: Factors) -> Factors:
     "Permute the factors of `b`, picture by picture or clip by clip, towards those of `a` (Hungarian method on cosines)"
     from scipy.optimize import linear_sum_assignment
     check_alike(a, b, (-3, -2, -1), "align")
+    check_factors(a, finite=True)
+    check_factors(b, finite=True)
     cosines = _directions(a) @ _directions(b).mT
     if cosines.dim() == 4:
         cosines = cosines.mean(1)  # one order for all frames of a clip
@@ -382,6 +410,7 @@ def _share(t: float | Tensor, codes: Tensor) -> Tensor:
         raise ValueError(f"t={t!r}: expected is a number, or one per picture") from None
     if t.shape not in ((), (1,), codes.shape[:1]):
         raise ValueError(f"t is {tuple(t.shape)}: expected is a number, or one per picture ({len(codes)},)")
+    check_finite(t, "t")
     return t
 
 # %% ../nbs/factors.ipynb #interpolate-export

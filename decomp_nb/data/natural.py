@@ -115,6 +115,9 @@ def _check_ids(pictures, annotations):
     twice = [name for name, count in ids.items() if count > 1]
     if twice:
         raise ValueError(f"two pictures have the id {twice[0]}")
+    names = Counter(p["file_name"] for p in pictures)
+    if again := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{again[0]} is listed twice, under two ids: give the annotations of both one image_id")
     strange = sorted(annotations.keys() - ids.keys())
     if strange and not annotations.keys() & ids.keys():
         raise ValueError(f"all annotations have an image_id, such as {strange[0]!r}, that no picture has as id")

@@ -49,6 +49,8 @@ def mask_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: in
     "Bool mask `(h,w)` of the union of polygons `[x0, y0, x1, y1 …]`; pixels whose centres lie inside"
     mask = np.zeros((height, width), bool)
     for points in polygons:
+        if not isinstance(points, Sequence):
+            raise ValueError("a polygon is a list in a list: write [[x0, y0, x1, y1 …]]")
         if len(points) < 6 or len(points) % 2:
             raise ValueError(f"a polygon needs at least three points x, y; one has {len(points)} numbers")
         corners = rearrange(np.asarray(points, float), "(n xy) -> n xy", xy=2)

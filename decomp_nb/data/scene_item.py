@@ -235,8 +235,8 @@ class SceneReader(Reader):
         if max_objects is not None:
             scenes = [scene for scene in scenes if count(scene) <= max_objects]
         if not scenes:
-            limit = f"at most max_objects={max_objects} objects"
-            raise ValueError(f"{self.path}: no {self.items} of split={self.split!r} with {limit}")
+            limit = "" if max_objects is None else f" with at most max_objects={max_objects} objects"
+            raise ValueError(f"{self.path}: no {self.items} of split={self.split!r}{limit}")
         return scenes
 
 # %% ../../nbs/data/scene_item.ipynb #scene-clips-export

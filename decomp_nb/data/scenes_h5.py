@@ -17,7 +17,7 @@ import torch
 
 from ..checks import reading
 from .hdf5 import LazyH5, h5_dataset, json_attribute, open_h5, stored_split
-from .reader import subsample
+from .reader import name_words, subsample
 from .scene_item import ClipReader, SceneReader, as_label_map, check_listed, label_names, object_ids, split_by_position
 
 # %% auto #0
@@ -139,6 +139,19 @@ def count_objects(file: h5py.File, layout: H5Layout, n_background: int = 1) -> n
         raise ValueError(f"{file.filename}: 'num_actual_objects' has to be a number ≥ 0 for each scene")
     return counts.astype(int)
 
+# %% ../../nbs/data/scenes_h5.ipynb #unread-maps-export
+_MAP_WORDS = set("mask masks seg segmentation segmentations label labels instance instances".split())
+
+
+def _warn_of_unread_maps(file):
+    "UserWarning where a file has no `mask`, but label maps of another name, which nobody reads"
+    pictures = file[_pictures_key(file)].shape
+    for key in [] if "mask" in file else file:
+        shape = _shape_of_numbers(file, key) or ()
+        if _MAP_WORDS & set(name_words(key)) and shape[:1] == pictures[:1] and pictures[-2] in shape[2:]:
+            seen = f"{file.filename}: {key!r} {shape} is not read, since label maps are called 'mask' here"
+            warnings.warn(f"{seen}: store it under that name, {pictures[:-1]}, if it holds some", stacklevel=4)
+
 # %% ../../nbs/data/scenes_h5.ipynb #scene-file-export
 class SceneFile(LazyH5):
     "An HDF5 file of scenes, opened by every process for itself: its layout, its objects and their factors"
@@ -151,9 +164,11 @@ class SceneFile(LazyH5):
             self.visible = visible_rows(f, self.layout)
             self.counts = count_objects(f, self.layout, self.n_background)
             self.has_masks = "mask" in f
+            _warn_of_unread_maps(f)
             self.has_void = self.has_masks and f["mask"].dtype.kind == "i"  # signed: negative labels are void
         if self.has_masks and self.counts is None:
-            raise ValueError(f"{path} has a mask but neither 'visibility' nor 'num_actual_objects'")
+            lacking = "has a mask but neither 'visibility' nor 'num_actual_objects'"
+            raise ValueError(f"{path} {lacking}: store the number of objects of each scene, [N], as the latter")
         self._factors = None
 
     def __getstate__(self) -> dict:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..checks import printable, reading
 from .hdf5 import LazyH5, h5_dataset, open_h5, stored_split
-from .images import crop_box, image_suffixes, read_image, walk_folders
+from .images import crop_box, find_images, read_image, walk_folders
 from .mp4 import VIDEO_SUFFIXES, frame_times, read_frames
 from decomp_nb.data.movi import (
     MOVI_CLASSES,
@@ -131,14 +132,16 @@ class FrameFolder:
 
 def frame_folders(path: Path | str) -> list[FrameFolder]:
     "All folders below `path` that hold numbered pictures, sorted"
-    known = image_suffixes()
+    pictures, skipped = find_images(path)
+    if skipped["label maps"]:
+        seen = f"{path}: {skipped['label maps']:,} label maps of frames are no videos"
+        warnings.warn(f"{seen}: they are left out", stacklevel=3)
+    numbered = [Path(path, file) for file in pictures if frame_number(file) is not None]
     found = []
-    for place, _, files in walk_folders(path):
-        pictures = [f for f in files if Path(f).suffix.lower() in known and frame_number(f) is not None]
-        pictures.sort(key=frame_number)
-        if pictures:
-            check_numbers([frame_number(f) for f in pictures], place)
-            found.append(FrameFolder(_name_below(place, path), str(place), tuple(pictures)))
+    for place, inside in groupby(sorted(numbered, key=lambda file: file.parent), lambda file: file.parent):
+        files = sorted((file.name for file in inside), key=frame_number)
+        check_numbers([frame_number(file) for file in files], place)
+        found.append(FrameFolder(_name_below(place, path), str(place), tuple(files)))
     return found
 
 
@@ -285,6 +288,8 @@ def _videos_of_folder(path, split, names):
     "Videos of a split, or those that are named, in that order; and how they were chosen"
     videos = find_videos(path)
     if names is not None:
+        if isinstance(names, str) or not len(names):
+            raise ValueError(f"videos={names!r}: expected is a list of names, such as [{videos[0].name!r}]")
         known = {Path(video.name).stem: video for video in videos} | {video.name: video for video in videos}
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{path} has no video {unknown[0]!r}: check videos=")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..checks import check_finite
 from ..components.lpips import PerceptualNetwork, check_same_shape, lpips
 from .extractors import FeatureExtractor, extract
 
@@ -101,8 +102,17 @@ def reconstruction_scores(
     return {name: float(values.nanmean()) for name, values in scores.items()}
 
 # %% ../../nbs/metrics/generation.ipynb #frechet-export
+def _check_features(features: Tensor) -> None:
+    "ValueError unless these are finite features `(n,d)`"
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        found = f"{type(features).__name__} {tuple(getattr(features, 'shape', ()))}"
+        raise ValueError(f"features are {found}, expected is a tensor (n,d)")
+    check_finite(features, "features")
+
+
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     "Mean `(d,)` and covariance `(d,d)` of features `(n,d)`: all that FID needs to know of a data set"
+    _check_features(features)
     n, d = features.shape
     if n < 2:
         raise ValueError(f"a covariance needs at least 2 pictures, got {n}")
@@ -155,6 +165,8 @@ def _kernel_distance(x, y):
 
 
 def _check_enough(a: Tensor, b: Tensor, least: int, what: str) -> None:
+    _check_features(a)
+    _check_features(b)
     if min(len(a), len(b)) < least:
         raise ValueError(f"{what} pictures on each side, got {len(a)} and {len(b)}")
 

@@ -153,6 +153,9 @@ def segmentation(masks: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     if masks.dim() != 4:
         raise ValueError(f"soft masks must be (b,k,h,w), got {tuple(masks.shape)}")
     check_finite(masks, "soft masks")
+    if masks.shape[1] == 1 and masks.numel() and masks.max() > 1:
+        found = f"soft masks {tuple(masks.shape)} of one slot reach {masks.max():g}"
+        raise ValueError(f"{found}: they look like labels, pass x[:, 0].long()")
     if size is not None and abs(math.log(masks.shape[-2] * size[1] / (masks.shape[-1] * size[0]))) > 0.25:
         sides = f"{masks.shape[-2]}×{masks.shape[-1]}, the labels are {size[0]}×{size[1]}"
         raise ValueError(f"soft masks {tuple(masks.shape)} are {sides}: expected is (b,k,h,w) of the same picture")

@@ -347,10 +347,13 @@ def read_recipe(path: str | Path) -> dict:
         raise FileNotFoundError(f"no recipe at {path}")
     try:
         recipe = read_yaml(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"recipe {path} is not UTF-8: save it as UTF-8 in your editor") from None
+    except yaml.YAMLError as error:
         raise ValueError(f"recipe {path} is not valid YAML: {_yaml_fault(error)}") from None
     if not isinstance(recipe, dict):
-        raise ValueError(f"recipe {path} must hold lines `name: value`, not a {type(recipe).__name__}")
+        wanted = "lines `name: value`, with a blank after the colon"
+        raise ValueError(f"recipe {path} must hold {wanted}, not a {type(recipe).__name__}")
     return recipe
 
 
