@@ -1,5 +1,6 @@
 "What every method inherits: clips are batches of frames, frozen models stay frozen, a fingerprint tells weights apart."
 import copy
+import re
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from decomp_nb.components.autoencoders import vq_model
 from decomp_nb.components.latent_diffusion import LatentDiffusion
 from decomp_nb.components.latents import VQLatents
-from decomp_nb.decomposer import Decomposer, Frozen, fingerprint, load_decomposer, sample, shipped
+from decomp_nb.decomposer import Decomposer, Frozen, fingerprint, load_decomposer, sample, shipped, weights_folder
 from decomp_nb.factors import Factors
 from decomp_nb.methods.decomp_diffusion import DecompDiffusion, decomp_diffusion_preset
 from decomp_nb.methods.disdiff import DisDiff
@@ -177,6 +178,12 @@ def test_weights_that_come_with_the_package_are_listed_with_their_scores():
     for name, card in cards.items():
         assert set(card) == {"what", "made_by", "data", "scores"}
         assert f"| {card['made_by']} | {card['data']} | {card['scores']} |" in page, f"README.md tells something else of {name}"
+
+
+def test_no_file_of_the_weights_names_a_folder_of_the_machine_that_made_them():
+    files = [file for name in ("config.json", "run.json") for file in sorted(weights_folder().rglob(name))]
+    absolute = [str(file) for file in files if re.search(r'"[/~]', file.read_text(encoding="utf-8"))]
+    assert files and not absolute
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True])

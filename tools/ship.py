@@ -98,8 +98,9 @@ def ship(run_dir: str, name: str, made_by: str, scores: str, eight_bits: str = "
     if eight_bits:
         shorten(folder, eight_bits)
     told = record(run)
-    if isinstance(model, TokenSpace):
-        told["model"] = told["model"] | {"dvae_path": model.config.dvae_path}
+    for place in ("dvae_path", "slot_model_path"):  # as it is now: beside the model
+        if place in told["model"]:
+            told["model"] = told["model"] | {place: model.config[place]}
     write(folder / "run.json", told)
     write(folder / "card.json", describe(run, made_by, scores))
     return folder
