@@ -172,3 +172,13 @@ def test_readouts_are_saved_and_read_again(tmp_path):
     readout.save_pretrained(tmp_path)
     again = HiddenReadout.from_pretrained(tmp_path)
     assert again(slots).equal(readout(slots)) and again.config.join == "mean"
+
+
+def test_videos_without_an_answer_are_not_counted_as_one():
+    slots, answers = torch.randn(4, 2, 3, 4), torch.tensor([0, 1, 1, 0])
+    for wrong in (answers - 1, answers[:3]):
+        with pytest.raises(ValueError, match="slots of 4 clips need as many answers, 0 or 1"):
+            fit_readout(PhysionReadout(4), (slots, wrong), (slots, answers), epochs=1)
+    scores = torch.tensor([0.9, 0.1, 0.7, 0.2])
+    with pytest.raises(ValueError, match="labels have to be 0 or 1"): questions.accuracy(scores, answers - 1)
+    with pytest.raises(ValueError, match=r"scores \(4,\) hold NaN"): questions.accuracy(scores * float("nan"), answers)

@@ -9,7 +9,7 @@ from test_video_methods import CLIPS, METHODS
 
 from decomp_nb import load_decomposer
 from decomp_nb.components.rollout import RolloutTransformer, curriculum_length, roll_out_interleaved
-from decomp_nb.data.slot_files import SlotCard, SlotClips, import_slots, slots_to_read, store_slots
+from decomp_nb.data.slot_files import SlotCard, SlotClips, continue_slots, extract_slots, import_slots, slots_to_read, store_slots
 from decomp_nb.factors import Factors
 from decomp_nb.methods.slot_former import SlotFormer, drawing_errors, slot_former_preset
 from decomp_nb.metrics.generation import psnr
@@ -145,6 +145,46 @@ def test_stored_slots_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match="whole videos of one length are needed"): SlotClips(path)
     padded = SlotClips(path, 7, pad=True)
     assert [int(padded[i]["length"]) for i in range(len(padded))] == [6, 7, 7, 7]
+
+
+@pytest.mark.parametrize("name", ["steve", "diffusion", "lsd"])
+def test_a_slot_that_is_not_there_wins_no_place_of_drawn_frames(name):
+    model = former(name)
+    future = Factors(torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0)))
+    options = dict(steps=2, generator=torch.Generator().manual_seed(0)) if model.scheduler is not None else {}
+    masks = model.draw_masks(future * torch.tensor([1.0, 0, 1, 1]), **options).masks
+    assert masks[:, :, 0].sum() > 0 and not masks[:, :, 1].any()
+
+
+def clips_of(n, t, name="film"):
+    return [dict(image=CLIPS[i % 2].repeat(2, 1, 1, 1)[:t], image_id=f"{name} {i}/000000") for i in range(n)]
+
+
+def test_slots_of_other_videos_or_weights_are_not_used_again(tmp_path):
+    model = former("savi")
+    path = extract_slots(model.slot_model, clips_of(3, 6), tmp_path / "slots.h5")
+    assert extract_slots(model.slot_model, clips_of(3, 6), path) == path
+    for other, complaint in ((clips_of(3, 8), "slots of 6 frames of 'film 0', but the data set has 8"), (clips_of(3, 6, "clip"), "of 'film 0', .* of 'clip 0'")):
+        with pytest.raises(ValueError, match=complaint): extract_slots(model.slot_model, other, path)
+    trained = SlotFormer(rollout_config=SIZES, slot_fingerprint="00000000").eval()
+    with pytest.raises(ValueError, match="slots.h5 holds slots of the weights .*, but the model has 00000000"):
+        continue_slots(trained, path, tmp_path / "future.h5", observed=4, n_frames=2)
+    trained = SlotFormer(rollout_config=SIZES | dict(n_slots=5)).eval()
+    with pytest.raises(ValueError, match="4 slots a frame, but the model has 5"):
+        continue_slots(trained, path, tmp_path / "future.h5", observed=4, n_frames=2)
+
+
+def test_slots_are_stored_unmerged(tmp_path):
+    model = METHODS["diffusion"](merge_threshold=-0.99, tracking_config={}).eval()
+    assert (model.encode(CLIPS).weights == 0).any()
+    stored = SlotClips(extract_slots(model, clips_of(2, 5), tmp_path / "slots.h5", dtype="float32"))
+    torch.testing.assert_close(stored[1]["slots"], model.encode(CLIPS, merge_threshold=0.0).codes[1])
+
+
+def test_frames_of_other_clips_than_the_slots_are_refused():
+    model = former("savi", image_weight=1.0)
+    with pytest.raises(ValueError, match=r"images of \(2, 3\) clips and frames, but slots of \(2, 5\)"):
+        model({"slots": torch.randn(2, 5, 4, 16), "image": CLIPS[:, :3]})
 
 
 def test_padded_frames_do_not_count():

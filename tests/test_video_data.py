@@ -360,3 +360,8 @@ def test_labels_that_may_mean_two_things_are_refused(tmp_path, table, match):
     (tmp_path / "labels.csv").write_text(table)
     with pytest.raises(ValueError, match=match) as error: physion_labels(tmp_path / "labels.csv")
     assert "labels.csv" in str(error.value)
+
+
+def test_videos_of_a_file_are_not_chosen_by_name(tmp_path, drawn):
+    with pytest.raises(ValueError, match="of an HDF5 file take split= or n="):
+        VideoClips(write_h5(tmp_path / "c.h5", drawn), 16, n_frames=3, videos=["c/000002"])

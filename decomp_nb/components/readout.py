@@ -123,6 +123,8 @@ def fit_readout(
 ) -> list[Epoch]:
     "Train with Adam; every epoch is kept"
     slots, answers = train
+    if len(slots) != len(answers) or not ((answers == 0) | (answers == 1)).all():
+        raise ValueError(f"slots of {len(slots)} clips need as many answers, 0 or 1: leave out clips without one")
     steps = epochs * -(-len(slots) // batch_size)
     optimizer = torch.optim.AdamW(readout.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr / 100)

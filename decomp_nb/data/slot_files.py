@@ -170,6 +170,7 @@ def extract_slots(
             held = f"{path} holds {len(there.names)} videos, but the data set has {len(data)}"
             raise ValueError(f"{held}: choose another file")
         _check_same_files(path, data)
+        _check_same_videos(path, there, data)
         return path
     training = model.training
     model.eval()
@@ -192,8 +193,8 @@ def _encoded(model: nn.Module, data: Any, batch_size: int, chunk: int, seed: int
             if images.ndim != 5:
                 raise ValueError(f"items of the data set are {tuple(images.shape[1:])}, expected videos (frames,3,h,w)")
             generator = torch.Generator().manual_seed(seed + start + number)
-            codes = model.encode(images.to(device), chunk=chunk, generator=generator).codes
-            yield from zip([video_name(item) for item in group], codes)
+            found = model.encode(images.to(device), chunk=chunk, generator=generator, merge_threshold=0.0)
+            yield from zip([video_name(item) for item in group], found.codes)  # unmerged: a file keeps no weights
 
 
 def _check_same_files(path: Path, data: Any) -> None:
@@ -203,6 +204,17 @@ def _check_same_files(path: Path, data: Any) -> None:
     now = files_mark(source_files(data)) or ""
     if before and now and before != now:
         raise ValueError(f"{path} holds slots of other files than those of the data set now: choose another file")
+
+
+def _check_same_videos(path: Path, there: SlotIndex, data: Any) -> None:
+    "ValueError where the first or the last video of the data set has another name or length than that in `path`"
+    for place in (0, len(data) - 1):
+        item = _items_of(data, [place])[0]
+        held = there.names[place], there.lengths[place]
+        now = video_name(item), len(item["image"])
+        if held != now:
+            says = f"{path} holds slots of {held[1]} frames of {held[0]!r}, but the data set has {now[1]} of {now[0]!r}"
+            raise ValueError(f"{says}: choose another file")
 
 
 def _items_of(data: Any, numbers: Sequence[int]) -> list[dict]:
@@ -331,6 +343,8 @@ def continue_slots(
 ) -> Path:
     "A file of slots as `extract_slots` makes them, but only the first frames of each video were seen"
     clips = SlotClips(source, observed, clips="first")
+    rollout, mark = model.rollout, model.config.slot_fingerprint
+    clips.card.check(SlotCard(mark or "", rollout.n_slots, rollout.slot_dim), source)
     return store_slots(_continued(model, clips, n_frames, batch_size), path, clips.card)
 
 

@@ -387,8 +387,7 @@ class VideoClips(SceneReader):
         resample: str = "area",  # or "bilinear", the other habit
     ):
         super().__init__(path, size or 128, max_objects or 0, split, crop)
-        self.frame_offset = frame_offset
-        self.renumber = renumber
+        self.frame_offset, self.renumber = frame_offset, renumber
         self.resample = _checked(resample)
         _find(self, size, max_objects, videos)
         clips = clips or default_clips(split)
@@ -441,9 +440,10 @@ def _clip_item(clips, frames, name):
 # %% ../../nbs/data/video.ipynb #reader-parts-export
 def _find(clips, size, max_objects, names):
     "Set the videos of a reader, how they were chosen, and what is known of all of them"
-    clips.single = False
-    clips.factor_names = {}
+    clips.single, clips.factor_names = False, {}
     if clips.path.suffix in (".h5", ".hdf5"):
+        if names is not None:
+            raise ValueError(f"{clips.path}: videos= is for folders; of an HDF5 file take split= or n=")
         return _find_h5(clips, size, max_objects)
     clips.videos, clips.how = _videos_of_folder(clips.path, clips.split, names)
     first = clips.videos[0]

@@ -153,8 +153,11 @@ class FrozenContract(FrozenParts):
             return factors._replace(masks=model.layers(factors)[2])
         if model.config.slots_config.get("out_dim"):
             raise ValueError("draw_masks: this decoder reads projections of the slots, which cannot compete for places")
-        images = self.decode(factors, **options)
-        return factors._replace(masks=model.finer_masks(images, factors.codes, 1.0))
+        frames = factors.fold_time()
+        images = self.decode(factors, **options).flatten(0, -4)
+        present = None if frames.weights is None else frames.weights > 0
+        masks = model.finer_masks(images, frames.codes, 1.0, present)
+        return factors._replace(masks=masks.unflatten(0, factors.codes.shape[:-2]))
 
 # %% ../../nbs/methods/slot_former.ipynb #drawing-export
 def drawing_errors(
@@ -255,7 +258,7 @@ class RolloutTraining(RolloutSchedule):
         if "image" not in batch:
             raise ValueError("the batch has neither 'slots' nor 'image'")
         with torch.no_grad():
-            return self.encode(batch["image"]).codes.float()
+            return self.encode(batch["image"], merge_threshold=0.0).codes.float()
 
     def weighting(self, batch: dict, n: int, first: int = 0) -> dict:
         "Options of `rollout_loss` from frame `first` on: how much later frames count, and which exist"
@@ -271,6 +274,9 @@ class RolloutTraining(RolloutSchedule):
         "Error of the drawn frames; `noise` and `timesteps` of the batch replace random draws of a denoiser"
         if "image" not in batch:
             raise ValueError("image_weight: the batch has no 'image'; give frames too, or image_weight=0")
+        if "slots" in batch and batch["image"].shape[:2] != batch["slots"].shape[:2]:
+            clips = [tuple(batch[name].shape[:2]) for name in ("image", "slots")]
+            raise ValueError(f"image_weight: images of {clips[0]} clips and frames, but slots of {clips[1]}")
         drawn = {name: batch.get(name) for name in ("noise", "timesteps")}
         errors = drawing_errors(self.slot_model, factors, batch["image"][:, frames], **drawn)
         return rollout_loss(errors, **weighting)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_finite
+
 # %% auto #0
 __all__ = ['THRESHOLDS', 'HUMAN_BY_TASK', 'HUMAN', 'PUBLISHED', 'accuracy', 'accuracy_grid', 'Choice', 'choose_on_validation',
            'best_of_all_on_test_labels', 'accuracy_by_task', 'tasks_by_position']
@@ -27,6 +29,9 @@ def accuracy(
     "Share of right answers, `(…)`; yes is what is above the threshold; ValueError where numbers differ"
     if scores.shape[-1] != len(labels):
         raise ValueError(f"{scores.shape[-1]} scores but {len(labels)} labels: both have to be of the same videos")
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError("labels have to be 0 or 1: leave out videos without an answer")
+    check_finite(scores, "scores")
     return ((scores > threshold) == labels.bool()).float().mean(-1)
 
 

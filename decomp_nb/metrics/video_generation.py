@@ -119,7 +119,7 @@ def frame_order(n_frames: int, order: str = "time") -> list[int]:
 def take_frames(videos: Tensor, n_frames: int = 16, start: int = 0, order: str = "time") -> Tensor:
     "`n_frames` frames of clips `(b,t,…)` from place `start` of the `order` on; ValueError where there are too few"
     there = videos.shape[1]
-    if start < 0 or start + n_frames > there:
+    if start < 0 or n_frames < 1 or start + n_frames > there:
         raise ValueError(f"n_frames={n_frames} from start={start} on: the videos have {there} frames")
     chosen = frame_order(there, order)[start:start + n_frames]
     return videos[:, chosen]
