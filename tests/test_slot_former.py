@@ -132,6 +132,14 @@ def test_interleaved_roll_outs_are_those_of_a_loop(offset, observed, n):
             torch.testing.assert_close(found[:, j::offset], model.roll_out(start, n)[:, :found[:, j::offset].shape[1]])
 
 
+@pytest.mark.parametrize("n", [0, -1, 2.5])
+def test_a_number_of_frames_that_is_none_is_named(n):
+    model = former("savi")
+    codes = torch.zeros(1, 9, model.rollout.n_slots, model.rollout.slot_dim)
+    with pytest.raises(ValueError, match=f"n_frames={n}: how many frames"):
+        model.roll_out(Factors(codes), n)
+
+
 # slots on disk --------------------------------------------------------------------------------------------------------------------
 
 def test_stored_slots_of_another_kind_are_refused(tmp_path):

@@ -229,6 +229,8 @@ def roll_out_interleaved(
     present: Tensor | None = None,  # `(b, t, k)`
 ) -> Tensor:
     "Predicted slots `(b, n_frames, k, d)` of all frames, from roll-outs with `offset` in one batch"
+    if not isinstance(n_frames, int) or n_frames < 1:
+        raise ValueError(f"n_frames={n_frames}: how many frames are predicted, a whole number of at least 1")
     frames = interleaved_frames(past.shape[1], model.observed, offset)
     together = "b o h ... -> (b o) h ..."
     starts = rearrange(past[:, frames], together)
