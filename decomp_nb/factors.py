@@ -274,11 +274,12 @@ def _as_weight(weight: float | Tensor, weights: Tensor) -> float | Tensor:
     try:
         weight = torch.as_tensor(weight).to(weights.device)
         torch.broadcast_shapes(weight.shape, weights.shape)
-        if weight.is_complex():
-            raise ValueError("complex")
+        real = not weight.is_complex()
     except (TypeError, ValueError, RuntimeError):
         shape = tuple(getattr(weight, "shape", ())) or repr(weight)
         raise ValueError(f"a weight of {shape}: expected are numbers for weights {tuple(weights.shape)}") from None
+    if not real:
+        raise ValueError("a complex weight: expected are real numbers")
     if weight.device.type == "cpu" and not weight.isfinite().all():  # elsewhere decode refuses them
         raise ValueError(f"a weight of {weight}: expected are finite numbers")
     return weight

@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from decomp_nb.components.clip_clusters import ClipClusters
 from decomp_nb.data.natural import InstanceFile
 from decomp_nb.data.scenes_h5 import H5Scenes
 from decomp_nb.data.video import VideoClips
 from decomp_nb.factors import Factors, align, interpolate
+from decomp_nb.methods.savi import SAVi, savi_preset
 from decomp_nb.metrics.generation import frechet_distance, kid
 from decomp_nb.metrics.segmentation import segmentation, segmentation_scores
 from decomp_nb.training.parameters import read_recipe
@@ -151,3 +153,21 @@ def test_recipes_of_other_editors(tmp_path, content, said):
     (tmp_path / "r.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=f"r.yaml .*{said}"):
         read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_a_number_of_rounds_that_is_none_is_named(rounds):
+    at_once = dict(predictor=None, first_iterations=None, parallel=dict(n_layers=1))
+    model = SAVi(**savi_preset("tiny", tracking_config=at_once))
+    with pytest.raises(ValueError, match=f"n_iterations={rounds}: at least one iteration"):
+        model.encode(torch.zeros(1, 2, 3, 32, 32), n_iterations=rounds)
+
+
+def test_clusters_of_clips_are_not_joined():
+    with pytest.raises(ValueError, match="join=0.5: clusters of whole clips are not joined"):
+        ClipClusters(16, join=0.5)
+
+
+def test_a_weight_is_a_real_number():
+    with pytest.raises(ValueError, match="a complex weight"):
+        FACTORS * torch.tensor([1j])

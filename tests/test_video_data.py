@@ -2,6 +2,7 @@
 import builtins
 import json
 import re
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -365,3 +366,17 @@ def test_labels_that_may_mean_two_things_are_refused(tmp_path, table, match):
 def test_videos_of_a_file_are_not_chosen_by_name(tmp_path, drawn):
     with pytest.raises(ValueError, match="of an HDF5 file take split= or n="):
         VideoClips(write_h5(tmp_path / "c.h5", drawn), 16, n_frames=3, videos=["c/000002"])
+
+
+def test_frames_that_lie_beside_films_are_spoken_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("decomp_nb.data.video.frame_times", lambda file: [0.0, 0.04])
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films/a.mp4").write_bytes(b"")
+    (tmp_path / "films/cover_1.png").write_bytes(b"")
+    with warnings.catch_warnings(action="error"):  # one picture may be its cover
+        assert [video.name for video in find_videos(tmp_path)] == ["films/a.mp4"]
+    (tmp_path / "b").mkdir()
+    for i in range(3):
+        (tmp_path / f"b/frame_{i:03}.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"4 numbered pictures, such as .*, lie beside a.mp4: only films are read"):
+        find_videos(tmp_path)

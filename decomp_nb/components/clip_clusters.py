@@ -32,6 +32,8 @@ class ClipStart(ClusterSlots):
         **options,  # of `ClusterSlots`
     ):
         super().__init__(in_dim, **options)
+        if self.join:
+            raise ValueError(f"join={self.join}: clusters of whole clips are not joined; take kind='clusters'")
         self.clip_iterations = clip_iterations
         self.neighbourhood = dict(radius=radius, temperature=temperature)
         if not project_slots:

@@ -79,7 +79,6 @@ def join_near(
     common = groups @ (mass * means) / (groups @ mass + 1e-6)
     return cluster(keys, common, 1, sharpness, slot_mask)[0]
 
-
 # %% ../../nbs/components/clusters.ipynb #places-export
 def draw_places(
     like: Tensor, n: int, height: int, width: int, generator: torch.Generator | None = None
@@ -138,7 +137,6 @@ def ground_keys(
         where = plane_places(*grid, unit.device)[:, 1:]
         parts.append(place * angle.sin() * where)
     return torch.cat(parts, -1)
-
 
 # %% ../../nbs/components/clusters.ipynb #layers-export
 class KeyLayers(nn.Module):
@@ -259,7 +257,6 @@ def tilt_under(features: Tensor, shares: Tensor) -> Tensor:
     spread = torch.einsum("bsn,bsnp->bsp", weights, centred.square()).sqrt() + 0.03  # at least one place
     change = torch.einsum("bsn,bsnp,bcn->bspc", weights, centred, features.float().flatten(2))
     return (change / spread[..., None]).flatten(2)
-
 
 # %% ../../nbs/components/clusters.ipynb #content-export
 class SlotContent(nn.Module):

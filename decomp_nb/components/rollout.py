@@ -80,13 +80,13 @@ class RolloutLayers(SlotUnits):
         standardise: bool = False,  # read and write numbers of mean 0 and deviation 1, see `measure`
     ):
         super().__init__(slot_dim if standardise else None)
-        self.slot_dim, self.n_slots, self.residual, self.history = slot_dim, n_slots, residual, history
+        self.slot_dim = slot_dim
+        self.n_slots = n_slots
+        self.residual = residual
+        self.history = history
         self.observed = history if observed is None else observed
         _check_sizes(self.history, self.observed, dim, n_heads)
-        if momentum and not (residual and self.observed > 1):
-            raise ValueError("rollout: momentum=True needs residual=True, and two frames to begin with")
-        if joined and self.observed < history:
-            raise ValueError("rollout: joined=True reads a history of one length: leave out observed")
+        _check_options(self, momentum, joined)
         self.joined = joined
         self.read = nn.Linear(slot_dim * history if joined else slot_dim, dim)
         self.time_code = None if joined else _time_code(time_code, history, dim)
@@ -118,6 +118,14 @@ def _time_code(kind: str, history: int, dim: int) -> nn.Parameter:
 def _layers(n_layers, dim, n_heads, hidden, dropout, norm_first):
     layer = nn.TransformerEncoderLayer(dim, n_heads, hidden, dropout, batch_first=True, norm_first=norm_first)
     return nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
+
+
+def _check_options(rollout: nn.Module, momentum: bool, joined: bool) -> None:
+    "ValueError for options that do not go together"
+    if momentum and not (rollout.residual and rollout.observed > 1):
+        raise ValueError("rollout: momentum=True needs residual=True, and two frames to begin with")
+    if joined and rollout.observed < rollout.history:
+        raise ValueError("rollout: joined=True reads a history of one length: leave out observed")
 
 # %% ../../nbs/components/rollout.ipynb #tokens-export
 class RolloutTokens(RolloutLayers):

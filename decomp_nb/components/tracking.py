@@ -205,6 +205,9 @@ def track_at_once(
     "As `track`, but no frame waits for the one before: layers that look back tell it of the past"
     if not hasattr(slot_attention, "step"):
         raise ValueError("tracking_config parallel: needs slots that compete in rounds, slots_config kind='attention'")
+    rounds = slot_attention.n_iterations if n_iterations is None else n_iterations
+    if rounds < 1:
+        raise ValueError(f"n_iterations={rounds}: at least one iteration is needed")
     b, t = features.shape[:2]
     origin = start_of_clip(slot_attention, features, slots, state, **drawn)
     before = [None] * len(layers) if state is None or state.memory is None else state.memory
@@ -213,7 +216,7 @@ def track_at_once(
     memory = []
     with torch.autocast(features.device.type, enabled=False):  # the competition needs float32
         found = origin.to(slot_attention.slot_mean.dtype).repeat_interleave(t, 0)
-        for _ in range(n_iterations or slot_attention.n_iterations):
+        for _ in range(rounds):
             found, attention = slot_attention.step(found, keys, values, mask)
         for layer, past in zip(layers, before):
             told, seen = layer(found.unflatten(0, (b, t)), past, slot_mask)

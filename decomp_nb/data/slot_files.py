@@ -343,8 +343,8 @@ def continue_slots(
 ) -> Path:
     "A file of slots as `extract_slots` makes them, but only the first frames of each video were seen"
     clips = SlotClips(source, observed, clips="first")
-    rollout, mark = model.rollout, model.config.slot_fingerprint
-    clips.card.check(SlotCard(mark or "", rollout.n_slots, rollout.slot_dim), source)
+    wanted = SlotCard(model.config.slot_fingerprint or "", model.rollout.n_slots, model.rollout.slot_dim)
+    clips.card.check(wanted, source)
     return store_slots(_continued(model, clips, n_frames, batch_size), path, clips.card)
 
 

@@ -21,19 +21,10 @@ from torch import Tensor
 
 from ..checks import printable, reading
 from .hdf5 import LazyH5, h5_dataset, open_h5, stored_split
-from .images import crop_box, find_images, read_image, walk_folders
+from .images import crop_box, find_images, image_suffixes, read_image, walk_folders
 from .mp4 import VIDEO_SUFFIXES, frame_times, read_frames
-from decomp_nb.data.movi import (
-    MOVI_CLASSES,
-    DumpVideo,
-    dump_videos,
-    is_dump,
-    most_objects,
-    others_note,
-    read_frame,
-    read_instances,
-    stack_frames,
-)
+from .movi import MOVI_CLASSES, DumpVideo, dump_videos, is_dump, most_objects, others_note, read_frame
+from .movi import read_instances, stack_frames
 from .reader import choose_split, choose_videos, split_name, subsample
 from .scene_item import SceneReader, check_classes, object_ids, scene_item, split_by_position
 from .scenes_h5 import SceneFile, read_scene
@@ -274,6 +265,7 @@ def find_videos(path: Path | str) -> list[Video]:
     files = [place / file for place, names in folders for file in names]
     films = sorted(file for file in files if file.suffix.lower() in VIDEO_SUFFIXES)
     if films:
+        _warn_of_frames(files, films)
         return [VideoFile(_name_below(file, path), str(file), frame_times(file)) for file in films]
     if path.is_file():
         raise ValueError(f"{path} is no video: expected are {' '.join(VIDEO_SUFFIXES)}, .h5 or a folder")
@@ -282,6 +274,15 @@ def find_videos(path: Path | str) -> list[Video]:
     if found := frame_folders(path):
         return found
     raise ValueError(f"no videos in {path}: expected are folders of numbered frames, or {' '.join(VIDEO_SUFFIXES)}")
+
+
+def _warn_of_frames(files, films):
+    "UserWarning where folders beside films hold numbered pictures, which are not read"
+    known = image_suffixes()
+    numbered = [file for file in files if file.suffix.lower() in known and frame_number(file.name) is not None]
+    if len(numbered) > 1:
+        seen = f"{len(numbered):,} numbered pictures, such as {numbered[0]}, lie beside {films[0].name}"
+        warnings.warn(f"{seen}: only films are read; put frames into a folder of their own", stacklevel=4)
 
 # %% ../../nbs/data/video.ipynb #split-export
 def _videos_of_folder(path, split, names):

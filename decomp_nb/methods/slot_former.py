@@ -240,7 +240,8 @@ class RolloutSchedule(SlotRollouts):
 
     def number_weights(self) -> Tensor | None:
         "What errors of each number of a slot count `(d,)`; with `standardise` of errors in deviations"
-        given, rollout = self.config.slot_weights, self.rollout
+        given = self.config.slot_weights
+        rollout = self.rollout
         if not given and not rollout.standardise:
             return None
         weights = torch.tensor(given or [1.0] * rollout.slot_dim, device=self.device)
@@ -294,7 +295,8 @@ class SlotFormer(RolloutTraining):
         past, n = self.rollout.observed, self.next_length()
         _check_length(slots, past, n)
         first = self.first_frame(slots.shape[1], n)
-        seen, true = slice(first, first + past), slice(first + past, first + past + n)
+        seen = slice(first, first + past)
+        true = slice(first + past, first + past + n)
         found = self.rollout.roll_out(slots[:, seen], n)
         weighting = self.weighting(batch, n, first)
         errors = squared_error(found, slots[:, true], self.number_weights())
