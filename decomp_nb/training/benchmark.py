@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from .kernel import KEEP_MEMORY
 
@@ -46,6 +47,11 @@ def peak_bytes() -> int:
     import torch
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    # elsewhere; on Linux this number would start at what the process that started this one has had
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
