@@ -19,8 +19,8 @@ from .checks import check_finite
 from .viz.colours import palette
 
 # %% auto #0
-__all__ = ['Index', 'to_uint8', 'FactorTensors', 'FactorBatch', 'check_factors', 'check_alike', 'FactorChoice', 'Factors',
-           'recombine', 'align', 'interpolate']
+__all__ = ['Index', 'to_uint8', 'FactorTensors', 'FactorBatch', 'check_factors', 'check_alike', 'FactorChoice', 'stack_rows',
+           'Factors', 'recombine', 'align', 'interpolate']
 
 # %% ../nbs/factors.ipynb #to-uint8-export
 def to_uint8(images: Tensor) -> Tensor:
@@ -265,6 +265,11 @@ class FactorChoice(FactorBatch):
         order = order.expand(*places.shape[:-1], -1)
         order = order.scatter(-1, places, self.n_factors + donors)
         return self.cat(other).pick(order)
+
+# %% ../nbs/factors.ipynb #stack-rows-export
+def stack_rows(sets: Sequence[FactorTensors]) -> FactorTensors:
+    "The pictures of several sets below one another, as one set"
+    return _join(sets, (0, 0, 0))
 
 # %% ../nbs/factors.ipynb #factors-weight-export
 def _as_weight(weight: float | Tensor, weights: Tensor) -> float | Tensor:

@@ -6,6 +6,7 @@ import style
 
 LIMITS = json.loads(style.LIMITS.read_text())
 CELLS = LIMITS[style.LONGEST_CELL]
+PAGES = style.pages()
 
 
 @pytest.mark.parametrize("name", style.modules())
@@ -29,8 +30,53 @@ def test_exported_cells_are_short():
 
 
 def test_limits_name_what_exists():
-    gone = set(LIMITS) - set(style.modules()) - {style.LONGEST_CELL, style.PACKAGE}
+    gone = set(LIMITS) - set(style.modules()) - {style.LONGEST_CELL, style.PACKAGE, style.PAGES}
     assert not gone, f"no such module: {gone}; run `python tools/style.py --update`"
+    gone = set(LIMITS[style.PAGES]) - set(PAGES)
+    assert not gone, f"no such page: {gone}; run `python tools/style.py --update`"
+
+
+# --- visible cells of pages that export nothing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_visible_cells_are_as_plain_as_the_package(name):
+    measured = style.measure_page(PAGES[name])
+    limits = style.PAGE_AIMS | LIMITS[style.PAGES].get(name, {})
+    above = {key: (measured[key], limit) for key, limit in limits.items() if measured[key] > limit}
+    assert not above, f"{name}: measured and allowed {above}; `python tools/style.py` names the places"
+
+
+def test_pages_are_those_that_export_nothing():
+    assert {"train_lsd.ipynb", "eval_video.ipynb", "explain/performance.ipynb", "tutorials/your_images.ipynb"} < set(PAGES)
+    assert "methods/lsd.ipynb" not in PAGES and "factors.ipynb" not in PAGES
+
+
+@pytest.mark.parametrize("source, fault", [
+    ("a = 1; b = 2\n", "several statements"), ("if a: b = 2\n", "several statements"), ("def f(): return 1\n", "several statements"),
+    ("for a in b: a()\n", "several statements"), ("if a:\n    b()\nelse: c = 1; d = 2\n", "several statements"),
+    ("f = lambda x: x\n", "lambda with a name"),
+    ("a = [x for y in z for x in y]\n", "nested comprehension"), ("a = {k: [v for v in w] for k, w in b.items()}\n", "nested comprehension"),
+    ("a = [\n    f(\n        x\n    )\n    for x in y\n]\n", "more than four lines"),
+    ("a = b if c else d if e else f\n", "conditional expression"), ("a = (\n    b\n    if c\n    else d\n)\n", "conditional expression"),
+    ("f(), g()\nh()\n", "calls in a row"),
+])
+def test_crowded_places_are_found(source, fault):
+    assert any(fault in found for found in style.crowded(source)), style.crowded(source)
+
+
+@pytest.mark.parametrize("source", [
+    "a = [f(x) for x in y if x]\nb = c if d else e\n", "if a:\n    b = 1\nelse:\n    b = 2\n", "best_of(lambda: f(1))\n",
+    "a = 1\na, f(a)\n", "try:\n    f()\nexcept ValueError:\n    g()\nfinally:\n    h()\n", "",
+])
+def test_plain_places_are_left_alone(source):
+    assert style.crowded(source) == []
+
+
+def test_a_parameters_cell_counts_by_its_width_only():
+    cell = style.Cell("p", "a: int = 1  # " + "x" * 120 + "\nb: int = 2; c = 3\n", True)
+    measured = style.measure_page([cell, style.Cell("c", "x = 1\n", False)])
+    assert measured == {"tokens_per_line": 3.0, "crowded": 0, "wide_lines": 0, "wide_parameters": 1, "longest_cell": 1}
 
 
 def test_hidden_and_exported_cells_do_not_show_a_name():

@@ -1,4 +1,5 @@
-"""How dense the code is: tokens per line and per function, widths, lengths of modules and cells; names that no page shows.
+"""How dense the code is: tokens per line and per function, widths, lengths of modules and cells; names that no page shows;
+and in visible cells of pages that export nothing: crowded statements.
 
 `python tools/style.py` prints a row per module; `--update` lowers the limits of tests/style_limits.json to what is measured.
 """
@@ -37,6 +38,9 @@ AIMS = {"tokens_per_line": 11.5, "dense_bodies": 0, "wide_lines": 0, "width": 11
 PACKAGE_AIMS = {"median_function": 60, "long_function": 190, "names_not_shown": 3}
 PACKAGE = "whole package"
 LONGEST_CELL = "longest exported cell"
+PAGES = "pages that export nothing"
+PAGE_AIMS = {"tokens_per_line": 11.5, "crowded": 0, "wide_lines": 0, "wide_parameters": 0, "longest_cell": 40}
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def docstring_starts(tree: ast.Module) -> set[tuple[int, int]]:
@@ -212,6 +216,105 @@ def longest_cells() -> dict[str, int]:
     return {name: max(counts) for name, counts in lines.items() if counts}
 
 
+def has_inner(node: ast.AST, kinds: type | tuple[type, ...]) -> bool:
+    "Whether there is a node of these kinds inside of another"
+    return any(isinstance(inner, kinds) for inner in ast.walk(node) if inner is not node)
+
+
+def shares_line(node: ast.AST) -> bool:
+    "Whether a block stands on the line of its head, or two statements on one line"
+    for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
+        if not isinstance(body, list) or not body:
+            continue
+        starts = [statement.lineno for statement in body]
+        ends = [statement.end_lineno for statement in body]
+        if any(start <= end for start, end in zip(starts[1:], ends)):
+            return True
+        if not isinstance(node, ast.Module) and starts[0] == node.lineno:
+            return True
+    return False
+
+
+def crowding(node: ast.AST) -> str:
+    "What makes a reader stop at a node: the name of the fault, or nothing"
+    if shares_line(node):
+        return "several statements on a line"
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+        return "a lambda with a name"
+    if isinstance(node, COMPREHENSIONS) and (len(node.generators) > 1 or has_inner(node, COMPREHENSIONS)):
+        return "a nested comprehension"
+    if isinstance(node, COMPREHENSIONS) and node.end_lineno - node.lineno >= 4:
+        return "a comprehension of more than four lines"
+    if isinstance(node, ast.IfExp) and (has_inner(node, ast.IfExp) or node.end_lineno > node.lineno):
+        return "a conditional expression of several lines or steps"
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Tuple) and any(isinstance(v, ast.Call) for v in node.value.elts):
+        return "calls in a row"
+    return ""
+
+
+def crowded(source: str) -> list[str]:
+    "Line and fault of every crowded place; a tuple at the end of a cell is what it shows"
+    tree = ast.parse(source)
+    last = tree.body[-1] if tree.body else None
+    found = []
+    for node in ast.walk(tree):
+        fault = crowding(node)
+        if fault and not (node is last and fault == "calls in a row"):
+            found.append(f"line {getattr(node, 'lineno', 1)}: {fault}")
+    return found
+
+
+class Cell(NamedTuple):
+    "A code cell of a page"
+    name: str
+    source: str
+    is_parameters: bool
+
+
+def visible_cells(path: Path) -> list[Cell]:
+    "Code cells that run; empty for pages that export a module"
+    found = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            continue
+        if "default_exp" in source:
+            return []
+        tags = cell["metadata"].get("tags", [])
+        if "skip-execution" not in tags:
+            found.append(Cell(cell["id"], source, "parameters" in tags))
+    return found
+
+
+def pages() -> dict[str, list[Cell]]:
+    "Page that exports nothing → its cells"
+    found = {}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        cells = [] if ".ipynb_checkpoints" in path.parts else visible_cells(path)
+        if cells:
+            found[path.relative_to(ROOT / "nbs").as_posix()] = cells
+    return found
+
+
+def count_wide(cells: list[Cell]) -> int:
+    "Lines of over 120 characters"
+    return sum(len(line) > 120 for cell in cells for line in cell.source.splitlines())
+
+
+def measure_page(cells: list[Cell]) -> dict[str, float]:
+    "Measures of a page's cells; a parameters cell is a list that papermill reads line by line, so only its width counts"
+    code = [cell for cell in cells if not cell.is_parameters]
+    whole = measure("\n\n".join(cell.source for cell in code) + "\n")
+    counts = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code]
+    return {
+        "tokens_per_line": whole.tokens_per_line,
+        "crowded": sum(len(crowded(cell.source)) for cell in code),
+        "wide_lines": count_wide(code),
+        "wide_parameters": count_wide([cell for cell in cells if cell.is_parameters]),
+        "longest_cell": max(counts, default=0),
+    }
+
+
 def allowed(measured: float, aim: float, limit: float | None) -> float:
     "The new limit: never above the old one, never below the aim"
     return max(aim, measured if limit is None else min(measured, limit))
@@ -231,6 +334,9 @@ def updated_limits(old: dict) -> dict:
     limits = {name: row for name, row in limits.items() if row}
     limits[PACKAGE] = above(measure_package(), PACKAGE_AIMS, old.get(PACKAGE, {}))
     limits[LONGEST_CELL] = {name: n for name, n in longest_cells().items() if n > 40}
+    before = old.get(PAGES, {})
+    of_pages = {name: above(measure_page(cells), PAGE_AIMS, before.get(name, {})) for name, cells in pages().items()}
+    limits[PAGES] = {name: row for name, row in of_pages.items() if row}
     return limits
 
 
@@ -247,6 +353,11 @@ def main() -> None:
     for page, (_, missing) in names_by_page().items():
         if missing:
             print(f"{page} does not show {', '.join(missing)}")
+    for page, cells in pages().items():
+        print("  ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in measure_page(cells).items()), page)
+        for cell in cells:
+            if not cell.is_parameters:
+                print("".join(f"    {cell.name}, {fault}\n" for fault in crowded(cell.source)), end="")
 
 
 if __name__ == "__main__":

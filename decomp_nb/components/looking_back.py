@@ -50,21 +50,21 @@ class LookBack(nn.Module):
     def forward(
         self,
         slots: Tensor,  # `(b, t, s, d)`
-        past: Tensor | None = None,  # `seen` of the frames before, `(b, p, s, d)`; None: the clip begins
+        past: Tensor | None = None,  # of the frames before, as returned, `(b, p, s, d)`; None: the clip begins
         slot_mask: Tensor | None = None,  # `(b, s)`, False where a slot does not exist
     ) -> tuple[Tensor, Tensor]:
         "Slots `(b, t, s, d)`, and what later frames read of all frames so far `(b, p + t, s, d)`"
         normed = self.norm(slots)
-        seen = normed if past is None else torch.cat([past, normed], 1)
-        told = slots + self._read(normed, seen)
+        frames = normed if past is None else torch.cat([past, normed], 1)
+        informed = slots + self._read(normed, frames)
         mask = None if slot_mask is None else slot_mask.repeat_interleave(slots.shape[1], 0)
-        moved = self.among(told.flatten(0, 1), mask)
-        return moved.view_as(slots), seen
+        moved = self.among(informed.flatten(0, 1), mask)
+        return moved.view_as(slots), frames
 
-    def _read(self, now: Tensor, seen: Tensor) -> Tensor:
+    def _read(self, now: Tensor, frames: Tensor) -> Tensor:
         "What slots `(b, t, s, d)` read of their own past"
         lines = now.transpose(1, 2).flatten(0, 1)  # (b·s, t, d): each slot through time
-        known = seen.transpose(1, 2).flatten(0, 1)
-        bias = fading_bias(F.softplus(self.fading), now.shape[1], seen.shape[1] - now.shape[1])
+        known = frames.transpose(1, 2).flatten(0, 1)
+        bias = fading_bias(F.softplus(self.fading), now.shape[1], frames.shape[1] - now.shape[1])
         read = self.over_time.attend(lines, *self.over_time.keys_and_values(known), bias=bias)
         return read.unflatten(0, (len(now), -1)).transpose(1, 2)

@@ -219,9 +219,9 @@ def track_at_once(
         for _ in range(rounds):
             found, attention = slot_attention.step(found, keys, values, mask)
         for layer, past in zip(layers, before):
-            told, seen = layer(found.unflatten(0, (b, t)), past, slot_mask)
-            found, attention = slot_attention.step(told.flatten(0, 1), keys, values, mask)
-            memory.append(seen)
+            informed, looked_at = layer(found.unflatten(0, (b, t)), past, slot_mask)
+            found, attention = slot_attention.step(informed.flatten(0, 1), keys, values, mask)
+            memory.append(looked_at)
     parts = found, slot_attention.to_out(slot_attention.norm_out(found)), attention
     parts = [part.unflatten(0, (b, t)) for part in parts]
     n_before = 0 if state is None else state.n_frames

@@ -11,13 +11,14 @@ import inspect
 import warnings
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ..checks import check_range, reading, value_range
 from .clevrtex import ClevrTex
@@ -39,7 +40,7 @@ from .video import VideoClips, default_clips
 
 # %% auto #0
 __all__ = ['READERS', 'GENERATORS', 'detect_format', 'has_pictures', 'split_file', 'own_split', 'check_options', 'open_dataset',
-           'check_image', 'check_masks', 'validate_dataset']
+           'stack_items', 'check_image', 'check_masks', 'validate_dataset']
 
 # %% ../../nbs/data/catalog.ipynb #readers-export
 READERS = {
@@ -296,6 +297,17 @@ def open_dataset(
     check_options(READERS[kind], options)
     return READERS[kind](path, **sized, split=split, n=n, seed=seed, **options)
 
+# %% ../../nbs/data/catalog.ipynb #stack-export
+def stack_items(
+    ds: Dataset,
+    keys: Sequence[str] = ("image", "masks", "ignore"),  # those that items lack are left out
+    n: int | None = None,  # how many items, from the first on; None: all of them
+) -> dict[str, Tensor]:
+    "The first items of a data set as one batch"
+    count = len(ds) if n is None else min(n, len(ds))
+    items = [ds[i] for i in range(count)]
+    return default_collate([{key: item[key] for key in keys if key in item} for item in items])
+
 # %% ../../nbs/data/catalog.ipynb #check-image-export
 def check_image(item: dict, size: int, name: str = "the data set") -> None:
     "ValueError unless `image` is float `(3,size,size)`, of clips `(t,3,size,size)`, with finite values in [−1,1]"
@@ -415,6 +427,6 @@ def validate_dataset(
     if getattr(ds, "taken", ""):
         print(f"{ds.path.name}: {ds.taken}")
     try:
-        torch.utils.data.default_collate(items)
+        default_collate(items)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"items of {name} cannot be stacked: {error}") from None

@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
 # %% auto #0
-__all__ = ['Spread', 'spread', 'spread_of_runs', 'Table', 'write_results']
+__all__ = ['Spread', 'spread', 'spread_of_runs', 'Table', 'weight_rows', 'machine_table', 'write_results']
 
 # %% ../../nbs/metrics/tables.ipynb #spread-export
 class Spread(NamedTuple):
@@ -135,13 +139,45 @@ class Table:
         "Which columns hold words (left-aligned) and not numbers"
         return [all(isinstance(row.get(key), (str, type(None))) for row in self.rows) for key in self.headers]
 
+    def by_name(self, name: str, keys: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        "Rows as nested results: the value of column `name` → its other values, or those of `keys` that it has"
+        found = {}
+        for row in self.rows:
+            found[row[name]] = {key: row[key] for key in keys or row if key in row and key != name}
+        return found
+
     def _repr_markdown_(self) -> str:
-        caption = f"{self.caption}\n\n" if self.caption else ""
-        return caption + _markdown(self.grid(), self.is_text())
+        table = _markdown(self.grid(), self.is_text())
+        return f"{self.caption}\n\n{table}" if self.caption else table
 
     def __repr__(self) -> str:
-        caption = f"{self.caption}\n" if self.caption else ""
-        return caption + _aligned(self.grid(), self.is_text())
+        table = _aligned(self.grid(), self.is_text())
+        return f"{self.caption}\n{table}" if self.caption else table
+
+# %% ../../nbs/metrics/tables.ipynb #model-export
+def weight_rows(parts: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
+    "A row for each part of a model: how many million weights it has, and whether they learn"
+    rows = []
+    for name, part in parts.items():
+        weights = list(part.parameters())
+        rows.append({
+            "part": name,
+            "parameters (M)": sum(weight.numel() for weight in weights) / 1e6,
+            "trained": "yes" if any(weight.requires_grad for weight in weights) else "frozen",
+        })
+    return rows
+
+
+def machine_table(facts: Mapping[str, Any]) -> Table:
+    "The given facts, then versions, threads and device: what somebody needs who repeats a run"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    rows = dict(facts) | {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+    return Table([{"": name, " ": str(value)} for name, value in rows.items()])
 
 # %% ../../nbs/metrics/tables.ipynb #json-export
 def write_results(path: str | Path, results: Mapping[str, Any]) -> Path:
