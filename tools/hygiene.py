@@ -344,7 +344,7 @@ LAYERS = [{"checks"}, {"factors", "decomposer"}, {"data", "worlds", "viz.figures
           {"metrics", "training", "official", "viz.mixer", "viz.attribution"}]
 NEIGHBOURS = {("data", "worlds"),  # data sets by name may be drawn ones; worlds read no files
               ("decomposer", "factors")}
-SHARED = {  # modules that share a room
+SHARED = {  # modules that belong to one layer
     "viz.colours": "factors", "viz.web_mixer": "viz.mixer",
     **dict.fromkeys(("viz.sheets", "viz.plots", "viz.film"), "viz.figures"),
 }
@@ -352,15 +352,15 @@ STRANGERS = {("metrics", "methods"), ("metrics", "components")}  # metrics take 
 FOR_ALL = {"decomp_nb.components.lpips"}  # a distance of pictures: a loss for components, a score for metrics
 
 
-def room(module: str) -> str:
-    "`decomp_nb.viz.mixer` → `viz.mixer`, `decomp_nb.data.images` → `data`"
+def folder_of(module: str) -> str:
+    "`decomp_nb.data.images` → `data`; of `viz`, which stands in several layers, the part: `decomp_nb.viz.mixer` → `viz.mixer`"
     parts = module.split(".")[1:]
     name = ".".join(parts[:2]) if parts and parts[0] == "viz" else parts[0] if parts else ""
     return SHARED.get(name, name)
 
 
 def layer(name: str) -> int | None:
-    return next((i for i, rooms in enumerate(LAYERS) if name in rooms), None)
+    return next((i for i, folders in enumerate(LAYERS) if name in folders), None)
 
 
 def package_modules(root: Path = ROOT) -> dict[str, Path]:
@@ -389,14 +389,14 @@ def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
 
 
 def layers_hold(root: Path = ROOT):
-    "Imports point to the left only"
+    "Imports point to lower layers only"
     for module, targets in import_graph(root).items():
-        here = room(module)
+        here = folder_of(module)
         if layer(here) is None:
-            yield f"{module}: room {here!r} is in no layer"
+            yield f"{module}: folder {here!r} is in no layer"
             continue
         for target in sorted(targets):
-            there = room(target)
+            there = folder_of(target)
             if not there:
                 yield f"{module} imports from the package's front door; name the module"
             elif here == there and here != "methods" or (here, there) in NEIGHBOURS:
