@@ -27,7 +27,7 @@ from decomp_nb.viz.figures import (
     slots,
     strip,
 )
-from decomp_nb.viz.mixer import Desk, Mixer, board, factor_pictures, mixer, mixer_board
+from decomp_nb.viz.mixer import FactorMix, Mixer, board, factor_pictures, mixer, mixer_board
 from decomp_nb.viz.plots import bars, curve, heat
 
 PAGE = 1520  # output pixels: two to a nominal pixel
@@ -269,9 +269,9 @@ class Fake:
 
 def test_the_first_choice_reconstructs_the_first_picture():
     model = Fake()
-    desk = Desk(model, noise(2, 3, 8, 8))
-    desk.draw()
-    assert torch.equal(model.calls[-1][0].codes, desk.factors.codes[:1]) and model.calls[-1][0].weights is None
+    mix = FactorMix(model, noise(2, 3, 8, 8))
+    mix.draw()
+    assert torch.equal(model.calls[-1][0].codes, mix.factors.codes[:1]) and model.calls[-1][0].weights is None
 
 
 def test_buttons_choose_what_is_decoded():
@@ -344,7 +344,7 @@ def test_problems_are_reported_and_the_last_picture_stays():
 
 def test_without_masks_each_factor_is_decoded_alone():
     model = Fake(masks=False)
-    parts = factor_pictures(Desk(model, noise(2, 3, 8, 8)))
+    parts = factor_pictures(FactorMix(model, noise(2, 3, 8, 8)))
     assert parts.shape == (2, 3, 3, 8, 8) and [c[0].n_factors for c in model.calls] == [1, 1, 1]
 
 
@@ -352,7 +352,7 @@ def test_randomness_belongs_to_the_seed():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    a, b, c = (Desk(Fake(), noise(1, 3, 8, 8), seed=s).factors.codes for s in (0, 0, 1))
+    a, b, c = (FactorMix(Fake(), noise(1, 3, 8, 8), seed=s).factors.codes for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.rand(1), expected)
 
 
@@ -364,7 +364,7 @@ def test_the_board_shows_sources_factors_and_result():
     for i, colour in enumerate(palette(3).numpy()):  # each factor is framed once, next to its dot in the heading
         framed = (pixels(picture) == colour).all(-1).sum()
         assert framed > 2000, f"factor {i} is not framed"
-    assert picture._repr_png_() == board(Desk(Fake(), images, choices=[[0, 2], [1]]))._repr_png_()
+    assert picture._repr_png_() == board(FactorMix(Fake(), images, choices=[[0, 2], [1]]))._repr_png_()
 
 
 class Still(Decomposer):

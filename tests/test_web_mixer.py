@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from decomp_nb.factors import Factors
-from decomp_nb.viz.web_mixer import mixer_script, web_mixer
+from decomp_nb.viz.web_mixer import ground_factors, mixer_script, web_mixer
 from PIL import Image
 
 TOUCH = """
@@ -78,6 +78,33 @@ def test_a_sprite_keeps_its_limit():
     assert len(web_mixer(Noise(), noise, limit=30_000).sprite) <= 30_000
     with pytest.raises(ValueError, match="smaller `side`"):
         web_mixer(Noise(), noise, limit=1_000)
+
+
+class Layers(Greys):
+    "Masks of four factors: the upper and the lower half are ground, then two objects that touch one edge and none"
+    def encode(self, images):
+        owner = torch.zeros(2, 16, 16, dtype=torch.long)
+        owner[:, 8:] = 1
+        owner[:, 4:9, :5] = 2
+        owner[:, 10:14, 8:12] = 3
+        masks = torch.nn.functional.one_hot(owner, 4).movedim(-1, 1).float()
+        return Factors(torch.arange(8.0).reshape(2, 4, 1) * torch.ones(3), masks=masks)
+
+    def decode(self, factors, **options):
+        return factors.codes[..., 0].sum(1)[:, None, None, None].expand(-1, 3, 16, 16) / 30 - 1
+
+
+def test_a_ground_in_pieces_moves_as_one():
+    images = torch.linspace(-1, 1, 2)[:, None, None, None].expand(2, 3, 16, 16)
+    assert ground_factors(Layers().encode(images)) == [[0, 1], [0, 1]]
+    mixer = web_mixer(Layers(), images, merge_ground=True)
+    assert mixer.buttons.labels == ["object 1", "object 2", "object 1", "object 2", "ground"]
+    assert mixer.buttons.groups == [("first picture", 2), ("second picture", 3)]
+    assert mixer.buttons.sets[0b00011] == [0, 1, 2, 3], "the first picture"
+    assert mixer.buttons.sets[0b11100] == [4, 5, 6, 7], "the second one"
+    assert mixer.buttons.sets[0b10001] == [4, 5, 2], "an object of the first on the ground of the second"
+    ground = np.asarray(Image.open(io.BytesIO(mixer.sprite)).convert("L"))[:16, 6 * 16:7 * 16]
+    assert ground[0, 0] > 250 and ground[15, 15] > 250 and ground[6, 1] < 245, "its thumbnail shows all pieces, and a hole for the object"
 
 
 def test_pictures_come_in_pairs():

@@ -58,15 +58,17 @@ CARDS = [
          "slate_shapes", "hero", (0.015, 0.345, 0.306, 0.765),
          "Scenes of coloured shapes beside the pictures that the transformer draws and their segmentation"),
     Card("methods/steve", "STEVE", "SLATE for clips, with slots that stay with their objects.",
-         "steve_moving_textured", "learned-picture", (0.193, 0.06, 0.975, 0.537),
-         "Five frames of a film with two moving ellipses, and the slots that stay with them"),
+         "steve_moving_textured", "learned-picture", (0.25, 0.095, 0.978, 0.527),
+         "Five frames of a film of patterned objects, and the slots that stay with them"),
     Card("methods/slot_former", "SlotFormer", "Slots of the next frames, rolled out from those that were seen.",
          "slot_former_billiards", "result-picture", (0.02, 0.08, 0.586, 0.947),
          "Frames of a film: the truth, frames predicted by SlotFormer, and the slots of the objects"),
     Card("methods/encdiff", "EncDiff", "Every factor is a token that the denoiser reads by cross-attention.",
-         "recipe disdiff_shapes3d_tokens"),
+         "recipe disdiff_shapes3d_tokens", "idea-picture", (0.13, 0.09, 0.84, 0.93),
+         "A sketch: a picture of a room, six tokens made from it, and the denoiser, which turns noise into the picture"),
     Card("methods/stable_lsd", "Stable-LSD", "Slots in place of the words of a frozen Stable Diffusion.",
-         "needs Stable Diffusion and a GPU"),
+         "needs Stable Diffusion and a GPU", "idea-picture", (0, 0.09, 1, 1),
+         "A sketch: the objects of a scene in boxes where the words of a prompt stood, above a frozen Stable Diffusion"),
 ]
 
 

@@ -29,7 +29,7 @@ class Recipe(NamedTuple):
     pictures: Callable[[], torch.Tensor]  # two of them
     options: Callable[[Decomposer], dict]  # of `web_mixer`
     pages: dict[str, str]  # page → id of the cell above
-    words: str  # above the desk
+    words: str  # above the mixer
     alt: str
 
 
@@ -80,6 +80,13 @@ MIXERS = {
         "Objects of two scenes, the largest first. The background is the first picture's and always stays; "
         "every mixture is written anew, likeliest token by token.",
         "two scenes of coloured shapes, and the 64 pictures that three objects of each make together, drawn by SLATE"),
+    "slot_diffusion_textured": Recipe(
+        "slot_diffusion_textured", scenes("textured_shapes", 64, [25, 14]),
+        lambda model: {"steps": 20, "merge_ground": True, "min_area": 0.02},
+        {"methods/slot_diffusion": "mixer-why"},
+        "Objects of two scenes, the largest first. A ground with a pattern lies in several slots, which move together: "
+        "the last button takes the ground of the second picture.",
+        "two scenes of coloured shapes on patterned grounds, and the 128 pictures that their objects and either ground make together"),
     "disdiff_shapes3d": Recipe(
         "disdiff_shapes3d", rooms([17, 141]),
         lambda model: {"steps": 20, "names": names_by_truth(model)},

@@ -18,7 +18,7 @@ from .figures import masked, show
 from .sheets import Picture, _chunks, _fit, _framed, _layout, _page, _rows, _stack, _tiles
 
 # %% auto #0
-__all__ = ['Desk', 'chosen_factors', 'factor_pictures', 'mixer_board', 'board', 'Mixer', 'mixer']
+__all__ = ['FactorMix', 'chosen_factors', 'factor_pictures', 'mixer_board', 'board', 'Mixer', 'mixer']
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-seeded-export
 @contextmanager
@@ -49,8 +49,8 @@ def _check_choices(choices, n, k):
         raise ValueError(f"choices: factor {min(wrong)} asked for, but there are {k}")
     return chosen
 
-# %% ../../nbs/viz/mixer.ipynb #mixer-desk-export
-class Desk:
+# %% ../../nbs/viz/mixer.ipynb #mixer-state-export
+class FactorMix:
     "Factors of several pictures, which of them are chosen, and the picture that they make"
 
     def __init__(
@@ -73,7 +73,7 @@ class Desk:
         self.weights = torch.ones(n, k)
         self.choices = _check_choices([range(k)] if choices is None else choices, n, k)
 
-    def toggle(self, picture: int, factor: int) -> Desk:
+    def toggle(self, picture: int, factor: int) -> FactorMix:
         "Put a factor in, or take it out again"
         self.choices[picture] ^= {factor}
         _check_choices(self.choices, *self.weights.shape)
@@ -85,28 +85,28 @@ class Desk:
 
     @torch.no_grad()
     def decode(self, factors: Factors) -> Tensor:
-        "`model.decode` with the settings of the desk; the same seed gives each picture the same noise"
+        "`model.decode` with the settings of the mix; the same seed gives each picture the same noise"
         generator = torch.Generator().manual_seed(self.seed)
         options = {"steps": self.steps, "guidance_scale": self.guidance_scale, "generator": generator}
         return self.model.decode(factors, **options).float().cpu()
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-mix-export
-def chosen_factors(desk: Desk) -> Factors:
-    "The chosen factors of a desk as one set, `(1,k',d)`"
-    factors = desk.factors
-    if bool((desk.weights != 1).any()):
-        factors = factors * desk.weights.to(factors.codes)
-    sets = [factors.rows(i).pick(sorted(c)) for i, c in enumerate(desk.choices) if c]
+def chosen_factors(mix: FactorMix) -> Factors:
+    "The chosen factors of a mix as one set, `(1,k',d)`"
+    factors = mix.factors
+    if bool((mix.weights != 1).any()):
+        factors = factors * mix.weights.to(factors.codes)
+    sets = [factors.rows(i).pick(sorted(c)) for i, c in enumerate(mix.choices) if c]
     if not sets:
         raise ValueError("nothing is chosen: pick at least one factor")
     return sets[0].cat(*sets[1:])
 
 
-def factor_pictures(desk: Desk) -> Tensor:
+def factor_pictures(mix: FactorMix) -> Tensor:
     "What each factor looks like, `(n,k,3,h,w)`: its share of the pixels, or, without masks, itself decoded alone"
-    if desk.factors.masks is not None:
-        return masked(desk.images, desk.factors.masks.float())
-    alone = [desk.decode(desk.factors.pick(j)) for j in range(desk.factors.n_factors)]
+    if mix.factors.masks is not None:
+        return masked(mix.images, mix.factors.masks.float())
+    alone = [mix.decode(mix.factors.pick(j)) for j in range(mix.factors.n_factors)]
     return torch.stack(alone, 1)
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-board-export
@@ -121,33 +121,33 @@ def mixer_board(
     **options,  # of `board`
 ) -> Picture:
     "Sources, their numbered factors, which of them are taken, and the picture that they make together"
-    desk = Desk(model, images, choices=choices, steps=steps, guidance_scale=guidance_scale, seed=seed)
-    return board(desk, **options)
+    mix = FactorMix(model, images, choices=choices, steps=steps, guidance_scale=guidance_scale, seed=seed)
+    return board(mix, **options)
 
 
 def board(
-    desk: Desk,
+    mix: FactorMix,
     *,
     background: int | None = None,  # this factor's colour is grey
     name: str = "source",
     title: str = "",
     alt: str = "",
 ) -> Picture:
-    "A `Desk` as a still picture"
-    n, k = desk.weights.shape
-    tiles = _tiles(desk.images)
+    "A `FactorMix` as a still picture"
+    n, k = mix.weights.shape
+    tiles = _tiles(mix.images)
     ncol, cell = _layout(tiles, k + 1, gap=20, room=960)
     numbers = [f"{j}" for j in range(k)]
     colours = factor_colours(k, background).tolist()
     lines = []
     captions = []
-    for i, (tile, parts, taken) in enumerate(zip(tiles, factor_pictures(desk), desk.choices)):
+    for i, (tile, parts, taken) in enumerate(zip(tiles, factor_pictures(mix), mix.choices)):
         lines += _chunks(_framed_row(tile, parts, taken, colours, cell), ncol)
         captions += _chunks([f"{name} {i}", *numbers], ncol)
-    result = _rows([_fit(_tiles(desk.draw()), max(2, min(3, n)) * cell)], [["result"]])
+    result = _rows([_fit(_tiles(mix.draw()), max(2, min(3, n)) * cell)], [["result"]])
     sources = _rows(lines, captions, gap=10, dots=dict(zip(numbers, colours)))
     block = _stack([sources, result], 28, across=True)
-    chosen = "; ".join(f"{name} {i}: {', '.join(map(str, sorted(c)))}" for i, c in enumerate(desk.choices) if c)
+    chosen = "; ".join(f"{name} {i}: {', '.join(map(str, sorted(c)))}" for i, c in enumerate(mix.choices) if c)
     return _page(block, title, alt or title or f"factors taken from {chosen}, and the picture they make")
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-faded-export
@@ -166,8 +166,8 @@ def _faded(parts, chosen):
     return out
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-widget-export
-class Mixer(Desk):
-    "A `Desk` with buttons; shows itself in a notebook"
+class Mixer(FactorMix):
+    "A `FactorMix` with buttons; shows itself in a notebook"
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Mixer(Desk):
         images: Tensor,
         *,
         weights: bool = False,  # a weight slider below each factor
-        **options,  # of `Desk`
+        **options,  # of `FactorMix`
     ):
         super().__init__(model, images, **options)
         import ipywidgets as w
@@ -206,73 +206,73 @@ class Mixer(Desk):
         display(self.widget)
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-controls-export
-def _controls(desk):
+def _controls(mix):
     "The row of buttons and settings"
     import ipywidgets as w
-    desk.steps_slider = w.IntSlider(desk.steps, min=1, max=max(100, desk.steps), description="steps")
-    desk.guidance_slider = w.FloatSlider(desk.guidance_scale, min=1, max=8, step=0.1, description="guidance")
-    desk.seed_box = w.IntText(desk.seed, description="seed", layout={"width": "160px"})
-    desk.live = w.ToggleButton(False, description="Live", tooltip="draw at every change")
-    desk.button = w.Button(description="Draw", button_style="primary")
-    knobs = {"steps": desk.steps_slider, "guidance_scale": desk.guidance_slider, "seed": desk.seed_box}
-    if not _knows_guidance(desk.model, desk.factors):
+    mix.steps_slider = w.IntSlider(mix.steps, min=1, max=max(100, mix.steps), description="steps")
+    mix.guidance_slider = w.FloatSlider(mix.guidance_scale, min=1, max=8, step=0.1, description="guidance")
+    mix.seed_box = w.IntText(mix.seed, description="seed", layout={"width": "160px"})
+    mix.live = w.ToggleButton(False, description="Live", tooltip="draw at every change")
+    mix.button = w.Button(description="Draw", button_style="primary")
+    knobs = {"steps": mix.steps_slider, "guidance_scale": mix.guidance_slider, "seed": mix.seed_box}
+    if not _knows_guidance(mix.model, mix.factors):
         del knobs["guidance_scale"]
     for name, knob in knobs.items():
-        knob.observe(partial(_set, desk, name), "value")
-    desk.button.on_click(lambda _: desk.redraw())
-    return w.HBox([desk.button, desk.live, *knobs.values()])
+        knob.observe(partial(_set, mix, name), "value")
+    mix.button.on_click(lambda _: mix.redraw())
+    return w.HBox([mix.button, mix.live, *knobs.values()])
 
 
-def _set(desk, name, change):
-    setattr(desk, name, change["new"])
-    _changed(desk)
+def _set(mix, name, change):
+    setattr(mix, name, change["new"])
+    _changed(mix)
 
 
-def _changed(desk):
-    if desk.live.value:
-        desk.redraw()
+def _changed(mix):
+    if mix.live.value:
+        mix.redraw()
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-sources-export
-def _source(desk, i, weights):
+def _source(mix, i, weights):
     "A picture and its factors, in a row that wraps"
     import ipywidgets as w
-    pieces = [_piece(desk, i, j) for j in range(desk.factors.n_factors)]
-    for rows, row in zip((desk.thumbnails, desk.toggles, desk.sliders), zip(*pieces)):
+    pieces = [_piece(mix, i, j) for j in range(mix.factors.n_factors)]
+    for rows, row in zip((mix.thumbnails, mix.toggles, mix.sliders), zip(*pieces)):
         rows.append(row)
     wrap = {"flex_flow": "row wrap", "width": f"{min(len(pieces), 8) * 84}px"}
     columns = [w.VBox(piece if weights else piece[:2]) for piece in pieces]
-    source = w.Image(value=show(desk.images[i])._repr_png_(), format="png", width=108, height=108)
+    source = w.Image(value=show(mix.images[i])._repr_png_(), format="png", width=108, height=108)
     return w.HBox([source, w.Box(columns, layout=wrap)])
 
 
-def _piece(desk, i, j):
+def _piece(mix, i, j):
     "Thumbnail, button and weight of a factor"
     import ipywidgets as w
     narrow = {"width": "76px"}
-    thumbnail = w.Image(value=_thumbnail(desk, i, j), format="png", width=76, height=76)
-    toggle = w.ToggleButton(j in desk.choices[i], description=f"{j}", layout=narrow)
+    thumbnail = w.Image(value=_thumbnail(mix, i, j), format="png", width=76, height=76)
+    toggle = w.ToggleButton(j in mix.choices[i], description=f"{j}", layout=narrow)
     slider = w.FloatSlider(1.0, min=0, max=2, step=0.05, readout=False, layout=narrow)
-    toggle.observe(partial(_switch, desk, i, j), "value")
-    slider.observe(partial(_weigh, desk, i, j), "value")
+    toggle.observe(partial(_switch, mix, i, j), "value")
+    slider.observe(partial(_weigh, mix, i, j), "value")
     return thumbnail, toggle, slider
 
 
-def _thumbnail(desk, i, j):
-    tile = _faded(desk.pieces[i], desk.choices[i])[j]
-    colour = factor_colours(j + 1)[j].tolist() if j in desk.choices[i] else PAPER
+def _thumbnail(mix, i, j):
+    tile = _faded(mix.pieces[i], mix.choices[i])[j]
+    colour = factor_colours(j + 1)[j].tolist() if j in mix.choices[i] else PAPER
     return Picture(_framed(_fit(_tiles(tile), 144)[0], colour))._repr_png_()
 
 
-def _switch(desk, i, j, change):
-    if change["new"] != (j in desk.choices[i]):
-        desk.toggle(i, j)
-    desk.thumbnails[i][j].value = _thumbnail(desk, i, j)
-    _changed(desk)
+def _switch(mix, i, j, change):
+    if change["new"] != (j in mix.choices[i]):
+        mix.toggle(i, j)
+    mix.thumbnails[i][j].value = _thumbnail(mix, i, j)
+    _changed(mix)
 
 
-def _weigh(desk, i, j, change):
-    desk.weights[i, j] = change["new"]
-    _changed(desk)
+def _weigh(mix, i, j, change):
+    mix.weights[i, j] = change["new"]
+    _changed(mix)
 
 # %% ../../nbs/viz/mixer.ipynb #mixer-function-export
 def mixer(

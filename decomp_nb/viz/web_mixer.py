@@ -22,10 +22,11 @@ from torch import Tensor
 from ..decomposer import Decomposer
 from ..factors import Factors, to_uint8
 from .figures import masked
-from .mixer import Desk
+from .mixer import FactorMix
 
 # %% auto #0
-__all__ = ['Buttons', 'object_buttons', 'swap_buttons', 'draw_sets', 'sprite', 'WebMixer', 'mixer_script', 'web_mixer']
+__all__ = ['Buttons', 'swap_buttons', 'ground_factors', 'object_buttons', 'draw_sets', 'sprite', 'WebMixer', 'mixer_script',
+           'web_mixer']
 
 # %% ../../nbs/viz/web_mixer.ipynb #buttons-export
 @dataclass
@@ -35,23 +36,6 @@ class Buttons:
     groups: list[tuple[str, int]]  # title of a row of buttons, and how many it has
     labels: list[str]
     start: int  # what is pressed at first
-
-
-def object_buttons(
-    factors: Factors,  # of two pictures, with masks
-    n_each: int = 4,  # at most so many objects of a picture, the largest
-    min_area: float = 0.005,  # share of the pixels that an object must own
-) -> Buttons:
-    "A button for each object; the largest factor of the first picture is the background and always drawn"
-    k = factors.n_factors
-    area = F.one_hot(factors.segmentation(), k).float().mean((1, 2))
-    order = area.argsort(descending=True).tolist()
-    found = [[j for j in order[i][1:] if area[i, j] >= min_area][:n_each] for i in (0, 1)]
-    numbers = found[0] + [k + j for j in found[1]]
-    sets = [[order[0][0], *_chosen(numbers, pressed)] for pressed in range(2 ** len(numbers))]
-    groups = [("first picture", len(found[0])), ("second picture", len(found[1]))]
-    labels = [f"object {j + 1}" for part in found for j in range(len(part))]
-    return Buttons(sets, groups, labels, 2 ** len(found[0]) - 1)
 
 
 def swap_buttons(
@@ -68,6 +52,44 @@ def swap_buttons(
         raise ValueError(f"names: {len(labels)} for {k} factors")
     return Buttons(sets, [("from the second picture", k)], labels, 0)
 
+# %% ../../nbs/viz/web_mixer.ipynb #ground-export
+def ground_factors(
+    factors: Factors,  # with masks
+    n_edges: int = 2,  # a factor that reaches so many edges of the picture belongs to its ground
+) -> list[list[int]]:
+    "Numbers of the factors that make the ground of each picture: the largest, and those that reach several edges"
+    owned = _owned(factors)
+    reached = sum(edge.any(1).long() for edge in (owned[:, 0], owned[:, -1], owned[:, :, 0], owned[:, :, -1]))
+    largest = owned.sum((1, 2)).argmax(-1)
+    return [sorted({*(many >= n_edges).nonzero()[:, 0].tolist(), int(j)}) for many, j in zip(reached, largest)]
+
+
+def _owned(factors):
+    "Which factor owns each pixel, `(b,h,w,k)`"
+    return F.one_hot(factors.segmentation(), factors.n_factors)
+
+# %% ../../nbs/viz/web_mixer.ipynb #objects-export
+def object_buttons(
+    factors: Factors,  # of two pictures, with masks
+    n_each: int = 4,  # at most so many objects of a picture, the largest
+    min_area: float = 0.005,  # share of the pixels that an object must own
+    ground: Sequence[Sequence[int]] | None = None,  # factors of each picture's ground; None: its largest one
+) -> Buttons:
+    "A button for each object; where `ground` is given, one more takes the ground of the second picture"
+    k = factors.n_factors
+    area = _owned(factors).float().mean((1, 2))
+    order = area.argsort(descending=True).tolist()
+    grounds = [[line[0]] for line in order] if ground is None else ground
+    found = [[j for j in order[i] if j not in grounds[i] and area[i, j] >= min_area][:n_each] for i in (0, 1)]
+    numbers = found[0] + [k + j for j in found[1]]
+    sets = [[*grounds[0], *_chosen(numbers, pressed)] for pressed in range(2 ** len(numbers))]
+    labels = [f"object {j + 1}" for part in found for j in range(len(part))]
+    groups = [("first picture", len(found[0])), ("second picture", len(found[1]) + (ground is not None))]
+    if ground is not None:
+        labels.append("ground")
+        sets += [[*(k + j for j in grounds[1]), *chosen[len(grounds[0]):]] for chosen in sets]
+    return Buttons(sets, groups, labels, 2 ** len(found[0]) - 1)
+
 
 def _chosen(numbers, pressed):
     return [number for bit, number in enumerate(numbers) if pressed >> bit & 1]
@@ -75,32 +97,32 @@ def _chosen(numbers, pressed):
 # %% ../../nbs/viz/web_mixer.ipynb #draw-export
 @torch.no_grad()
 def draw_sets(
-    desk: Desk,  # of two pictures
+    mix: FactorMix,  # of two pictures
     sets: Sequence[Sequence[int]],  # numbers of factors, counted through both pictures
     batch_size: int = 64,
 ) -> Tensor:
     "Each set decoded from the same noise, `(n,3,h,w)`"
-    both = desk.factors._replace(masks=None)
+    both = mix.factors._replace(masks=None)
     union = both.rows(0).cat(both.rows(1))
     pictures = {}
     for size in sorted({len(chosen) for chosen in sets}):
         numbers = [i for i, chosen in enumerate(sets) if len(chosen) == size]
         for some in torch.tensor(numbers).split(batch_size):
             index = torch.tensor([list(sets[i]) for i in some.tolist()])
-            drawn = _draw_from_one_noise(desk, union.repeat(len(some)).pick(index))
+            drawn = _draw_from_one_noise(mix, union.repeat(len(some)).pick(index))
             pictures.update(zip(some.tolist(), drawn))
     return torch.stack([pictures[i] for i in range(len(sets))])
 
 
-def _draw_from_one_noise(desk, factors):
+def _draw_from_one_noise(mix, factors):
     "Pictures of sets; a decomposer draws them together, anything else one by one with the same seed"
-    if getattr(type(desk.model), "decode", None) is not Decomposer.decode:
-        return torch.cat([desk.decode(factors.rows(i)) for i in range(len(factors.codes))])
-    generator = torch.Generator().manual_seed(desk.seed)
-    noise = torch.randn(1, *desk.model.latent_shape, generator=generator)
+    if getattr(type(mix.model), "decode", None) is not Decomposer.decode:
+        return torch.cat([mix.decode(factors.rows(i)) for i in range(len(factors.codes))])
+    generator = torch.Generator().manual_seed(mix.seed)
+    noise = torch.randn(1, *mix.model.latent_shape, generator=generator)
     noise = noise.expand(len(factors.codes), -1, -1, -1)
-    options = {"steps": desk.steps, "guidance_scale": desk.guidance_scale}
-    return desk.model.decode(factors, noise=noise, **options).float().cpu()
+    options = {"steps": mix.steps, "guidance_scale": mix.guidance_scale}
+    return mix.model.decode(factors, noise=noise, **options).float().cpu()
 
 # %% ../../nbs/viz/web_mixer.ipynb #sprite-export
 def sprite(
@@ -141,7 +163,7 @@ class WebMixer:
         source: str,  # address of the sprite
         script: str,  # address of mixer.js
     ) -> str:
-        "HTML of the desk, for a page that holds sprite and script as files"
+        "HTML of the mixer, for a page that holds sprite and script as files"
         b = self.buttons
         numbers = {"side": self.side, "columns": self.columns, "start": b.start}
         words = {"labels": json.dumps(b.labels), "groups": json.dumps(b.groups)}
@@ -178,6 +200,8 @@ def web_mixer(
     names: Sequence[str] | None = None,  # what each factor carries, for factors without masks
     swap: bool | None = None,  # buttons swap factors, or put objects in; None: objects where there are masks
     n_each: int = 4,  # at most so many objects of a picture
+    min_area: float = 0.005,  # share of the pixels that an object must own
+    merge_ground: bool = False,  # a ground that lies in several factors moves as one, with a button of its own
     steps: int = 25,  # denoising steps
     guidance_scale: float = 1.0,
     seed: int = 0,
@@ -189,23 +213,26 @@ def web_mixer(
     "Draw every mixture of two pictures' factors, for a page without a kernel"
     if len(images) != 2:
         raise ValueError(f"images: expected two pictures (2,3,h,w), got {tuple(images.shape)}")
-    desk = Desk(model, images, steps=steps, guidance_scale=guidance_scale, seed=seed)
-    swap = desk.factors.masks is None if swap is None else swap
-    buttons = swap_buttons(desk.factors, names) if swap else object_buttons(desk.factors, n_each)
-    mixtures = draw_sets(desk, buttons.sets)
-    thumbnails = mixtures[[2 ** i for i in range(len(buttons.labels))]] if swap else _cutouts(desk, buttons)
+    mix = FactorMix(model, images, steps=steps, guidance_scale=guidance_scale, seed=seed)
+    swap = mix.factors.masks is None if swap is None else swap
+    ground = ground_factors(mix.factors) if merge_ground and not swap else None
+    buttons = swap_buttons(mix.factors, names) if swap else object_buttons(mix.factors, n_each, min_area, ground)
+    mixtures = draw_sets(mix, buttons.sets)
+    thumbnails = mixtures[[2 ** i for i in range(len(buttons.labels))]] if swap else _cutouts(mix, buttons)
     tiles = torch.cat([_fit(images.cpu(), mixtures), _fit(thumbnails, mixtures), mixtures])
     side = min(mixtures.shape[-1], 128) if side is None else side
     columns = 16
     alt = alt or f"two pictures and all {len(mixtures)} mixtures of their {len(buttons.labels)} factors"
     return WebMixer(sprite(tiles, side, columns, limit), side, columns, buttons, alt, crisp)
 
-
-def _cutouts(desk, buttons):
+# %% ../../nbs/viz/web_mixer.ipynb #cutouts-export
+def _cutouts(mix, buttons):
     "What each button puts in, cut out of its picture"
-    parts = masked(desk.images, desk.factors.masks.float()).flatten(0, 1)
-    alone = [chosen for chosen in buttons.sets if len(chosen) == 2]
-    return parts[[chosen[1] for chosen in alone]]
+    k = mix.factors.n_factors
+    masks = mix.factors.masks.float().flatten(0, 1)
+    brought = [sorted({*buttons.sets[2 ** i]} - {*buttons.sets[0]}) for i in range(len(buttons.labels))]
+    shapes = torch.stack([masks[numbers].sum(0) for numbers in brought])[:, None]
+    return masked(mix.images[[numbers[0] // k for numbers in brought]], shapes)[:, 0]
 
 
 def _fit(pictures, like):
