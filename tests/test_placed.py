@@ -1,5 +1,4 @@
 "Components that lie somewhere: shares, costs, gradients, what training leaves out, bad options, saving; and that without them nothing has changed."
-import papermill
 import pytest
 import torch
 from test_runs import QUICK, execute
