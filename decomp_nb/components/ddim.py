@@ -12,10 +12,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
-from .diffusion import make_scheduler, signal_and_noise, to_x0
+from .diffusion import make_scheduler, noise_at, signal_and_noise, to_x0
 
 # %% auto #0
-__all__ = ['ClippedDDIM', 'OfficialDDPM', 'decomp_sampler', 'ddim_invert']
+__all__ = ['ClippedDDIM', 'OfficialDDPM', 'decomp_sampler', 'ddim_invert', 'Inversion']
 
 # %% ../../nbs/components/ddim.ipynb #ddim-export
 class ClippedDDIM(DDIMScheduler):
@@ -97,3 +97,29 @@ def ddim_invert(
         x = next_signal * clean + next_sigma * noise
         states.append(x)
     return torch.stack(states)
+
+# %% ../../nbs/components/ddim.ipynb #model-export
+class Inversion:
+    "Adds the way back from a picture to its noise to a `Decomposer`"
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Tensor,  # `(b,3,h,w)`
+        *,
+        steps: int = 50,  # the same number as for drawing
+        start: int = 1,  # how many of the least noisy steps are skipped: there errors of the noise are large
+        noise: Tensor | None = None,  # added to reach the first step
+    ) -> Tensor:
+        "The noise `(b,c,h,w)` from which DDIM with \"leading\" time steps draws these very pictures"
+        sampler = decomp_sampler("ddim", self.scheduler, timestep_spacing="leading")
+        sampler.set_timesteps(steps)
+        times = sampler.timesteps.flip(0).tolist()
+        if not 0 <= start < len(times):
+            raise ValueError(f"start={start}: give one of the {len(times)} steps, 0 to {len(times) - 1}")
+        x0 = self.latents.encode(images)
+        t = torch.full((len(x0),), times[start], device=x0.device)
+        x_t = noise_at(self.scheduler, x0, torch.randn_like(x0) if noise is None else noise.to(x0), t)
+        bound = sampler.config.clip_sample_range if sampler.config.clip_sample else None
+        predict = self.guided(self.encode(images))
+        return ddim_invert(predict, x_t, self.scheduler, times[start:], clip=bound)[-1]

@@ -150,6 +150,7 @@ def vector_denoiser(
     time_dim: int = 0,  # width of the time code; 0: as wide as the vector
     time_channels: int = 0,  # width of its sines and cosines; 0: as the first level
     coordinates: int = 0,  # further input channels: 1 = row and column, 1 + n = also their waves in n octaves
+    maps: int = 0,  # further input channels, which the caller joins to x_t
     **options: Any,  # of `plain_unet`; where not given, as in `VECTOR_UNET`
 ) -> nn.Module:
     "`UNet2DModel` that reads [vector | time]; the defaults are Decomp Diffusion's published network for 64 pixels"
@@ -159,7 +160,7 @@ def vector_denoiser(
     time_channels = time_channels or options["channels"][0]
     unet = plain_unet(
         sample_size,
-        in_channels=in_channels + n_coordinate_channels(coordinates),
+        in_channels=in_channels + maps + n_coordinate_channels(coordinates),
         out_channels=in_channels,
         time_embedding_dim=code_dim + time_dim,
         class_embed_type="identity",

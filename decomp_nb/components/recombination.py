@@ -136,6 +136,8 @@ def _interface(model: Decomposer) -> dict[str, Any]:
 def check_partners(models: Sequence[Decomposer]) -> None:
     "Raise where models cannot share one picture"
     first, *others = models
+    if any(model.config.composition == "masks" for model in models):
+        raise ValueError("composition is 'masks': such models paint whole pictures, whose mean would show all of both")
     for i, other in enumerate(others, 1):
         theirs = _interface(other)
         for name, value in _interface(first).items():

@@ -28,8 +28,9 @@ from decomp_nb.components.diffusion import (
 from ..components.latents import Pixels, build_latents
 from ..components.recombination import ComponentFilms, Recombination
 from ..components.presets import changed, from_preset
+from ..components.placed import PlaceGuidance, check_placed
 from ..components.plain_unets import call_vector_unet, vector_denoiser
-from ..components.unets import build_with, load_unet, slot_denoiser
+from ..components.unets import build_with, check_choice, load_unet, slot_denoiser
 from ..components.vectors import VectorEncoder
 from ..decomposer import Decomposer
 from ..factors import Factors
@@ -104,6 +105,12 @@ class UnitPixels(Pixels):
 class _Encoding:
     "Pictures become an ordered list of K vectors"
 
+    def build_vector_encoder(self) -> nn.Module:
+        "The encoder that the options ask for, where components are vectors"
+        size, k, d = (self.config[name] for name in ("image_size", "n_factors", "factor_dim"))
+        options = {"groups": k} | (self.config.encoder_config or {})
+        return build_with(VectorEncoder, "encoder_config", size, k * d, **options)
+
     @property
     def n_factors(self) -> int:
         "K"
@@ -132,16 +139,20 @@ class _Encoding:
 # %% ../../nbs/methods/decomp_diffusion.ipynb #predict-export
 class _Prediction:
     "One denoiser, evaluated once for each component; the predictions are composed"
+    factor_chunk = 0  # components evaluated in one call of the denoiser; 0 = all
+    component_backward = False  # True: keep the activations of one chunk at a time
 
     def predict_component(self, x_t: Tensor, t: Tensor, codes: Tensor) -> Tensor:
         "Prediction for noisy pictures `(n,c,h,w)` at `t` `(n,)`, each given one vector of `(n,d)`"
         codes = codes.to(x_t.dtype)
         if not isinstance(self.unet.config.get("cross_attention_dim"), int):
-            return call_vector_unet(self.unet, x_t, t, codes)
+            return call_vector_unet(self.unet, self.entrance(x_t, codes), t, codes)
         tokens = codes if self.to_token is None else self.to_token(codes)
         return self.unet(x_t, t, encoder_hidden_states=tokens[:, None].to(x_t.dtype)).sample
 
     def _predict_chunk(self, x_t: Tensor, t: Tensor, codes: Tensor, used: Tensor) -> Tensor:
+        if used is not None and not used.any():
+            return x_t.new_zeros(*used.shape, *x_t.shape[1:])
         k = codes.shape[1]
         every = repeat(x_t, "b ... -> b k ...", k=k), repeat(t, "b -> b k", k=k), codes
         inputs = [v.flatten(0, 1) if used is None else v[used] for v in every]
@@ -205,20 +216,20 @@ class _Training:
         x0 = self.latents.from_batch(batch)
         noise = batch["noise"] if "noise" in batch else torch.randn_like(x0)
         t = batch["timesteps"] if "timesteps" in batch else self._draw_timesteps(x0)
-        factors = self.encode(batch["image"])
+        factors, losses = self.find_to_learn(batch)
         kept = self.drop_condition(factors, batch.get("keep"))
         predicted = self.predict(noise_at(self.scheduler, x0, noise, t), t, kept)
         target = diffusion_target(self.scheduler, x0, noise, t)
         errors = (predicted.float() - target.float()).square().flatten(1).mean(1) * self._loss_weight(t)
-        return self._add_penalty(errors, factors.codes)
+        return self._add_losses(errors, factors.codes, losses)
 
-    def _add_penalty(self, errors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        parts = {"denoising": errors.mean().detach()}
+    def _add_losses(self, errors: Tensor, codes: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = {"denoising": errors.mean().detach()} | {name: v.detach() for name, v in losses.items()}
         if self.config.orthogonality:
             penalty = orthogonality(codes, self.config.orthogonality_kind)
             errors = errors + self.config.orthogonality * penalty
             parts["orthogonality"] = penalty.mean().detach()
-        return {"loss": errors.mean(), "per_image": errors.detach()} | parts
+        return {"loss": errors.mean() + sum(losses.values()), "per_image": errors.detach()} | parts
 
     def _draw_timesteps(self, x0: Tensor) -> Tensor:
         how, strength = self.config.timestep_sampling, self.config.timestep_strength
@@ -262,6 +273,8 @@ def _build_denoiser(config: Any) -> nn.Module:
         patch = config.patch_size
         sizes = {"in_channels": 3 * patch**2, "sample_size": config.image_size // patch}
         options = sizes | options
+    if config.layout_channels:
+        options["maps"] = config.layout_channels
     return build_with(vector_denoiser, "denoiser_config", code_dim=config.factor_dim, **options)
 
 
@@ -308,9 +321,10 @@ class _Reports:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         "Two groups, so that `encoder_lr_scale` can slow the encoder down"
-        rest = [p for name, p in self.named_parameters() if not name.startswith("encoder.")]
-        encoder = {"name": "encoder", "params": list(self.encoder.parameters()), "lr_scale": 1.0}
-        return [encoder, {"name": "denoiser", "params": rest, "lr_scale": 1.0}]
+        encoder = self.slow_parameters()
+        slow = set(encoder)
+        groups = {"encoder": encoder, "denoiser": [p for p in self.parameters() if p not in slow]}
+        return [dict(name=name, params=params, lr_scale=1.0) for name, params in groups.items() if params]
 
     @torch.no_grad()
     def diagnostics(self, batch: dict) -> dict[str, float]:
@@ -333,47 +347,21 @@ class _Reports:
         predicted = self.predict_components(noise, t, codes).float()
         return (predicted.std(1).mean() / predicted.std().clamp_min(1e-8)).item()
 
-# %% ../../nbs/methods/decomp_diffusion.ipynb #invert-export
-class _Inversion:
-    "The way back from a picture to its noise"
-
-    @torch.no_grad()
-    def invert(
-        self,
-        images: Tensor,  # `(b,3,h,w)`
-        *,
-        steps: int = 50,  # the same number as for drawing
-        start: int = 1,  # how many of the least noisy steps are skipped: there errors of the noise are large
-        noise: Tensor | None = None,  # added to reach the first step
-    ) -> Tensor:
-        "The noise `(b,c,h,w)` from which DDIM with \"leading\" time steps draws these very pictures"
-        sampler = ddim.decomp_sampler("ddim", self.scheduler, timestep_spacing="leading")
-        sampler.set_timesteps(steps)
-        times = sampler.timesteps.flip(0).tolist()
-        if not 0 <= start < len(times):
-            raise ValueError(f"start={start}: give one of the {len(times)} steps, 0 to {len(times) - 1}")
-        x0 = self.latents.encode(images)
-        t = torch.full((len(x0),), times[start], device=x0.device)
-        x_t = noise_at(self.scheduler, x0, torch.randn_like(x0) if noise is None else noise.to(x0), t)
-        bound = sampler.config.clip_sample_range if sampler.config.clip_sample else None
-        predict = self.guided(self.encode(images))
-        return ddim.ddim_invert(predict, x_t, self.scheduler, times[start:], clip=bound)[-1]
-
 # %% ../../nbs/methods/decomp_diffusion.ipynb #options-export
 def _check_options(config: Any) -> None:
     if config.n_factors < 1 or config.factor_dim < 1:
         sizes = f"n_factors={config.n_factors} and factor_dim={config.factor_dim}"
         raise ValueError(f"{sizes} must be at least 1")
-    if config.composition not in ("mean", "learned", "sum"):
-        raise ValueError(f"composition={config.composition!r}: choose 'mean', 'learned' or 'sum'")
+    check_choice("composition", config.composition, ("mean", "learned", "sum", "masks"))
     if config.data_range not in ("symmetric", "unit"):
         raise ValueError(f"data_range={config.data_range!r}: choose 'symmetric' ([−1,1]) or 'unit' ([0,1])")
+    check_placed(config)
     if config.data_range == "unit" and (config.latents_path or config.foundation):
         raise ValueError("data_range='unit' is for pixels; an autoencoder has a range of its own")
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #class-export
 class DecompDiffusion(
-    _Encoding, _Prediction, _Guidance, _Training, _Frozen, _Reports, _Inversion,
+    PlaceGuidance, _Encoding, _Prediction, _Guidance, _Training, _Frozen, _Reports, ddim.Inversion,
     ComponentFilms, Recombination, Decomposer,
 ):
     "Compositional image decomposition: each of K vectors conditions the same denoiser (Su et al., ICML 2024)"
@@ -387,7 +375,7 @@ class DecompDiffusion(
         encoder_config: dict | None = None,  # of `VectorEncoder`
         denoiser_config: dict | None = None,  # of `vector_denoiser`; {"kind": "tokens"}: of `slot_denoiser`
         scheduler_config: dict | None = None,  # changes to `DECOMP_SCHEDULE`, e.g. prediction_type
-        composition: str = "mean",  # "mean", "learned" (a learned weight for each component) or "sum"
+        composition: str = "mean",  # "mean", "learned" (a learned weight for each component), "sum" or "masks"
         data_range: str = "symmetric",  # networks get pictures in [−1,1]; "unit": in [0,1], the official way
         latents_path: str | None = None,  # autoencoder, by folder or hub name; None = pixels
         patch_size: int = 1,  # without autoencoder: patches of pixels folded into channels
@@ -399,18 +387,18 @@ class DecompDiffusion(
         null_dropout: float = 0.0,  # chance that training drops all components, for classifier-free guidance
         timestep_sampling: str = "uniform",  # which noise levels training visits (`sample_timesteps`)
         timestep_strength: float = 1.0,  # how strongly
+        slots: dict | None = None,  # of `build_finder`: components are clusters that lie somewhere, not vectors
+        layout_channels: int = 0,  # with slots: maps that show the denoiser where a component lies
+        ground_dropout: float = 0.0,  # with "masks": chance that training leaves out the largest component
     ):
         super().__init__()
         _check_options(self.config)
-        self.factor_chunk = 0  # components evaluated in one call of the denoiser; 0 = all
-        self.component_backward = False  # True: keep the activations of one chunk at a time
         self.scheduler = _training_schedule(foundation, latents_path, scheduler_config or {})
         self.sampler = ddim.decomp_sampler("ddim", self.scheduler, timestep_spacing="trailing")
-        width = n_factors * factor_dim
-        options = {"groups": n_factors} | (encoder_config or {})
-        self.encoder = build_with(VectorEncoder, "encoder_config", image_size, width, **options)
+        self.encoder = self.build_finder() if slots else self.build_vector_encoder()
         self.denoiser = None if foundation else _build_denoiser(self.config)
         self.to_token = nn.Linear(factor_dim, self.unet.config.cross_attention_dim) if foundation else None
+        self.layout = self.build_layout()
         self.component_logits = nn.Parameter(torch.zeros(n_factors)) if composition == "learned" else None
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #published-export
@@ -441,12 +429,27 @@ _EMBEDDED = dict(
         scale_shift=True, coordinates=4,
     ),
 )
-_SMALL = {
-    "toy_squares": {},
-    "tetrominoes": dict(denoiser_config=dict(channels=[96])),
+_PLACED = dict(
+    factor_dim=160, layout_channels=16, composition="masks", timestep_sampling="near_noise",
+    denoiser_config=dict(layers_per_block=1, attention_levels=[], head_dim=8, groups=8, time_dim=32, scale_shift=True),
+)
+_SLOTS = dict(window=11, ground=True)
+_ON_GROUND = {
+    "tetrominoes": dict(
+        image_size=32, n_factors=4, patch_size=4, timestep_strength=4.0, ground_dropout=0.2,
+        denoiser_config=dict(channels=[48]),
+        slots=dict(
+            encoder_config=dict(kind="colours"),
+            slots_config=_SLOTS | dict(slot_dim=192, key_dim=10, hidden_dim=64, learned_keys=False, place=1.0),
+        ),
+    ),
     "clevr6": dict(
-        image_size=64, n_factors=6, factor_dim=32, patch_size=8,
-        encoder_config=dict(levels=2, maps=20), denoiser_config=dict(channels=[128]),
+        image_size=64, n_factors=8, latents_path="drawn_dc", timestep_strength=2.0, ground_dropout=0.1,
+        denoiser_config=dict(sample_size=8, in_channels=8, channels=[48]),
+        slots=dict(
+            encoder_config=dict(kind="ground", channels=24), zoom=2.0, merge_threshold=0.999,
+            slots_config=_SLOTS | dict(slot_dim=176, hidden_dim=96, place=2.0, join=0.75, tilt=True),
+        ),
     ),
 }
 _TINY = dict(
@@ -457,7 +460,8 @@ _TINY = dict(
 # %% ../../nbs/methods/decomp_diffusion.ipynb #preset-export
 PRESETS = {"tiny": _TINY}
 PRESETS |= {name: changed(_OFFICIAL, changes) for name, changes in _PUBLISHED.items()}
-PRESETS |= {name: changed(_EMBEDDED, changes) for name, changes in _SMALL.items()}
+PRESETS["toy_squares"] = _EMBEDDED
+PRESETS |= {name: changed(_PLACED, changes) for name, changes in _ON_GROUND.items()}
 
 
 def decomp_diffusion_preset(
