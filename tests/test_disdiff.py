@@ -24,7 +24,7 @@ from decomp_nb.components.samplers import DDIM, latent_sampler
 from decomp_nb.components.shift_decoder import FactorNames, TwoConditions
 from decomp_nb.components.plain_unets import unet_down, unet_up
 from decomp_nb.factors import Factors
-from decomp_nb.methods.disdiff import DisDiff, disdiff_preset, disentangling_logits
+from decomp_nb.methods.disdiff import DisDiff, disdiff_preset, disentangling_logits, trajectory_times
 from decomp_nb.methods.encdiff import EncDiff, encdiff_preset
 from decomp_nb.training.record import check_model
 
@@ -171,6 +171,49 @@ def test_re_encoding_leaves_the_encoder_as_it_was():
     model.reencode(torch.randn(2, 3, 8, 8))
     assert model.encoder.training and not model.encoder.layers[1].training
     assert all(torch.equal(v, before[k]) for k, v in model.encoder.state_dict().items())
+
+
+def test_the_weight_of_the_disentangling_loss_can_rise():
+    rising, constant = disdiff(dis_warmup=4).train(), disdiff().train()
+    full = constant(batch())["disentangling"]
+    found = [rising(batch())["disentangling"] for _ in range(6)]
+    for share, value in zip([0, 0.25, 0.5, 0.75, 1, 1], found):
+        torch.testing.assert_close(value, share * full)
+    assert rising.batches == 6 and "batches" in rising.state_dict() and "batches" not in constant.state_dict()
+    rising.eval()(batch())
+    assert rising.batches == 6
+
+
+def test_levels_of_a_trajectory_begin_at_pure_noise_and_fall():
+    assert trajectory_times(1, 1000) == [999] and trajectory_times(4, 1000, 1.0) == [999, 749, 499, 249]
+    for offset in (0.01, 0.25, 1.0):
+        times = trajectory_times(10, 1000, offset)
+        assert times[0] == 999 and min(times) >= 0 and all(later < before for before, later in zip(times, times[1:]))
+
+
+def test_trajectories_train_encoder_and_fields_on_clean_latents():
+    model = disdiff(trajectory_steps=3).train()
+    torch.manual_seed(0)
+    out = model(batch())
+    out["loss"].backward()
+    assert model.encoder.layers[0].weight.grad.abs().sum() > 0 and model.fields.conv_out.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in [*model.base.parameters(), *model.latents.parameters()])
+    torch.manual_seed(0)
+    assert torch.equal(model(batch())["loss"], out["loss"]) and not torch.equal(model(batch(seed=2))["loss"], out["loss"])
+
+
+def test_a_trajectory_of_true_noise_has_no_error(monkeypatch):
+    model, b = disdiff(trajectory_steps=4).eval(), batch()
+    x0 = model.latents.from_batch(b)
+
+    def true_noise(self, x_t, t, factors):
+        signal = self.scheduler.alphas_cumprod[t].sqrt()[:, None, None, None]
+        return (x_t - signal * x0) / (1 - signal ** 2).sqrt()
+    monkeypatch.setattr(DisDiff, "predict", true_noise)
+    found = model(b)
+    assert found["loss"] < 1e-3 and found["last"] < 1e-3
+    monkeypatch.setattr(DisDiff, "predict", lambda self, x_t, t, factors: torch.zeros_like(x_t))
+    assert model(b)["loss"] > 0.1
 
 
 def test_injected_draws_decide_the_loss():

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from ..components.code_model import CodeModel, check_choices, make_encoder
 from ..components.codes import CircularCodes
-from ..components.diffusion import make_scheduler, to_x0
+from ..components.diffusion import make_scheduler, noise_at, signal_and_noise, to_x0
 from ..components.latent_diffusion import LATENT_SCHEDULE, LatentDiffusion, noise_loss
 from ..components.latents import build_latents, decode_latents
 from ..components.samplers import latent_sampler
@@ -33,7 +33,8 @@ from ..factors import Factors
 # %% auto #0
 __all__ = ['DATA_SETS', 'OFFICIAL', 'SMALL', 'PRESETS', 'DisentanglingLogits', 'disentangling_logits', 'choice_losses',
            'hit_rates', 'read_set', 'find_base', 'check_base', 'check_unet', 'latent_unet_config', 'FrozenBase',
-           'DisDiffOptions', 'FieldModel', 'FieldJudge', 'FieldTrainer', 'FieldReport', 'DisDiff', 'disdiff_preset']
+           'DisDiffOptions', 'FieldModel', 'FieldJudge', 'trajectory_times', 'TrajectoryTrainer', 'FieldTrainer',
+           'FieldReport', 'DisDiff', 'disdiff_preset']
 
 # %% ../../nbs/methods/disdiff.ipynb #moves-export
 class DisentanglingLogits(NamedTuple):
@@ -266,8 +267,39 @@ class FieldJudge(FieldModel):
         weight = reduce((before - after).square(), "b ... -> b", "mean")
         return weight.clamp_max(c.dis_bound) if c.dis_bound else weight
 
+# %% ../../nbs/methods/disdiff.ipynb #trajectory-export
+def trajectory_times(n: int, n_times: int, offset: float = 0.5) -> list[int]:
+    """Noise levels of a trajectory of n steps, downwards: the last of `n_times`, then evenly on.
+
+    `offset`, in (0,1], shifts all but the first."""
+    steps = [0.0, *[i + offset for i in range(n - 1)]]
+    return [int(n_times - 1 - step * (n_times - 1) / n) for step in steps]
+
+
+class TrajectoryTrainer(FieldJudge):
+    "Training on the noisy latents that drawing itself comes through"
+
+    def trajectory(self, batch: dict) -> dict:
+        """Weighted error of the clean latents, mean over `trajectory_steps` DDIM steps from pure noise.
+
+        Reads what `forward` reads, without `timesteps` and `chosen`; the levels are shifted at random."""
+        x0 = self.latents.from_batch(batch)
+        factors = Factors(self.encode(batch["image"], z=x0).codes)
+        clean, noise = torch.zeros_like(x0), batch["noise"] if "noise" in batch else torch.randn_like(x0)
+        offset = 0.25 + 0.75 * torch.rand(()).item()
+        errors = []
+        for t in trajectory_times(self.config.trajectory_steps, self.scheduler.config.num_train_timesteps, offset):
+            level = torch.full((len(x0),), t, device=x0.device)
+            x = noise_at(self.scheduler, clean.detach(), noise.detach(), level)
+            noise = self.predict(x, level, factors)
+            clean = to_x0(self.scheduler, noise, x, level)
+            signal, spread = signal_and_noise(self.scheduler, level, x0)
+            errors.append(((signal / spread**2).clamp_max(1) * (clean - x0).abs()).mean())
+        loss = torch.stack(errors).mean()
+        return {"loss": loss, "denoising": loss.detach(), "last": (clean.detach() - x0).abs().mean()}
+
 # %% ../../nbs/methods/disdiff.ipynb #training-export
-class FieldTrainer(FieldJudge):
+class FieldTrainer(TrajectoryTrainer):
     "The training step of DisDiff"
 
     def forward(self, batch: dict) -> dict:
@@ -275,6 +307,8 @@ class FieldTrainer(FieldJudge):
 
         Reads `image`, or also `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `chosen` `(b,)`,
         `latent_noise` replace random draws."""
+        if self.config.trajectory_steps:
+            return self.trajectory(batch)
         x0, noise, t, x_t = self.add_noise(batch)
         codes, answer, fields = self.all_fields(batch["image"], x0, x_t, t)
         shift = field_coefficient(self.scheduler, t, answer, self.config.coefficient) * fields.sum(1)
@@ -285,7 +319,16 @@ class FieldTrainer(FieldJudge):
         chosen = batch["chosen"] if "chosen" in batch else torch.randint(self.n_factors, t.shape, device=t.device)
         one = fields[torch.arange(len(t), device=t.device), chosen]
         apart = self.disentangling(x_t, t, answer, one, codes, chosen)
+        apart["disentangling"] = apart["disentangling"] * self.warmth()
         return parts | apart | {"loss": parts["loss"] + apart["disentangling"].mean()}
+
+    def warmth(self) -> float:
+        "Share of the disentangling loss that counts by now; each call in training is one of `dis_warmup` batches"
+        if not self.config.dis_warmup:
+            return 1.0
+        share = min(1.0, self.batches.item() / self.config.dis_warmup)
+        self.batches += int(self.training)
+        return share
 
     def disentangling(
         self,
@@ -360,11 +403,13 @@ class DisDiff(FieldReport):
         loss: str = "l1",  # error of the noise: "l1" (official) or "l2"
         dis_kind: str = "Z",  # disentangling weight: change of latents, or "IM": of decoded pictures
         dis_weight: float = 0.05,  # of the disentangling loss; 0: none
+        dis_warmup: int = 0,  # training batches over which that weight rises from 0
         variant_weight: float = 1.0,  # of its part "the chosen slot comes nearer to its code"
         invariant_weight: float = 1.0,  # of its part "the chosen slot moves most"
         dis_bound: float = 0.0,  # the per-picture weight is clipped to this; 0: unbounded, as published
         timestep_sampling: str = "uniform",  # which noise levels training visits (`sample_timesteps`)
         timestep_strength: float = 1.0,  # how strongly
+        trajectory_steps: int = 0,  # train on whole trajectories of so many steps, see `trajectory`; 0: as published
     ):
         super().__init__()
         base = self._complete_options()
@@ -374,6 +419,8 @@ class DisDiff(FieldReport):
         self.fields = ShiftDecoder(c.denoiser_config or {}, n_factors, factor_dim, names)
         self.encoder = make_encoder(c, self.latent_shape)
         self.compass = CircularCodes(n_factors).requires_grad_(False) if circular else None
+        if dis_warmup:
+            self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         self._begin_on(base)
 
 # %% ../../nbs/methods/disdiff.ipynb #preset-export
