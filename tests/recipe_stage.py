@@ -423,6 +423,8 @@ def runs(cell) -> bool:
 
 def heavy(space: dict) -> bool:
     "Whether the run is too large to be computed in a test; autoencoders see a corner of a picture, SlotFormer slots"
+    if space.get("arguments", {}).get("slots"):  # small, and which components are evaluated depends on their values
+        return False
     limit = {"train_autoencoder": 10**6, "train_decomp_diffusion": 32, "train_slot_former": 128}.get(space["__name__"], 64)
     return max(space.get("size", 0), space.get("image_size", 0)) > limit or bool(space.get("foundation"))
 
