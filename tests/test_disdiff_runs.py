@@ -54,6 +54,10 @@ def test_factors_are_found_with_tokens_and_fields_take_them_over(stages, tmp_pat
             **shape | {"model_options": options}, **rooms, **QUICK)
     execute("train_disdiff", tmp_path, out_dir=str(tmp_path / "fields"), base_path=str(stages / "ldm"), encoder_path=str(tmp_path / "tokens"), preset="tiny", eval_images=48, sample_steps=2,
             **shape, **rooms, **QUICK)
+    on = shape | {"model_options": shape["model_options"] | {"trajectory_steps": 2}}
+    execute("train_disdiff", tmp_path, out_dir=str(tmp_path / "on"), base_path=str(stages / "ldm"), encoder_path=str(tmp_path / "tokens"), fields_path=str(tmp_path / "fields"), preset="tiny",
+            eval_images=48, sample_steps=2, **on, **rooms, **QUICK)
+    assert "last" in Run(tmp_path / "on").metrics("train")[-1]
     tokens, fields = Run(tmp_path / "tokens"), Run(tmp_path / "fields")
     assert {"where they begin", "PCA of the latents, 6"} <= set(json.loads((tokens.path / "scores.json").read_text())) and "diagnostics/kl" in tokens.metrics("train")[-1]
     x = torch.rand(2, 3, 16, 16) * 2 - 1
