@@ -199,6 +199,8 @@ class DisDiffOptions(FrozenBase):
         return base
 
     def _begin_on(self, base: LatentDiffusion | None) -> None:
+        if self.config.dis_warmup:
+            self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         if base is not None:
             self.attach(base)
         if base is not None and self.config.start == "base":
@@ -256,6 +258,14 @@ class FieldJudge(FieldModel):
         for module, mode in modes.items():
             module.training = mode
         return seen, codes.reshape(len(z), self.n_factors, self.factor_dim)
+
+    def warmth(self) -> float:
+        "Share of the disentangling loss that counts by now; each call in training is one of `dis_warmup` batches"
+        if not self.config.dis_warmup:
+            return 1.0
+        share = min(1.0, self.batches.item() / self.config.dis_warmup)
+        self.batches += int(self.training)
+        return share
 
     @torch.no_grad()
     def dis_weights(self, latents: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor]) -> Tensor:
@@ -321,14 +331,6 @@ class FieldTrainer(TrajectoryTrainer):
         apart = self.disentangling(x_t, t, answer, one, codes, chosen)
         apart["disentangling"] = apart["disentangling"] * self.warmth()
         return parts | apart | {"loss": parts["loss"] + apart["disentangling"].mean()}
-
-    def warmth(self) -> float:
-        "Share of the disentangling loss that counts by now; each call in training is one of `dis_warmup` batches"
-        if not self.config.dis_warmup:
-            return 1.0
-        share = min(1.0, self.batches.item() / self.config.dis_warmup)
-        self.batches += int(self.training)
-        return share
 
     def disentangling(
         self,
@@ -419,8 +421,6 @@ class DisDiff(FieldReport):
         self.fields = ShiftDecoder(c.denoiser_config or {}, n_factors, factor_dim, names)
         self.encoder = make_encoder(c, self.latent_shape)
         self.compass = CircularCodes(n_factors).requires_grad_(False) if circular else None
-        if dis_warmup:
-            self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         self._begin_on(base)
 
 # %% ../../nbs/methods/disdiff.ipynb #preset-export
