@@ -57,7 +57,7 @@ def test_recipe(recipe, farm):
     "recipe", [r for r in RECIPES if r.stem.startswith("compare")], ids=lambda path: path.stem
 )
 def test_recipe_of_a_comparison(recipe, farm):
-    space = farm.rehearse(recipe, until="fit", Trainer=OneStep)
+    space = farm.rehearse(recipe, until="fit-all", Trainer=OneStep)
     assert set(space["finished"]) == {
         (method, seed) for method in space["methods"] for seed in space["seeds"]
     }
