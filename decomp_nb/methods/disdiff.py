@@ -313,7 +313,7 @@ class FieldTrainer(TrajectoryTrainer):
     "The training step of DisDiff"
 
     def forward(self, batch: dict) -> dict:
-        """Error of the noise plus the disentangling loss.
+        """Error of the noise plus the disentangling loss; with `trajectory_steps` the error of `trajectory` alone.
 
         Reads `image`, or also `latent_mean` and `latent_logvar` from a cache; `noise`, `timesteps`, `chosen` `(b,)`,
         `latent_noise` replace random draws."""
@@ -411,7 +411,7 @@ class DisDiff(FieldReport):
         dis_bound: float = 0.0,  # the per-picture weight is clipped to this; 0: unbounded, as published
         timestep_sampling: str = "uniform",  # which noise levels training visits (`sample_timesteps`)
         timestep_strength: float = 1.0,  # how strongly
-        trajectory_steps: int = 0,  # train on whole trajectories of so many steps, see `trajectory`; 0: as published
+        trajectory_steps: int = 0,  # train on trajectories of so many steps, without dis_weight; 0: as published
     ):
         super().__init__()
         base = self._complete_options()
