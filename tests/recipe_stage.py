@@ -4,9 +4,11 @@ alone, and runs of earlier stages; and an executor that plays a notebook in this
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import numpy as np
@@ -33,7 +35,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from decomp_nb import decomposer
-from decomp_nb.components import latent_diffusion
+from decomp_nb.components import attributes, latent_diffusion
 from decomp_nb.components.text_to_image import TextToImage, clip_tokenizer
 from decomp_nb.data import physion, video
 from decomp_nb.data.class_folders import NumberedPictures
@@ -194,6 +196,14 @@ def write_physion(folder: Path) -> None:
     (folder / "PhysionTrainMP4s" / "readout_labels.csv").write_text("\n".join(rows) + "\n")
 
 
+def write_drawings(file: Path) -> None:
+    "Drawn people in all combinations of 20 roles, 3 figures and 6 skins, 8 pixels"
+    file.parent.mkdir(parents=True)
+    rgba = np.random.default_rng(0).integers(0, 255, (20, 3, 6, 8, 8, 4), np.uint8)
+    names = {"role": range(20), "gender": range(3), "skin": range(6)}
+    np.savez(file, rgba=rgba, **{name: [f"{name} {i}" for i in values] for name, values in names.items()})
+
+
 def write_data(data: Path) -> None:
     "The data folder: what users download, each set with a few pictures"
     write_cars(data / "cars")
@@ -223,6 +233,7 @@ def write_data(data: Path) -> None:
     write_pictures(data / "ffhq", [f"{i:05d}.png" for i in range(40)])
     write_pictures(data / "celebahq" / "data256x256", [f"{i:05d}.jpg" for i in range(40)])
     write_pictures(data / "Falcor3D_down128" / "images", [f"{i:06d}.png" for i in range(40)])
+    write_drawings(data / "noto_people" / "noto_people_128.npz")
 
 
 def write_farm(farm: Path) -> Path:
@@ -445,13 +456,19 @@ def training_step(model: nn.Module, data, meta: bool = False, corner: int = 64) 
     return loss
 
 
+def quick_attributes():
+    "Inside, attributes are found in a moment, and badly"
+    quick = functools.partial(attributes.find_attributes, runs=1, temperatures=3, rounds=1)
+    return mock.patch.object(attributes, "find_attributes", quick)
+
+
 def play(notebook: Path, values: dict, until: str = "", **stand_ins) -> dict:
     "Run the cells of a notebook in this process, up to its training or the cell `until`; returns its names, `trainer` among them"
     space, transform = {"__name__": notebook.stem, **values}, TransformerManager().transform_cell
     for cell in filter(runs, nbformat.read(notebook, 4).cells):
         code = compile(transform(cell.source), f"{notebook.name}, cell {cell.id}", "exec")
         try:
-            with weightless(heavy(space)):
+            with weightless(heavy(space)), quick_attributes():
                 exec(code, space)
         except Reached as reached:
             return space | {"trainer": reached.args[0]}

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, default_collate
 from ..checks import check_range, reading, value_range
 from .clevrtex import ClevrTex
 from .dsprites import DSprites
-from .factor_files import MPI3D, Cars3D, CelebA, Falcor3D, SmallNORB
+from .factor_files import MPI3D, Cars3D, CelebA, DrawnGrid, Falcor3D, SmallNORB
 from .hdf5 import H5Photos, open_h5
 from .home import data_home, find_data
 from .images import ImageFolder, image_suffixes, walk_folders
@@ -48,7 +48,7 @@ READERS = {
     "clevr_with_masks": ClevrWithMasks, "records": ObjectRecords, "clevrtex": ClevrTex, "movi": MoviDump,
     "coco": CocoScenes, "voc": VocScenes, "shapes3d": Shapes3D, "dsprites": DSprites, "mpi3d": MPI3D,
     "cars3d": Cars3D, "smallnorb": SmallNORB, "celeba": CelebA,
-    **{kind: partial(OfficialFolder, kind=kind) for kind in FOLDERS}, "falcor3d": Falcor3D,
+    **{kind: partial(OfficialFolder, kind=kind) for kind in FOLDERS}, "falcor3d": Falcor3D, "drawn": DrawnGrid,
     "video": VideoClips, "physion": Physion,
 }
 GENERATORS = {
@@ -140,11 +140,14 @@ def _kinds_of(files):
 def _format_of_npz(path):
     with reading(path, "Download it again"), zipfile.ZipFile(path) as archive:
         arrays = [Path(name).stem for name in archive.namelist()]
+    if "rgba" in arrays:
+        return "drawn"
     if "imgs" in arrays:
         return "dsprites"
     if "images" in arrays:
         return "shapes3d" if "3dshapes" in path.name else "mpi3d"
-    raise ValueError(f"{path} has none of the arrays 'imgs', 'images'; it has: {', '.join(arrays) or 'nothing'}")
+    there = ", ".join(arrays) or "nothing"
+    raise ValueError(f"{path} has none of the arrays 'imgs', 'images', 'rgba'; it has: {there}")
 
 
 def _record_layout(path):

@@ -17,21 +17,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..components import ddim
-from decomp_nb.components.diffusion import (
-    diffusion_target,
-    make_scheduler,
-    min_snr_weight,
-    noise_at,
-    prediction_type_of,
-    sample_timesteps,
-)
+from ..components.attributes import vector_encoder
+from ..components.diffusion import diffusion_target, make_scheduler, min_snr_weight
+from ..components.diffusion import noise_at, prediction_type_of, sample_timesteps
 from ..components.latents import Pixels, build_latents
 from ..components.recombination import ComponentFilms, Recombination
 from ..components.presets import changed, from_preset
 from ..components.placed import PlaceGuidance, check_placed
 from ..components.plain_unets import call_vector_unet, vector_denoiser
 from ..components.unets import build_with, check_choice, load_unet, slot_denoiser
-from ..components.vectors import VectorEncoder
 from ..decomposer import Decomposer
 from ..factors import Factors
 
@@ -109,7 +103,7 @@ class _Encoding:
         "The encoder that the options ask for, where components are vectors"
         size, k, d = (self.config[name] for name in ("image_size", "n_factors", "factor_dim"))
         options = {"groups": k} | (self.config.encoder_config or {})
-        return build_with(VectorEncoder, "encoder_config", size, k * d, **options)
+        return vector_encoder(size, k * d, **options)
 
     @property
     def n_factors(self) -> int:
@@ -372,7 +366,7 @@ class DecompDiffusion(
         image_size: int = 64,  # side of the pictures
         n_factors: int = 4,  # K
         factor_dim: int = 32,  # width of a component's vector: the bottleneck
-        encoder_config: dict | None = None,  # of `VectorEncoder`
+        encoder_config: dict | None = None,  # of `vector_encoder`
         denoiser_config: dict | None = None,  # of `vector_denoiser`; {"kind": "tokens"}: of `slot_denoiser`
         scheduler_config: dict | None = None,  # changes to `DECOMP_SCHEDULE`, e.g. prediction_type
         composition: str = "mean",  # "mean", "learned" (a learned weight for each component), "sum" or "masks"
@@ -458,7 +452,12 @@ _TINY = dict(
 )
 
 # %% ../../nbs/methods/decomp_diffusion.ipynb #preset-export
-PRESETS = {"tiny": _TINY}
+_PEOPLE = dict(
+    _EMBEDDED, factor_dim=32, orthogonality=0.0, timestep_strength=4.0,
+    encoder_config=dict(kind="attributes", sizes=[20, 3, 6]),  # roles, figures, skins
+    denoiser_config=_EMBEDDED["denoiser_config"] | dict(channels=[96]),
+)
+PRESETS = {"tiny": _TINY, "people": _PEOPLE}
 PRESETS |= {name: changed(_OFFICIAL, changes) for name, changes in _PUBLISHED.items()}
 PRESETS["toy_squares"] = _EMBEDDED
 PRESETS |= {name: changed(_PLACED, changes) for name, changes in _ON_GROUND.items()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['object_shares', 'separation', 'recombination_accuracy']
+__all__ = ['object_shares', 'separation', 'recombination_accuracy', 'pairs_that_differ', 'nearest_factors', 'follows']
 
 # %% ../../nbs/metrics/separation.ipynb #shares-export
 def object_shares(
@@ -83,3 +83,37 @@ def recombination_accuracy(
         right += (((shown > threshold) == expected) & counts).sum(1)
         asked += counts.sum(1)
     return right / asked
+
+# %% ../../nbs/metrics/separation.ipynb #follows-export
+def pairs_that_differ(factors: Tensor, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    "Rows of at most n pairs of pictures with factors `(N,F)` that differ in every factor"
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(len(factors), (20 * n,), generator=generator)
+    second = torch.randint(len(factors), (20 * n,), generator=generator)
+    differ = (factors[first] != factors[second]).all(1)
+    return first[differ][:n], second[differ][:n]
+
+
+def nearest_factors(
+    drawn: Tensor,  # `(b,3,h,w)`
+    pictures: Tensor,  # `(n,3,h,w)`, of all combinations
+    factors: Tensor,  # `(n,F)`, theirs
+) -> Tensor:
+    "Factors `(b,F)` of the picture that lies nearest to each drawn one"
+    distance = torch.cdist(drawn.flatten(1).float(), pictures.flatten(1).float())
+    return factors[distance.argmin(1)]
+
+
+def follows(
+    read: Tensor,  # `(b,F)`, factors of what was drawn
+    taker: Tensor,  # `(b,F)`, of the picture that got one component of another
+    giver: Tensor,  # `(b,F)`, of that other picture, different in every factor
+) -> Tensor:
+    "True `(b,F)` for the one factor that became the giver's while all others stayed the taker's"
+    same = (taker == giver).any(1)
+    if same.any():
+        agree = f"{int(same.sum())} of {len(taker)} pairs agree in some factor"
+        raise ValueError(f"{agree}: take pairs that differ in all, or nothing is seen to follow")
+    became, stayed = read == giver, read == taker
+    alone = (became.sum(1) == 1) & (stayed.sum(1) == read.shape[1] - 1)
+    return became & alone[:, None]
