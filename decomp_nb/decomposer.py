@@ -377,6 +377,11 @@ class Method(StrictModel):
         "The space that the config names"
         return None
 
+    @torch.no_grad()
+    def round_trip(self, images: Tensor) -> Tensor:
+        "Pictures `(b,3,h,w)` into the space of the denoiser and back, without factors: no drawing can be nearer"
+        return images if self.latents is None else self.latents.decode(self.latents.encode(images))
+
     def encode(self, images: Tensor, **options) -> Factors:
         "Take pictures `(b,3,h,w)` or clips `(b,t,3,h,w)` in [−1,1] apart"
         raise NotImplementedError(f"{type(self).__name__}.encode")
