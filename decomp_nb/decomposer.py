@@ -466,8 +466,8 @@ def weights_folder() -> Path:
     return Path(__file__).parent / "weights"
 
 
-def shipped(name: str | None = None) -> Path | dict[str, dict[str, str]]:
-    "Folder of small weights that come with the package; without a name all of them: what, made by, data, scores"
+def shipped(name: str | None = None) -> Path | dict[str, dict[str, Any]]:
+    "Folder of small weights that come with the package; without a name the cards of all: numbers, and how to get them"
     cards = sorted(weights_folder().glob("*/card.json"))
     if name is None:
         return {card.parent.name: json.loads(card.read_text()) for card in cards}
