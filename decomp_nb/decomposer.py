@@ -377,6 +377,11 @@ class Method(StrictModel):
         "The space that the config names"
         return None
 
+    @torch.no_grad()
+    def round_trip(self, images: Tensor) -> Tensor:
+        "Pictures `(b,3,h,w)` into the space of the denoiser and back, without factors: no drawing can be nearer"
+        return images if self.latents is None else self.latents.decode(self.latents.encode(images))
+
     def encode(self, images: Tensor, **options) -> Factors:
         "Take pictures `(b,3,h,w)` or clips `(b,t,3,h,w)` in [−1,1] apart"
         raise NotImplementedError(f"{type(self).__name__}.encode")
@@ -461,8 +466,8 @@ def weights_folder() -> Path:
     return Path(__file__).parent / "weights"
 
 
-def shipped(name: str | None = None) -> Path | dict[str, dict[str, str]]:
-    "Folder of small weights that come with the package; without a name all of them: what, made by, data, scores"
+def shipped(name: str | None = None) -> Path | dict[str, dict[str, Any]]:
+    "Folder of small weights that come with the package; without a name the cards of all: numbers, and how to get them"
     cards = sorted(weights_folder().glob("*/card.json"))
     if name is None:
         return {card.parent.name: json.loads(card.read_text()) for card in cards}

@@ -372,6 +372,17 @@ def test_train_leaves_a_run_that_is_enough(first_run):
     assert DecompDiffusion.from_pretrained(first_run / "model").n_factors == 3
 
 
+def test_components_of_a_run_are_evaluated(first_run, tmp_path):
+    execute("eval_components", tmp_path, run_dir=str(first_run), n_scenes=6, seeds=2, sample_steps=2, batch_size=4, examples=2)
+    found = json.loads((first_run / "eval_components.json").read_text())
+    assert set(found["scores"]) == {"all components", "the mean picture"} and found["scores"]["all components"]["once"]["n"] == 2
+    assert 0 <= found["recombined"]["recombined"]["right"]["mean"] <= 1 and found["kept"] == "1,1,0" and (first_run / "pictures" / "eval_components.png").exists()
+    with pytest.raises(papermill.PapermillExecutionError, match="has no true masks"):
+        execute("eval_components", tmp_path, run_dir=str(first_run), data="shapes3d", n_scenes=6)
+    with pytest.raises(papermill.PapermillExecutionError, match="LSD has no components that are pictures"):
+        execute("eval_components", tmp_path, run_dir="lsd_shapes", n_scenes=2)
+
+
 def test_a_union_of_data_sets_learned_weights_and_a_partner(first_run, tmp_path):
     execute("train_decomp_diffusion", tmp_path, out_dir=str(tmp_path / "run"), more_data="shapes", partner=str(first_run), keep="1,0,1", factor_chunk=2, component_backward=True,
             guidance_scale=2.0, sampler="dpm", model_options={"composition": "learned", "null_dropout": 0.1}, **SMALL, **QUICK)

@@ -1,7 +1,9 @@
 "What every method inherits: clips are batches of frames, frozen models stay frozen, a fingerprint tells weights apart."
 import copy
 import re
+from pathlib import Path
 
+import papermill
 import pytest
 import torch
 
@@ -176,8 +178,24 @@ def test_weights_that_come_with_the_package_are_listed_with_their_scores():
     assert set(cards) == {path.name for path in folder.iterdir() if path.is_dir()}
     page = (folder / "README.md").read_text().replace("`", "")
     for name, card in cards.items():
-        assert set(card) == {"what", "made_by", "data", "scores"}
-        assert f"| {card['made_by']} | {card['data']} | {card['scores']} |" in page, f"README.md tells something else of {name}"
+        assert set(card) == {"what", "made_by", "data", "scores", "commands"}
+        commands = "<br>".join(card["commands"]) or "–"
+        row = f"| {card['made_by']} | {card['data']} | {card['scores']} | {commands} |"
+        assert row in page, f"README.md tells something else of {name}"
+
+
+@pytest.mark.parametrize("command", sorted({command for card in shipped().values() for command in card["commands"]}))
+def test_commands_that_reproduce_scores_name_what_there_is(command):
+    root = Path(__file__).resolve().parents[1]
+    program, verb, page, *options = command.split()
+    assert (program, verb) == ("decomp_nb", "run") and (root / page).is_file()
+    recipes = [value for option, value in zip(options, options[1:]) if option == "-f"]
+    assert all((root / recipe).is_file() for recipe in recipes)
+    given = {name: value for option, name, value in zip(options, options[1:], options[2:]) if option == "-p"}
+    assert set(given) <= set(papermill.inspect_notebook(str(root / page)))
+    names = [value for name, value in given.items() if name in ("run_dir", "slot_former") and "/" not in value]
+    assert names or recipes or "run_dir" in given
+    assert all((shipped(name) / "run.json").is_file() for name in names), "evaluations find weights with run.json only"
 
 
 def test_no_file_of_the_weights_names_a_folder_of_the_machine_that_made_them():

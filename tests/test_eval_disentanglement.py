@@ -25,6 +25,11 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+def test_weights_that_come_with_the_package_are_evaluated_by_name():
+    names = execute("eval_disentanglement", run_dir="disdiff_shapes3d", metrics=["mig"], baselines=["noise"], **FEW | dict(seeds=1))
+    assert names["name"] == "shapes3d" and set(names["scores"]) == {"DisDiff", "noise"} and names["count"] == 8
+
+
 def test_notebook_evaluates_a_run(trained, capsys):
     execute("eval_disentanglement", run_dir=str(trained), metrics=["dci", "mig", "factor_vae", "mcc"], **FEW)
     result = json.loads((trained / "eval_disentanglement.json").read_text())

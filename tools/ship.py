@@ -3,7 +3,8 @@
 What draws (the denoiser) can take eight bits a number: --eight-bits denoiser.
 
     python tools/ship.py papermill_runs/out/lsd_shapes_long lsd_shapes \
-        --made-by "recipe lsd_shapes_long, 45 minutes of one shared core" --scores "FG-ARI 0.978, …"
+        --made-by "recipe lsd_shapes_long, 45 minutes of one shared core" --scores "FG-ARI 0.978, …" \
+        --command "decomp_nb run nbs/eval_segmentation.ipynb -p run_dir lsd_shapes"
 """
 
 import argparse
@@ -31,11 +32,12 @@ def record(run) -> dict:
     return {"name": config["name"], "data": config["data"], "model": config["model"], "train": train}
 
 
-def describe(run, made_by: str, scores: str) -> dict:
+def describe(run, made_by: str, scores: str, commands: list[str]) -> dict:
     "The card that `shipped()` shows"
     data = run.config["data"]
     pictures = f"{data['data']}, {data['size']} pixels, seed {run.config['train']['seed']}"
-    return {"what": run.config["model"]["_class_name"], "made_by": made_by, "data": pictures, "scores": scores}
+    what = run.config["model"]["_class_name"]
+    return {"what": what, "made_by": made_by, "data": pictures, "scores": scores, "commands": commands}
 
 
 def write(path: Path, content: dict) -> None:
@@ -84,11 +86,13 @@ def shorten(folder: Path, part: str) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def ship(run_dir: str, name: str, made_by: str, scores: str, eight_bits: str = "") -> Path:
+def ship(
+    run_dir: str, name: str, made_by: str, scores: str, commands: list[str], eight_bits: str = ""
+) -> Path:
     "The folder that was written; `eight_bits`: the part whose large weights take a byte each"
     folder = weights_folder() / name
     if (Path(run_dir) / "readout.json").is_file():
-        return ship_readout(Path(run_dir), folder, made_by, scores)
+        return ship_readout(Path(run_dir), folder, made_by, scores, commands)
     run = load_run(run_dir)
     model = load(run)
     shutil.rmtree(folder, ignore_errors=True)
@@ -102,11 +106,11 @@ def ship(run_dir: str, name: str, made_by: str, scores: str, eight_bits: str = "
         if place in told["model"]:
             told["model"] = told["model"] | {place: model.config[place]}
     write(folder / "run.json", told)
-    write(folder / "card.json", describe(run, made_by, scores))
+    write(folder / "card.json", describe(run, made_by, scores, commands))
     return folder
 
 
-def ship_readout(run_dir: Path, folder: Path, made_by: str, scores: str) -> Path:
+def ship_readout(run_dir: Path, folder: Path, made_by: str, scores: str, commands: list[str]) -> Path:
     "The readout of a run of train_readout that was best on validation, with what it needs to read slots"
     settings = json.loads((run_dir / "readout.json").read_text())
     best = max(range(len(settings["choices"])), key=lambda i: settings["choices"][i]["accuracy"])
@@ -116,7 +120,8 @@ def ship_readout(run_dir: Path, folder: Path, made_by: str, scores: str) -> Path
     forget_places(folder)
     kept = {key: settings[key] for key in ("data", "observed", "future", "standardise", "mean", "deviation")}
     write(folder / "readout.json", kept | {"threshold": settings["choices"][best]["threshold"]})
-    about = {"what": kind.__name__, "made_by": made_by, "data": f"{settings['data']}, seed {settings['seed']}", "scores": scores}
+    data = f"{settings['data']}, seed {settings['seed']}"
+    about = {"what": kind.__name__, "made_by": made_by, "data": data, "scores": scores, "commands": commands}
     write(folder / "card.json", about)
     return folder
 
@@ -127,9 +132,10 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--made-by", required=True)
     parser.add_argument("--scores", required=True)
+    parser.add_argument("--command", action="append", default=[], help="what prints the scores; once for each")
     parser.add_argument("--eight-bits", default="", metavar="PART")
     asked = parser.parse_args()
-    folder = ship(asked.run_dir, asked.name, asked.made_by, asked.scores, asked.eight_bits)
+    folder = ship(asked.run_dir, asked.name, asked.made_by, asked.scores, asked.command, asked.eight_bits)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB. Write the same row into {folder.parent / 'README.md'}.")
 

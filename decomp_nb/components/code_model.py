@@ -229,6 +229,7 @@ class CodeEncoder(CodeReader):
         images: Tensor,  # `(b,3,h,w)`
         *,
         z: Tensor | None = None,  # the latents, where they are known already
+        generator: Any = None,  # nothing is drawn here; evaluations give one to every method
     ) -> Factors:
         "N codes `(b,N,d)`, an ordered list; those of inactive factors are 0"
         codes, _ = self.codes(self.encoder_input(images, z))

@@ -18,7 +18,8 @@ from ..factors import Factors, recombine
 from ..viz.figures import Film, film
 
 # %% auto #0
-__all__ = ['ComponentPictures', 'ComponentFilms', 'keep_mask', 'Recombination', 'check_partners', 'decode_across', 'swap_across']
+__all__ = ['ComponentPictures', 'ComponentFilms', 'keep_mask', 'Recombination', 'encode_batches', 'take_apart',
+           'recombine_pictures', 'check_partners', 'decode_across', 'swap_across']
 
 # %% ../../nbs/components/recombination.ipynb #pictures-export
 class ComponentPictures:
@@ -121,6 +122,57 @@ class Recombination:
         "What is in all of several pictures: the mean over the components of all"
         first, *rest = map(self.encode, images)
         return self.decode(first.cat(*rest), **options)
+
+# %% ../../nbs/components/recombination.ipynb #sets-export
+@torch.no_grad()
+def encode_batches(
+    model: Decomposer, images: Tensor, *, seed: int = 0, batch_size: int = 50
+) -> list[Factors]:
+    "Sets of components of the pictures `(b,3,h,w)`, a set for each batch"
+    generator = torch.Generator().manual_seed(seed)
+    return [model.encode(part.to(model.device), generator=generator) for part in images.split(batch_size)]
+
+
+@torch.no_grad()
+def take_apart(
+    model: ComponentPictures,
+    images: Tensor,  # `(b,3,h,w)` in [−1,1]
+    *,
+    seed: int = 0,
+    batch_size: int = 50,
+    **options: Any,  # further ones of `decode`
+) -> tuple[Tensor, Tensor]:
+    "Components `(b,k,3,h,w)` and reconstructions `(b,3,h,w)`, on the CPU; every picture has its own noise"
+    generator = torch.Generator().manual_seed(seed)
+    components, whole = [], []
+    for factors in encode_batches(model, images, seed=seed, batch_size=batch_size):
+        noise = torch.randn(len(factors.codes), *model.latent_shape, generator=generator)
+        parts, together = model.decomposition(factors, noise=noise, **options)
+        components.append(parts.cpu())
+        whole.append(together.cpu())
+    return torch.cat(components), torch.cat(whole)
+
+
+@torch.no_grad()
+def recombine_pictures(
+    model: Recombination,
+    a: Tensor,  # `(b,3,h,w)` in [−1,1]
+    b: Tensor,  # as many
+    keep: Sequence[int] | Tensor | str | None = None,  # as in `keep_mask`
+    *,
+    seed: int = 0,
+    batch_size: int = 50,
+    **options: Any,  # further ones of `decode`
+) -> Tensor:
+    "`swap` of many pictures, `(b,3,h,w)` on the CPU, with the components that `take_apart` shows for this seed"
+    mask = keep_mask(keep, model.n_factors)
+    sets = [encode_batches(model, images, seed=seed, batch_size=batch_size) for images in (a, b)]
+    drawn = []
+    for of_a, of_b in zip(*sets):
+        generator = torch.Generator().manual_seed(seed)
+        drawn.append(model.decode(recombine(of_a, of_b, ~mask), generator=generator, **options).cpu())
+    return torch.cat(drawn)
+
 
 # %% ../../nbs/components/recombination.ipynb #partners-export
 def _interface(model: Decomposer) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class TokenSpace:
         "Tokens `(b,h/4,w/4)` of a batch of pictures: its own `tokens`, or those of the discrete VAE"
         return frames["tokens"] if "tokens" in frames else self.dvae.tokens(frames["image"])
 
+    @torch.no_grad()
+    def round_trip(self, images: Tensor) -> Tensor:
+        "Pictures `(b,3,h,w)` as tokens and back: what the vocabulary can say of them"
+        return self.dvae.decode(self.dvae.tokens(images)).clamp(-1, 1)
+
 # %% ../../nbs/components/token_model.ipynb #reading-export
 class TokenReading(TokenSpace, SlotModel):
     "How a transformer reads slots: as vectors, and as maps that draw them where they lie"

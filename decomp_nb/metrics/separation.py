@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .generation import reconstruction_scores
+
 # %% auto #0
-__all__ = ['object_shares', 'separation', 'recombination_accuracy', 'pairs_that_differ', 'nearest_factors', 'follows']
+__all__ = ['object_shares', 'separation', 'component_scores', 'recombination_accuracy', 'pairs_that_differ', 'nearest_factors',
+           'follows']
 
 # %% ../../nbs/metrics/separation.ipynb #shares-export
 def object_shares(
@@ -59,6 +62,22 @@ def _paint_outside(components: Tensor, masks: Tensor) -> Tensor:
     median = components.flatten(3).median(-1).values[..., None, None]
     paint = (components - median).square().sum(2)
     return (paint * (masks == 0)[:, None]).sum((2, 3))
+
+# %% ../../nbs/metrics/separation.ipynb #scores-export
+def component_scores(
+    components: Tensor,  # `(b,k,3,h,w)`
+    whole: Tensor,  # `(b,3,h,w)`, all components together
+    images: Tensor,  # `(b,3,h,w)`
+    masks: Tensor | None = None,  # `(b,h,w)`; None: only the reconstruction is scored
+    *,
+    ground: float | Tensor = -1.0,
+) -> dict[str, float]:
+    "Means over pictures: `reconstruction_scores`, and with masks those of `separation`"
+    found = reconstruction_scores(whole, images, masks)
+    if masks is not None:
+        apart = separation(components, images, masks, ground=ground)
+        found |= {name: value.float().mean().item() for name, value in apart.items()}
+    return found
 
 # %% ../../nbs/metrics/separation.ipynb #recombination-export
 def recombination_accuracy(
