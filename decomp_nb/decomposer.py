@@ -344,8 +344,16 @@ _ON_FRAMES = dict(
     forward=_train_on_frames,
 )
 
+# %% ../nbs/decomposer.ipynb #round-trip-export
+class _RoundTrip(StrictModel):
+    "How near a drawing can come at all"
+    @torch.no_grad()
+    def round_trip(self, images: Tensor) -> Tensor:
+        "Pictures `(b,3,h,w)` into the space of the denoiser and back, without factors: no drawing can be nearer"
+        return images if self.latents is None else self.latents.decode(self.latents.encode(images))
+
 # %% ../nbs/decomposer.ipynb #method-export
-class Method(StrictModel):
+class Method(_RoundTrip):
     "What a method writes: `encode`, `predict` and `forward`, its training step"
     scheduler = None  # the noise schedule of training (diffusers)
     sampler = None  # the scheduler that `decode` uses; `None` = the training one
@@ -377,11 +385,6 @@ class Method(StrictModel):
         "The space that the config names"
         return None
 
-    @torch.no_grad()
-    def round_trip(self, images: Tensor) -> Tensor:
-        "Pictures `(b,3,h,w)` into the space of the denoiser and back, without factors: no drawing can be nearer"
-        return images if self.latents is None else self.latents.decode(self.latents.encode(images))
-
     def encode(self, images: Tensor, **options) -> Factors:
         "Take pictures `(b,3,h,w)` or clips `(b,t,3,h,w)` in [−1,1] apart"
         raise NotImplementedError(f"{type(self).__name__}.encode")
@@ -396,8 +399,7 @@ class Method(StrictModel):
 
     def null_factors(self, factors: Factors) -> Factors:
         "The empty set that classifier-free guidance compares with"
-        name = type(self).__name__
-        raise ValueError(f"{name} was not built for classifier-free guidance: use guidance_scale=1")
+        raise ValueError(f"{type(self).__name__} was not built for classifier-free guidance: use guidance_scale=1")
 
 # %% ../nbs/decomposer.ipynb #decomposer-export
 class Decomposer(Method):

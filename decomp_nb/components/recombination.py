@@ -152,7 +152,7 @@ def take_apart(
         whole.append(together.cpu())
     return torch.cat(components), torch.cat(whole)
 
-
+# %% ../../nbs/components/recombination.ipynb #recombine-sets-export
 @torch.no_grad()
 def recombine_pictures(
     model: Recombination,
