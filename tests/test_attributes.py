@@ -1,7 +1,10 @@
 "Attributes found without labels, the encoder that has them, drawings as a data set, and which factor follows an exchange."
+import json
+
 import numpy as np
 import pytest
 import torch
+from test_runs import QUICK, execute
 
 from decomp_nb.components.attributes import AttributeEncoder, all_combinations, balanced, effect_design, find_attributes, fit_effects
 from decomp_nb.data.catalog import open_dataset
@@ -64,6 +67,36 @@ def test_units_of_the_pictures_do_not_matter():
 def test_too_few_pictures_are_refused():
     with pytest.raises(ValueError, match=r"5 pictures for attributes of \(4, 3, 2\) values: give at least 9"):
         find_attributes(torch.randn(5, 12), SIZES)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(sizes=[]), "how many values each attribute has"),
+    (dict(sizes=[4, 0]), "how many values each attribute has"),
+    (dict(sizes=[4, 2.0]), "how many values each attribute has"),
+    (dict(sizes="4,2"), "how many values each attribute has"),
+    (dict(pictures=torch.full((40, 12), torch.nan)), "NaN or infinite"),
+    (dict(pictures=torch.rand(40, 3, 2, 2)), "a row of finite numbers for each"),
+    (dict(runs=0), "at least 0, 2 and 1"),
+    (dict(temperatures=1), "at least 0, 2 and 1"),
+    (dict(interaction=-1.0), "at least 0, 2 and 1"),
+])
+def test_what_cannot_be_searched_is_refused(change, words):
+    given = dict(pictures=torch.rand(40, 12), sizes=[4, 2]) | change
+    with pytest.raises(ValueError, match=words): find_attributes(given.pop("pictures"), given.pop("sizes"), **given)
+
+
+def test_pictures_of_another_size_are_refused():
+    encoder = AttributeEncoder(8, 12, sizes=[4, 2, 2])
+    with pytest.raises(ValueError, match="built for"): encoder.find(torch.rand(20, 3, 16, 16))
+
+
+def test_reading_is_exact_in_mixed_precision_and_from_half_weights():
+    pictures, _ = signs()
+    encoder = AttributeEncoder(8, 12, sizes=SIZES, rank=16)
+    encoder.find(pictures)
+    plain = encoder.values(pictures)
+    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(encoder.values(pictures), plain)
+    assert torch.equal(encoder.half().values(pictures), plain)
 
 
 def test_an_encoder_reads_pictures_that_it_has_not_seen():
@@ -146,3 +179,14 @@ def test_exactly_one_factor_has_to_follow():
     with pytest.raises(ValueError, match="1 of 4 pairs agree"): follows(read, taker, torch.cat([giver[:3], taker[:1]]))
     pictures, values = signs()
     assert torch.equal(nearest_factors(pictures[:5] + 0.1, pictures, values), values[:5])
+
+
+def test_training_finds_attributes_and_says_what_follows_an_exchange(tmp_path):
+    data = drawings(tmp_path / "drawn.npz")
+    options = {"image_size": 16, "n_factors": 2, "encoder_config": {"sizes": [2, 3], "rank": 8}, "denoiser_config": {"channels": [32]}}
+    out = tmp_path / "run"
+    execute("train_decomp_diffusion", tmp_path, data=str(data), preset="people", attributes_from="all", model_options=options, n_images=0, eval_scenes=1,
+            eval_seeds=1, sample_steps=2, out_dir=str(out), **QUICK | dict(batch_size=2))
+    exchanged = json.loads((out / "exchange.json").read_text())
+    assert [set(row) for row in exchanged] == 2 * [{"component", "form", "colour", "none"}]
+    assert all(0 <= value <= 1 for row in exchanged for name, value in row.items() if name != "component")

@@ -99,6 +99,24 @@ def _settled(pictures, design, penalty, shares):
     kept = (penalty[:, None] * effects.square()).sum() / len(pictures)
     return Attributes(chosen, centres, float(error + kept))
 
+# %% ../../nbs/components/attributes.ipynb #check-export
+def _check_sizes(sizes):
+    if not len(sizes) or any(not isinstance(s, int) or s < 1 for s in sizes):
+        raise ValueError(f"sizes={sizes!r}: give how many values each attribute has, such as [20, 3, 6]")
+
+
+def _check_search(pictures, sizes, interaction, temperatures, runs):
+    _check_sizes(sizes)
+    if pictures.ndim != 2 or not pictures.isfinite().all():
+        wrong = f"pictures {tuple(pictures.shape)}" if pictures.ndim != 2 else "some pictures are NaN or infinite"
+        raise ValueError(f"{wrong}: give a row of finite numbers for each")
+    if len(pictures) < sum(sizes):
+        few = f"{len(pictures)} pictures for attributes of {tuple(sizes)} values"
+        raise ValueError(f"{few}: give at least {sum(sizes)}")
+    if interaction < 0 or temperatures < 2 or runs < 1:
+        given = f"interaction={interaction}, temperatures={temperatures}, runs={runs}"
+        raise ValueError(f"{given}: at least 0, 2 and 1 are needed")
+
 # %% ../../nbs/components/attributes.ipynb #find-export
 @torch.no_grad()
 def find_attributes(
@@ -111,11 +129,9 @@ def find_attributes(
     runs: int = 8,  # the best counts
     seed: int = 0,
 ) -> Attributes:
-    "Values of K attributes for every picture, without labels; ValueError where there are too few pictures"
+    "Values of K attributes for every picture, without labels; ValueError for what cannot be searched"
+    _check_search(pictures, sizes, interaction, temperatures, runs)
     design, interacts = effect_design(sizes)
-    if len(pictures) < sum(sizes):
-        few = f"{len(pictures)} pictures for attributes of {tuple(sizes)} values"
-        raise ValueError(f"{few}: give at least {sum(sizes)}")
     mean = pictures.float().mean(0)
     around = pictures.float() - mean
     scale = around.square().sum(1).mean().sqrt().clamp_min(1e-12)
@@ -136,10 +152,18 @@ def find_attributes(
 class _Finder(nn.Module):
     "Finds attributes, and keeps the directions in which their combinations differ"
 
+    def flat(self, images: Tensor) -> Tensor:
+        "Pictures as rows of numbers `(b,3·h·w)`; ValueError where they have another size"
+        side = self.image_size
+        if images.shape[1:] != (3, side, side):
+            shape = tuple(images.shape)
+            raise ValueError(f"images {shape} for an encoder built for (b, 3, {side}, {side}): resize one of them")
+        return images.flatten(1).float()
+
     @torch.no_grad()
     def find(self, images: Tensor, **options: int | float) -> Attributes:
         "Find the attributes of pictures `(n,3,h,w)`, before training; options of `find_attributes`"
-        found = find_attributes(images.flatten(1).cpu(), self.sizes, **options)
+        found = find_attributes(self.flat(images).cpu(), self.sizes, **options)
         mean = found.centres.mean(0)
         low, axes = _rotated(found.centres - mean, len(self.axes))
         self.mean.copy_(mean)
@@ -161,6 +185,7 @@ class AttributeEncoder(_Finder):
         rank: int = 60,  # directions in which pictures are compared
     ):
         super().__init__()
+        _check_sizes(sizes)
         n = len(sizes)
         if groups not in (None, n) or out_dim % n:
             wanted = f"{groups or n} factors of {out_dim} numbers in all"
@@ -177,8 +202,9 @@ class AttributeEncoder(_Finder):
         "Values `(b,K)` of pictures `(b,3,h,w)`: those of the nearest combination"
         if not self.centres.any():
             raise ValueError("this encoder knows no attributes yet: call find(images) with the training pictures")
-        low = (images.flatten(1).float() - self.mean) @ self.axes.T
-        nearest = torch.cdist(low, self.centres).argmin(1)
+        with torch.autocast(images.device.type, enabled=False):  # eight bits of precision would confuse neighbours
+            low = (self.flat(images) - self.mean.float()) @ self.axes.float().T
+            nearest = torch.cdist(low, self.centres.float()).argmin(1)
         return all_combinations(self.sizes).to(images.device)[nearest]
 
     def forward(self, images: Tensor) -> Tensor:
