@@ -1,4 +1,5 @@
 "Attributes found without labels, the encoder that has them, drawings as a data set, and which factor follows an exchange."
+import copy
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from decomp_nb.components.attributes import AttributeEncoder, all_combinations, 
 from decomp_nb.data.catalog import open_dataset
 from decomp_nb.factors import recombine
 from decomp_nb.methods.decomp_diffusion import DecompDiffusion
-from decomp_nb.metrics.separation import follows, nearest_factors
+from decomp_nb.metrics.separation import follows, nearest_factors, pairs_that_differ
 
 SIZES = (4, 3, 2)
 
@@ -29,6 +30,14 @@ def signs(copies=1, size=8, seed=0):
 
 
 def same_groups(a, b): return torch.equal(a[:, None] == a, b[:, None] == b)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    "An encoder that knows the signs; a run of the search ends there in one of three to four, so that forty do on any processor"
+    encoder = AttributeEncoder(8, 12, sizes=SIZES, rank=16)
+    encoder.find(signs()[0], runs=40)
+    return encoder
 
 
 def test_a_regression_knows_main_effects_and_pairs():
@@ -50,18 +59,20 @@ def test_balanced_shares_are_equal_however_one_sided_the_scores():
 def test_attributes_are_found_without_labels(copies):
     pictures, values = signs(copies)
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
-    found = find_attributes(pictures[order].flatten(1), SIZES)
+    found = find_attributes(pictures[order].flatten(1), SIZES, runs=40)
     for k in range(3): assert same_groups(found.values[:, k], values[order, k])
-    again = find_attributes(pictures[order].flatten(1), SIZES)
-    assert torch.equal(again.values, found.values)
+    assert 2 <= found.agreeing < 40
     torch.testing.assert_close(found.centres.view(4, 3, 2, -1).mean((0, 1, 2)), pictures.flatten(1).mean(0), rtol=0, atol=1e-3)
 
 
-def test_units_of_the_pictures_do_not_matter():
-    pictures, _ = signs()
-    plain = find_attributes(pictures.flatten(1), SIZES, runs=2)
-    other = find_attributes(100 * pictures.flatten(1) + 7, SIZES, runs=2)
-    assert torch.equal(plain.values, other.values) and other.objective == pytest.approx(plain.objective, rel=1e-3)
+def test_units_of_the_pictures_do_not_matter_and_a_seed_decides():
+    pictures, values = signs()
+    plain = find_attributes(pictures.flatten(1), SIZES, runs=40)
+    other = find_attributes(100 * pictures.flatten(1) + 7, SIZES, runs=40)
+    for k in range(3): assert same_groups(other.values[:, k], values[:, k])
+    assert other.objective == pytest.approx(plain.objective, rel=1e-3)
+    once, again = (find_attributes(pictures.flatten(1), SIZES, runs=2, seed=3) for _ in range(2))
+    assert torch.equal(once.values, again.values) and once.objective == again.objective
 
 
 def test_too_few_pictures_are_refused():
@@ -90,25 +101,20 @@ def test_pictures_of_another_size_are_refused():
     with pytest.raises(ValueError, match="built for"): encoder.find(torch.rand(20, 3, 16, 16))
 
 
-def test_reading_is_exact_in_mixed_precision_and_from_half_weights():
+def test_reading_is_exact_in_mixed_precision_and_from_half_weights(searched):
     pictures, _ = signs()
-    encoder = AttributeEncoder(8, 12, sizes=SIZES, rank=16)
-    encoder.find(pictures)
-    plain = encoder.values(pictures)
-    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(encoder.values(pictures), plain)
-    assert torch.equal(encoder.half().values(pictures), plain)
+    plain = searched.values(pictures)
+    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(searched.values(pictures), plain)
+    assert torch.equal(copy.deepcopy(searched).half().values(pictures), plain)
 
 
-def test_an_encoder_reads_pictures_that_it_has_not_seen():
-    pictures, values = signs()
-    encoder = AttributeEncoder(8, 12, sizes=SIZES, rank=16)
-    with pytest.raises(ValueError, match="call find"): encoder(pictures)
-    encoder.find(pictures)
-    others, _ = signs(seed=5)
-    read = encoder.values(others)
+def test_an_encoder_reads_pictures_that_it_has_not_seen(searched):
+    others, values = signs(seed=5)
+    with pytest.raises(ValueError, match="call find"): AttributeEncoder(8, 12, sizes=SIZES, rank=16)(others)
+    read = searched.values(others)
     for k in range(3): assert same_groups(read[:, k], values[:, k])
-    codes = encoder(others).view(24, 3, 4)
-    assert torch.equal(codes[0, 1], encoder.vectors[1][read[0, 1]])
+    codes = searched(others).view(24, 3, 4)
+    assert torch.equal(codes[0, 1], searched.vectors[1][read[0, 1]])
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -127,7 +133,7 @@ def people(**changes):
 def test_decomp_diffusion_keeps_its_attributes_on_disk(tmp_path):
     pictures, _ = signs()
     model = people()
-    model.encoder.find(pictures)
+    model.encoder.find(pictures, runs=1)
     with torch.no_grad():
         for p in model.denoiser.parameters(): p.add_(0.1 * torch.randn_like(p))  # layers that start at zero say something
     loss = model({"image": pictures})["loss"]
@@ -176,6 +182,7 @@ def test_exactly_one_factor_has_to_follow():
     taker, giver = torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.long)
     read = torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 1], [0, 1, 2]])
     assert follows(read, taker, giver).tolist() == [[False, False, True]] + 3 * [3 * [False]]
+    with pytest.raises(ValueError, match="no two pictures differ"): pairs_that_differ(torch.tensor([[0, 1], [0, 2]]), 5)
     with pytest.raises(ValueError, match="1 of 4 pairs agree"): follows(read, taker, torch.cat([giver[:3], taker[:1]]))
     pictures, values = signs()
     assert torch.equal(nearest_factors(pictures[:5] + 0.1, pictures, values), values[:5])

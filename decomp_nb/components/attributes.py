@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .unets import build_with, check_choice
-from .vectors import VectorEncoder
+from .vectors import VectorEncoder, check_picture_size
 
 # %% auto #0
-__all__ = ['SMALL', 'all_combinations', 'effect_design', 'balanced', 'fit_effects', 'distances', 'Attributes', 'find_attributes',
-           'AttributeEncoder', 'vector_encoder']
+__all__ = ['all_combinations', 'effect_design', 'balanced', 'fit_effects', 'Attributes', 'find_attributes', 'AttributeEncoder',
+           'vector_encoder']
 
 # %% ../../nbs/components/attributes.ipynb #design-export
 def all_combinations(sizes: Sequence[int]) -> Tensor:
@@ -46,19 +46,11 @@ def balanced(scores: Tensor, rounds: int = 15) -> Tensor:
     return scores.exp()
 
 # %% ../../nbs/components/attributes.ipynb #effects-export
-SMALL = 0.01  # penalty of main effects; only decides how they share out the mean
-
-
 def fit_effects(design: Tensor, penalty: Tensor, shares: Tensor, pictures: Tensor) -> Tensor:
     "Effects `(e,d)` of a ridge regression of pictures `(n,d)` that belong to combinations by `shares` `(n,c)`"
     counts = shares.sum(0)[:, None]
     normal = design.T @ (counts * design) + penalty.diag()
     return torch.linalg.solve(normal, design.T @ (shares.T @ pictures))
-
-
-def distances(pictures: Tensor, centres: Tensor) -> Tensor:
-    "Squared distances `(n,c)`"
-    return torch.cdist(pictures, centres).square()
 
 # %% ../../nbs/components/attributes.ipynb #found-export
 class Attributes(NamedTuple):
@@ -66,38 +58,40 @@ class Attributes(NamedTuple):
 
     values: Tensor  # `(n,K)`, of every picture
     centres: Tensor  # `(c,d)`, the picture of every combination
-    objective: float  # squared error of a picture, with the penalty of the interactions
+    objective: float  # squared error of a picture over the variance, with the penalty of the interactions
+    agreeing: int  # runs that ended within 1 % of this objective; if it is 1, more runs may find better ones
 
 
-def _anneal(pictures, design, penalty, interacts, coolness, rounds, generator):
-    "One run; pictures have mean 0 and variance 1"
+def _anneal(pictures, design, penalty, interacts, betas, rounds, generator):
+    "Shares `(n,c)` at the end of one run; `betas` are inverse temperatures, pictures have mean 0 and variance 1"
     effects = 0.004 * torch.randn(design.shape[1], pictures.shape[1], generator=generator)
-    for i, beta in enumerate(coolness.tolist()):
-        late = 100 ** (1 - i / (len(coolness) - 1))
-        held = torch.where(interacts, penalty * late, penalty)
+    tightness = torch.logspace(2, 0, len(betas))
+    for beta, factor in zip(betas.tolist(), tightness.tolist()):
+        penalties = torch.where(interacts, penalty * factor, penalty)
         for _ in range(rounds):
-            shares = balanced(-beta * distances(pictures, design @ effects))
-            effects = fit_effects(design, held, shares, pictures)
+            distances = torch.cdist(pictures, design @ effects).square()
+            shares = balanced(-beta * distances)
+            effects = fit_effects(design, penalties, shares, pictures)
             noise = torch.randn(effects.shape, generator=generator)
-            effects = effects + 0.02 / math.sqrt(beta) * noise / (1 + held).sqrt()[:, None]
+            effects = effects + 0.02 / math.sqrt(beta) * noise / (1 + penalties).sqrt()[:, None]
     return shares
 
 # %% ../../nbs/components/attributes.ipynb #settled-export
-def _rotated(around, most=120):
+def _principal_axes(pictures, most=120):
     "Pictures `(n,r)` along the axes of their largest variance, and these axes `(r,d)`"
-    u, size, axes = torch.linalg.svd(around, full_matrices=False)
+    u, size, axes = torch.linalg.svd(pictures, full_matrices=False)
     return u[:, :most] * size[:most], axes[:most]
 
 
-def _settled(pictures, design, penalty, shares):
-    "Every picture in its likeliest combination; `values` are numbers of combinations here"
+def _assign(pictures, design, penalty, shares):
+    "Likeliest combination of every picture `(n,)`, means of the combinations `(c,d)`, and the objective"
     chosen = shares.argmax(1)
-    hard = nn.functional.one_hot(chosen, len(design)).float()
-    effects = fit_effects(design, penalty, hard, pictures)
+    one_hot = nn.functional.one_hot(chosen, len(design)).float()
+    effects = fit_effects(design, penalty, one_hot, pictures)
     centres = design @ effects
     error = (pictures - centres[chosen]).square().sum(1).mean()
-    kept = (penalty[:, None] * effects.square()).sum() / len(pictures)
-    return Attributes(chosen, centres, float(error + kept))
+    penalised = (penalty[:, None] * effects.square()).sum() / len(pictures)
+    return chosen, centres, float(error + penalised)
 
 # %% ../../nbs/components/attributes.ipynb #check-export
 def _check_sizes(sizes):
@@ -126,49 +120,43 @@ def find_attributes(
     interaction: float = 2.0,  # λ: pictures that know nothing of an interaction
     temperatures: int = 80,
     rounds: int = 3,  # at each temperature
-    runs: int = 8,  # the best counts
+    runs: int = 8,  # the best counts; small grids need more, see `Attributes.agreeing`
     seed: int = 0,
 ) -> Attributes:
-    "Values of K attributes for every picture, without labels; ValueError for what cannot be searched"
+    """Values of K attributes for every picture, without labels: a factorial mixture (after Ghahramani 1995).
+
+    Means are tied by main effects and interactions of two. ValueError for what cannot be searched."""
     _check_search(pictures, sizes, interaction, temperatures, runs)
     design, interacts = effect_design(sizes)
     mean = pictures.float().mean(0)
-    around = pictures.float() - mean
-    scale = around.square().sum(1).mean().sqrt().clamp_min(1e-12)
-    low, turned = _rotated(around / scale)
-    penalty = torch.where(interacts, interaction, SMALL)
-    coolness = torch.logspace(math.log10(0.5), math.log10(400), temperatures)
-    best = None
+    centred = pictures.float() - mean
+    scale = centred.square().sum(1).mean().sqrt().clamp_min(1e-12)
+    projected, axes = _principal_axes(centred / scale)
+    penalty = torch.where(interacts, interaction, 0.01)  # of main effects only to share out the mean
+    betas = torch.logspace(math.log10(0.5), math.log10(400), temperatures)
+    ended = []
     for run in range(runs):
         generator = torch.Generator().manual_seed(seed * 1000 + run)
-        shares = _anneal(low, design, penalty, interacts, coolness, rounds, generator)
-        found = _settled(low, design, penalty, shares)
-        if best is None or found.objective < best.objective:
-            best = found
-    values = all_combinations(sizes)[best.values]
-    return Attributes(values, mean + scale * best.centres @ turned, best.objective)
+        shares = _anneal(projected, design, penalty, interacts, betas, rounds, generator)
+        ended.append(_assign(projected, design, penalty, shares))
+    chosen, centres, objective = min(ended, key=lambda end: end[2])
+    agreeing = sum(end[2] <= 1.01 * objective + 1e-9 for end in ended)
+    return Attributes(all_combinations(sizes)[chosen], mean + scale * centres @ axes, objective, agreeing)
 
 # %% ../../nbs/components/attributes.ipynb #finder-export
 class _Finder(nn.Module):
     "Finds attributes, and keeps the directions in which their combinations differ"
 
-    def flat(self, images: Tensor) -> Tensor:
-        "Pictures as rows of numbers `(b,3·h·w)`; ValueError where they have another size"
-        side = self.image_size
-        if images.shape[1:] != (3, side, side):
-            shape = tuple(images.shape)
-            raise ValueError(f"images {shape} for an encoder built for (b, 3, {side}, {side}): resize one of them")
-        return images.flatten(1).float()
-
     @torch.no_grad()
     def find(self, images: Tensor, **options: int | float) -> Attributes:
         "Find the attributes of pictures `(n,3,h,w)`, before training; options of `find_attributes`"
-        found = find_attributes(self.flat(images).cpu(), self.sizes, **options)
+        check_picture_size(images, self.image_size)
+        found = find_attributes(images.flatten(1).cpu(), self.sizes, **options)
         mean = found.centres.mean(0)
-        low, axes = _rotated(found.centres - mean, len(self.axes))
+        projected, axes = _principal_axes(found.centres - mean, len(self.axes))
         self.mean.copy_(mean)
         self.axes[:len(axes)] = axes
-        self.centres[:, :len(axes)] = low
+        self.centres[:, :len(axes)] = projected
         return found
 
 # %% ../../nbs/components/attributes.ipynb #encoder-export
@@ -200,11 +188,12 @@ class AttributeEncoder(_Finder):
 
     def values(self, images: Tensor) -> Tensor:
         "Values `(b,K)` of pictures `(b,3,h,w)`: those of the nearest combination"
+        check_picture_size(images, self.image_size)
         if not self.centres.any():
             raise ValueError("this encoder knows no attributes yet: call find(images) with the training pictures")
         with torch.autocast(images.device.type, enabled=False):  # eight bits of precision would confuse neighbours
-            low = (self.flat(images) - self.mean.float()) @ self.axes.float().T
-            nearest = torch.cdist(low, self.centres.float()).argmin(1)
+            projected = (images.flatten(1).float() - self.mean.float()) @ self.axes.float().T
+            nearest = torch.cdist(projected, self.centres.float()).argmin(1)
         return all_combinations(self.sizes).to(images.device)[nearest]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .plain_unets import coordinate_channels
 from .unets import check_choice
 
 # %% auto #0
-__all__ = ['SpatialSoftmax', 'convolutions_first', 'halved_side', 'make_readout', 'VectorEncoder']
+__all__ = ['SpatialSoftmax', 'convolutions_first', 'halved_side', 'make_readout', 'check_picture_size', 'VectorEncoder']
 
 # %% ../../nbs/components/vectors.ipynb #places-export
 class SpatialSoftmax(nn.Module):
@@ -80,6 +80,13 @@ def make_readout(kind: str, channels: int, side: int, out_dim: int, **options: i
         return nn.Linear(channels * side**2, out_dim)
     return SpatialSoftmax(channels, out_dim, **options)
 
+# %% ../../nbs/components/vectors.ipynb #size-export
+def check_picture_size(images: Tensor, side: int) -> None:
+    "ValueError where pictures are not `(b,3,side,side)`"
+    if images.shape[1:] != (3, side, side):
+        shape = tuple(images.shape)
+        raise ValueError(f"images {shape} for an encoder built for (b, 3, {side}, {side}): resize one of them")
+
 # %% ../../nbs/components/vectors.ipynb #encoder-export
 class VectorEncoder(nn.Module):
     "CNN that ends in a vector; with `norm=\"batch\"`, `end=\"relu\"` that of Decomp Diffusion (Su et al. 2024)"
@@ -111,15 +118,9 @@ class VectorEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         "`(b, 3, image_size, image_size)` in [−1, 1] → `(b, out_dim)`"
-        self._check_size(images)
+        check_picture_size(images, self.image_size)
         x = F.relu(self.first(images))
         for block, halve in zip(self.blocks, self.halve):
             x = F.relu(halve(block(x)))
         x = self.last(x.flatten(1) if isinstance(self.last, nn.Linear) else x)
         return F.relu(x) if self.end == "relu" else x
-
-    def _check_size(self, images: Tensor) -> None:
-        side = self.image_size
-        if images.shape[1:] != (3, side, side):
-            shape = tuple(images.shape)
-            raise ValueError(f"images {shape} for an encoder built for (b, 3, {side}, {side}): resize one of them")

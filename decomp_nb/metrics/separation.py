@@ -105,11 +105,13 @@ def recombination_accuracy(
 
 # %% ../../nbs/metrics/separation.ipynb #follows-export
 def pairs_that_differ(factors: Tensor, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    "Rows of at most n pairs of pictures with factors `(N,F)` that differ in every factor"
+    "Rows of at most n pairs of pictures with factors `(N,F)` that differ in every factor; ValueError if none do"
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(factors), (20 * n,), generator=generator)
     second = torch.randint(len(factors), (20 * n,), generator=generator)
     differ = (factors[first] != factors[second]).all(1)
+    if not differ.any():
+        raise ValueError("no two pictures differ in every factor: leave out factors that have one value only")
     return first[differ][:n], second[differ][:n]
 
 
