@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from training_toys import Denoiser, Pictures, Slower, train, train_in_process
 
-from decomp_nb.training import checkpoint, stream
+from decomp_nb.training import checkpoint, stream, trainer
 from decomp_nb.training.checkpoint import list_checkpoints
 from decomp_nb.training.config import TrainConfig, resolve_out_dir
 from decomp_nb.training.files import verify_manifest
@@ -285,6 +285,42 @@ def test_going_back_to_an_older_checkpoint_replaces_the_newer_ones(tmp_path):
     assert names(run.path) == ["step-00000004", "step-00000008", "step-00000012"]
     train(tmp_path / "run", save_every=2, max_steps=6, resume="step-00000004", keep_checkpoints=1)
     assert names(run.path) == ["step-00000006"] and rows(run)[-1]["step"] == 6
+
+
+def test_going_back_replaces_newer_checkpoints_from_the_first_one_on(tmp_path):
+    class Mended(Denoiser):
+        "Code has changed, which is why somebody goes back"
+        def forward(self, batch):
+            if self.calls == 5: raise RuntimeError("power cut")
+            return super().forward({"image": batch["image"] / 2})
+    _, run = train(tmp_path / "run", save_every=4, keep_checkpoints=3)
+    other = load_file(run.checkpoints / "step-00000008" / "model.safetensors")
+    record = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").write_text(json.dumps(record | {"model": record["model"] | {"_class_name": "Mended"}}))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(run.path, model=Mended(), save_every=4, keep_checkpoints=3, resume="step-00000004")
+    assert names(run.path) == ["step-00000004", "step-00000008"], "step 12 came from the code that was given up"
+    again = load_file(run.checkpoints / "step-00000008" / "model.safetensors")
+    assert not torch.equal(other["head.weight"], again["head.weight"])
+
+
+def test_killed_between_the_last_checkpoint_and_the_model(tmp_path, monkeypatch):
+    _, whole = train(tmp_path / "whole", save_every=4)
+    honest = trainer.export_model
+    def killed(engine, path, step):
+        if step == 12: raise KeyboardInterrupt
+        honest(engine, path, step)
+    monkeypatch.setattr(trainer, "export_model", killed)
+    with pytest.raises(KeyboardInterrupt): train(tmp_path / "cut", save_every=4)
+    monkeypatch.undo()
+    stale = load_file(tmp_path / "cut" / "model" / "model.safetensors")
+    _, cut = train(tmp_path / "cut", save_every=4, resume="auto")
+    wanted, found = (load_file(run.path / "model" / "model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert not torch.equal(stale["head.weight"], found["head.weight"])
+    before = {path: path.stat().st_mtime_ns for path in cut.path.rglob("*.safetensors")}
+    train(tmp_path / "cut", save_every=4, resume="auto")
+    assert before == {path: path.stat().st_mtime_ns for path in cut.path.rglob("*.safetensors")}, "a finished run is left alone"
 
 
 def test_half_written_checkpoint_disappears(tmp_path):

@@ -27,7 +27,8 @@ from .record import model_record
 from .weights import frozen_checksums, load_weights, restorable, save_weights
 
 # %% auto #0
-__all__ = ['list_checkpoints', 'newest_checkpoint', 'prune_checkpoints', 'save_state', 'load_state', 'export_model']
+__all__ = ['list_checkpoints', 'newest_checkpoint', 'prune_checkpoints', 'save_state', 'load_state', 'export_model',
+           'exported_step']
 
 # %% ../../nbs/training/checkpoint.ipynb #list-export
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -96,12 +97,20 @@ def load_state(engine: Engine, folder: Path) -> dict[str, Any]:
     return state
 
 # %% ../../nbs/training/checkpoint.ipynb #export-export
-def export_model(engine: Engine, path: Path) -> None:
-    "Write the averaged weights into the folder `path`, as `from_pretrained` wants them"
+def export_model(engine: Engine, path: Path, step: int) -> None:
+    "Write the averaged weights of `step` into the folder `path`, as `from_pretrained` wants them"
     with explain_disk_errors(path), engine.averaged() as model, atomic_folder(path) as folder:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder)
         else:
             save_weights(restorable(model), folder / "model.safetensors")
             write_text(folder / "config.json", json.dumps(model_record(model)))
-        write_manifest(folder)
+        write_manifest(folder, step=step)
+
+
+def exported_step(path: Path) -> int | None:
+    "Step whose weights `export_model` wrote into the folder `path`; None where that is not known"
+    try:
+        return json.loads((path / "complete.json").read_text(encoding="utf-8")).get("step")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -78,14 +78,14 @@ def checksum(path: Path) -> int:
     return value
 
 
-def write_manifest(folder: Path) -> None:
-    "List every file below a folder, with size and checksum, in `complete.json`"
+def write_manifest(folder: Path, **about: int | str) -> None:
+    "List every file below a folder, with size and checksum, in `complete.json`; `about` stands beside the list"
     there = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
         for path in there
     }
-    write_text(folder / "complete.json", json.dumps({"files": files}, indent=1))
+    write_text(folder / "complete.json", json.dumps({**about, "files": files}, indent=1))
 
 
 def verify_manifest(folder: Path) -> str:

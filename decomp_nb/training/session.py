@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import check_range, value_range
 from .accelerator import agree_on_precision, gather_states, make_accelerator
+from .checkpoint import list_checkpoints
 from .config import TrainConfig
 from .engine import Engine
 from .forecast import Forecast, Plan, expectation, load_plan
@@ -130,6 +131,8 @@ class Session:
         self.batch: Any = None
         self.logged = run.last_step("train")
         self.evaluated = run.last_step("eval")
+        newest = list_checkpoints(run.checkpoints)[-1:]
+        self.saved = self.step if newest == [run.checkpoints / f"step-{self.step:08d}"] else None
         self.forecast = make_forecast(config, progress.get("plan"), self.step)
         engine.plan = self.forecast.plan
         engine.raw.train()

@@ -22,6 +22,7 @@ from .accelerator import sums
 from .agreement import check_agreement, data_record
 from decomp_nb.training.checkpoint import (
     export_model,
+    exported_step,
     load_state,
     newest_checkpoint,
     prune_checkpoints,
@@ -29,21 +30,14 @@ from decomp_nb.training.checkpoint import (
 )
 from .config import TrainConfig, resolve_out_dir
 from .engine import Engine, evaluation_mode, named_rates, read_losses, to_device
-from .files import atomic_folder, explain_disk_errors, verify_manifest
+from .files import atomic_folder, explain_disk_errors
 from .lock import WriterLock
 from .precision import Precision
 from .record import circumstances, model_record
 from .rehearsal import rehearse, rehearsing
 from .reporting import append_metrics, format_number, metric_label, progress_line
 from .run_directory import Run, check_writable, display_path, find_resume
-from decomp_nb.training.session import (
-    BEGINNING,
-    Session,
-    first_lines,
-    images_per_step,
-    open_trackers,
-    prepare,
-)
+from .session import BEGINNING, Session, first_lines, images_per_step, open_trackers, prepare
 from .signals import stop_signals
 from .stream import MicroBatchSampler, stream_loader, workers_at_most
 
@@ -198,13 +192,15 @@ def _write_checkpoint(session: Session, engine: Engine, progress: Mapping[str, A
     "Write the checkpoint of this step and `model/`, unless they are there"
     path = session.run.checkpoints / f"step-{session.step:08d}"
     model = session.run.path / "model"
-    if model.exists() and not verify_manifest(path):
+    if session.saved != session.step:
+        progress = {**progress, "seconds": session.watch.total(), "plan": session.forecast.state()}
+        with explain_disk_errors(path), atomic_folder(path) as folder:
+            save_state(engine, folder, progress)
+        prune_checkpoints(path, session.config.keep_checkpoints)
+        session.saved = session.step
+    elif exported_step(model) == session.step:
         return
-    progress = {**progress, "seconds": session.watch.total(), "plan": session.forecast.state()}
-    with explain_disk_errors(path), atomic_folder(path) as folder:
-        save_state(engine, folder, progress)
-    prune_checkpoints(path, session.config.keep_checkpoints)
-    export_model(engine, model)
+    export_model(engine, model, session.step)
 
 # %% ../../nbs/training/trainer.ipynb #trainer-stepper-export
 def make_batches(session: Session, data: Any) -> Iterator[Iterator[Any]]:
