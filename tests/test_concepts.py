@@ -356,6 +356,16 @@ def test_eval_concepts(places, tmp_path):
     assert len(json.loads((tmp_path / "scores" / "scores.json").read_text())) == 6
 
 
+def test_eval_text_to_image(foundation_run, places, tmp_path):
+    options = dict(out_dir=str(tmp_path / "scores"), judge_steps=2, judged=3, sample_steps=2, batch_size=2)
+    execute("eval_text_to_image", tmp_path, foundation=str(foundation_run / "pipeline"), **options)
+    scores = json.loads((tmp_path / "scores" / "eval_text_to_image.json").read_text())["scores"]
+    assert set(scores["drawn"]) == {"shape", "color", "background", "light", "style", "joint"}
+    assert scores["drawn"]["joint"] <= min(scores["drawn"].values()) and 0 < scores["judge on true pictures"]["shape"] < 1
+    with pytest.raises(papermill.PapermillExecutionError, match="knows single words"):
+        execute("eval_text_to_image", tmp_path, foundation=str(places / "memory"), **options)
+
+
 def test_eval_concepts_with_clip_and_maps(foundation_run, judges, tmp_path):
     execute("eval_concepts", tmp_path, out_dir=str(tmp_path / "scores"), foundation=str(foundation_run / "pipeline"), judge=str(judges / "clip"), class_names="red square,castle,red,a photo,square",
             seeds=1, steps=3, kinds_draws=1, batch_size=2, n_per_class=1, n_drawn=1, sample_steps=2, fit_draws=2, held_out=1, located=4, located_steps=2)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from .diffusion import diffusion_target, make_scheduler, noise_at, sample_timesteps
 from .samplers import invert
+from ..decomposer import sample
 
 # %% auto #0
 __all__ = ['Prompts', 'WordTable', 'check_words', 'unknown_words', 'token_names', 'expand_words', 'FrozenDenoiser', 'Foundation',
-           'random_codes', 'codes_of', 'nearest_words']
+           'random_codes', 'codes_of', 'nearest_words', 'guided_prediction', 'draw_prompts']
 
 # %% ../../nbs/components/foundations.ipynb #prompts-export
 class Prompts(NamedTuple):
@@ -240,3 +241,33 @@ def nearest_words(foundation: Foundation, codes: Tensor, n: int = 5) -> list[lis
     for row, values in zip(rows.tolist(), cosines.tolist()):
         nearest.append([(words[i], value) for i, value in zip(row, values)])
     return nearest
+
+# %% ../../nbs/components/foundations.ipynb #draw-export
+def guided_prediction(
+    foundation: Foundation, prompts: Prompts, guidance_scale: float = 1.0
+) -> Callable[[Tensor, Tensor], Tensor]:
+    "`(x, t) → model output` for encoded prompts, one for each row of x, moved away from the empty prompt by the scale"
+    if guidance_scale == 1:
+        return lambda x, t: foundation.predict(x, t, prompts)
+    both = foundation.null().rows([0] * len(prompts.states)).cat(prompts)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        null, conditional = foundation.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return null + guidance_scale * (conditional - null)
+
+    return predict
+
+
+@torch.no_grad()
+def draw_prompts(
+    foundation: Foundation,
+    prompts: Sequence[str],  # b sentences
+    noise: Tensor,  # `(b,c,h,w)` to start from
+    *,
+    codes: Tensor | None = None,  # vectors of the added words `(k, code_dim)`
+    guidance_scale: float = 7.5,
+    steps: int = 25,  # denoising steps
+) -> Tensor:
+    "A picture for each sentence `(b,3,h,w)` in [−1,1]"
+    predict = guided_prediction(foundation, foundation.encode(prompts, codes), guidance_scale)
+    return foundation.latents.decode(sample(predict, noise, foundation.sampler, steps))

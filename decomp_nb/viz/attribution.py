@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from ..components.foundations import Foundation, Prompts
+from ..components.foundations import Foundation, Prompts, guided_prediction
 from ..decomposer import sample
 
 # %% auto #0
@@ -256,7 +256,7 @@ def attribute(
     prompts = [prompts] * len(x) if isinstance(prompts, str) else list(prompts)
     words = [words] * len(x) if isinstance(words, str) else list(words)
     guided = images is None and guidance_scale != 1
-    predict = _predictor(base, base.encode(prompts, codes), guidance_scale if guided else 1)
+    predict = guided_prediction(base, base.encode(prompts, codes), guidance_scale if guided else 1)
     with record_attention(base, guided=guided) as record:
         if images is None:
             images = base.latents.decode(sample(predict, x, base.sampler, steps))
@@ -266,18 +266,6 @@ def attribute(
     for maps, prompt, word in zip(record.maps(x.shape[-2:], exact=exact, layers=layers), prompts, words):
         chosen.append(maps[token_places(base, prompt, word)].mean(0))
     return images, expand(torch.stack(chosen), tuple(images.shape[-2:]))
-
-
-def _predictor(base, text, guidance_scale):
-    "`(x, t) → model output`, guided unless the scale is 1"
-    if guidance_scale == 1:
-        return lambda x, t: base.predict(x, t, text)
-    both = base.null().rows([0] * len(text.states)).cat(text)
-
-    def predict(x, t):
-        null, cond = base.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return null + guidance_scale * (cond - null)
-    return predict
 
 # %% ../../nbs/viz/attribution.ipynb #energy-export
 @torch.no_grad()

@@ -21,7 +21,7 @@ from .shapes import SHAPES, composite, label_map, object_distances, pixel_covera
 
 # %% auto #0
 __all__ = ['SCENE_SHAPES', 'SCENE_COLORS', 'SCENE_FACTORS', 'HELD_OUT', 'CLASSES', 'scene_words', 'apply_style', 'write_captions',
-           'CaptionedScenes', 'concept_task']
+           'CaptionedScenes', 'single_scenes', 'full_captions', 'concept_task']
 
 # %% ../../nbs/worlds/captioned.ipynb #factors-export
 SCENE_SHAPES, SCENE_COLORS = tuple(SHAPES)[:6], tuple(PALETTE)
@@ -236,6 +236,22 @@ class CaptionedScenes(DrawnDataset):
         "Many scenes at once: stacked tensors and a list of captions"
         ids = [f"captioned-{self.split}-{i:08d}" for i in self.positions(indices).tolist()]
         return _draw_batch(*self.factors(indices), self.size) | {"image_id": ids}
+
+# %% ../../nbs/worlds/captioned.ipynb #alone-export
+def single_scenes(scenes: CaptionedScenes, indices: Indices) -> tuple[Tensor, dict[str, Tensor]]:
+    "Pictures `(b,3,h,w)` of scenes with one object each, and the class number of every factor `(b,)`"
+    found = scenes.batch(indices)
+    labels = found["labels"]
+    truth = {"shape": labels["shape"][:, 0], "color": labels["color"][:, 0]}
+    return found["image"], truth | {f: found[f] for f in ("background", "light", "style")}
+
+
+def full_captions(truth: Mapping[str, Tensor]) -> list[str]:
+    "Sentences that name every factor of scenes with one object"
+    names = {f: [SCENE_FACTORS[f][i] for i in numbers.tolist()] for f, numbers in truth.items()}
+    each = [dict(zip(names, row)) for row in zip(*names.values())]
+    pattern = "a photo of a {color} {shape} on {background} in {light} light {style} style"
+    return [pattern.format(**scene) for scene in each]
 
 # %% ../../nbs/worlds/captioned.ipynb #tasks-export
 CLASSES = (
