@@ -78,10 +78,15 @@ def test_counts_that_count_nothing_are_refused_before_a_kernel_starts(notebook, 
     assert main(["run", str(path), "-p", name, text, "--check"]) == 2 and f"{text} is below {least}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("notebook", [name for name in NOTEBOOKS if "batch_size" in parameters(ROOT / "nbs" / name)])
+def test_a_batch_of_nothing_is_refused_everywhere(notebook):
+    with pytest.raises(ValueError, match="batch_size: 0 is below 1"): gather_values(parameters(ROOT / "nbs" / notebook), [], [("batch_size", "0")])
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_defaults_are_counts_that_are_allowed(notebook):
     accepted = parameters(ROOT / "nbs" / notebook)
-    gather_values(accepted, [], [(p.name, p.default) for p in accepted.values() if type(p.default) in (int, list) and p.name not in TrainConfig.names()])
+    gather_values(accepted, [], [(p.name, p.default) for p in accepted.values() if type(p.default) in (int, float, list)])
 
 
 @pytest.mark.parametrize("notebook, name", [("compare_slots", "seeds"), ("compare_slots", "methods"), ("eval_probing", "kinds"), ("train_latent_diffusion", "channels")])

@@ -265,7 +265,7 @@ def _is_training(accepted: Parameters) -> bool:
 
 
 def _check_ranges(values: dict) -> None:
-    "Every training option within its own limits"
+    "Every training option within its own limits, also where an evaluation has one of the same name"
     for field in fields(TrainConfig):
         if field.name in values:
             check_range(field, values[field.name])
@@ -283,8 +283,7 @@ def check_values(accepted: Parameters, values: dict, source: str) -> dict:
     _check_names(accepted, values, source)
     try:
         values = {name: coerce(accepted[name], value) for name, value in values.items()}
-        if _is_training(accepted):
-            _check_ranges(values)
+        _check_ranges(values)
     except ValueError as error:
         raise ValueError(f"{error} ({source})") from None
     return values
