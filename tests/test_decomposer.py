@@ -188,13 +188,16 @@ def test_weights_that_come_with_the_package_are_listed_with_their_scores():
 def test_commands_that_reproduce_scores_name_what_there_is(command):
     root = Path(__file__).resolve().parents[1]
     program, verb, page, *options = command.split()
-    assert (program, verb) == ("decomp_nb", "run") and (root / page).is_file()
+    assert (root / page).is_file()
+    if (program, verb) == ("python", "tools/run_nbs.py"):  # a page prints the scores itself
+        return
+    assert (program, verb) == ("decomp_nb", "run")
     recipes = [value for option, value in zip(options, options[1:]) if option == "-f"]
     assert all((root / recipe).is_file() for recipe in recipes)
     given = {name: value for option, name, value in zip(options, options[1:], options[2:]) if option == "-p"}
     assert set(given) <= set(papermill.inspect_notebook(str(root / page)))
     names = [value for name, value in given.items() if name in ("run_dir", "slot_former") and "/" not in value]
-    assert names or recipes or "run_dir" in given
+    assert names or recipes or "run_dir" in given or given["foundation"] in shipped()
     assert all((shipped(name) / "run.json").is_file() for name in names), "evaluations find weights with run.json only"
 
 
