@@ -76,6 +76,7 @@ NO_DECOMPOSERS = {
     "scene_extractor": lambda _: scene_extractor(),
     "drawn_dc": build_latents,
     "drawn_patches": load_dvae,
+    "drawn_dvae": load_dvae,
 }
 
 
