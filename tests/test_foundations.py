@@ -6,12 +6,13 @@ import torch
 from tiny_pipelines import FAMILIES, tiny_foundation
 
 import decomp_nb
-from decomp_nb.components.foundations import codes_of, nearest_words, random_codes
+from decomp_nb.components.foundations import codes_of, draw_prompts, nearest_words, random_codes
 from decomp_nb.components.picture_memory import picture_memory
 from decomp_nb.components.pipelines import open_foundation
 from decomp_nb.components.text_to_image import TextToImage, random_pipeline
 from decomp_nb.decomposer import sample
 from decomp_nb.viz.attribution import record_attention, text_layers
+from decomp_nb.worlds.captioned import SCENE_FACTORS, CaptionedScenes, full_captions, single_scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # numpy 2 about torch, inside diffusers
 
@@ -148,3 +149,22 @@ def test_old_names_still_lead_to_the_new_ones():
     from decomp_nb.components.text_to_image import clear_vae, identity_vae
     assert clear_vae is identity_vae and tiny_foundation is random_pipeline and clip_tokenizer
     assert spelled(["<a>"], 2) == ["<a>", "<a>_1"] and written_out("<a>", ["<a>"], 2) == "<a> <a>_1"
+
+
+def test_a_picture_for_each_sentence(tmp_path):
+    base = open_foundation(random_pipeline(tmp_path / "sd"))
+    noise = torch.randn(2, *base.latents.shape(16), generator=torch.Generator().manual_seed(0))
+    both = draw_prompts(base, ["a red square", "a blue circle"], noise, guidance_scale=2.0, steps=2)
+    alone = draw_prompts(base, "a blue circle", noise[1:], guidance_scale=2.0, steps=2)
+    torch.testing.assert_close(both[1:], alone)
+    plain = draw_prompts(base, "a blue circle", noise[1:], guidance_scale=1, steps=2)
+    assert plain.shape == (1, 3, 16, 16) and not torch.equal(plain, alone)
+    with pytest.raises(ValueError, match="1 sentences and noise for 2 pictures"): draw_prompts(base, ["a red square"], noise)
+
+
+def test_scenes_of_one_object_have_captions_that_name_everything():
+    pictures, truth = single_scenes(CaptionedScenes(8, size=16, n_objects=(1, 1)), range(8))
+    captions = full_captions(truth)
+    assert len(pictures) == len(captions) == 8 and set(truth) == set(SCENE_FACTORS)
+    for i, caption in enumerate(captions): assert all(SCENE_FACTORS[name][values[i]] in caption for name, values in truth.items())
+    with pytest.raises(ValueError, match="scenes of one object"): single_scenes(CaptionedScenes(8, size=16), range(2))

@@ -261,13 +261,16 @@ def guided_prediction(
 @torch.no_grad()
 def draw_prompts(
     foundation: Foundation,
-    prompts: Sequence[str],  # b sentences
+    prompts: str | Sequence[str],  # b sentences
     noise: Tensor,  # `(b,c,h,w)` to start from
     *,
     codes: Tensor | None = None,  # vectors of the added words `(k, code_dim)`
     guidance_scale: float = 7.5,
     steps: int = 25,  # denoising steps
 ) -> Tensor:
-    "A picture for each sentence `(b,3,h,w)` in [−1,1]"
+    "A picture for each sentence `(b,3,h,w)`; `ValueError` where sentences and rows of noise are not as many"
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if len(prompts) != len(noise):
+        raise ValueError(f"{len(prompts)} sentences and noise for {len(noise)} pictures: give a row for each")
     predict = guided_prediction(foundation, foundation.encode(prompts, codes), guidance_scale)
     return foundation.latents.decode(sample(predict, noise, foundation.sampler, steps))

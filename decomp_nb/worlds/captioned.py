@@ -239,7 +239,12 @@ class CaptionedScenes(DrawnDataset):
 
 # %% ../../nbs/worlds/captioned.ipynb #alone-export
 def single_scenes(scenes: CaptionedScenes, indices: Indices) -> tuple[Tensor, dict[str, Tensor]]:
-    "Pictures `(b,3,h,w)` of scenes with one object each, and the class number of every factor `(b,)`"
+    """Pictures `(b,3,h,w)` of scenes with one object each, and the class number of every factor `(b,)`
+
+    `ValueError` for scenes that may hold more objects.
+    """
+    if scenes.max_objects != 1:
+        raise ValueError(f"n_objects={scenes.n_objects}: give scenes of one object, n_objects=(1, 1)")
     found = scenes.batch(indices)
     labels = found["labels"]
     truth = {"shape": labels["shape"][:, 0], "color": labels["color"][:, 0]}
