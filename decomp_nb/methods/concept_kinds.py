@@ -75,7 +75,7 @@ def find_kinds(
     sizes: Sequence[int],  # words of each kind, those that change the picture most first
     *,
     known: Sequence[str] | None = None,  # candidates; None: `known_words`
-    draws: int = 8,  # of time and noise, with which sentences are compared
+    draws: int = 8,  # of time and noise, with which sentences are compared; kinds that change the loss little need more
     passes: int = 0,  # how often every kind is chosen once more, given all others
 ) -> FactorKinds:
     "Kinds of known words such that every image has one word of each; ValueError for too few candidates"
