@@ -177,7 +177,7 @@ def disturbed(folder: Path, dice: random.Random, longest: float) -> dict[str, in
             code = flip_bit(folder, dice) and 1
         else:
             code = interrupt(folder, dice, longest, signal.SIGKILL if what == "kill -9" else signal.SIGTERM)
-        said = log.read_text()[said_before:]
+        said = log.read_bytes()[said_before:].decode(errors="replace")  # sizes count bytes
         if code == 0 and f"trained for {STEPS} steps" in said:  # code 0 alone may be a SIGTERM at the last step
             return count
 
@@ -191,7 +191,7 @@ def second_writer_refused(folder: Path) -> bool:
     log = folder.with_suffix(".log")
     before = log.stat().st_size
     code = ended(start(folder))
-    said = log.read_text()[before:]
+    said = log.read_bytes()[before:].decode(errors="replace")
     os.kill(first, signal.SIGKILL)
     ended(first)
     return code == 1 and f"is being written by process {first} on" in said
