@@ -34,10 +34,9 @@ __all__ = ['default_output', 'report_results', 'take_parameters', 'make_parser',
 
 # %% ../../nbs/training/launch.ipynb #launch-default-output
 def default_output(notebook: str | Path) -> Path:
-    "`papermill_runs/out/<notebook>-<date-time>.ipynb` in the project"
+    "`papermill_runs/out/<notebook>-<date-time>.ipynb` in the project; two runs of one second have two names"
     out = project_root() / "papermill_runs" / "out"
-    path = out / f"{Path(notebook).stem}-{datetime.now():%Y%m%d-%H%M%S}.ipynb"
-    return path if not path.exists() else path.with_stem(f"{path.stem}-{os.getpid()}")
+    return out / f"{Path(notebook).stem}-{datetime.now():%Y%m%d-%H%M%S-%f}.ipynb"
 
 # %% ../../nbs/training/launch.ipynb #launch-report
 def report_results(output: Path) -> None:
