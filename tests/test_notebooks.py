@@ -120,6 +120,8 @@ BAD = [
     (hygiene.below_one_megabyte, Notebook("core", LIBRARY.content, 1_200_000), "1.2 MB"),
     (hygiene.outputs_are_committed, notebook("core", cell("code", "toy-show", "1 + 1")), "no outputs"),
     (hygiene.outputs_are_committed, notebook("tutorials/toy", cell("code", "toy-show", "1 + 1")), "no outputs"),
+    (hygiene.no_picture_is_missing, code("x = 1\nx"), "toy-bad"),
+    (hygiene.no_picture_is_missing, code("strip({'picture': images})"), "toy-bad"),
     (hygiene.imports_stand_alone, code("import math\nmath.pi"), "mixes"),
     (hygiene.imports_stand_alone, code("#| export\nfrom math import pi\ndef area(r): return pi * r * r"), "mixes"),
     (hygiene.no_star_imports, code("from math import *"), "from math"),

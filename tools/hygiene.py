@@ -233,6 +233,28 @@ def outputs_are_committed(nb: Notebook):
         yield "no outputs: run `make notebooks NB=…`"
 
 
+def no_picture_is_missing(nb: Notebook):
+    "A sentence that announces a picture or a table is followed by it: on a page with outputs, a cell that shows something has one"
+    page_ran = any(c.get("outputs") for c in nb.code)
+    for cell in nb.code:
+        silent = not cell.get("outputs") and "hide" not in marks(cell)
+        if page_ran and silent and unattended(cell) and not exported(cell) and surely_shows(cell):
+            yield f"cell {cell['id']} ends in something to see and has no output: run the page again"
+
+
+SHOWING = {"print", "Table", "strip", "grid", "show", "overlay", "curve", "film"}  # calls that always leave an output
+
+
+def surely_shows(cell: dict) -> bool:
+    "Does the cell end in a name, or in a call that always shows something?"
+    body = parsed(cell)
+    if not body or not isinstance(body[-1], ast.Expr):
+        return False
+    value = body[-1].value
+    called = value.func if isinstance(value, ast.Call) else None
+    return isinstance(value, ast.Name) or isinstance(called, ast.Name) and called.id in SHOWING
+
+
 def ast_value(cell: dict) -> bool:
     "Does the cell end in an expression, so that it shows something?"
     body = parsed(cell)
@@ -300,7 +322,8 @@ def no_notebook_bars(nb: Notebook):
 NOTEBOOK_RULES = [
     kernelspec_is_python3, ids_speak, badge_leads_here, title_and_claim, one_parameters_cell, parameters_are_literals,
     papermill_reads_parameters, no_stderr,
-    no_error_outputs, no_machine_paths, no_widget_state, below_one_megabyte, outputs_are_committed, imports_stand_alone, no_star_imports,
+    no_error_outputs, no_machine_paths, no_widget_state, below_one_megabyte, outputs_are_committed, no_picture_is_missing, imports_stand_alone,
+    no_star_imports,
     only_libraries_export, runs_are_not_tests, skipping_is_said_twice, cells_are_python, installs_itself_on_colab,
     no_notebook_bars,
 ]
