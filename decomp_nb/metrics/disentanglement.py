@@ -267,13 +267,13 @@ def _rows_by_meaning(importance: ndarray) -> ndarray:
     return np.lexsort((-most, importance.argmax(1), most < 0.02 * most.max()))
 
 
-def _squares(importance: ndarray):
-    "A square in the middle of each cell, coloured by its column"
+def _squares(importance: ndarray, full: float | None = None):
+    "A square in the middle of each cell, coloured by its column; that of the importance `full` fills its cell"
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     from decomp_nb.viz.colours import palette
-    sides = 0.94 * np.sqrt(importance / max(importance.max(), 1e-12))
+    sides = 0.94 * np.sqrt(importance / max(full or importance.max(), 1e-12))
     squares = [Rectangle((j - side / 2, i - side / 2), side, side) for (i, j), side in np.ndenumerate(sides)]
     colours = palette(importance.shape[1]).numpy() / 255
     return PatchCollection(squares, facecolors=np.tile(colours, (len(importance), 1)), linewidths=0)
@@ -286,6 +286,7 @@ def importance_picture(
     *,
     title: str = "",
     width: int = 250,
+    full: float | None = None,  # the importance that fills a cell; None: the largest
     sort: bool = True,  # codes in the order of the factor that they mean most, those that mean nothing last
 ) -> Picture:
     "Importance of every code (row) for every factor (column) as the area of a square"
@@ -298,7 +299,7 @@ def importance_picture(
     slanted = max(map(len, columns)) * 6 > cell
     height = round(cell * k) + 30 + 18 * bool(title) + 26 * slanted
     fig, axes = figure(width, height, title)
-    axes.add_collection(_squares(importance[rows]))
+    axes.add_collection(_squares(importance[rows], full))
     axes.set(xlim=(-0.5, n - 0.5), ylim=(k - 0.5, -0.5))
     axes.set_yticks(range(k), [lines[row] for row in rows])
     axes.set_xticks(range(n), columns, rotation=30 * slanted, ha="right" if slanted else "center")
