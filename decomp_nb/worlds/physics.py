@@ -356,7 +356,7 @@ def mirror(stage: SceneFactors, keys: Tensor) -> SceneFactors:
 @dataclass(frozen=True)
 class Physics(Questions):
     "Bodies with weight, friction and bounce, seen from the side"
-    scenarios: tuple[str, ...] = tuple(STORIES)   # which stories, in equal shares
+    scenarios: tuple[str, ...] = tuple(STORIES)   # which stories, all equally likely
     halvings: int = 2
 
     floor: ClassVar = FLOOR

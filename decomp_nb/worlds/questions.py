@@ -28,7 +28,7 @@ __all__ = ['OTHERS', 'TRIES', 'Attempt', 'GRID', 'body_distance', 'body_coverage
 def body_distance(
     right: Tensor,   # `(n,h,w)`: of points as seen from the body's centre, along its own axes
     up: Tensor,
-    half: Tensor,    # `(n,2)`: half of its width and height; of a disc twice its radius
+    half: Tensor,    # `(n,2)`: half of its width and height; of a disc (r, r)
     disc: Tensor,    # bool `(n,)`
 ) -> Tensor:
     "Signed distance to discs and boxes, negative inside, in the unit of what is given"

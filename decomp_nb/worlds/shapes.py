@@ -267,7 +267,7 @@ def sample_shapes(
     size: int,
     options: Shapes,
 ) -> SceneFactors:
-    "Factors of scenes, each `(b,k)` or `(b,…)`; `options` are a `Shapes`, below"
+    "Factors of scenes, each `(b,k)` or `(b,…)`; `options` are a `Shapes`"
     k = options.n_objects[1]
     color, rgb = draw_colors(keys, k, options.colors)
     smallest, largest = options.side
@@ -330,5 +330,5 @@ class TexturedShapes(Shapes):
 
 @dataclass(frozen=True)
 class TexturedObjects(TexturedShapes):
-    "Two-coloured and patterned objects on textures: colours do not give an object away, as k-means of colours shows"
+    "Two-coloured and patterned objects on textures: colours do not give an object away"
     foreground: str = "textured"
