@@ -30,6 +30,7 @@ class Card(NamedTuple):
     cell: str = ""  # whose picture is shown
     box: tuple[float, float, float, float] = (0, 0, 1, 1)  # left, top, right, bottom, as shares of the picture
     alt: str = ""  # what the picture shows, for those who do not see it
+    source: str = ""  # page whose picture is shown, where it is another one
 
 
 CARDS = [
@@ -43,10 +44,10 @@ CARDS = [
          "disdiff_shapes3d", "traverse", (0.145, 0.052, 0.986, 0.452),
          "A room drawn seven times in a row: the hue of the object changes, below that of the wall, then that of the floor"),
     Card("methods/concepts", "Concepts", "New words for a text-to-image model, found in unlabelled pictures.",
-         "text_to_image", "trained-use", (0.185, 0.034, 0.685, 0.733),
-         "A discovered word drawn as a purple shape, then in sketch style, on white, and in other lights"),
-    Card("methods/slot_diffusion", "SlotDiffusion", "Slots with a latent diffusion model over a learned codebook.",
-         "slot_diffusion_textured", "hero", (0.011, 0.072, 0.5, 0.316),
+         "text_to_image", "trained-use", (0.1703, 0.0205, 0.8523, 0.741),
+         "A discovered word drawn five times as a blue shape, then in sketch style, then on white"),
+    Card("methods/slot_diffusion", "SlotDiffusion", "Slots with a latent diffusion model, published over a learned codebook.",
+         "slot_diffusion_textured (without codebook)", "hero", (0.011, 0.072, 0.5, 0.316),
          "A textured scene, the picture drawn from its slots, and its segmentation into objects and ground"),
     Card("methods/savi", "SAVi", "Slots that follow their objects through a clip.",
          "savi_moving_textured", "patterned-film",
@@ -61,8 +62,9 @@ CARDS = [
          "steve_moving_textured", "learned-picture", (0.25, 0.095, 0.978, 0.527),
          "Five frames of a film of patterned objects, and the slots that stay with them"),
     Card("methods/slot_former", "SlotFormer", "Slots of the next frames, rolled out from those that were seen.",
-         "slot_former_billiards", "result-picture", (0.02, 0.08, 0.586, 0.947),
-         "Frames of a film: the truth, frames predicted by SlotFormer, and the slots of the objects"),
+         "slot_former_billiards", "strip", (0.02, 0.06, 0.985, 0.945),
+         "Billiards 1 to 20 frames after the last frame that was seen: above the truth, below what SlotFormer predicts",
+         "tutorials/what_happens_next"),
     Card("methods/encdiff", "EncDiff", "Every factor is a token that the denoiser reads by cross-attention.",
          "recipe disdiff_shapes3d_tokens", "idea-picture", (0.13, 0.09, 0.84, 0.93),
          "A sketch: a picture of a room, six tokens made from it, and the denoiser, which turns noise into the picture"),
@@ -76,13 +78,14 @@ def picture_of(card: Card) -> Image.Image | None:
     "The part of a page's picture that a card shows"
     if not card.cell:
         return None
-    notebook = json.loads((ROOT / "nbs" / f"{card.page}.ipynb").read_text(encoding="utf-8"))
+    page = card.source or card.page
+    notebook = json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))
     cell = next((c for c in notebook["cells"] if c["id"] == card.cell), None)
     if cell is None:
-        raise ValueError(f"nbs/{card.page}.ipynb has no cell {card.cell!r}: name another one in tools/gallery.py")
+        raise ValueError(f"nbs/{page}.ipynb has no cell {card.cell!r}: name another one in tools/gallery.py")
     data = next((o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {})), None)
     if data is None:
-        raise ValueError(f"nbs/{card.page}.ipynb, cell {card.cell!r}, shows no picture: run the page, or name another cell")
+        raise ValueError(f"nbs/{page}.ipynb, cell {card.cell!r}, shows no picture: run the page, or name another cell")
     image = Image.open(io.BytesIO(base64.b64decode("".join(data)))).convert("RGB")
     (w, h), (left, top, right, bottom) = image.size, card.box
     return image.crop((round(left * w), round(top * h), round(right * w), round(bottom * h)))
