@@ -320,12 +320,11 @@ def no_notebook_bars(nb: Notebook):
 
 
 NOTEBOOK_RULES = [
-    kernelspec_is_python3, ids_speak, badge_leads_here, title_and_claim, one_parameters_cell, parameters_are_literals,
-    papermill_reads_parameters, no_stderr,
-    no_error_outputs, no_machine_paths, no_widget_state, below_one_megabyte, outputs_are_committed, no_picture_is_missing, imports_stand_alone,
-    no_star_imports,
-    only_libraries_export, runs_are_not_tests, skipping_is_said_twice, cells_are_python, installs_itself_on_colab,
-    no_notebook_bars,
+    kernelspec_is_python3, ids_speak, badge_leads_here, title_and_claim, one_parameters_cell,
+    parameters_are_literals, papermill_reads_parameters, no_stderr, no_error_outputs, no_machine_paths,
+    no_widget_state, below_one_megabyte, outputs_are_committed, no_picture_is_missing, imports_stand_alone,
+    no_star_imports, only_libraries_export, runs_are_not_tests, skipping_is_said_twice, cells_are_python,
+    installs_itself_on_colab, no_notebook_bars,
 ]
 
 
