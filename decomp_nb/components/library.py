@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..factors import Factors, stack_rows
+from ..factors import Factors
 
 # %% auto #0
 __all__ = ['ConceptLibrary', 'build_library', 'cutouts']
@@ -26,7 +26,6 @@ class ConceptLibrary:
     labels: Tensor  # `(n,)`, concept of each code
     origin: Tensor  # `(n,2)`, picture and factor that each code comes from
     spherical: bool = True
-    weights: Tensor | None = None  # `(n,)`, weight of each code in its picture; None: all 1
 
     @property
     def n_concepts(self) -> int:
@@ -55,16 +54,17 @@ class ConceptLibrary:
         return found
 
     def compose(self, recipe: Sequence[int], n: int = 1, *, generator: torch.Generator | None = None) -> Factors:
-        "`n` new sets with one code, and its weight, drawn from each concept of `recipe` (repeats allowed)"
-        drawn = [_draw_entries(self, concept, n, generator) for concept in recipe]
-        return _factors_of(self, torch.stack(drawn, 1))
+        "`n` new sets with one code drawn from each concept of `recipe` (repeats allowed)"
+        codes = [_draw_codes(self, concept, n, generator) for concept in recipe]
+        return Factors(torch.stack(codes, 1))
 
     def compose_like(self, n: int, *, generator: torch.Generator | None = None) -> Factors:
         "`n` sets that follow the recipes of random pictures, of those with the most common number of factors"
         fit = _common_pictures(self.origin)
         chosen = fit[torch.randint(len(fit), (n,), generator=generator)]
-        sets = [self.compose(self.recipe(picture), generator=generator) for picture in chosen.tolist()]
-        return stack_rows(sets)
+        recipes = [self.recipe(picture) for picture in chosen.tolist()]
+        sets = [self.compose(recipe, generator=generator).codes for recipe in recipes]
+        return Factors(torch.cat(sets))
 
 # %% ../../nbs/components/library.ipynb #library-number-export
 def _check_concept(concept: int, count: int) -> None:
@@ -98,11 +98,8 @@ def build_library(
     "Sort the codes of many pictures into concepts by k-means (LSD, section 4.2)"
     from sklearn.cluster import KMeans
     keep = _large_enough(factors, min_area)
-    weights = None
     if factors.weights is not None:
-        weights = factors.weights.detach().float().cpu()
-        keep = keep & (weights != 0)
-        weights = weights[keep]
+        keep = keep & (factors.weights.detach().cpu() != 0)
     codes = factors.codes.detach().float().cpu()[keep]
     if len(codes) < n_concepts:
         need = f"{n_concepts} concepts need at least as many codes, and there are {len(codes)}"
@@ -111,7 +108,7 @@ def build_library(
     means = KMeans(n_concepts, n_init=10, random_state=seed).fit(placed.numpy())
     centers = torch.as_tensor(means.cluster_centers_)
     labels = torch.as_tensor(means.labels_, dtype=torch.long)
-    return ConceptLibrary(centers, codes, labels, keep.nonzero(), spherical, weights)
+    return ConceptLibrary(centers, codes, labels, keep.nonzero(), spherical)
 
 
 def _large_enough(factors: Factors, min_area: float) -> Tensor:
@@ -122,23 +119,15 @@ def _large_enough(factors: Factors, min_area: float) -> Tensor:
     area = owner.float().mean((1, 2))
     return (area >= min_area).cpu()
 
-# %% ../../nbs/components/library.ipynb #draw-export
-def _draw_entries(library: ConceptLibrary, concept: int, n: int, generator: torch.Generator | None) -> Tensor:
-    "`n` entries of a concept `(n,)`, repeats allowed"
+
+def _draw_codes(library: ConceptLibrary, concept: int, n: int, generator: torch.Generator | None) -> Tensor:
+    "`n` codes of a concept `(n,d)`, repeats allowed"
     members = (library.labels == concept).nonzero().flatten()
     if not len(members):
         known = f"the library has concepts 0 to {library.n_concepts - 1}"
         raise ValueError(f"concept {concept} is empty or unknown: {known}")
     drawn = torch.randint(len(members), (n,), generator=generator)
-    return members[drawn]
-
-
-def _factors_of(library: ConceptLibrary, entries: Tensor) -> Factors:
-    "Entries `(n,k)` as sets, with their weights where the library has some"
-    codes = library.codes[entries]
-    if library.weights is None:
-        return Factors(codes)
-    return Factors(codes, library.weights[entries])
+    return library.codes[members[drawn]]
 
 # %% ../../nbs/components/library.ipynb #cutouts-export
 def cutouts(images: Tensor, factors: Factors, origin: Tensor, *, ground: float = 0.85) -> Tensor:
