@@ -216,7 +216,7 @@ def test_run_is_live_and_names_its_results(tmp_path):
     assert f"\\xbd {sys.executable}" in out
     first, second = out.splitlines()[-2:]
     executed = tmp_path / "deep" / first.removeprefix("executed notebook: ")
-    assert executed.parent.samefile(tmp_path / "papermill_runs/out") and re.fullmatch(r"toy-\d{8}-\d{6}\.ipynb", executed.name)
+    assert executed.parent.samefile(tmp_path / "papermill_runs/out") and re.fullmatch(r"toy-\d{8}-\d{6}-\d{6}\.ipynb", executed.name)
     assert second == "run directory: runs/toy"
     kept = tmp_path / "deep/runs/toy/notebook.ipynb"
     assert kept.read_bytes() == executed.read_bytes() and "step 2 007" in text_of(kept)
