@@ -44,7 +44,7 @@ class ConceptLibrary:
         return _one_per_picture(members, self.origin)[:n]
 
     def _placed(self, codes: Tensor) -> Tensor:
-        return F.normalize(codes, dim=-1) if self.spherical else codes
+        return F.normalize(codes.float(), dim=-1) if self.spherical else codes.float()
 
     def recipe(self, picture: int) -> list[int]:
         "Which concepts a picture of the library is made of; IndexError for one that it does not hold"

@@ -273,7 +273,10 @@ def _squares(importance: ndarray, full: float | None = None):
     from matplotlib.patches import Rectangle
 
     from decomp_nb.viz.colours import palette
-    sides = 0.94 * np.sqrt(importance / max(full or importance.max(), 1e-12))
+    largest = np.max(importance, initial=0.0)
+    if full is not None and not full >= largest:
+        raise ValueError(f"full={full}: the largest importance is {largest:.3g}, whose square must fit into its cell")
+    sides = 0.94 * np.sqrt(importance / max(largest if full is None else full, 1e-12))
     squares = [Rectangle((j - side / 2, i - side / 2), side, side) for (i, j), side in np.ndenumerate(sides)]
     colours = palette(importance.shape[1]).numpy() / 255
     return PatchCollection(squares, facecolors=np.tile(colours, (len(importance), 1)), linewidths=0)
