@@ -30,7 +30,6 @@ class Card(NamedTuple):
     cell: str = ""  # whose picture is shown
     box: tuple[float, float, float, float] = (0, 0, 1, 1)  # left, top, right, bottom, as shares of the picture
     alt: str = ""  # what the picture shows, for those who do not see it
-    source: str = ""  # page whose picture is shown, where it is another one
 
 
 CARDS = [
@@ -62,9 +61,8 @@ CARDS = [
          "steve_moving_textured", "learned-picture", (0.25, 0.095, 0.978, 0.527),
          "Five frames of a film of patterned objects, and the slots that stay with them"),
     Card("methods/slot_former", "SlotFormer", "Slots of the next frames, rolled out from those that were seen.",
-         "slot_former_billiards", "strip", (0.02, 0.06, 0.985, 0.945),
-         "Billiards 1 to 20 frames after the last frame that was seen: above the truth, below what SlotFormer predicts",
-         "tutorials/what_happens_next"),
+         "slot_former_billiards", "billiards-strip", (0.02, 0.06, 0.985, 0.945),
+         "Billiards 1 to 20 frames after the last frame that was seen: above the truth, below what SlotFormer predicts"),
     Card("methods/encdiff", "EncDiff", "Every factor is a token that the denoiser reads by cross-attention.",
          "recipe disdiff_shapes3d_tokens", "hero", (0.135, 0.07, 0.7, 0.372),
          "Rooms in two rows: along the first only the hue of the object goes in steps, along the second that of the wall"),
@@ -78,14 +76,13 @@ def picture_of(card: Card) -> Image.Image | None:
     "The part of a page's picture that a card shows"
     if not card.cell:
         return None
-    page = card.source or card.page
-    notebook = json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((ROOT / "nbs" / f"{card.page}.ipynb").read_text(encoding="utf-8"))
     cell = next((c for c in notebook["cells"] if c["id"] == card.cell), None)
     if cell is None:
-        raise ValueError(f"nbs/{page}.ipynb has no cell {card.cell!r}: name another one in tools/gallery.py")
+        raise ValueError(f"nbs/{card.page}.ipynb has no cell {card.cell!r}: name another one in tools/gallery.py")
     data = next((o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {})), None)
     if data is None:
-        raise ValueError(f"nbs/{page}.ipynb, cell {card.cell!r}, shows no picture: run the page, or name another cell")
+        raise ValueError(f"nbs/{card.page}.ipynb, cell {card.cell!r}, shows no picture: run the page, or name another cell")
     image = Image.open(io.BytesIO(base64.b64decode("".join(data)))).convert("RGB")
     (w, h), (left, top, right, bottom) = image.size, card.box
     return image.crop((round(left * w), round(top * h), round(right * w), round(bottom * h)))
